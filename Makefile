@@ -1,0 +1,31 @@
+# One virtual environment does everything: `make train` and `make test` make it when it is not there.
+VENV ?= .venv
+BIN := $(VENV)/bin
+PYTHON ?= python3
+
+.PHONY: train test lint types setup clean
+
+setup: $(VENV)/ready
+
+# torch goes first: asked for by another package, pip would take the newest build with its CUDA packages.
+$(VENV)/ready: pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[models,dev]'
+	touch $@
+
+train: setup
+	$(BIN)/feddistill train
+
+test: setup
+	$(BIN)/pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/mypy
+
+clean:
+	rm -rf build dist $(VENV)
