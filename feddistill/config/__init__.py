@@ -1,0 +1,189 @@
+"""The configuration of a run: YAML, checked, with every default filled in.
+
+``load`` reads a file and ``--set`` overrides; the result, written beside every run, holds all there is
+to know about it. Nothing else in the package reads files or the environment for settings.
+"""
+
+import hashlib
+import json
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from feddistill.config.data import DataConfig
+from feddistill.setting import Setting
+from feddistill.config.training import (
+    AggregationConfig,
+    ClientsConfig,
+    DistillConfig,
+    PayloadConfig,
+    StudentConfig,
+)
+from feddistill.errors import ConfigError
+
+__all__ = ["QUICKSTART", "Config", "digest", "dump", "load"]
+
+QUICKSTART = Path(__file__).with_name("quickstart.yaml")
+"""The configuration of the embedded default; ``examples/quickstart.yaml`` is a link to it."""
+
+Baseline = Literal["public_only", "local_only", "centralized"]
+
+
+class Config(Setting):
+    """Everything that decides a run's outcome."""
+
+    name: str = Field(default="run", pattern=r"^[A-Za-z0-9_-]{1,64}$")
+    """Names the default output directory."""
+    task: Literal["classification"] = "classification"
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    rounds: int = Field(default=3, ge=1, le=10_000)
+    threads: int | None = Field(default=None, ge=1)
+    """Torch's threads; ``null`` for its own choice. Results are equal for equal numbers."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of the forward and backward passes; weights stay float32. ``auto`` is bf16 where the processor has it."""
+    data: DataConfig = DataConfig()
+    clients: ClientsConfig = ClientsConfig()
+    payload: PayloadConfig = PayloadConfig()
+    aggregation: AggregationConfig = AggregationConfig()
+    student: StudentConfig = StudentConfig()
+    distill: DistillConfig = DistillConfig()
+    baselines: tuple[Baseline, ...] = ()
+    """What the student is compared with in the same run."""
+    keep_checkpoints: Literal["last", "all"] = "last"
+    """Whether the specialists of earlier rounds stay on disk."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        clients = getattr(self.data.partition, "clients", None)
+        if clients is not None:
+            self.aggregation.rule.check(clients)
+            if self.aggregation.quorum is not None and self.aggregation.quorum > clients:
+                raise ConfigError(f"aggregation.quorum = {self.aggregation.quorum} exceeds the {clients} clients")
+        if len(set(self.baselines)) < len(self.baselines):
+            raise ConfigError(f"baselines names one twice: {', '.join(self.baselines)}")
+        return self
+
+
+def load(path: Path | None = None, overrides: tuple[str, ...] = ()) -> Config:
+    """Read ``path`` (``None``: the quickstart), apply ``a.b=value`` overrides, check.
+
+    Raises:
+        ConfigError: The file is not YAML, or a setting is unknown, missing or out of range. The message
+            names it as the user wrote it.
+    """
+    source = path or QUICKSTART
+    try:
+        raw = yaml.safe_load(source.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {source}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{source} is not YAML: {' '.join(str(error).split())}") from None
+    if raw is None:
+        raw = {}
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{source} must be a mapping of settings, got {type(raw).__name__}")
+    for override in overrides:
+        _override(raw, override)
+    return parse(raw)
+
+
+def parse(raw: dict[str, Any]) -> Config:
+    """Check a mapping of settings."""
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(_one_line(error, raw)) from None
+
+
+def dump(config: Config) -> str:
+    """The configuration as YAML, every default filled in; ``load`` gives it back unchanged."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def digest(config: Config) -> str:
+    """A hash of all settings."""
+    canonical = json.dumps(config.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()
+
+
+def _override(raw: dict[str, Any], text: str) -> None:
+    """Set ``a.b.0.c`` in nested mappings and lists; groups left out of the file are made."""
+    dotted, equals, value_text = text.partition("=")
+    if not equals or not dotted:
+        raise ConfigError(f"--set takes KEY=VALUE, got {text!r}")
+    try:
+        value = yaml.safe_load(value_text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {dotted}: the value is not YAML: {' '.join(str(error).split())}") from None
+    place: Any = raw
+    *groups, last = dotted.split(".")
+    for depth, key in enumerate(groups):
+        here = ".".join(groups[: depth + 1])
+        if isinstance(place, list):
+            place = place[_index(place, key, here)]
+        else:
+            if isinstance(place.get(key), str):  # rule: median, with one of its settings on top
+                place[key] = {"kind": place[key]}
+            place = place.setdefault(key, {})
+        if not isinstance(place, dict | list):
+            raise ConfigError(f"--set {dotted}: {here} is {place!r}, not a group of settings")
+    if isinstance(place, list):
+        place[_index(place, last, dotted)] = value
+    else:
+        place[last] = value
+
+
+def _index(place: list[Any], key: str, name: str) -> int:
+    if not key.isdigit() or int(key) >= len(place):
+        raise ConfigError(f"--set {name}: needs an index from 0 to {len(place) - 1}, got {key!r}")
+    return int(key)
+
+
+def _one_line(error: ValidationError, raw: dict[str, Any]) -> str:
+    first, *more = error.errors()
+    path = _as_written(first["loc"], raw)
+    match first["type"]:
+        case "unknown_setting":
+            context = first["ctx"]
+            dotted = ".".join([*path, context["key"]])
+            if context["near"]:
+                text = f"{dotted} is not a setting; did you mean {'.'.join([*path, context['near']])}?"
+            else:
+                text = f"{dotted} is not a setting; {'.'.join(path) or 'there'} has: {context['known']}"
+        case "value_error":  # ours, already naming the setting
+            text = str(first["ctx"]["error"])
+        case "union_tag_invalid":
+            context = first["ctx"]
+            known = [tag.strip("' ") for tag in context["expected_tags"].split(",")]
+            near = get_close_matches(str(context["tag"]), known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(known)}"
+            text = f"{'.'.join([*path, 'kind'])} = {context['tag']!r} does not exist; {hint}"
+        case "missing":
+            text = f"{'.'.join(path)} is missing"
+        case _:
+            reason = first["msg"][0].lower() + first["msg"][1:]
+            text = f"{'.'.join(path)}: {reason}, got {first['input']!r}"
+    return text + (f" (and {len(more)} more)" if more else "")
+
+
+def _as_written(loc: tuple[int | str, ...], raw: Any) -> list[str]:
+    """``loc`` without the union tags that pydantic adds and the user never wrote."""
+    path: list[str] = []
+    place = raw
+    for position, key in enumerate(loc):
+        inside = (isinstance(place, dict) and key in place) or (
+            isinstance(place, list) and isinstance(key, int) and key < len(place)
+        )
+        if inside:
+            place = place[key]
+            path.append(str(key))
+        elif position == len(loc) - 1 and not _is_tag(place, key):
+            path.append(str(key))
+    return path
+
+
+def _is_tag(place: Any, key: int | str) -> bool:
+    return isinstance(place, dict) and place.get("kind") == key

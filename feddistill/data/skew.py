@@ -1,0 +1,50 @@
+"""How different the clients' data are, in numbers."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from feddistill.types import Splits
+
+
+@dataclass(frozen=True, slots=True)
+class Skew:
+    """Label histograms of the clients and one number for how non-IID they are."""
+
+    clients: tuple[str, ...]
+    labels: tuple[str, ...]
+    counts: tuple[tuple[int, ...], ...]
+    """``[C][V]`` private examples by client and label."""
+    proxy_counts: tuple[int, ...]
+    """Labelled proxy texts by label."""
+    non_iid: float
+    """Mean total-variation distance of a client's label distribution from the pool's, weighted by
+    size: 0 is IID; near 1, clients share no label."""
+    size_ratio: float
+    """Largest client's examples over the smallest's."""
+    proxy_examples: int
+    test_examples: int
+    validation_examples: int
+    test_also_public: int
+    """Test texts that stand word for word in the proxy or private sets: contamination."""
+
+
+def skew(splits: Splits) -> Skew:
+    """Measure the private sets of ``splits``."""
+    counts = np.stack([client.label_counts() for client in splits.private])  # [C, V]
+    sizes = counts.sum(1)
+    pooled = counts.sum(0) / sizes.sum()
+    distances = 0.5 * np.abs(counts / sizes[:, None] - pooled).sum(1)
+    seen = set(splits.proxy.texts).union(*(client.texts for client in splits.private))
+    return Skew(
+        clients=tuple(client.name for client in splits.private),
+        labels=splits.label_names,
+        counts=tuple(tuple(int(n) for n in row) for row in counts),
+        proxy_counts=tuple(int(n) for n in splits.proxy.label_counts()),
+        non_iid=float((distances * sizes).sum() / sizes.sum()),
+        size_ratio=float(sizes.max() / sizes.min()),
+        proxy_examples=len(splits.proxy),
+        test_examples=len(splits.test),
+        validation_examples=len(splits.validation),
+        test_also_public=sum(text in seen for text in splits.test.texts),
+    )

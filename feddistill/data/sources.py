@@ -1,0 +1,147 @@
+"""Read texts from wherever they are: the package, files, the hub. One form comes out."""
+
+import gzip
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from feddistill.config.data import Columns, EmbeddedSource, FileSource, HubSource, Source
+from feddistill.errors import DataError
+
+EMBEDDED_COLUMNS = {"wordnet_topics": ("label", None), "sotu_eras": ("era", "era")}
+"""Columns of the embedded sets that hold the label and the source."""
+
+READABLE = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".txt")
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Texts as they were read: labels are names, nothing is divided yet."""
+
+    ids: tuple[str, ...]
+    texts: tuple[str, ...]
+    labels: tuple[str, ...] | None
+    sources: tuple[str, ...] | None
+
+
+def read(source: Source, name: str) -> Table:
+    """Read ``source``; ``name`` is what errors call it, as ``data.test.source``.
+
+    Raises:
+        DataError: Missing file or data set, missing column, unreadable or empty text, no examples.
+    """
+    match source:
+        case EmbeddedSource():
+            return _embedded(source, name)
+        case FileSource():
+            return _files(source, name)
+        case HubSource():
+            return _hub(source, name)
+
+
+def _embedded(source: EmbeddedSource, name: str) -> Table:
+    packed = files("feddistill.data").joinpath("embedded", f"{source.name}.jsonl.gz").read_bytes()
+    rows = [json.loads(line) for line in gzip.decompress(packed).splitlines()]
+    label, origin = EMBEDDED_COLUMNS[source.name]
+    columns = {key: [row[key] for row in rows] for key in rows[0]}
+    return _table(columns, Columns(label_column=label, source_column=origin), name, source.name)
+
+
+def _files(source: FileSource, name: str) -> Table:
+    path = source.path
+    if path.is_dir():
+        found = sorted(p for p in path.iterdir() if p.suffix.lower() in READABLE)
+        if len({p.suffix.lower() for p in found}) > 1:
+            raise DataError(f"{name}: {path} mixes formats ({', '.join(p.name for p in found[:5])})")
+        if not found:
+            raise DataError(f"{name}: {path} holds no file that ends in {', '.join(READABLE)}")
+    elif path.is_file():
+        found = [path]
+    else:
+        raise DataError(f"{name}: no such file or folder: {path}")
+    columns: dict[str, list[Any]] = {}
+    for index, file in enumerate(found):
+        part = _one_file(file, source, name)
+        if index and set(part) != set(columns):
+            raise DataError(f"{name}: {file} has columns {sorted(part)}, {found[0].name} has {sorted(columns)}")
+        for key, values in part.items():
+            columns.setdefault(key, []).extend(values)
+    wanted = source if path.suffix != ".txt" and found[0].suffix != ".txt" else source.model_copy(update={"label_column": None})
+    return _table(columns, wanted, name, path.stem)
+
+
+def _one_file(file: Path, source: FileSource, name: str) -> dict[str, list[Any]]:
+    import pandas
+    import pyarrow
+
+    try:
+        match file.suffix.lower():
+            case ".csv" | ".tsv":
+                separator = "\t" if file.suffix.lower() == ".tsv" else ","
+                frame = pandas.read_csv(file, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8")
+            case ".jsonl" | ".ndjson":
+                frame = pandas.DataFrame([json.loads(line) for line in _lines(file)])
+            case ".json":
+                frame = pandas.DataFrame(json.loads(file.read_text(encoding="utf-8")))
+            case ".parquet":
+                frame = pandas.read_parquet(file)
+            case ".txt":
+                return {source.text_column: _lines(file)}
+            case other:
+                raise DataError(f"{name}: {file} ends in {other!r}; readable are {', '.join(READABLE)}")
+    except OSError as error:
+        raise DataError(f"{name}: cannot read {file}: {error.strerror or error}") from None
+    except (ValueError, TypeError, pyarrow.ArrowException) as error:  # parsers' own; UnicodeDecodeError too
+        raise DataError(f"{name}: {file} is malformed: {' '.join(str(error).split())}") from None
+    return {str(key): frame[key].tolist() for key in frame.columns}
+
+
+def _lines(file: Path) -> list[str]:
+    return [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def _hub(source: HubSource, name: str) -> Table:
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(
+            source.name, source.subset, split=source.split, revision=source.revision
+        )
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:  # offline, no such set, no such split
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{name}: cannot load data set {source.name!r}: {reason}") from None
+    columns = {key: list(loaded[key]) for key in loaded.column_names}
+    for key, feature in loaded.features.items():
+        if isinstance(feature, datasets.ClassLabel):
+            columns[key] = [None if v is None or v < 0 else feature.int2str(v) for v in columns[key]]
+    return _table(columns, source, name, Path(source.name).name)
+
+
+def _table(columns: dict[str, Sequence[Any]], wanted: Columns, name: str, stem: str) -> Table:
+    """Pick and check the columns; every example must be whole."""
+
+    def column(setting: str, key: str | None) -> tuple[str, ...] | None:
+        if key is None:
+            return None
+        if key not in columns:
+            raise DataError(
+                f"{name}: {setting} = {key!r} is not a column; there are {', '.join(map(repr, columns)) or 'none'}"
+            )
+        for row, value in enumerate(columns[key]):
+            if value is None or value != value or not str(value).strip():
+                raise DataError(f"{name}: row {row} has no {key!r}")
+        return tuple(str(value) for value in columns[key])
+
+    texts = column("text_column", wanted.text_column)
+    assert texts is not None
+    if not texts:
+        raise DataError(f"{name}: no examples")
+    return Table(
+        ids=tuple(f"{stem}/{row}" for row in range(len(texts))),
+        texts=texts,
+        labels=column("label_column", wanted.label_column),
+        sources=column("source_column", wanted.source_column),
+    )

@@ -1,0 +1,30 @@
+"""What every part of the configuration has in common."""
+
+from difflib import get_close_matches
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic_core import PydanticCustomError
+
+
+class Setting(BaseModel):
+    """A frozen group of settings. An unknown name is an error; a field's docstring is its help."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False, ser_json_inf_nan="constants"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_names(cls, value: Any) -> Any:
+        """Name the nearest setting when one is misspelt; pydantic's own message knows only the wrong one."""
+        if isinstance(value, dict):
+            for key in value:
+                if key not in cls.model_fields:
+                    near = get_close_matches(str(key), cls.model_fields, n=1, cutoff=0.5)
+                    raise PydanticCustomError(
+                        "unknown_setting",
+                        "is not a setting",
+                        {"key": str(key), "near": near[0] if near else "", "known": ", ".join(cls.model_fields)},
+                    )
+        return value

@@ -1,0 +1,117 @@
+"""The values that travel between stages. Frozen; numpy only."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+UNLABELLED = -1
+
+
+@dataclass(frozen=True, slots=True)
+class TextSet:
+    """Texts with ids and, where known, labels and sources. ``N`` examples."""
+
+    name: str
+    """What errors call it: ``data.test``, ``client-2``."""
+    ids: tuple[str, ...]
+    texts: tuple[str, ...]
+    labels: NDArray[np.int64]
+    """``[N]``, indices into ``label_names``; ``UNLABELLED`` where not known."""
+    label_names: tuple[str, ...]
+    sources: tuple[str, ...] | None = None
+    """Where each text is from (a domain, an era, a hospital), for partitions by source."""
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def select(self, rows: Sequence[int] | NDArray[np.int64], name: str | None = None) -> "TextSet":
+        """The examples at ``rows``, in that order."""
+        pick = [int(row) for row in rows]
+        return TextSet(
+            name=name or self.name,
+            ids=tuple(self.ids[i] for i in pick),
+            texts=tuple(self.texts[i] for i in pick),
+            labels=self.labels[pick],
+            label_names=self.label_names,
+            sources=None if self.sources is None else tuple(self.sources[i] for i in pick),
+        )
+
+    def label_counts(self) -> NDArray[np.int64]:
+        """``[V]`` examples of each label."""
+        known = self.labels[self.labels != UNLABELLED]
+        return np.bincount(known, minlength=len(self.label_names)).astype(np.int64)
+
+    def digest(self) -> str:
+        """A hash of ids and texts in order: the same on every machine, blind to labels."""
+        h = hashlib.blake2b(digest_size=16)
+        for i, text in zip(self.ids, self.texts, strict=True):
+            for part in (i, text):
+                raw = part.encode()
+                h.update(len(raw).to_bytes(8, "little") + raw)
+        return h.hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Splits:
+    """Everybody's data in one run."""
+
+    private: tuple[TextSet, ...]
+    """One set a client, named after it."""
+    proxy: TextSet
+    """The public texts that everyone answers. Labels: those that the server knows, else ``UNLABELLED``."""
+    validation: TextSet
+    test: TextSet
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """The classes, in the order of every answer."""
+        return self.proxy.label_names
+
+
+@dataclass(frozen=True, slots=True)
+class ClientDescription:
+    """What a client says of itself when it enrols; all of it reaches the server."""
+
+    client: str
+    examples: int
+    class_counts: tuple[float, ...] | None = None
+    """Private examples of each class, noised if the client asks for it; ``None`` where no rule needs it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What a step took."""
+
+    seconds: float = 0.0
+    flops: int = 0
+    peak_memory_bytes: int = 0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(
+            self.seconds + other.seconds,
+            self.flops + other.flops,
+            max(self.peak_memory_bytes, other.peak_memory_bytes),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class RoundSpec:
+    """What the server asks in one round. A payload names its digest, so it cannot answer another question."""
+
+    run_id: str
+    round: int
+    proxy_digest: str
+    positions: int
+    """Rows that a whole answer has."""
+    vocab_size: int
+    vocab_fingerprint: str
+    """Hash of the ordered classes, or of the tokenizer."""
+    codec: str
+    k: int
+    nonce: str
+    quorum: int
+    clients: tuple[str, ...] = field(default=())
+    """Who may answer."""
