@@ -19,8 +19,6 @@ from feddistill.setting import Setting
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from feddistill_kernels import TopK
-
 WeightKind = Literal["uniform", "size", "class_counts"]
 
 
@@ -46,15 +44,6 @@ class Rule(Setting):
         ``weights``: ``[C]`` or, one for each client and class, ``[C, V]``; ``None`` for equal ones.
         """
         raise NotImplementedError
-
-    def sparse(self, answers: list[TopK], weights: Tensor | None = None) -> TopK:
-        """The same on compressed answers; nothing of size ``V`` is allocated."""
-        from feddistill_kernels import aggregate_topk
-
-        return aggregate_topk(answers, self.kind, weights=weights, **self._settings())
-
-    def _settings(self) -> dict[str, int]:
-        return {}
 
 
 class _Mean(Rule):
@@ -149,9 +138,6 @@ class TrimmedMean(Rule):
         assert weights is None, "the trimmed mean has no weights"
         self.check(len(log_probs))
         return trimmed_mean(log_probs, self.trim)
-
-    def _settings(self) -> dict[str, int]:
-        return {"trim": self.trim}
 
 
 RULES: dict[str, type[Rule]] = {

@@ -1,13 +1,16 @@
 """The values that travel between stages. Frozen; numpy only."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 UNLABELLED = -1
+
+Tick = Callable[[int, int], None]
+"""Called with how much is done and how much there is: steps, texts, clients."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from feddistill.errors import ConfigError, DataError
 from feddistill.seeds import generator
 from feddistill.types import UNLABELLED, Splits, TextSet
 
-__all__ = ["Skew", "load", "skew"]
+__all__ = ["Skew", "labelled", "load", "skew"]
 
 PARTS = ("test", "validation", "proxy", "private")
 
@@ -62,6 +62,11 @@ def load(config: DataConfig, seed: int) -> Splits:
         validation=sets["validation"],
         test=sets["test"],
     )
+
+
+def labelled(source: Source, labels: tuple[str, ...], name: str) -> TextSet:
+    """Texts of ``source``, all of them with one of ``labels``; ``name`` is what errors call it."""
+    return _labelled(read(source, name), labels, name, optional=False)
 
 
 def _labels(pool: Table | None, private: list[Table]) -> tuple[str, ...]:

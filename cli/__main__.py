@@ -1,0 +1,5 @@
+"""``python -m feddistill.cli``."""
+
+from feddistill.cli import main
+
+main(prog_name="feddistill")

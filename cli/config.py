@@ -1,0 +1,36 @@
+"""``feddistill config``."""
+
+from pathlib import Path
+
+import click
+
+
+@click.group()
+def config() -> None:
+    """Show or check a configuration."""
+
+
+@config.command()
+@click.argument("config", required=False, type=click.Path(path_type=Path))
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a setting.")
+def show(config: Path | None, overrides: tuple[str, ...]) -> None:
+    """Print CONFIG (or the quickstart) with every default filled in."""
+    from feddistill import config as configuration
+
+    click.echo(configuration.dump(configuration.load(config, overrides)), nl=False)
+
+
+@config.command()
+@click.argument("config", required=False, type=click.Path(path_type=Path))
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a setting.")
+def check(config: Path | None, overrides: tuple[str, ...]) -> None:
+    """Check CONFIG (or the quickstart), its data included, without training anything."""
+    from feddistill import config as configuration
+    from feddistill import data
+    from feddistill.report import skew_lines
+
+    settings = configuration.load(config, overrides)
+    splits = data.load(settings.data, settings.seed)
+    for line in skew_lines(data.skew(splits)):
+        click.echo(line)
+    click.echo(f"ok: {configuration.digest(settings)}")

@@ -1,0 +1,20 @@
+"""Token ids of many lengths as one rectangle."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+PAD_TO = 8
+"""Batches are padded to a multiple of this: few shapes, aligned rows."""
+
+
+def pad(tokens: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Token ids and mask, ``[B, L]`` each, ``L`` a multiple of ``PAD_TO``."""
+    length = -(-max(map(len, tokens)) // PAD_TO) * PAD_TO
+    ids = torch.full((len(tokens), length), pad_id, dtype=torch.long)
+    mask = torch.zeros(len(tokens), length, dtype=torch.long)
+    for i, text in enumerate(tokens):
+        ids[i, : len(text)] = torch.tensor(text)
+        mask[i, : len(text)] = 1
+    return ids, mask

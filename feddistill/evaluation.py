@@ -1,0 +1,46 @@
+"""How good answers are: accuracy, macro-F1, Matthews correlation, calibration."""
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True)
+class Classification:
+    """Figures on one labelled set."""
+
+    accuracy: float
+    macro_f1: float
+    """Mean over the classes that the set has, each counting alike."""
+    mcc: float
+    """Matthews correlation coefficient: 0 is chance, whatever the class sizes."""
+    ece: float
+    """Expected calibration error over 15 bins of confidence (Guo et al., ICML 2017)."""
+    cross_entropy: float
+    """Mean nats of the true label."""
+
+    def as_dict(self) -> dict[str, float]:
+        """By name, rounded to six digits: what the records hold."""
+        return {name: round(value, 6) for name, value in asdict(self).items()}
+
+
+def classification(log_probs: NDArray[np.float32], labels: NDArray[np.int64]) -> Classification:
+    """Compare answers ``[N, V]`` (log-probabilities) with labels ``[N]``."""
+    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+    guess = log_probs.argmax(1)
+    present = np.unique(labels)
+    return Classification(
+        accuracy=float(accuracy_score(labels, guess)),
+        macro_f1=float(f1_score(labels, guess, labels=present, average="macro", zero_division=0.0)),
+        mcc=float(matthews_corrcoef(labels, guess)),
+        ece=_calibration_error(np.exp(log_probs.max(1)), guess == labels),
+        cross_entropy=float(-log_probs[np.arange(len(labels)), labels].astype(np.float64).mean()),
+    )
+
+
+def _calibration_error(confidence: NDArray[np.float32], right: NDArray[np.bool_], bins: int = 15) -> float:
+    place = np.minimum((confidence * bins).astype(int), bins - 1)
+    gap = np.bincount(place, right - confidence.astype(np.float64), minlength=bins)
+    return float(np.abs(gap).sum() / len(right))

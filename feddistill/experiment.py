@@ -1,0 +1,182 @@
+"""A run from its configuration to its result: the one place where everything is put together."""
+
+import platform
+import time
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import transformers
+
+from feddistill import config as configuration
+from feddistill import data, methods, results
+from feddistill.accounting import peak_memory_bytes
+from feddistill.config import Config
+from feddistill.config.data import FileSource
+from feddistill.errors import ConfigError, RunError
+from feddistill.evaluation import classification
+from feddistill.methods.learner import Learner, Session
+from feddistill.progress import Quiet, Show
+from feddistill.store import CONFIG, RESULT, Json, RunDirectory
+
+SKEW = "data/skew.json"
+
+
+def run(config: Config, out: Path, *, resume: bool = False, show: Show | None = None) -> Json:
+    """Run ``config`` in the directory ``out``; returns what ``result.json`` holds.
+
+    Args:
+        config: Everything that decides the outcome.
+        out: A new or empty directory; with ``resume``, one that an interrupted run left.
+        resume: Go on after the last step that is whole. A complete run is returned as it is.
+        show: Where progress is shown; nowhere by default.
+
+    Raises:
+        FeddistillError: The user's to mend; nothing that a resume would trust is half-written.
+    """
+    show = show or Quiet()
+    start = time.perf_counter()
+    if not resume:
+        config = _resolve(config)
+    directory = RunDirectory.open(out) if resume else RunDirectory.create(out, configuration.dump(config))
+    try:
+        if resume:
+            config = _same(config, directory)
+        if resume and (done := _result(directory)) is not None:
+            return done
+        _prepare(config)
+        with show.step("read the data"):
+            splits = data.load(config.data, config.seed)
+        directory.write_json(SKEW, asdict(data.skew(splits)))
+        session = Session(config, splits, directory, show)
+        found = {name: _method(session, name) for name in ("feddistill", *config.baselines)}
+        _tidy(directory, config)
+        result = results.summarise(config, splits, found, environment(config))
+        result["seconds"]["this_process"] = round(time.perf_counter() - start, 3)
+        result["peak_memory_bytes"] = max(result["peak_memory_bytes"], peak_memory_bytes())
+        directory.write_json(RESULT, result)
+        return result
+    finally:
+        directory.close()
+
+
+def evaluate(out: Path, texts: FileSource | None = None) -> Json:
+    """Figures of a complete run's student: of the round that was best on validation.
+
+    Args:
+        out: The run.
+        texts: Labelled texts to evaluate on; ``None`` for the run's own test set.
+
+    Raises:
+        RunError: The run is not complete, or its student's weights are gone.
+        DataError: A label of ``texts`` is not one that the student knows.
+    """
+    config = stored_config(out)
+    directory = RunDirectory.open(out)
+    try:
+        result = _result(directory)
+        if result is None:
+            raise RunError(f"{out} is not complete; go on with: feddistill train --resume --out {out}")
+        _prepare(config)
+        splits = data.load(config.data, config.seed)
+        chosen = splits.test if texts is None else data.labelled(texts, splits.label_names, "--texts")
+        learner = Learner(Session(config, splits, directory, Quiet()), config.student.model, "student.model")
+        learner.restore(result["student_weights"])
+        figures = classification(learner.answer(chosen).numpy(), chosen.labels).as_dict()
+        return {"run": str(out), "round": result["selected_round"], "examples": len(chosen), **figures}
+    finally:
+        directory.close()
+
+
+def stored_config(out: Path) -> Config:
+    """The resolved configuration that a run was started with."""
+    return configuration.load(_config_file(out))
+
+
+def environment(config: Config) -> Json:
+    """What the numbers may depend on besides the configuration."""
+    return {
+        "python": platform.python_version(),
+        "feddistill": version("feddistill"),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "numpy": version("numpy"),
+        "machine": platform.machine(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "threads": config.threads,
+        "precision": config.precision,
+    }
+
+
+def _config_file(out: Path) -> Path:
+    path = out / CONFIG
+    if not path.is_file():
+        raise RunError(f"{out} is not a run: it has no {CONFIG}")
+    return path
+
+
+def _resolve(config: Config) -> Config:
+    """Settle what the machine decides, so that the stored configuration says all."""
+    chosen: Json = {}
+    if config.threads is None:
+        chosen["threads"] = torch.get_num_threads()
+    if config.precision == "auto":
+        chosen["precision"] = "bf16" if _fast_bf16() else "fp32"
+    return config.model_copy(update=chosen)
+
+
+def _fast_bf16() -> bool:
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def _same(config: Config, directory: RunDirectory) -> Config:
+    """The stored configuration, which ``config`` must agree with in all that it settles itself."""
+    stored = stored_config(directory.root)
+    settled = {"threads": stored.threads, "precision": stored.precision}
+    given = config.model_copy(
+        update={key: value for key, value in settled.items() if getattr(config, key) in (None, "auto")}
+    )
+    if given != stored:
+        key = _first_difference(given.model_dump(mode="json"), stored.model_dump(mode="json"))
+        raise ConfigError(f"{directory.root} was started with another {key}; resume without changing settings")
+    return stored
+
+
+def _first_difference(a: object, b: object, path: str = "") -> str:
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in [*a, *(k for k in b if k not in a)]:
+            if a.get(key) != b.get(key):
+                return _first_difference(a.get(key), b.get(key), f"{path}.{key}" if path else str(key))
+    return path
+
+
+def _prepare(config: Config) -> None:
+    """Settings of the process that the numbers depend on, and silence for what is not ours to say."""
+    assert config.threads is not None, "_resolve settles it"
+    torch.set_num_threads(config.threads)
+    torch.use_deterministic_algorithms(not torch.cuda.is_available())
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def _method(session: Session, name: str) -> Json:
+    step = f"methods/{name}"
+    if (record := session.run.done(step)) is not None:
+        return record
+    return session.run.commit(step, methods.load(name)(session))
+
+
+def _tidy(directory: RunDirectory, config: Config) -> None:
+    """Weights of the baselines: their figures are in the records."""
+    if config.keep_checkpoints == "last":
+        for name in ("alone", "baselines"):
+            directory.remove(name)
+
+
+def _result(directory: RunDirectory) -> Json | None:
+    return directory.read_json(RESULT) if directory.path(RESULT).exists() else None
+
+

@@ -1,0 +1,18 @@
+"""The methods: one file each over the same stages, data, models, evaluation and accounting."""
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from feddistill.methods.learner import Session
+    from feddistill.store import Json
+
+METHODS = ("feddistill", "public_only", "local_only", "centralized")
+"""Modules of this package with a ``run(session)``."""
+
+
+def load(name: str) -> "Callable[[Session], Json]":
+    """The ``run`` of the method called ``name``."""
+    method: Callable[[Session], Json] = import_module(f"feddistill.methods.{name}").run
+    return method

@@ -1,0 +1,331 @@
+"""The method: clients answer public texts, the server makes one teacher, a student learns from it.
+
+Round after round: (1) every client trains its specialist, from the second round on also on the last
+teacher's answers; (2) it answers the proxy texts and uploads a payload; (3) the server admits, aggregates,
+(4) trains the student and sends the teacher back. Nothing else leaves a client.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from functools import partial
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from feddistill import aggregation, models, payload
+from feddistill.accounting import measure
+from feddistill.config import digest
+from feddistill.errors import ConfigError, PayloadError, RoundError
+from feddistill.methods.learner import Learner, Session, best_of, labels_of, later, lessons_of
+from feddistill.methods.local_only import Crew, client_settings, client_steps, train_alone
+from feddistill.seeds import derive, generator
+from feddistill.store import Json
+from feddistill.training import NO_LABEL, Lessons
+from feddistill.types import ClientDescription, RoundSpec, TextSet
+from feddistill_kernels import TopK, topk_compress
+
+SERVER = "server"
+"""Who signs the teacher that goes back to the clients."""
+
+
+def run(session: Session) -> Json:
+    """All rounds; the student that is best on validation is the result."""
+    _check(session)
+    rounds = _Rounds(session)
+    records = [rounds.run(number) for number in range(1, session.config.rounds + 1)]
+    return {
+        "rounds": records,
+        "description_bytes": sum(len(payload.canonical(d)) for d in rounds.descriptions),
+        "student_bytes": 4 * models.parameter_count(rounds.student.model),
+    }
+
+
+def _check(session: Session) -> None:
+    """What can only be known when the data have been read."""
+    config, classes = session.config, len(session.splits.label_names)
+    clients = len(session.splits.private)
+    config.aggregation.rule.check(clients)
+    if (config.aggregation.quorum or 1) > clients:
+        raise ConfigError(f"aggregation.quorum = {config.aggregation.quorum} exceeds the {clients} clients")
+    if config.payload.codec == "dense" and classes > 256:
+        raise ConfigError(f"payload.codec = 'dense' holds up to 256 classes, the data have {classes}; use 'topk'")
+    if config.payload.codec == "topk" and config.payload.k > classes:
+        raise ConfigError(f"payload.k = {config.payload.k}, but there are only {classes} classes")
+
+
+class _Rounds:
+    """The server and its clients in one process, one client at a time."""
+
+    def __init__(self, session: Session):
+        self.session = session
+        self.splits = session.splits
+        self.run_id = _run_id(session)
+        self.descriptions = [_describe(session, private) for private in session.splits.private]
+        self.weights = aggregation.client_weights(
+            session.config.aggregation.rule.weighting(), self.descriptions, len(session.splits.label_names)
+        )
+        self.crew = Crew(session)
+        self._student: Learner | None = None
+        self.best: Json | None = None
+        self.last: Json | None = None
+
+    @property
+    def student(self) -> Learner:
+        """Built when first needed: a run that is resumed at its end builds nothing."""
+        if self._student is None:
+            self._student = Learner(self.session, self.session.config.student.model, "student.model")
+        return self._student
+
+    def run(self, number: int) -> Json:
+        """Round ``number``, or what is still to do of it."""
+        run, step = self.session.run, f"rounds/{number:03d}"
+        record = run.done(step, verify=False)
+        if record is None:
+            record = self._round(number, step)
+            run.commit(step, record)
+        self.last = record["student"]
+        self.best = best_of(self.best, record["student"])
+        self._tidy(number)
+        return record
+
+    def _round(self, number: int, step: str) -> Json:
+        spec = self._spec(number)
+        request = payload.canonical(spec)
+        self.session.run.write_bytes(f"{step}/spec.json", request)
+        specialists: Json = {}
+        uploads: Json = {}
+        admitted: dict[str, payload.Answers] = {}
+        refused: Json = {}
+        seen: set[tuple[str, int]] = set()
+        for position, private in enumerate(self.splits.private):
+            learner = self.crew.learner(position)
+            specialists[private.name] = self._train(learner, private, number, step)
+            upload = self._answer(learner, private, specialists[private.name]["weights"], spec, step)
+            uploads[private.name] = upload
+            try:
+                admitted[private.name] = payload.admit(
+                    self.session.run.read_bytes(upload["envelope"]),
+                    self.session.run.read_bytes(upload["payload"]),
+                    spec,
+                    seen,
+                )
+            except PayloadError as error:  # the round goes on without this client
+                refused[private.name] = str(error)
+            else:
+                seen.add((private.name, number))
+        if len(admitted) < spec.quorum:
+            reasons = "; ".join(refused.values())
+            raise RoundError(f"round {number}: {len(admitted)} valid answers, quorum {spec.quorum}: {reasons}")
+        teacher = self._aggregate(admitted, number, spec, step)
+        student = self._distil(teacher["log_probs"], number, step)
+        downlink = len(request) + (teacher["feedback_bytes"] if number < self.session.config.rounds else 0)
+        self.session.show.say(
+            f"round {number}: clients {_mean_test(specialists):.3f}, student {student['test']['accuracy']:.3f} (test)"
+        )
+        return {
+            "round": number,
+            "specialists": specialists,
+            "uploads": uploads,
+            "refused": refused,
+            "teacher": teacher,
+            "student": student,
+            "bytes": {
+                "uplink": {name: upload["bytes"] for name, upload in uploads.items()},
+                "downlink": {name: downlink for name in uploads},
+            },
+        }
+
+    def _spec(self, number: int) -> RoundSpec:
+        config, splits = self.session.config, self.splits
+        return RoundSpec(
+            run_id=self.run_id,
+            round=number,
+            proxy_digest=splits.proxy.digest(),
+            positions=len(splits.proxy),
+            vocab_size=len(splits.label_names),
+            vocab_fingerprint=payload.fingerprint(splits.label_names),
+            codec=config.payload.codec,
+            k=config.payload.k if config.payload.codec == "topk" else len(splits.label_names),
+            nonce=f"{derive(config.seed, self.run_id, 'nonce', number):08x}",
+            quorum=config.aggregation.quorum or len(splits.private),
+            clients=tuple(private.name for private in splits.private),
+        )
+
+    def _train(self, learner: Learner, private: TextSet, number: int, step: str) -> Json:
+        """(1) The client's own training."""
+        if number == 1:
+            return train_alone(self.session, learner, private, 1, None)
+        config = self.session.config
+        previous = f"rounds/{number - 1:03d}/specialists/{private.name}.safetensors"
+        return learner.step(
+            f"{step}/specialists/{private.name}",
+            f"round {number}: {private.name} learns",
+            f"alone/001/{private.name}.safetensors" if number == 2 else previous,
+            lambda: self._private_lessons(learner, private, number),
+            client_settings(config, number),
+            steps=client_steps(config, number, len(private), len(self.splits.proxy)),
+            distill=config.distill,
+        )
+
+    def _private_lessons(self, learner: Learner, private: TextSet, number: int) -> Lessons:
+        """Private texts with their labels and, co-distilling, proxy texts with the last teacher's answers."""
+        settings = self.session.config.clients.codistillation
+        own = lessons_of(learner, private)
+        if not settings.enabled:
+            return own
+        spec = _feedback_spec(self._spec(number - 1))
+        name = f"rounds/{number - 1:03d}/feedback"
+        envelope = self.session.run.read_bytes(f"{name}.json")
+        content = self.session.run.read_bytes(f"{name}.safetensors")
+        teacher = _log_probs(payload.admit(envelope, content, spec, frozenset()), 0, spec.positions)
+        random = generator(self.session.config.seed, "digest", number, private.name)
+        rows = np.sort(random.permutation(len(self.splits.proxy))[: settings.examples])
+        proxy = learner.tokens(self.splits.proxy)
+        tokens = [*own.tokens, *(proxy[row] for row in rows)]
+        picked = teacher[torch.from_numpy(rows)]
+        if settings.target == "hard":
+            return Lessons(tokens, torch.cat([own.labels, picked.argmax(-1)]))
+        taught = torch.cat([torch.zeros(len(private)), torch.ones(len(rows))]).bool()
+        filler = picked.new_zeros(len(private), picked.shape[1])  # rows that are not taught
+        nothing = torch.full((len(rows),), NO_LABEL)
+        return Lessons(tokens, torch.cat([own.labels, nothing]), torch.cat([filler, picked]), taught)
+
+    def _answer(self, learner: Learner, private: TextSet, weights: str, spec: RoundSpec, step: str) -> Json:
+        """(2) The client's upload."""
+        run, name = self.session.run, f"{step}/payloads/{private.name}"
+        if (record := run.done(name)) is not None:
+            return record
+        learner.restore(weights)
+        before = learner.meter.flops
+        label = f"round {spec.round}: {private.name} answers"
+        with self.session.show.step(label) as tick, measure() as cost:
+            answers = _compress(learner.answer(self.splits.proxy, tick), spec)
+            content = payload.encode(answers, spec, private.name)
+            envelope = payload.seal(content, spec, private.name)
+            cost.flops = learner.meter.flops - before
+        run.write_bytes(f"{name}.safetensors", content)
+        run.write_bytes(f"{name}.json", envelope)
+        record = {
+            "payload": f"{name}.safetensors",
+            "envelope": f"{name}.json",
+            "bytes": len(content) + len(envelope),
+            "cost": asdict(cost.cost),
+        }
+        return run.commit(name, record, [record["payload"], record["envelope"]])
+
+    def _aggregate(
+        self, admitted: Mapping[str, payload.Answers], number: int, spec: RoundSpec, step: str
+    ) -> Json:
+        """(3) The teacher, for the student as it is and for the clients as a payload."""
+        run, name = self.session.run, f"{step}/teacher"
+        if (record := run.done(name)) is not None:
+            return record
+        config = self.session.config.aggregation
+        answerers = [partial(_log_probs, answers) for answers in admitted.values()]
+        rows = [i for i, private in enumerate(self.splits.private) if private.name in admitted]
+        weights = None if self.weights is None else self.weights[rows]
+        with self.session.show.step(f"round {number}: aggregate"), measure() as cost:
+            teacher, mass = aggregation.aggregate(answerers, spec.positions, config.rule, weights, config.sharpen)
+            labels = torch.from_numpy(self.splits.proxy.labels)
+            diagnostics = aggregation.diagnose(list(admitted), answerers, teacher, labels, mass)
+        run.write(f"{name}.safetensors", lambda path: save_file({"log_probs": teacher}, path))
+        back = _feedback_spec(spec)
+        feedback = payload.encode(_compress(teacher, back), back, SERVER)
+        envelope = payload.seal(feedback, back, SERVER)
+        run.write_bytes(f"{step}/feedback.safetensors", feedback)
+        run.write_bytes(f"{step}/feedback.json", envelope)
+        codistil = self.session.config.clients.codistillation.enabled
+        content = {
+            "log_probs": f"{name}.safetensors",
+            "feedback_bytes": (len(feedback) + len(envelope)) if codistil else 0,
+            "diagnostics": asdict(diagnostics),
+            "cost": asdict(cost.cost),
+        }
+        return run.commit(
+            name, content, [content["log_probs"], f"{step}/feedback.safetensors", f"{step}/feedback.json"]
+        )
+
+    def _distil(self, teacher_file: str, number: int, step: str) -> Json:
+        """(4) The student on the teacher's answers and the labels that the server has."""
+        config = self.session.config
+        settings = config.student.training
+        if number > 1:
+            settings = later(settings, None, config.student.later_head_learning_rate)
+        start = self.last if config.distill.accept == "always" else self.best
+        proxy = self.splits.proxy
+
+        def lessons() -> Lessons:
+            teacher = load_file(self.session.run.path(teacher_file))["log_probs"]
+            return Lessons(self.student.tokens(proxy), labels_of(proxy), teacher)
+
+        return self.student.step(
+            f"{step}/student",
+            f"round {number}: the student learns",
+            start["weights"] if start else None,
+            lessons,
+            settings,
+            distill=config.distill,
+        )
+
+    def _tidy(self, number: int) -> None:
+        """Keep the newest specialists and the best student; everything else is one training away."""
+        if self.session.config.keep_checkpoints == "all":
+            return
+        run, keep = self.session.run, {record["weights"] for record in (self.best, self.last) if record}
+        for earlier in range(1, number):
+            if earlier > 1:
+                run.remove(f"rounds/{earlier:03d}/specialists")
+            student = f"rounds/{earlier:03d}/student.safetensors"
+            if student not in keep:
+                run.remove(student)
+
+
+def _feedback_spec(spec: RoundSpec) -> RoundSpec:
+    """The same question, answered by the server: what the clients check the teacher against."""
+    return replace(spec, clients=(SERVER,))
+
+
+def _run_id(session: Session) -> str:
+    """The same for the same settings: payloads of equal runs are equal to the byte."""
+    return digest(session.config)[:16]
+
+
+def _describe(session: Session, private: TextSet) -> ClientDescription:
+    """What the client tells of itself: no more than the rule needs."""
+    kind = session.config.aggregation.rule.weighting()
+    counts = None
+    if kind == "class_counts":
+        exact = private.label_counts().astype(np.float64)
+        epsilon = session.config.data.histogram_epsilon
+        if epsilon is not None:  # one example changes one count by one: Laplace noise of scale 1/epsilon
+            noise = generator(session.config.seed, "histogram", private.name).laplace(0.0, 1 / epsilon, len(exact))
+            exact = np.maximum(np.round(exact + noise, 3), 0.0)
+        counts = tuple(float(n) for n in exact)
+    return ClientDescription(private.name, len(private), counts)
+
+
+def _compress(log_probs: Tensor, spec: RoundSpec) -> payload.Answers:
+    if spec.codec == "dense":
+        return payload.quantise_dense(log_probs.numpy())
+    kept = topk_compress(log_probs, spec.k)
+    return payload.quantise_topk(
+        kept.ids.numpy(), kept.log_probs.numpy(), kept.log_tail.numpy(), spec.vocab_size
+    )
+
+
+def _log_probs(answers: payload.Answers, start: int, stop: int) -> Tensor:
+    """Rows of an admitted answer as dense log-probabilities ``[n, V]``."""
+    chunk = answers.rows(start, stop)
+    if chunk.codec == "dense":
+        return torch.from_numpy(chunk.log_probs())
+    ids, kept, tail = chunk.log_probs()
+    sparse = TopK(torch.from_numpy(ids), torch.from_numpy(kept), torch.from_numpy(tail), chunk.vocab_size)
+    return sparse.expand(tail="uniform")
+
+
+def _mean_test(specialists: Json) -> float:
+    return sum(s["test"]["accuracy"] for s in specialists.values()) / len(specialists)
+
+

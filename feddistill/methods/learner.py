@@ -1,0 +1,207 @@
+"""A model that learns, answers and is evaluated: what every method does with every model."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from feddistill import answering, evaluation, models, training
+from feddistill.accounting import FlopMeter, measure
+from feddistill.config import Config
+from feddistill.config.models import ModelConfig
+from feddistill.config.training import DistillConfig, TrainingConfig
+from feddistill.progress import Show
+from feddistill.seeds import derive
+from feddistill.store import Json, RunDirectory
+from feddistill.training import NO_LABEL, Lessons
+from feddistill.types import UNLABELLED, Splits, TextSet, Tick
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """What a method works with: settings, data, where to write, what to show."""
+
+    config: Config
+    splits: Splits
+    run: RunDirectory
+    show: Show
+
+    @property
+    def bf16(self) -> bool:
+        """Whether passes run in bfloat16."""
+        return self.config.precision == "bf16"
+
+
+class Learner:
+    """One architecture, whose weights are put back, trained and saved. Holds two copies of the weights."""
+
+    def __init__(self, session: Session, config: ModelConfig, name: str):
+        self.session = session
+        self.name = name
+        self.classes = len(session.splits.label_names)
+        self.specialist = models.build(config, self.classes, derive(session.config.seed, "init", name), name)
+        self.model = self.specialist.model
+        if torch.cuda.is_available():
+            self.model.cuda()
+        self.meter = FlopMeter(self.model)
+        self._initial = {key: value.clone() for key, value in self.model.state_dict().items()}
+        self._tokens: dict[str, list[list[int]]] = {}
+
+    def reset(self) -> None:
+        """Back to the weights before any training."""
+        self.model.load_state_dict(self._initial)
+
+    def restore(self, weights: str) -> None:
+        """Take up the weights in a file of the run."""
+        models.restore(self.model, self.session.run.path(weights))
+
+    def tokens(self, texts: TextSet) -> list[list[int]]:
+        """Token ids; those of public sets are kept, as every round asks for them again."""
+        if texts.name not in self._tokens:
+            self._tokens[texts.name] = self.specialist.encode(texts.texts)
+        return self._tokens[texts.name]
+
+    def answer(self, texts: TextSet, tick: Tick | None = None) -> Tensor:
+        """Log-probabilities ``[N, V]`` of ``texts``."""
+        return answering.answer(
+            self.model,
+            self.tokens(texts),
+            self.classes,
+            pad_id=self.specialist.pad_id,
+            batch_size=self.session.config.clients.answer_batch_size,
+            bf16=self.session.bf16,
+            meter=self.meter,
+            tick=tick,
+        )
+
+    def fit(
+        self,
+        lessons: Lessons,
+        config: TrainingConfig,
+        *,
+        seed: int,
+        steps: int | None = None,
+        distill: DistillConfig | None = None,
+        tick: Tick | None = None,
+    ) -> training.Trained:
+        """Train on ``lessons`` from the weights as they are."""
+        return training.fit(
+            self.model,
+            lessons,
+            config,
+            seed=seed,
+            bf16=self.session.bf16,
+            pad_id=self.specialist.pad_id,
+            head=models.head_parameters(self.model),
+            meter=self.meter,
+            steps=steps,
+            distill=distill,
+            tick=tick,
+        )
+
+    def evaluate(self) -> dict[str, dict[str, float]]:
+        """Figures on the validation and the test set. Whoever selects, selects on validation."""
+        figures = {}
+        for name, texts in (("validation", self.session.splits.validation), ("test", self.session.splits.test)):
+            figures[name] = evaluation.classification(self.answer(texts).numpy(), texts.labels).as_dict()
+        return figures
+
+    def step(
+        self,
+        name: str,
+        label: str,
+        start: str | None,
+        lessons: Callable[[], Lessons],
+        config: TrainingConfig,
+        *,
+        steps: int | None = None,
+        distill: DistillConfig | None = None,
+    ) -> Json:
+        """Train from the weights in file ``start`` (``None``: anew), evaluate, save; once, whatever is resumed.
+
+        Returns the record: ``weights`` (a file of the run), ``validation``, ``test``, ``trained``, ``costs``.
+        """
+        run = self.session.run
+        if (record := run.done(name)) is not None:
+            return record
+        if start is None:
+            self.reset()
+        else:
+            self.restore(start)
+        before = self.meter.flops
+        with self.session.show.step(label) as tick, measure() as train:
+            trained = self.fit(
+                lessons(), config, seed=derive(self.session.config.seed, name), steps=steps, distill=distill, tick=tick
+            )
+            train.flops = self.meter.flops - before
+        before = self.meter.flops
+        with measure() as evaluated:
+            figures = self.evaluate()
+            evaluated.flops = self.meter.flops - before
+        weights = f"{name}.safetensors"
+        run.write(weights, lambda path: models.save(self.model, path))
+        content = {
+            "weights": weights,
+            **figures,
+            "trained": asdict(trained),
+            "costs": {"train": asdict(train.cost), "evaluate": asdict(evaluated.cost)},
+        }
+        return run.commit(name, content, [weights])
+
+
+def lessons_of(learner: Learner, texts: TextSet, teacher: Tensor | None = None) -> Lessons:
+    """``texts`` with the labels that they have and, if given, a teacher's answers to them."""
+    return Lessons(learner.tokens(texts), labels_of(texts), teacher)
+
+
+def labels_of(texts: TextSet) -> Tensor:
+    """``[N]`` labels as training wants them."""
+    labels = torch.from_numpy(texts.labels)
+    return torch.where(labels == UNLABELLED, NO_LABEL, labels)
+
+
+def best_of(best: Json | None, new: Json) -> Json:
+    """The better on validation; the earlier where they are equal."""
+    if best is None or new["validation"]["accuracy"] > best["validation"]["accuracy"]:
+        return new
+    return best
+
+
+def later(config: TrainingConfig, epochs: float | None, head_learning_rate: float | None) -> TrainingConfig:
+    """``config`` for a model that has been trained before: its head is no longer random."""
+    changed: Mapping[str, Any] = {
+        "epochs": epochs or config.epochs,
+        "head_learning_rate": head_learning_rate,
+    }
+    return config.model_copy(update=dict(changed))
+
+
+def student_rounds(session: Session, name: str, texts: TextSet) -> list[Json]:
+    """Train the student's architecture on labelled ``texts`` exactly as the student is trained.
+
+    As many segments as there are rounds, as many steps in each, the same schedule and selection: what
+    differs from the student is only what it learns from.
+    """
+    config = session.config
+    learner = Learner(session, config.student.model, "student.model")
+    steps = training.steps_of(config.student.training, len(session.splits.proxy))
+    records: list[Json] = []
+    best: Json | None = None
+    for number in range(1, config.rounds + 1):
+        settings = config.student.training
+        if number > 1:
+            settings = later(settings, None, config.student.later_head_learning_rate)
+        start = records[-1] if config.distill.accept == "always" and records else best
+        record = learner.step(
+            f"baselines/{name}/{number:03d}",
+            f"{name}: segment {number} of {config.rounds}",
+            start["weights"] if start else None,
+            lambda: lessons_of(learner, texts),
+            settings,
+            steps=steps,
+        )
+        records.append(record)
+        best = best_of(best, record)
+    return records

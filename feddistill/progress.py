@@ -1,0 +1,65 @@
+"""What a person sees while a run works: bars in a terminal, nothing elsewhere."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from feddistill.types import Tick
+
+
+class Show(Protocol):
+    """How steps of a run are shown."""
+
+    def step(self, label: str) -> AbstractContextManager[Tick]:
+        """Show ``label`` while the body runs; the body calls what it is given."""
+        ...
+
+    def say(self, line: str) -> None:
+        """A line that stays."""
+        ...
+
+
+class Quiet:
+    """Shows nothing: for tests, and programs that import us."""
+
+    @contextmanager
+    def step(self, label: str) -> Iterator[Tick]:
+        """See ``Show``."""
+        yield lambda done, total: None
+
+    def say(self, line: str) -> None:
+        """See ``Show``."""
+
+
+class Terminal:
+    """A bar for the step that runs, and a line for each thing worth keeping; lines only when piped."""
+
+    def __init__(self, console: Console | None = None):
+        self.console = console or Console(file=sys.stderr)
+
+    @contextmanager
+    def step(self, label: str) -> Iterator[Tick]:
+        """See ``Show``."""
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        )
+        with Progress(
+            *columns, console=self.console, transient=True, disable=not self.console.is_terminal
+        ) as bars:
+            task = bars.add_task(label, total=None)
+
+            def tick(done: int, total: int) -> None:
+                bars.update(task, completed=done, total=total)
+
+            yield tick
+
+    def say(self, line: str) -> None:
+        """See ``Show``."""
+        self.console.print(line, highlight=False)

@@ -1,0 +1,183 @@
+"""The report of a run: a page that needs nothing else, tables as CSV, figures as SVG, TensorBoard logs."""
+
+import csv
+import io
+from importlib.resources import files
+from pathlib import Path
+
+from jinja2 import Environment, StrictUndefined
+from rich.console import Console
+from rich.table import Table
+
+from feddistill.data import Skew
+from feddistill.errors import RunError
+from feddistill.report import figures
+from feddistill.store import CONFIG, RESULT, Json, RunDirectory
+
+__all__ = ["print_table", "skew_lines", "write"]
+
+PAGE = "report.html"
+NAMES = {
+    "student": "student (feddistill)",
+    "clients_before": "clients, first round (mean)",
+    "clients_after": "clients, last round (mean)",
+    "public_only": "public only, same steps",
+    "local_only_mean": "local only, same steps (mean)",
+    "local_only_best": "local only, same steps (best)",
+    "centralized": "centralized, same steps",
+}
+
+
+def write(out: Path) -> Path:
+    """Write the report of a complete run into its directory; returns the page.
+
+    Raises:
+        RunError: The run has no result yet.
+    """
+    run = RunDirectory.open(out)
+    try:
+        if not run.path(RESULT).exists():
+            raise RunError(f"{out} is not complete; go on with: feddistill train --resume --out {out}")
+        result, skew = run.read_json(RESULT), _skew(run.read_json("data/skew.json"))
+        drawn = figures.draw(result, skew)
+        for name, svg in drawn.items():
+            run.write_text(f"figures/{name}.svg", svg)
+        run.write_text("rounds.csv", _csv(result["by_round"]))
+        run.write_text("metrics.csv", _csv([{"who": who, **m} for who, m in metric_rows(result)]))
+        _tensorboard(run, result)
+        template = files("feddistill.report").joinpath("page.html").read_text(encoding="utf-8")
+        page = Environment(autoescape=True, undefined=StrictUndefined).from_string(template)
+        return run.write_text(
+            PAGE,
+            page.render(
+                result=result,
+                rows=[(NAMES[who], m) for who, m in metric_rows(result)],
+                skew=skew,
+                skew_lines=skew_lines(skew),
+                figures=drawn,
+                config=run.read_bytes(CONFIG).decode(),
+                traffic=traffic_rows(result),
+                phases=phase_rows(result),
+                size=size,
+            ),
+        )
+    finally:
+        run.close()
+
+
+def metric_rows(result: Json) -> list[tuple[str, Json]]:
+    """Who, and its figures on the test set, in the order of the table."""
+    metrics = result["metrics"]
+    rows = [
+        ("student", metrics["student"]),
+        ("clients_before", metrics["clients"]["before"]["mean"]),
+        ("clients_after", metrics["clients"]["after"]["mean"]),
+    ]
+    if "public_only" in metrics:
+        rows.append(("public_only", metrics["public_only"]))
+    if "local_only" in metrics:
+        rows.append(("local_only_mean", metrics["local_only"]["mean"]))
+        rows.append(("local_only_best", metrics["local_only"]["best"]))
+    if "centralized" in metrics:
+        rows.append(("centralized", metrics["centralized"]))
+    return rows
+
+
+def print_table(result: Json) -> None:
+    """The figures on a terminal."""
+    table = Table("", "accuracy", "macro-F1", "MCC", "ECE", title=f"{result['name']}, seed {result['seed']}: test set")
+    for who, m in metric_rows(result):
+        cells = [f"{m[key]:.3f}" for key in ("accuracy", "macro_f1", "mcc", "ece")]
+        table.add_row(NAMES[who], *cells, style="bold" if who == "student" else None)
+    console = Console()
+    console.print(table)
+    traffic = result["bytes"]
+    console.print(
+        f"uploaded {size(traffic['uplink'])}, sent back {size(traffic['downlink'])}, proxy set {size(traffic['proxy'])}; "
+        f"FedAvg of this student would upload {size(traffic['fedavg_uplink_same_rounds'])}",
+        highlight=False,
+    )
+    console.print(
+        f"{result['seconds']['total']:.0f} s of work, {sum(result['flops'].values()) / 1e12:.1f} TFLOP, "
+        f"peak memory {size(result['peak_memory_bytes'])}",
+        highlight=False,
+    )
+
+
+def traffic_rows(result: Json) -> list[tuple[str, str]]:
+    """What travelled, in words and sizes."""
+    b = result["bytes"]
+    return [
+        ("clients upload: answers and descriptions, all rounds", size(b["uplink"])),
+        ("of that, descriptions (sizes, class counts)", size(b["descriptions"])),
+        ("server sends: requests and teachers, all rounds", size(b["downlink"])),
+        ("proxy texts, once to each client", size(b["proxy"])),
+        ("FedAvg of the student's float32 weights would upload, same rounds", size(b["fedavg_uplink_same_rounds"])),
+        ("times as much as the answers", f"{b['fedavg_uplink_same_rounds'] / b['uplink']:,.0f}×"),
+    ]
+
+
+def phase_rows(result: Json) -> list[tuple[str, str, str]]:
+    """Phase, seconds, operations."""
+    return [
+        (name.replace("_", " "), f"{result['seconds'][name]:.1f}", f"{flops / 1e12:.2f}")
+        for name, flops in result["flops"].items()
+    ]
+
+
+def skew_lines(skew: Skew) -> list[str]:
+    """The skew report as a table in plain text."""
+    width = max(map(len, (*skew.clients, "proxy (labelled)")))
+    columns = [max(len(label), 4) for label in skew.labels]
+
+    def line(name: str, cells: tuple[object, ...], total: object) -> str:
+        padded = (str(cell).rjust(column) for cell, column in zip(cells, columns, strict=True))
+        return f"{name.ljust(width)}  {'  '.join(padded)}  {str(total).rjust(6)}"
+
+    return [
+        line("", skew.labels, "total"),
+        *(line(client, counts, sum(counts)) for client, counts in zip(skew.clients, skew.counts, strict=True)),
+        line("proxy (labelled)", skew.proxy_counts, sum(skew.proxy_counts)),
+        f"non-IID {skew.non_iid:.3f} (mean total variation from the pool), sizes {skew.size_ratio:.1f} to 1, "
+        f"proxy {skew.proxy_examples}, validation {skew.validation_examples}, test {skew.test_examples}, "
+        f"of them {skew.test_also_public} also in proxy or private texts",
+    ]
+
+
+def size(count: float) -> str:
+    """Bytes in the unit that reads best.
+
+    >>> size(1234567)
+    '1.23 MB'
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def _skew(stored: Json) -> Skew:
+    lists = {key: tuple(value) for key, value in stored.items() if isinstance(value, list)}
+    return Skew(**{**stored, **lists, "counts": tuple(map(tuple, stored["counts"]))})
+
+
+def _csv(rows: list[Json]) -> str:
+    out = io.StringIO()
+    writer = csv.DictWriter(out, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
+
+
+def _tensorboard(run: RunDirectory, result: Json) -> None:
+    """Accuracy of every series by round. Written from the result, so that a resumed run has each point once."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    run.remove("tensorboard")
+    with SummaryWriter(str(run.path("tensorboard"))) as board:
+        for row in result["by_round"]:
+            for which in ("test", "validation"):
+                board.add_scalar(f"{which}_accuracy/{row['series']}", row[f"{which}_accuracy"], row["round"])
+        for name, figures_ in metric_rows(result):
+            board.add_scalar(f"final_test_accuracy/{name}", figures_["accuracy"], result["rounds"])

@@ -1,0 +1,126 @@
+"""The figures of a report, as SVG that says its numbers in text and is readable without colour."""
+
+import io
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from feddistill.data import Skew
+from feddistill.store import Json
+
+STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "feddistill",
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+}
+# Okabe and Ito's colours, told apart by the colour-blind; line and marker differ as well.
+STUDENT = {"color": "#0072B2", "marker": "o", "linewidth": 2.5, "label": "student"}
+CLIENTS = {"color": "#999999", "marker": ".", "linewidth": 1.0, "linestyle": "-"}
+BASELINES = {
+    "public_only": {"color": "#D55E00", "marker": "s", "linestyle": "--"},
+    "centralized": {"color": "#009E73", "marker": "^", "linestyle": "-."},
+}
+
+
+def draw(result: Json, skew: Skew) -> dict[str, str]:
+    """Name to SVG."""
+    with matplotlib.rc_context(STYLE):
+        return {
+            "accuracy": _accuracy(result),
+            "skew": _skew(skew),
+            "traffic": _traffic(result),
+            "seconds": _bars({k: v for k, v in result["seconds"].items() if k in result["flops"]}, "seconds"),
+            "flops": _bars({k: v / 1e12 for k, v in result["flops"].items()}, "TFLOP"),
+        }
+
+
+@contextmanager
+def _figure(width: float, height: float, into: list[str]) -> Iterator[Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    yield figure.add_subplot()
+    out = io.StringIO()
+    figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+    into.append(re.sub(r"^.*?(?=<svg)", "", out.getvalue(), flags=re.DOTALL))
+
+
+def _series(result: Json) -> dict[str, list[tuple[int, float]]]:
+    series: dict[str, list[tuple[int, float]]] = {}
+    for row in result["by_round"]:
+        series.setdefault(row["series"], []).append((row["round"], row["test_accuracy"]))
+    return series
+
+
+def _accuracy(result: Json) -> str:
+    svg: list[str] = []
+    with _figure(8, 4.2, svg) as axes:
+        first = True
+        for name, points in _series(result).items():
+            if name.startswith("client "):
+                axes.plot(*zip(*points, strict=True), **CLIENTS, label="clients" if first else None)
+                first = False
+            elif name in BASELINES:
+                axes.plot(*zip(*points, strict=True), **BASELINES[name], label=name.replace("_", " "))
+        axes.plot(*zip(*_series(result)["student"], strict=True), **STUDENT)
+        local = result["metrics"].get("local_only")
+        if local:
+            axes.axhline(local["best"]["accuracy"], color="black", linestyle=":", linewidth=1, label="best client alone")
+        axes.set_xlabel("round")
+        axes.set_ylabel("accuracy on the test set")
+        axes.set_xticks(range(1, result["rounds"] + 1) if result["rounds"] <= 20 else axes.get_xticks())
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    return svg[0]
+
+
+def _skew(skew: Skew) -> str:
+    svg: list[str] = []
+    clients = len(skew.clients)
+    with _figure(8, 1.6 + 0.36 * clients, svg) as axes:
+        axes.grid(visible=False)
+        axes.imshow(skew.counts, cmap="Blues", aspect="auto", vmin=0)
+        peak = max(max(row) for row in skew.counts)
+        for row, counts in enumerate(skew.counts):
+            for column, count in enumerate(counts):
+                colour = "white" if count > 0.6 * peak else "black"
+                axes.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=9)
+        axes.set_xticks(range(len(skew.labels)), skew.labels, rotation=30, ha="right")
+        axes.set_yticks(range(clients), [f"{c} ({sum(n)})" for c, n in zip(skew.clients, skew.counts, strict=True)])
+        axes.set_title("private examples by client and label", fontsize=10)
+    return svg[0]
+
+
+def _traffic(result: Json) -> str:
+    b = result["bytes"]
+    sizes = {
+        "answers up": b["uplink"],
+        "requests, teachers down": b["downlink"],
+        "proxy set, once": b["proxy"],
+        "FedAvg up, same rounds": b["fedavg_uplink_same_rounds"],
+    }
+    svg: list[str] = []
+    with _figure(8, 2.2, svg) as axes:
+        axes.barh(list(sizes), [max(v, 1) / 1e6 for v in sizes.values()], color="#56B4E9", edgecolor="black")
+        axes.set_xscale("log")
+        axes.invert_yaxis()
+        axes.set_xlabel("MB, all clients and rounds (logarithmic)")
+    return svg[0]
+
+
+def _bars(values: dict[str, float], unit: str) -> str:
+    svg: list[str] = []
+    with _figure(8, 0.9 + 0.32 * len(values), svg) as axes:
+        names = [name.replace("_", " ") for name in values]
+        bars = axes.barh(names, list(values.values()), color="#E69F00", edgecolor="black")
+        axes.bar_label(bars, fmt="%.3g", padding=3)
+        axes.margins(x=0.12)
+        axes.invert_yaxis()
+        axes.set_xlabel(unit)
+    return svg[0]

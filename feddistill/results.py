@@ -1,0 +1,148 @@
+"""From what the methods found to ``result.json``: a stable interface, and tables for a report."""
+
+import json
+from collections.abc import Iterable, Mapping
+from statistics import fmean, pstdev
+
+from feddistill.config import Config, digest
+from feddistill.store import Json
+from feddistill.types import Splits
+
+METRICS = ("accuracy", "macro_f1", "mcc", "ece", "cross_entropy")
+
+
+def summarise(config: Config, splits: Splits, found: Mapping[str, Json], environment: Json) -> Json:
+    """Everything of a run in one object. Figures are of the test set; selection was on validation."""
+    rounds = found["feddistill"]["rounds"]
+    student = best(record["student"] for record in rounds)
+    metrics: Json = {
+        "student": student["test"],
+        "clients": {
+            "before": _spread([s["test"] for s in rounds[0]["specialists"].values()]),
+            "after": _spread([s["test"] for s in rounds[-1]["specialists"].values()]),
+        },
+    }
+    for name in ("public_only", "centralized"):
+        if name in found:
+            metrics[name] = best(found[name]["rounds"])["test"]
+    if "local_only" in found:
+        chosen = {client: best(records) for client, records in found["local_only"]["clients"].items()}
+        metrics["local_only"] = {
+            **_spread([record["test"] for record in chosen.values()]),
+            "best": best(chosen.values())["test"],
+            "clients": {client: record["test"] for client, record in chosen.items()},
+        }
+    phases = _phases(found)
+    proxy = len(splits.private) * proxy_bytes(splits)
+    uplink = sum(sum(r["bytes"]["uplink"].values()) for r in rounds) + found["feddistill"]["description_bytes"]
+    return {
+        "status": "complete",
+        "name": config.name,
+        "seed": config.seed,
+        "rounds": config.rounds,
+        "config_digest": digest(config),
+        "metrics": metrics,
+        "selected_round": next(r["round"] for r in rounds if r["student"] == student),
+        "student_weights": student["weights"],
+        "by_round": by_round(found),
+        "bytes": {
+            "uplink": uplink,
+            "downlink": sum(sum(r["bytes"]["downlink"].values()) for r in rounds),
+            "proxy": proxy,
+            "descriptions": found["feddistill"]["description_bytes"],
+            "by_round": [r["bytes"] for r in rounds],
+            "fedavg_uplink_same_rounds": found["feddistill"]["student_bytes"] * len(splits.private) * config.rounds,
+        },
+        "flops": {name: phase["flops"] for name, phase in phases.items()},
+        "seconds": {
+            "total": round(sum(phase["seconds"] for phase in phases.values()), 3),
+            **{name: round(phase["seconds"], 3) for name, phase in phases.items()},
+        },
+        "peak_memory_bytes": max(int(phase["peak_memory_bytes"]) for phase in phases.values()),
+        "teacher": [{"round": r["round"], **r["teacher"]["diagnostics"]} for r in rounds],
+        "refused": {str(r["round"]): r["refused"] for r in rounds if r["refused"]},
+        "collapsed": {
+            str(r["round"]): r["teacher"]["diagnostics"]["collapsed"]
+            for r in rounds
+            if r["teacher"]["diagnostics"]["collapsed"]
+        },
+        "environment": environment,
+    }
+
+
+def best(records: Iterable[Json]) -> Json:
+    """The first of those that are best on validation."""
+    return max(records, key=lambda record: record["validation"]["accuracy"])
+
+
+def by_round(found: Mapping[str, Json]) -> list[Json]:
+    """Test and validation accuracy after each round or segment of every method: what the report draws."""
+    rows: list[Json] = []
+
+    def add(series: str, number: int, record: Json) -> None:
+        rows.append(
+            {
+                "series": series,
+                "round": number,
+                "test_accuracy": record["test"]["accuracy"],
+                "validation_accuracy": record["validation"]["accuracy"],
+            }
+        )
+
+    for entry in found["feddistill"]["rounds"]:
+        add("student", entry["round"], entry["student"])
+        for client, record in entry["specialists"].items():
+            add(f"client {client}", entry["round"], record)
+    for name in ("public_only", "centralized"):
+        for number, record in enumerate(found.get(name, {}).get("rounds", []), 1):
+            add(name, number, record)
+    for client, records in found.get("local_only", {}).get("clients", {}).items():
+        for number, record in enumerate(records, 1):
+            add(f"local_only {client}", number, record)
+    return rows
+
+
+def proxy_bytes(splits: Splits) -> int:
+    """The proxy set as each client downloads it, once: JSON lines of id and text."""
+    lines = (
+        json.dumps({"id": i, "text": text}, ensure_ascii=False, separators=(",", ":"))
+        for i, text in zip(splits.proxy.ids, splits.proxy.texts, strict=True)
+    )
+    return sum(len(line.encode()) + 1 for line in lines)
+
+
+def _spread(figures: list[Json]) -> Json:
+    return {
+        "mean": {name: round(fmean(f[name] for f in figures), 6) for name in METRICS},
+        "std": {name: round(pstdev([f[name] for f in figures]), 6) for name in METRICS},
+    }
+
+
+def _phases(found: Mapping[str, Json]) -> dict[str, Json]:
+    """Costs added up by who pays and what for."""
+    phases: dict[str, Json] = {}
+
+    def add(phase: str, cost: Json) -> None:
+        total = phases.setdefault(phase, {"seconds": 0.0, "flops": 0, "peak_memory_bytes": 0})
+        total["seconds"] += cost["seconds"]
+        total["flops"] += cost["flops"]
+        total["peak_memory_bytes"] = max(total["peak_memory_bytes"], cost["peak_memory_bytes"])
+
+    def add_training(phase: str, record: Json) -> None:
+        add(phase, record["costs"]["train"])
+        add("evaluate", record["costs"]["evaluate"])
+
+    for entry in found["feddistill"]["rounds"]:
+        for record in entry["specialists"].values():
+            add_training("clients_train", record)
+        for upload in entry["uploads"].values():
+            add("clients_answer", upload["cost"])
+        add("server_aggregate", entry["teacher"]["cost"])
+        add_training("server_train", entry["student"])
+    for name in ("public_only", "centralized"):
+        for record in found.get(name, {}).get("rounds", []):
+            add_training(f"baseline_{name}", record)
+    for records in found.get("local_only", {}).get("clients", {}).values():
+        for record in records[1:]:  # the first segment is the federation's own first round
+            add_training("baseline_local_only", record)
+    return phases

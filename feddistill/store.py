@@ -1,0 +1,157 @@
+"""The directory of a run: what is done is there whole, or not there.
+
+A step first writes its files, each under a temporary name that is renamed when it is on disk, then one
+record that names their sizes and hashes. So whatever kills a run, a record that exists vouches for whole
+files, and ``--resume`` goes on with the first step that has none.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TextIO
+
+from feddistill.errors import RunError
+
+Json = dict[str, Any]
+
+CONFIG = "config.yaml"
+RESULT = "result.json"
+
+
+class RunDirectory:
+    """An open run; holds a lock, so that no second process writes into it.
+
+    Raises:
+        RunError: From every method, naming the path: in the way, not a run, in use, damaged, disk full.
+    """
+
+    def __init__(self, root: Path, lock: TextIO):
+        self.root = root
+        self._lock = lock
+
+    @classmethod
+    def create(cls, root: Path, config: str) -> "RunDirectory":
+        """Start a run in a directory that is new or empty."""
+        if root.exists() and (not root.is_dir() or any(root.iterdir())):
+            raise RunError(f"{root} already exists; go on with --resume, or choose another --out")
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(f"cannot create {root}: {error.strerror}") from None
+        run = cls(root, _lock(root))
+        run.write_text(CONFIG, config)
+        return run
+
+    @classmethod
+    def open(cls, root: Path) -> "RunDirectory":
+        """Open a run that ``create`` made."""
+        if not (root / CONFIG).is_file():
+            raise RunError(f"{root} is not a run: it has no {CONFIG}")
+        run = cls(root, _lock(root))
+        for left_over in root.rglob("*.partial"):
+            left_over.unlink()
+        return run
+
+    def close(self) -> None:
+        """Give the lock back."""
+        self._lock.close()
+
+    def path(self, name: str) -> Path:
+        """Where ``name`` is, or will be."""
+        return self.root / name
+
+    def write(self, name: str, fill: Callable[[Path], object]) -> Path:
+        """Let ``fill`` write a file, and give it its name only when it is whole and on disk."""
+        target = self.path(name)
+        partial = target.with_name(target.name + ".partial")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            fill(partial)
+            with partial.open("rb+") as handle:
+                os.fsync(handle.fileno())
+            partial.replace(target)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise RunError(f"cannot write {target}: {error.strerror or error}") from None
+        return target
+
+    def write_bytes(self, name: str, content: bytes) -> Path:
+        """Write ``content`` whole."""
+        return self.write(name, lambda path: path.write_bytes(content))
+
+    def write_text(self, name: str, content: str) -> Path:
+        """Write ``content`` whole, as UTF-8."""
+        return self.write_bytes(name, content.encode())
+
+    def write_json(self, name: str, content: Json) -> Path:
+        """Write ``content`` whole, as indented JSON."""
+        return self.write_text(name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+    def read_bytes(self, name: str) -> bytes:
+        """Read a file of this run."""
+        try:
+            return self.path(name).read_bytes()
+        except OSError as error:
+            raise RunError(f"cannot read {self.path(name)}: {error.strerror}") from None
+
+    def read_json(self, name: str) -> Json:
+        """Read a JSON object of this run."""
+        try:
+            content = json.loads(self.read_bytes(name))
+        except ValueError as error:
+            raise RunError(f"{self.path(name)} is damaged: {error}") from None
+        if not isinstance(content, dict):
+            raise RunError(f"{self.path(name)} is damaged: not a JSON object")
+        return content
+
+    def commit(self, step: str, content: Json, files: Iterable[str] = ()) -> Json:
+        """Record ``step`` as done, with what it found and the files that it vouches for."""
+        vouched = {name: [self.path(name).stat().st_size, _hash(self.path(name))] for name in files}
+        self.write_json(_record(step), {"content": content, "files": vouched})
+        return content
+
+    def done(self, step: str, *, verify: bool = True) -> Json | None:
+        """What ``step`` found, or ``None`` when it is still to do.
+
+        ``verify``: compare the files that it vouches for; off for steps whose files may have been tidied away.
+        """
+        if not self.path(_record(step)).exists():
+            return None
+        record = self.read_json(_record(step))
+        for name, (size, digest) in record["files"].items() if verify else ():
+            path = self.path(name)
+            if not path.is_file() or path.stat().st_size != size or _hash(path) != digest:
+                raise RunError(f"{path} is missing or damaged: it is not what {step} wrote; start the run anew")
+        content: Json = record["content"]
+        return content
+
+    def remove(self, name: str) -> None:
+        """Tidy a file or folder away, if it is there."""
+        path = self.path(name)
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _record(step: str) -> str:
+    return f"records/{step}.json"
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def _lock(root: Path) -> TextIO:
+    handle = (root / ".lock").open("w")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        handle.close()
+        raise RunError(f"{root} is in use by another process") from None
+    return handle
