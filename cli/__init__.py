@@ -41,7 +41,9 @@ class Commands(click.Group):
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         """From the table alone."""
 
-        return [CompletionItem(name, help=text) for name, text in COMMANDS.items() if name.startswith(incomplete)]
+        return [
+            CompletionItem(name, help=text) for name, text in COMMANDS.items() if name.startswith(incomplete)
+        ]
 
     def invoke(self, ctx: click.Context) -> object:
         """A user's mistake is one line and exit status 2; ours keeps its traceback."""
@@ -56,5 +58,3 @@ class Commands(click.Group):
 @click.version_option(__version__, prog_name="feddistill")
 def main() -> None:
     """Federated distillation: train one language model together, share neither data nor weights."""
-
-

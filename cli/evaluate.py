@@ -8,7 +8,11 @@ import click
 
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--texts", type=click.Path(path_type=Path), help="A file of your own (csv, jsonl, parquet) instead of the run's test set.")
+@click.option(
+    "--texts",
+    type=click.Path(path_type=Path),
+    help="A file of your own (csv, jsonl, parquet) instead of the run's test set.",
+)
 @click.option("--text-column", default="text", show_default=True)
 @click.option("--label-column", default="label", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")

@@ -7,7 +7,9 @@ import click
 
 @click.command()
 @click.argument("config", required=False, type=click.Path(path_type=Path))
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a setting; may be repeated.")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a setting; may be repeated."
+)
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
@@ -15,7 +17,9 @@ import click
 )
 @click.option("--resume", is_flag=True, help="Go on with the interrupted run in --out.")
 @click.option("--quiet", is_flag=True, help="Print nothing but errors.")
-def train(config: Path | None, overrides: tuple[str, ...], out: Path | None, resume: bool, quiet: bool) -> None:
+def train(
+    config: Path | None, overrides: tuple[str, ...], out: Path | None, resume: bool, quiet: bool
+) -> None:
     """Train a student on what CONFIG's clients know.
 
     Without CONFIG: the embedded quickstart, offline, on real text, in minutes on two cores.

@@ -128,8 +128,8 @@ def _resolve(config: Config) -> Config:
 
 def _fast_bf16() -> bool:
     if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def _same(config: Config, directory: RunDirectory) -> Config:
@@ -141,7 +141,9 @@ def _same(config: Config, directory: RunDirectory) -> Config:
     )
     if given != stored:
         key = _first_difference(given.model_dump(mode="json"), stored.model_dump(mode="json"))
-        raise ConfigError(f"{directory.root} was started with another {key}; resume without changing settings")
+        raise ConfigError(
+            f"{directory.root} was started with another {key}; resume without changing settings"
+        )
     return stored
 
 
@@ -154,10 +156,9 @@ def _first_difference(a: object, b: object, path: str = "") -> str:
 
 
 def _prepare(config: Config) -> None:
-    """Settings of the process that the numbers depend on, and silence for what is not ours to say."""
+    """The process's threads, which the numbers depend on; transformers' own chatter is turned off."""
     assert config.threads is not None, "_resolve settles it"
     torch.set_num_threads(config.threads)
-    torch.use_deterministic_algorithms(not torch.cuda.is_available())
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 
@@ -178,5 +179,3 @@ def _tidy(directory: RunDirectory, config: Config) -> None:
 
 def _result(directory: RunDirectory) -> Json | None:
     return directory.read_json(RESULT) if directory.path(RESULT).exists() else None
-
-

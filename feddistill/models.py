@@ -141,9 +141,13 @@ def _tokenizer(source: ModelSource, name: str) -> PreTrainedTokenizerBase:
         source = source.tokenizer
     location = _location(source, name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(location, revision=getattr(source, "revision", None) or "main")
+        tokenizer = AutoTokenizer.from_pretrained(
+            location, revision=getattr(source, "revision", None) or "main"
+        )
     except (OSError, ValueError) as error:
-        raise ModelError(f"{name}.source: cannot load a tokenizer from {location!r}: {_first_line(error)}") from None
+        raise ModelError(
+            f"{name}.source: cannot load a tokenizer from {location!r}: {_first_line(error)}"
+        ) from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:
@@ -163,11 +167,14 @@ def _with_head(config: ModelConfig, classes: int, tokenizer: PreTrainedTokenizer
         try:
             model = auto.from_pretrained(location, revision=revision, dtype=torch.float32, **labels)
         except (OSError, ValueError, SafetensorError) as error:
-            raise ModelError(f"{name}.source: cannot load a model from {location!r}: {_first_line(error)}") from None
+            raise ModelError(
+                f"{name}.source: cannot load a model from {location!r}: {_first_line(error)}"
+            ) from None
     model.config.pad_token_id = tokenizer.pad_token_id
     model.config.use_cache = False
     if own:
-        return model
+        whole: nn.Module = model
+        return whole
     return MeanPoolClassifier(model, model.config.hidden_size, classes)
 
 
@@ -181,7 +188,9 @@ def _scratch_config(
 
         near = get_close_matches(source.architecture, list(CONFIG_MAPPING), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ModelError(f"{name}.source.architecture = {source.architecture!r} is not one of transformers'{hint}") from None
+        raise ModelError(
+            f"{name}.source.architecture = {source.architecture!r} is not one of transformers'{hint}"
+        ) from None
     known = {*plain.to_dict(), *plain.attribute_map}
     for key in source.settings:
         if key not in known:  # transformers would accept it and ignore it
@@ -198,7 +207,8 @@ def _scratch_config(
 
 
 def _hf_config(model: nn.Module) -> PretrainedConfig:
-    return model.encoder.config if isinstance(model, MeanPoolClassifier) else model.config
+    body = model.encoder if isinstance(model, MeanPoolClassifier) else model
+    return body.config
 
 
 def _layer_list(model: nn.Module, name: str) -> tuple[str, nn.ModuleList]:
@@ -214,13 +224,15 @@ def _keep_layers(model: nn.Module, keep: tuple[int, ...], name: str) -> None:
     path, layers = _layer_list(model, name)
     for index in keep:
         if not 0 <= index < len(layers):
-            raise ModelError(f"{name}.layers names layer {index}; the model has layers 0 to {len(layers) - 1}")
+            raise ModelError(
+                f"{name}.layers names layer {index}; the model has layers 0 to {len(layers) - 1}"
+            )
     parent, _, last = path.rpartition(".")
     setattr(model.get_submodule(parent), last, nn.ModuleList(layers[index] for index in keep))
     for position, index in enumerate(keep):
         for module in layers[index].modules():
             if hasattr(module, "layer_idx"):  # the place of its keys and values in a cache
-                module.layer_idx = position
+                module.layer_idx = position  # type: ignore[assignment]  # nn.Module types it as a tensor
     hf = _hf_config(model)
     if getattr(hf, "layer_types", None):
         hf.layer_types = [hf.layer_types[index] for index in keep]
@@ -232,9 +244,11 @@ def _freeze(model: nn.Module, config: ModelConfig, name: str) -> None:
         return
     path, layers = _layer_list(model, name)
     if config.freeze_layers > len(layers):
-        raise ModelError(f"{name}.freeze_layers = {config.freeze_layers}, but the model has {len(layers)} layers")
+        raise ModelError(
+            f"{name}.freeze_layers = {config.freeze_layers}, but the model has {len(layers)} layers"
+        )
     if config.freeze_embeddings:
-        # All that stands before the first layer, norms and positions included: else backward runs to the bottom.
+        # All that stands before the first layer, norms and positions too: else backward runs to the bottom.
         for parameter_name, parameter in model.named_parameters():
             if parameter_name.startswith(f"{path}."):
                 break

@@ -34,7 +34,9 @@ def summarise(config: Config, splits: Splits, found: Mapping[str, Json], environ
         }
     phases = _phases(found)
     proxy = len(splits.private) * proxy_bytes(splits)
-    uplink = sum(sum(r["bytes"]["uplink"].values()) for r in rounds) + found["feddistill"]["description_bytes"]
+    uplink = (
+        sum(sum(r["bytes"]["uplink"].values()) for r in rounds) + found["feddistill"]["description_bytes"]
+    )
     return {
         "status": "complete",
         "name": config.name,
@@ -51,7 +53,9 @@ def summarise(config: Config, splits: Splits, found: Mapping[str, Json], environ
             "proxy": proxy,
             "descriptions": found["feddistill"]["description_bytes"],
             "by_round": [r["bytes"] for r in rounds],
-            "fedavg_uplink_same_rounds": found["feddistill"]["student_bytes"] * len(splits.private) * config.rounds,
+            "fedavg_uplink_same_rounds": found["feddistill"]["student_bytes"]
+            * len(splits.private)
+            * config.rounds,
         },
         "flops": {name: phase["flops"] for name, phase in phases.items()},
         "seconds": {

@@ -11,7 +11,11 @@ class Setting(BaseModel):
     """A frozen group of settings. An unknown name is an error; a field's docstring is its help."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False, ser_json_inf_nan="constants"
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+        ser_json_inf_nan="constants",
     )
 
     @model_validator(mode="before")
@@ -25,6 +29,10 @@ class Setting(BaseModel):
                     raise PydanticCustomError(
                         "unknown_setting",
                         "is not a setting",
-                        {"key": str(key), "near": near[0] if near else "", "known": ", ".join(cls.model_fields)},
+                        {
+                            "key": str(key),
+                            "near": near[0] if near else "",
+                            "known": ", ".join(cls.model_fields),
+                        },
                     )
         return value

@@ -117,7 +117,7 @@ class RunDirectory:
     def done(self, step: str, *, verify: bool = True) -> Json | None:
         """What ``step`` found, or ``None`` when it is still to do.
 
-        ``verify``: compare the files that it vouches for; off for steps whose files may have been tidied away.
+        ``verify``: compare the files that it vouches for; off where they may have been tidied away.
         """
         if not self.path(_record(step)).exists():
             return None
@@ -125,7 +125,9 @@ class RunDirectory:
         for name, (size, digest) in record["files"].items() if verify else ():
             path = self.path(name)
             if not path.is_file() or path.stat().st_size != size or _hash(path) != digest:
-                raise RunError(f"{path} is missing or damaged: it is not what {step} wrote; start the run anew")
+                raise RunError(
+                    f"{path} is missing or damaged: it is not what {step} wrote; start the run anew"
+                )
         content: Json = record["content"]
         return content
 

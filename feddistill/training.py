@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from feddistill.accounting import FlopMeter
@@ -55,7 +56,11 @@ class Trained:
 
 
 def lesson_loss(
-    logits: Tensor, labels: Tensor, teacher: Tensor | None, taught: Tensor | None, distill: DistillConfig | None
+    logits: Tensor,
+    labels: Tensor,
+    teacher: Tensor | None,
+    taught: Tensor | None,
+    distill: DistillConfig | None,
 ) -> Tensor:
     """Mean over a batch of ``w T^2 D(teacher, student) + (1 - w) CE``, a scalar.
 
@@ -147,6 +152,7 @@ def fit(
             data_collator=_Padding(pad_id),
             callbacks=[_Ticker(tick)] if tick else None,
         )
+        trainer.remove_callback(PrinterCallback)  # its lines of numbers; ours go to the records
         trainer.teach(lessons, config, distill, head, meter)
         trainer.train()
     curve = [(int(e["step"]), float(e["loss"])) for e in trainer.state.log_history if "loss" in e]
@@ -175,7 +181,7 @@ class _Padding:
         return {"input_ids": ids, "attention_mask": mask, "rows": rows}
 
 
-class _Ticker(TrainerCallback):
+class _Ticker(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
     def __init__(self, tick: Tick):
         self.tick = tick
 
@@ -194,14 +200,19 @@ class _LessonTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
     ) -> None:
         device = self.args.device
         self.lessons, self.config, self.distill, self.head, self.meter = lessons, config, distill, head, meter
+        self.optimizer: torch.optim.Optimizer | None
         self.labels = lessons.labels.to(device)
         self.teacher = None if lessons.teacher is None else lessons.teacher.to(device)
         self.taught = None if lessons.taught is None else lessons.taught.to(device)
         self.model_accepts_loss_kwargs = False  # our loss is a mean: Trainer divides by accumulated batches
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any
-    ) -> Any:
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
         outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
         rows = inputs["rows"]
         teacher = None if self.teacher is None else self.teacher[rows]
@@ -210,13 +221,16 @@ class _LessonTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         self.meter.add(*inputs["input_ids"].shape, training=True)
         return (loss, outputs) if return_outputs else loss
 
-    def create_optimizer(self, *_: Any) -> torch.optim.Optimizer:
+    def create_optimizer(self, *_: Any) -> Any:
         if self.optimizer is None:
             trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
             rate = self.config.learning_rate
             groups = [
                 {"params": [p for n, p in trained if n not in self.head], "lr": rate},
-                {"params": [p for n, p in trained if n in self.head], "lr": self.config.head_learning_rate or rate},
+                {
+                    "params": [p for n, p in trained if n in self.head],
+                    "lr": self.config.head_learning_rate or rate,
+                },
             ]
             self.optimizer = torch.optim.AdamW(
                 [group for group in groups if group["params"]], weight_decay=self.config.weight_decay

@@ -14,7 +14,6 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from feddistill.config.data import DataConfig
-from feddistill.setting import Setting
 from feddistill.config.training import (
     AggregationConfig,
     ClientsConfig,
@@ -23,6 +22,7 @@ from feddistill.config.training import (
     StudentConfig,
 )
 from feddistill.errors import ConfigError
+from feddistill.setting import Setting
 
 __all__ = ["QUICKSTART", "Config", "digest", "dump", "load"]
 
@@ -43,7 +43,7 @@ class Config(Setting):
     threads: int | None = Field(default=None, ge=1)
     """Torch's threads; ``null`` for its own choice. Results are equal for equal numbers."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Of the forward and backward passes; weights stay float32. ``auto`` is bf16 where the processor has it."""
+    """Of forward and backward passes; weights stay float32. ``auto``: bf16 where the processor has it."""
     data: DataConfig = DataConfig()
     clients: ClientsConfig = ClientsConfig()
     payload: PayloadConfig = PayloadConfig()
@@ -61,7 +61,9 @@ class Config(Setting):
         if clients is not None:
             self.aggregation.rule.check(clients)
             if self.aggregation.quorum is not None and self.aggregation.quorum > clients:
-                raise ConfigError(f"aggregation.quorum = {self.aggregation.quorum} exceeds the {clients} clients")
+                raise ConfigError(
+                    f"aggregation.quorum = {self.aggregation.quorum} exceeds the {clients} clients"
+                )
         if len(set(self.baselines)) < len(self.baselines):
             raise ConfigError(f"baselines names one twice: {', '.join(self.baselines)}")
         return self
@@ -100,7 +102,8 @@ def parse(raw: dict[str, Any]) -> Config:
 
 def dump(config: Config) -> str:
     """The configuration as YAML, every default filled in; ``load`` gives it back unchanged."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return text
 
 
 def digest(config: Config) -> str:

@@ -57,4 +57,3 @@ class ModelConfig(Setting):
 
 
 ScratchModel.model_rebuild()
-

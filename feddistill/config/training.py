@@ -1,12 +1,12 @@
 """Settings of the training: the clients', the student's, and what joins them."""
 
-from typing import Annotated, Any, Literal, Union
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 from pydantic import BeforeValidator, Field
 
 from feddistill.config.models import ModelConfig
+from feddistill.rules import RULES, MeanProbs, Rule
 from feddistill.setting import Setting
-from feddistill.rules import RULES, MeanProbs
 
 
 class TrainingConfig(Setting):
@@ -42,7 +42,9 @@ class Codistillation(Setting):
 class ClientsConfig(Setting):
     """The clients: their specialist models and how these learn."""
 
-    models: tuple[ModelConfig, ...] = Field(default=(ModelConfig(freeze_embeddings=True, freeze_layers=3),), min_length=1)
+    models: tuple[ModelConfig, ...] = Field(
+        default=(ModelConfig(freeze_embeddings=True, freeze_layers=3),), min_length=1
+    )
     """One for all, or several that are dealt out to the clients in turn."""
     training: TrainingConfig = TrainingConfig(head_learning_rate=5e-3)
     """Of the first round, on private texts alone."""
@@ -65,11 +67,14 @@ def _named(value: Any) -> Any:
     return {"kind": value} if isinstance(value, str) else value
 
 
-AnyRule = Annotated[
-    Union[tuple(RULES.values())],  # type: ignore[valid-type]  # noqa: UP007  the table is the list
-    Field(discriminator="kind"),
-    BeforeValidator(_named),
-]
+if TYPE_CHECKING:
+    AnyRule = Rule
+else:  # one of the rules in the table, told apart by its kind
+    AnyRule = Annotated[
+        Union[tuple(RULES.values())],  # noqa: UP007  X | Y takes no tuple
+        Field(discriminator="kind"),
+        BeforeValidator(_named),
+    ]
 
 
 class AggregationConfig(Setting):
@@ -85,7 +90,9 @@ class AggregationConfig(Setting):
 class DistillConfig(Setting):
     """The student's loss, ``kd_weight * T**2 * D(teacher, student) + (1 - kd_weight) * CE(labels)``."""
 
-    kind: Literal["forward_kl", "reverse_kl", "jsd", "tvd", "skew_forward_kl", "skew_reverse_kl"] = "forward_kl"
+    kind: Literal["forward_kl", "reverse_kl", "jsd", "tvd", "skew_forward_kl", "skew_reverse_kl"] = (
+        "forward_kl"
+    )
     beta: float = Field(default=0.5, ge=0, le=1)
     """Of ``jsd``: 0 is forward, 1 reverse KL."""
     temperature: float = Field(default=2.0, gt=0)
@@ -102,5 +109,3 @@ class StudentConfig(Setting):
     training: TrainingConfig = TrainingConfig(head_learning_rate=5e-3)
     later_head_learning_rate: float | None = Field(default=None, gt=0)
     """``head_learning_rate`` of the later rounds, when the head is no longer random."""
-
-

@@ -1,7 +1,5 @@
 """From a configuration to everybody's texts: private sets of the clients, proxy, validation, test."""
 
-from typing import cast
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -34,15 +32,19 @@ def load(config: DataConfig, seed: int) -> Splits:
     if carved and pool is None:
         raise ConfigError(f"data.{carved[0]}.source is missing, and there is no data.source to carve it from")
     tables = {
-        name: read(part.source, f"data.{name}.source") for name, part in wanted.items() if part.source is not None
+        name: read(part.source, f"data.{name}.source")
+        for name, part in wanted.items()
+        if part.source is not None
     }
     clients: dict[str, Table] = {}
     if isinstance(config.partition, GivenPartition):
         clients = {
-            name: read(cast(Source, source), f"data.partition.sources.{name}")
+            name: read(source, f"data.partition.sources.{name}")
             for name, source in config.partition.sources.items()
         }
-    labels = config.labels or _labels(pool, [*clients.values(), *(tables[n] for n in tables if n == "private")])
+    labels = config.labels or _labels(
+        pool, [*clients.values(), *(tables[n] for n in tables if n == "private")]
+    )
     sets: dict[str, TextSet] = {}
     if pool is not None:
         whole = _labelled(pool, labels, "data.source", optional=False)
@@ -87,7 +89,9 @@ def _labelled(table: Table, labels: tuple[str, ...], name: str, *, optional: boo
     else:
         for row, label in enumerate(table.labels):
             if label not in index:
-                raise DataError(f"{name}: row {row} has label {label!r}, which is not one of {', '.join(labels)}")
+                raise DataError(
+                    f"{name}: row {row} has label {label!r}, which is not one of {', '.join(labels)}"
+                )
         numbers = np.array([index[label] for label in table.labels], np.int64)
     return TextSet(name, table.ids, table.texts, numbers, labels, table.sources)
 
@@ -136,4 +140,6 @@ def _every_class_has_a_teacher(private: tuple[TextSet, ...], labels: tuple[str, 
     totals = np.sum([client.label_counts() for client in private], axis=0)
     for label, total in zip(labels, totals, strict=True):
         if total == 0:
-            raise DataError(f"class {label!r} has no private example at any client; leave it out of data.labels")
+            raise DataError(
+                f"class {label!r} has no private example at any client; leave it out of data.labels"
+            )

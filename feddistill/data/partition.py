@@ -1,6 +1,7 @@
 """Divide a pool of private texts among clients, by flwr-datasets' partitioners."""
 
 import re
+import warnings
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,9 +55,13 @@ def partition(
             divide = flwr.SizePartitioner(_sizes(len(pool), how, seed))
     divide.dataset = Dataset.from_dict(columns)
     try:
-        parts = [
-            np.sort(np.asarray(divide.load_partition(i)["row"])) for i in range(divide.num_partitions)
-        ]
+        with warnings.catch_warnings():  # a draw that is repeated is what min_examples says
+            warnings.filterwarnings(
+                "ignore", message="The specified min_partition_size", category=UserWarning
+            )
+            parts = [
+                np.sort(np.asarray(divide.load_partition(i)["row"])) for i in range(divide.num_partitions)
+            ]
     except ValueError as error:  # the Dirichlet draw gave up
         raise DataError(
             f"data.partition: no draw in ten gave each client {getattr(how, 'min_examples', 1)} of "
@@ -86,7 +91,9 @@ def _sizes(examples: int, how: QuantityPartition, seed: int) -> list[int]:
 
 def _enough(pool: TextSet, clients: int) -> None:
     if len(pool) < clients:
-        raise DataError(f"data.partition: {len(pool)} private examples for {clients} clients; client-{len(pool)} has none")
+        raise DataError(
+            f"data.partition: {len(pool)} private examples for {clients} clients; client-{len(pool)} has none"
+        )
 
 
 def _client_name(source: object) -> str:

@@ -2,7 +2,7 @@
 
 import gzip
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -66,10 +66,16 @@ def _files(source: FileSource, name: str) -> Table:
     for index, file in enumerate(found):
         part = _one_file(file, source, name)
         if index and set(part) != set(columns):
-            raise DataError(f"{name}: {file} has columns {sorted(part)}, {found[0].name} has {sorted(columns)}")
+            raise DataError(
+                f"{name}: {file} has columns {sorted(part)}, {found[0].name} has {sorted(columns)}"
+            )
         for key, values in part.items():
             columns.setdefault(key, []).extend(values)
-    wanted = source if path.suffix != ".txt" and found[0].suffix != ".txt" else source.model_copy(update={"label_column": None})
+    wanted = (
+        source
+        if path.suffix != ".txt" and found[0].suffix != ".txt"
+        else source.model_copy(update={"label_column": None})
+    )
     return _table(columns, wanted, name, path.stem)
 
 
@@ -81,7 +87,9 @@ def _one_file(file: Path, source: FileSource, name: str) -> dict[str, list[Any]]
         match file.suffix.lower():
             case ".csv" | ".tsv":
                 separator = "\t" if file.suffix.lower() == ".tsv" else ","
-                frame = pandas.read_csv(file, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8")
+                frame = pandas.read_csv(
+                    file, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8"
+                )
             case ".jsonl" | ".ndjson":
                 frame = pandas.DataFrame([json.loads(line) for line in _lines(file)])
             case ".json":
@@ -110,7 +118,11 @@ def _hub(source: HubSource, name: str) -> Table:
         loaded = datasets.load_dataset(
             source.name, source.subset, split=source.split, revision=source.revision
         )
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:  # offline, no such set, no such split
+    except (
+        OSError,
+        ValueError,
+        datasets.exceptions.DatasetsError,
+    ) as error:  # offline, no such set, no such split
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"{name}: cannot load data set {source.name!r}: {reason}") from None
     columns = {key: list(loaded[key]) for key in loaded.column_names}
@@ -120,16 +132,15 @@ def _hub(source: HubSource, name: str) -> Table:
     return _table(columns, source, name, Path(source.name).name)
 
 
-def _table(columns: dict[str, Sequence[Any]], wanted: Columns, name: str, stem: str) -> Table:
+def _table(columns: Mapping[str, Sequence[Any]], wanted: Columns, name: str, stem: str) -> Table:
     """Pick and check the columns; every example must be whole."""
 
     def column(setting: str, key: str | None) -> tuple[str, ...] | None:
         if key is None:
             return None
         if key not in columns:
-            raise DataError(
-                f"{name}: {setting} = {key!r} is not a column; there are {', '.join(map(repr, columns)) or 'none'}"
-            )
+            known = ", ".join(map(repr, columns)) or "none"
+            raise DataError(f"{name}: {setting} = {key!r} is not a column; there are {known}")
         for row, value in enumerate(columns[key]):
             if value is None or value != value or not str(value).strip():
                 raise DataError(f"{name}: row {row} has no {key!r}")

@@ -8,6 +8,7 @@ teacher's answers; (2) it answers the proxy texts and uploads a payload; (3) the
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
+from statistics import fmean
 
 import numpy as np
 import torch
@@ -50,7 +51,9 @@ def _check(session: Session) -> None:
     if (config.aggregation.quorum or 1) > clients:
         raise ConfigError(f"aggregation.quorum = {config.aggregation.quorum} exceeds the {clients} clients")
     if config.payload.codec == "dense" and classes > 256:
-        raise ConfigError(f"payload.codec = 'dense' holds up to 256 classes, the data have {classes}; use 'topk'")
+        raise ConfigError(
+            f"payload.codec = 'dense' holds up to 256 classes, the data have {classes}; use 'topk'"
+        )
     if config.payload.codec == "topk" and config.payload.k > classes:
         raise ConfigError(f"payload.k = {config.payload.k}, but there are only {classes} classes")
 
@@ -117,12 +120,15 @@ class _Rounds:
                 seen.add((private.name, number))
         if len(admitted) < spec.quorum:
             reasons = "; ".join(refused.values())
-            raise RoundError(f"round {number}: {len(admitted)} valid answers, quorum {spec.quorum}: {reasons}")
+            raise RoundError(
+                f"round {number}: {len(admitted)} valid answers, quorum {spec.quorum}: {reasons}"
+            )
         teacher = self._aggregate(admitted, number, spec, step)
         student = self._distil(teacher["log_probs"], number, step)
         downlink = len(request) + (teacher["feedback_bytes"] if number < self.session.config.rounds else 0)
+        clients, own = _mean_accuracy(specialists), student["validation"]["accuracy"]
         self.session.show.say(
-            f"round {number}: clients {_mean_test(specialists):.3f}, student {student['test']['accuracy']:.3f} (test)"
+            f"round {number}: accuracy on validation: clients {clients:.3f}, student {own:.3f}"
         )
         return {
             "round": number,
@@ -133,7 +139,7 @@ class _Rounds:
             "student": student,
             "bytes": {
                 "uplink": {name: upload["bytes"] for name, upload in uploads.items()},
-                "downlink": {name: downlink for name in uploads},
+                "downlink": dict.fromkeys(uploads, downlink),
             },
         }
 
@@ -227,7 +233,9 @@ class _Rounds:
         rows = [i for i, private in enumerate(self.splits.private) if private.name in admitted]
         weights = None if self.weights is None else self.weights[rows]
         with self.session.show.step(f"round {number}: aggregate"), measure() as cost:
-            teacher, mass = aggregation.aggregate(answerers, spec.positions, config.rule, weights, config.sharpen)
+            teacher, mass = aggregation.aggregate(
+                answerers, spec.positions, config.rule, weights, config.sharpen
+            )
             labels = torch.from_numpy(self.splits.proxy.labels)
             diagnostics = aggregation.diagnose(list(admitted), answerers, teacher, labels, mass)
         run.write(f"{name}.safetensors", lambda path: save_file({"log_probs": teacher}, path))
@@ -237,7 +245,7 @@ class _Rounds:
         run.write_bytes(f"{step}/feedback.safetensors", feedback)
         run.write_bytes(f"{step}/feedback.json", envelope)
         codistil = self.session.config.clients.codistillation.enabled
-        content = {
+        content: Json = {
             "log_probs": f"{name}.safetensors",
             "feedback_bytes": (len(feedback) + len(envelope)) if codistil else 0,
             "diagnostics": asdict(diagnostics),
@@ -300,7 +308,9 @@ def _describe(session: Session, private: TextSet) -> ClientDescription:
         exact = private.label_counts().astype(np.float64)
         epsilon = session.config.data.histogram_epsilon
         if epsilon is not None:  # one example changes one count by one: Laplace noise of scale 1/epsilon
-            noise = generator(session.config.seed, "histogram", private.name).laplace(0.0, 1 / epsilon, len(exact))
+            noise = generator(session.config.seed, "histogram", private.name).laplace(
+                0.0, 1 / epsilon, len(exact)
+            )
             exact = np.maximum(np.round(exact + noise, 3), 0.0)
         counts = tuple(float(n) for n in exact)
     return ClientDescription(private.name, len(private), counts)
@@ -318,14 +328,13 @@ def _compress(log_probs: Tensor, spec: RoundSpec) -> payload.Answers:
 def _log_probs(answers: payload.Answers, start: int, stop: int) -> Tensor:
     """Rows of an admitted answer as dense log-probabilities ``[n, V]``."""
     chunk = answers.rows(start, stop)
-    if chunk.codec == "dense":
+    if isinstance(chunk, payload.Dense):
         return torch.from_numpy(chunk.log_probs())
-    ids, kept, tail = chunk.log_probs()
-    sparse = TopK(torch.from_numpy(ids), torch.from_numpy(kept), torch.from_numpy(tail), chunk.vocab_size)
+    kept, tail = chunk.log_probs()
+    ids = torch.from_numpy(chunk.ids)
+    sparse = TopK(ids, torch.from_numpy(kept), torch.from_numpy(tail), chunk.vocab_size)
     return sparse.expand(tail="uniform")
 
 
-def _mean_test(specialists: Json) -> float:
-    return sum(s["test"]["accuracy"] for s in specialists.values()) / len(specialists)
-
-
+def _mean_accuracy(specialists: Json) -> float:
+    return fmean(s["validation"]["accuracy"] for s in specialists.values())

@@ -104,7 +104,10 @@ class Learner:
     def evaluate(self) -> dict[str, dict[str, float]]:
         """Figures on the validation and the test set. Whoever selects, selects on validation."""
         figures = {}
-        for name, texts in (("validation", self.session.splits.validation), ("test", self.session.splits.test)):
+        for name, texts in (
+            ("validation", self.session.splits.validation),
+            ("test", self.session.splits.test),
+        ):
             figures[name] = evaluation.classification(self.answer(texts).numpy(), texts.labels).as_dict()
         return figures
 
@@ -119,7 +122,7 @@ class Learner:
         steps: int | None = None,
         distill: DistillConfig | None = None,
     ) -> Json:
-        """Train from the weights in file ``start`` (``None``: anew), evaluate, save; once, whatever is resumed.
+        """Train from the weights in file ``start`` (``None``: anew), evaluate, save; once in a run.
 
         Returns the record: ``weights`` (a file of the run), ``validation``, ``test``, ``trained``, ``costs``.
         """
@@ -133,7 +136,12 @@ class Learner:
         before = self.meter.flops
         with self.session.show.step(label) as tick, measure() as train:
             trained = self.fit(
-                lessons(), config, seed=derive(self.session.config.seed, name), steps=steps, distill=distill, tick=tick
+                lessons(),
+                config,
+                seed=derive(self.session.config.seed, name),
+                steps=steps,
+                distill=distill,
+                tick=tick,
             )
             train.flops = self.meter.flops - before
         before = self.meter.flops

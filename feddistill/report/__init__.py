@@ -85,16 +85,18 @@ def metric_rows(result: Json) -> list[tuple[str, Json]]:
 
 def print_table(result: Json) -> None:
     """The figures on a terminal."""
-    table = Table("", "accuracy", "macro-F1", "MCC", "ECE", title=f"{result['name']}, seed {result['seed']}: test set")
+    table = Table(
+        "", "accuracy", "macro-F1", "MCC", "ECE", title=f"{result['name']}, seed {result['seed']}: test set"
+    )
     for who, m in metric_rows(result):
         cells = [f"{m[key]:.3f}" for key in ("accuracy", "macro_f1", "mcc", "ece")]
         table.add_row(NAMES[who], *cells, style="bold" if who == "student" else None)
     console = Console()
     console.print(table)
-    traffic = result["bytes"]
+    sizes = {name: size(count) for name, count in result["bytes"].items() if isinstance(count, int)}
     console.print(
-        f"uploaded {size(traffic['uplink'])}, sent back {size(traffic['downlink'])}, proxy set {size(traffic['proxy'])}; "
-        f"FedAvg of this student would upload {size(traffic['fedavg_uplink_same_rounds'])}",
+        f"uploaded {sizes['uplink']}, sent back {sizes['downlink']}, proxy set {sizes['proxy']}; "
+        f"FedAvg of this student would upload {sizes['fedavg_uplink_same_rounds']}",
         highlight=False,
     )
     console.print(
@@ -112,7 +114,10 @@ def traffic_rows(result: Json) -> list[tuple[str, str]]:
         ("of that, descriptions (sizes, class counts)", size(b["descriptions"])),
         ("server sends: requests and teachers, all rounds", size(b["downlink"])),
         ("proxy texts, once to each client", size(b["proxy"])),
-        ("FedAvg of the student's float32 weights would upload, same rounds", size(b["fedavg_uplink_same_rounds"])),
+        (
+            "FedAvg of the student's float32 weights would upload, same rounds",
+            size(b["fedavg_uplink_same_rounds"]),
+        ),
         ("times as much as the answers", f"{b['fedavg_uplink_same_rounds'] / b['uplink']:,.0f}×"),
     ]
 
@@ -136,7 +141,10 @@ def skew_lines(skew: Skew) -> list[str]:
 
     return [
         line("", skew.labels, "total"),
-        *(line(client, counts, sum(counts)) for client, counts in zip(skew.clients, skew.counts, strict=True)),
+        *(
+            line(client, counts, sum(counts))
+            for client, counts in zip(skew.clients, skew.counts, strict=True)
+        ),
         line("proxy (labelled)", skew.proxy_counts, sum(skew.proxy_counts)),
         f"non-IID {skew.non_iid:.3f} (mean total variation from the pool), sizes {skew.size_ratio:.1f} to 1, "
         f"proxy {skew.proxy_examples}, validation {skew.validation_examples}, test {skew.test_examples}, "
@@ -171,7 +179,7 @@ def _csv(rows: list[Json]) -> str:
 
 
 def _tensorboard(run: RunDirectory, result: Json) -> None:
-    """Accuracy of every series by round. Written from the result, so that a resumed run has each point once."""
+    """Accuracy of every series by round, from the result: a resumed run has each point once."""
     from torch.utils.tensorboard import SummaryWriter
 
     run.remove("tensorboard")

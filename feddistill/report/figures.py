@@ -4,6 +4,7 @@ import io
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -12,7 +13,7 @@ from matplotlib.figure import Figure
 from feddistill.data import Skew
 from feddistill.store import Json
 
-STYLE = {
+STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "feddistill",
     "font.family": "sans-serif",
@@ -23,9 +24,9 @@ STYLE = {
     "grid.alpha": 0.25,
 }
 # Okabe and Ito's colours, told apart by the colour-blind; line and marker differ as well.
-STUDENT = {"color": "#0072B2", "marker": "o", "linewidth": 2.5, "label": "student"}
-CLIENTS = {"color": "#999999", "marker": ".", "linewidth": 1.0, "linestyle": "-"}
-BASELINES = {
+STUDENT: dict[str, Any] = {"color": "#0072B2", "marker": "o", "linewidth": 2.5, "label": "student"}
+CLIENTS: dict[str, Any] = {"color": "#999999", "marker": ".", "linewidth": 1.0, "linestyle": "-"}
+BASELINES: dict[str, dict[str, Any]] = {
     "public_only": {"color": "#D55E00", "marker": "s", "linestyle": "--"},
     "centralized": {"color": "#009E73", "marker": "^", "linestyle": "-."},
 }
@@ -33,7 +34,7 @@ BASELINES = {
 
 def draw(result: Json, skew: Skew) -> dict[str, str]:
     """Name to SVG."""
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(rc=STYLE):  # type: ignore[arg-type]  # its keys are a literal of 300 names
         return {
             "accuracy": _accuracy(result),
             "skew": _skew(skew),
@@ -72,7 +73,13 @@ def _accuracy(result: Json) -> str:
         axes.plot(*zip(*_series(result)["student"], strict=True), **STUDENT)
         local = result["metrics"].get("local_only")
         if local:
-            axes.axhline(local["best"]["accuracy"], color="black", linestyle=":", linewidth=1, label="best client alone")
+            axes.axhline(
+                local["best"]["accuracy"],
+                color="black",
+                linestyle=":",
+                linewidth=1,
+                label="best client alone",
+            )
         axes.set_xlabel("round")
         axes.set_ylabel("accuracy on the test set")
         axes.set_xticks(range(1, result["rounds"] + 1) if result["rounds"] <= 20 else axes.get_xticks())
@@ -92,7 +99,9 @@ def _skew(skew: Skew) -> str:
                 colour = "white" if count > 0.6 * peak else "black"
                 axes.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=9)
         axes.set_xticks(range(len(skew.labels)), skew.labels, rotation=30, ha="right")
-        axes.set_yticks(range(clients), [f"{c} ({sum(n)})" for c, n in zip(skew.clients, skew.counts, strict=True)])
+        axes.set_yticks(
+            range(clients), [f"{c} ({sum(n)})" for c, n in zip(skew.clients, skew.counts, strict=True)]
+        )
         axes.set_title("private examples by client and label", fontsize=10)
     return svg[0]
 

@@ -1,0 +1,67 @@
+"""Write measured tables into the documents from committed results: python docs/build_tables.py [--check]."""
+
+import json
+import re
+import sys
+from pathlib import Path
+from statistics import fmean, stdev
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "docs" / "results"
+ROWS = {
+    "student (feddistill)": lambda m: m["student"],
+    "clients, first round (mean)": lambda m: m["clients"]["before"]["mean"],
+    "clients, last round (mean)": lambda m: m["clients"]["after"]["mean"],
+    "public only, same steps": lambda m: m["public_only"],
+    "each client alone, same steps (mean)": lambda m: m["local_only"]["mean"],
+    "each client alone, same steps (best)": lambda m: m["local_only"]["best"],
+    "centralized, same steps": lambda m: m["centralized"],
+}
+
+
+def quickstart() -> str:
+    """The README's table: mean and standard deviation over the committed seeds."""
+    runs = json.loads((RESULTS / "quickstart.json").read_text())["runs"]
+    lines = ["| test set, mean ± standard deviation | accuracy | macro-F1 |", "|---|---|---|"]
+    for name, of in ROWS.items():
+        cells = []
+        for metric in ("accuracy", "macro_f1"):
+            values = [of(run["metrics"])[metric] for run in runs]
+            cells.append(f"{fmean(values):.3f} ± {stdev(values):.3f}")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    up, fedavg = (fmean(run["bytes"][key] for run in runs) for key in ("uplink", "fedavg_uplink_same_rounds"))
+    seconds = fmean(run["seconds"]["total"] for run in runs)
+    e, rounds, seeds = runs[0]["environment"], runs[0]["rounds"], ", ".join(str(r["seed"]) for r in runs)
+    note = (
+        f"Seeds {seeds}; {e['threads']} threads, {e['precision']}, torch {e['torch']}. All clients "
+        f"together upload {up / 1e3:.0f} kB in {rounds} rounds; FedAvg of the same student would upload {fedavg / 1e6:.0f} MB. "
+        f"{seconds:.0f} seconds of work, baselines included."
+    )
+    return "\n".join([*lines, "", note])
+
+
+TABLES = {"README.md": {"quickstart": quickstart}}
+
+
+def main(check: bool) -> int:
+    """Rewrite what stands between the markers; with ``check`` only say what differs."""
+    stale = []
+    for name, tables in TABLES.items():
+        path = ROOT / name
+        text = new = path.read_text(encoding="utf-8")
+        for table, make in tables.items():
+            block = f"<!-- table: {table} -->\n{make()}\n<!-- end -->".replace("\\", r"\\")
+            new, found = re.subn(rf"<!-- table: {table} -->.*?<!-- end -->", block, new, flags=re.DOTALL)
+            if not found:
+                raise SystemExit(f"{name} has no place for the table {table!r}")
+        if new != text:
+            stale.append(name)
+            if not check:
+                path.write_text(new, encoding="utf-8")
+    if stale:
+        print(f"{'differ from' if check else 'rewritten from'} docs/results: {', '.join(stale)}")
+    return int(check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main("--check" in sys.argv[1:]))

@@ -1,0 +1,106 @@
+"""Why a payload is refused: one class for each reason, so that a server can count them."""
+
+from feddistill.errors import PayloadError
+
+
+class Refusal(PayloadError):
+    """A payload was refused; names client, round, field, what was required and what was given."""
+
+    def __init__(self, client: str, round_: int, field: str, required: object, given: object):
+        self.client, self.round, self.field = client, round_, field
+        self.required, self.given = _short(required), _short(given)
+        reason = type(self).__name__
+        super().__init__(
+            f"{client}, round {round_}: {field} must be {self.required}, got {self.given} ({reason})"
+        )
+
+
+class TooLarge(Refusal):
+    """More bytes than any honest answer to this round can have."""
+
+
+class MalformedEnvelope(Refusal):
+    """The envelope is not the JSON object that it must be."""
+
+
+class UnknownClient(Refusal):
+    """The client's name is not a name, or the round does not know it."""
+
+
+class WrongRun(Refusal):
+    """Made for another run."""
+
+
+class WrongRound(Refusal):
+    """Made for another round of this run: late, or replayed."""
+
+
+class SecondSubmission(Refusal):
+    """This client has already answered this round."""
+
+
+class DigestMismatch(Refusal):
+    """The bytes are not those that the envelope vouches for."""
+
+
+class Truncated(Refusal):
+    """Fewer bytes than the file says that it has."""
+
+
+class ExtraBytes(Refusal):
+    """More bytes than the file says that it has."""
+
+
+class HeaderTooLarge(Refusal):
+    """The header is over its limit."""
+
+
+class MalformedHeader(Refusal):
+    """The header is not the JSON object that it must be, or names something twice."""
+
+
+class WrongTensors(Refusal):
+    """A tensor is missing or unknown, empty, overlaps another or leaves a gap."""
+
+
+class WrongShape(Refusal):
+    """A tensor has another type or shape than the round asks for."""
+
+
+class WrongMetadata(Refusal):
+    """A metadata field is missing, unknown or not what the round asks for."""
+
+
+class WrongVocabulary(WrongMetadata):
+    """Answers over other classes or another tokenizer."""
+
+
+class WrongQuestion(WrongMetadata):
+    """Answers to another proxy set, or to a request that was changed on the way."""
+
+
+class WrongNonce(WrongMetadata):
+    """Made before this round's request was sent."""
+
+
+class IdOutOfRange(Refusal):
+    """An id is not below the vocabulary's size."""
+
+
+class IdRepeated(Refusal):
+    """An id stands twice in a row."""
+
+
+class NotInOrder(Refusal):
+    """Values are not in rank order, likeliest first."""
+
+
+class WrongMass(Refusal):
+    """A row's probabilities do not add up to one."""
+
+
+def _short(value: object, limit: int = 120) -> str:
+    """What came from outside is shown escaped and cut."""
+    text = value if isinstance(value, str) else repr(value)
+    text = text.encode("unicode_escape").decode("ascii")
+    return text if len(text) <= limit else text[: limit - 3] + "..."

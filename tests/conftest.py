@@ -1,0 +1,89 @@
+"""Small real parts: a tokenizer trained here, encoders of a few thousand weights, a run of seconds."""
+
+import os
+
+import pytest
+import yaml
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach a network
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """A two-layer BERT with random weights and a WordPiece tokenizer, as ``save_pretrained`` leaves them."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    from feddistill.config.data import EmbeddedSource
+    from feddistill.data.sources import read
+
+    folder = tmp_path_factory.mktemp("tiny-bert")
+    texts = read(EmbeddedSource(), "texts").texts[:2000]
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.train_from_iterator(texts, trainers.WordPieceTrainer(vocab_size=1000, special_tokens=special))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        model_input_names=["input_ids", "attention_mask"],
+    )
+    fast.save_pretrained(folder)
+    config = BertConfig(
+        vocab_size=len(fast),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+    )
+    import torch
+
+    torch.manual_seed(0)
+    BertModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny_settings(tiny_model):
+    """Three clients, two rounds, a hundred texts each: settings as a mapping."""
+    model = {"source": {"kind": "hub", "name": str(tiny_model)}, "max_tokens": 24}
+    training = {"epochs": 1, "batch_size": 16, "learning_rate": 1e-3, "head_learning_rate": 1e-2}
+    return {
+        "name": "tiny",
+        "rounds": 2,
+        "threads": 1,
+        "precision": "fp32",
+        "data": {
+            "private": {"size": 300},
+            "proxy": {"size": 120, "labelled": 40},
+            "validation": {"size": 60},
+            "test": {"size": 100},
+            "partition": {"kind": "dirichlet", "clients": 3, "alpha": 0.5, "min_examples": 30},
+        },
+        "clients": {"models": [model], "training": training, "codistillation": {"examples": 60}},
+        "student": {"model": {**model, "layers": [0]}, "training": training},
+        "baselines": ["public_only", "local_only", "centralized"],
+    }
+
+
+@pytest.fixture
+def tiny_config(tiny_settings):
+    from feddistill.config import parse
+
+    return parse(tiny_settings)
+
+
+@pytest.fixture
+def tiny_file(tiny_settings, tmp_path):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(tiny_settings))
+    return path

@@ -1,0 +1,112 @@
+"""The command line, as a person uses it: in a process of its own."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from feddistill.cli import COMMANDS
+
+
+def feddistill(*arguments, cwd=None):
+    return subprocess.run(
+        [sys.executable, "-m", "feddistill.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=cwd,
+    )
+
+
+def test_help_names_every_command_and_is_quick():
+    start = time.perf_counter()
+    done = feddistill("--help")
+    assert done.returncode == 0
+    assert all(name in done.stdout for name in COMMANDS)
+    assert time.perf_counter() - start < 5, "no torch import: half a second on an idle machine"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command):
+    done = feddistill(command, "--help")
+    assert done.returncode == 0
+    assert "Usage: feddistill " + command in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["train", "--set", "distill.temprature=4"], "did you mean distill.temperature?"),
+        (["train", "absent.yaml"], "cannot read absent.yaml: No such file or directory"),
+        (["train", "--resume"], "--resume needs --out DIR"),
+        (["train", "--resume", "--out", "nowhere"], "nowhere"),
+        (["evaluate", "nowhere"], "nowhere is not a run"),
+        (["report", "nowhere"], "nowhere is not a run"),
+        (["inspect", "nowhere"], "nowhere"),
+        (
+            ["config", "check", "--set", "rounds=0"],
+            "rounds: input should be greater than or equal to 1, got 0",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(arguments, line, tmp_path):
+    done = feddistill(*arguments, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert line in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir()), "nothing is written"
+
+
+def test_show_prints_every_default():
+    done = feddistill("config", "show", "--set", "rounds=7")
+    assert "rounds: 7" in done.stdout
+    assert "temperature:" in done.stdout
+
+
+def test_check_reads_the_data_and_shows_the_skew():
+    done = feddistill("config", "check")
+    assert done.returncode == 0, done.stderr
+    assert "client-3" in done.stdout
+    assert "non-IID" in done.stdout
+
+
+def test_kernels_says_what_runs_here():
+    done = feddistill("kernels")
+    assert done.returncode == 0, done.stderr
+    assert "reference" in done.stdout
+
+
+def test_a_run_from_the_first_command_to_the_last(tiny_file, tmp_path):
+    out = tmp_path / "run"
+    done = feddistill("train", tiny_file, "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert "student (feddistill)" in done.stdout
+    for name in (
+        "result.json",
+        "report.html",
+        "rounds.csv",
+        "metrics.csv",
+        "config.yaml",
+        "figures/skew.svg",
+    ):
+        assert (out / name).is_file()
+    assert list((out / "tensorboard").iterdir())
+    page = (out / "report.html").read_text()
+    assert page.count("<svg") == 5
+    assert "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "")
+    assert "student (feddistill)" in page
+
+    evaluated = feddistill("evaluate", out)
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert "accuracy" in evaluated.stdout
+
+    shown = feddistill("inspect", next(iter(sorted(out.glob("rounds/001/payloads/*.safetensors")))))
+    assert shown.returncode == 0, shown.stderr
+    assert "client-0" in shown.stdout
+
+    again = feddistill("train", tiny_file, "--out", out)
+    assert again.returncode == 2
+    assert "already exists; go on with --resume" in again.stderr
+    assert feddistill("train", "--resume", "--out", out).returncode == 0

@@ -1,0 +1,74 @@
+"""The configuration: what is written comes back, what is wrong is named as it was written."""
+
+import pytest
+import yaml
+
+from feddistill.config import digest, dump, load, parse
+from feddistill.errors import ConfigError
+
+
+def test_the_quickstart_survives_a_round_trip():
+    config = load()
+    assert parse(yaml.safe_load(dump(config))) == config
+
+
+def test_every_default_is_written_out():
+    written = yaml.safe_load(dump(load()))
+    assert written["distill"]["temperature"] == load().distill.temperature
+    assert written["clients"]["models"][0]["freeze_layers"] == 3
+
+
+def test_the_digest_sees_every_setting():
+    assert digest(load()) == digest(load())
+    assert digest(load()) != digest(load(None, ("distill.temperature=3",)))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("distill.temprature=4", "distill.temprature is not a setting; did you mean distill.temperature?"),
+        ("distill.temperature=-1", "distill.temperature: input should be greater than 0, got -1"),
+        ("rounds=many", "rounds: input should be a valid integer"),
+        (
+            "aggregation.rule=medain",
+            "aggregation.rule.kind = 'medain' does not exist; did you mean 'median'?",
+        ),
+        ("aggregation.rule.trim=1", "aggregation.rule.trim is not a setting"),
+        (
+            "aggregation.rule={kind: trimmed_mean, trim: 2}",
+            "aggregation.rule.trim = 2 discards all 4 clients",
+        ),
+        ("aggregation.quorum=5", "aggregation.quorum = 5 exceeds the 4 clients"),
+        ("clients.models.0.hed=auto", "did you mean clients.models.0.head?"),
+        ("clients.models.3.head=auto", "clients.models.3: needs an index from 0 to 0, got '3'"),
+        ("data.source={kind: files}", "data.source.path is missing"),
+        ("data.partition.alpha=.inf", "data.partition.alpha"),
+        ("name=../up", "name: string should match pattern"),
+        ("baselines=[public_only, public_only]", "baselines names one twice"),
+        ("rounds", "--set takes KEY=VALUE, got 'rounds'"),
+        ("rounds.deep=1", "rounds is 3, not a group of settings"),
+        ("nonsense=1", "nonsense is not a setting"),
+    ],
+)
+def test_a_wrong_setting_is_named_as_it_was_written(override, message):
+    with pytest.raises(ConfigError) as caught:
+        load(None, (override,))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_rule_can_be_named_alone():
+    assert load(None, ("aggregation.rule=median",)).aggregation.rule.kind == "median"
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"cannot read .*absent.yaml: No such file"):
+        load(tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize("content", ["a: [", "- 1\n- 2\n", "\x00"])
+def test_a_file_that_is_not_a_mapping_is_refused(tmp_path, content):
+    path = tmp_path / "bad.yaml"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=r"bad\.yaml"):
+        load(path)

@@ -1,0 +1,46 @@
+"""What the documents say is so."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from feddistill.config import load
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+
+
+def test_tables_are_those_of_the_committed_results():
+    done = subprocess.run(
+        [sys.executable, ROOT / "docs" / "build_tables.py", "--check"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_paths_in_the_pages_exist(page):
+    named = set(
+        re.findall(
+            r"`((?:docs|examples|feddistill|feddistill_kernels|csrc|cli|tests|bench)/[\w./-]*)`",
+            page.read_text(),
+        )
+    )
+    missing = {path for path in named if not (ROOT / path).exists()}
+    assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_settings_in_the_pages_are_real(page):
+    for override in re.findall(r"--set '?([\w.]+=[^\s'`]+)", page.read_text()):
+        load(None, (override,))
+
+
+@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda p: p.name)
+def test_examples_load(example):
+    assert load(example).rounds >= 1

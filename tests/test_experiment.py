@@ -1,0 +1,250 @@
+"""Whole runs: the same numbers again, after any kill, with a client refused."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from feddistill import experiment, payload
+from feddistill.config import load, parse
+from feddistill.errors import ConfigError, RoundError, RunError
+from feddistill.store import RunDirectory
+
+VARIES = {"seconds", "peak_memory_bytes", "environment"}
+
+
+def outcome(result):
+    """What must be equal in equal runs."""
+    return {key: value for key, value in result.items() if key not in VARIES}
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_model, tmp_path_factory):
+    """An uninterrupted run, once for all tests of this file."""
+    return {}
+
+
+@pytest.fixture
+def finished(whole, tiny_config, tmp_path_factory):
+    if not whole:
+        out = tmp_path_factory.mktemp("whole") / "run"
+        whole["result"], whole["out"] = experiment.run(tiny_config, out), out
+    return whole
+
+
+def test_the_result_is_a_stable_interface(finished):
+    result = json.loads((finished["out"] / "result.json").read_text())
+    assert result == finished["result"]
+    assert result["status"] == "complete"
+    assert {"seed", "rounds", "config_digest", "metrics", "bytes", "flops", "seconds"} <= set(result)
+    metrics = result["metrics"]
+    for figures in (metrics["student"], metrics["public_only"], metrics["centralized"]):
+        assert {"accuracy", "macro_f1"} <= set(figures)
+    for figures in (metrics["local_only"]["mean"], metrics["local_only"]["best"]):
+        assert {"accuracy", "macro_f1"} <= set(figures)
+    assert {"uplink", "downlink", "proxy"} <= set(result["bytes"])
+    assert result["seconds"]["total"] > 0
+    assert all(isinstance(flops, int) for flops in result["flops"].values())
+
+
+def test_uploads_are_counted_as_they_lie_on_disk(finished):
+    payloads = [
+        p for p in finished["out"].glob("rounds/*/payloads/*") if p.suffix in (".safetensors", ".json")
+    ]
+    assert len(payloads) == 2 * 2 * 3
+    on_disk = sum(path.stat().st_size for path in payloads)
+    traffic = finished["result"]["bytes"]
+    assert traffic["uplink"] - traffic["descriptions"] == on_disk
+
+
+def test_equal_settings_give_equal_runs(finished, tiny_config, tmp_path):
+    again = experiment.run(tiny_config, tmp_path / "again")
+    assert outcome(again) == outcome(finished["result"])
+    for path in finished["out"].glob("rounds/*/payloads/*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "again" / path.relative_to(finished["out"])).read_bytes()
+
+
+def test_another_seed_gives_another_run(finished, tiny_settings, tmp_path):
+    other = experiment.run(parse({**tiny_settings, "seed": 1, "baselines": []}), tmp_path / "other")
+    assert other["metrics"]["student"] != finished["result"]["metrics"]["student"]
+
+
+KILLER = """
+import os, signal, sys
+from pathlib import Path
+from feddistill import aggregation, answering, experiment, training
+from feddistill.config import load
+
+phase, count = sys.argv[1], int(sys.argv[2])
+module, name = {{
+    "specialist training": (training, "fit"),
+    "answering": (answering, "answer"),
+    "aggregation": (aggregation, "diagnose"),
+    "distillation": (training, "fit"),
+}}[phase]
+original, calls = getattr(module, name), 0
+
+
+def deadly(*args, **kwargs):
+    global calls
+    calls += 1
+    if calls < count:
+        return original(*args, **kwargs)
+    original(*args, **kwargs)  # the work is done, and nothing of it written
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+setattr(module, name, deadly)
+experiment.run(load(Path(sys.argv[3])), Path(sys.argv[4]))
+"""
+
+# In a round of three clients, fit is called for each of them and then for the student.
+KILLS = {
+    "specialist training": 2,  # round 1, second client
+    "answering": 11,  # round 2 of evaluations and answers: in the middle of the first round's clients
+    "aggregation": 2,  # round 2
+    "distillation": 8,  # round 2, the student
+}
+
+
+@pytest.mark.parametrize("phase", KILLS)
+def test_a_killed_run_resumes_to_the_same_numbers(phase, finished, tiny_config, tiny_file, tmp_path):
+    out = tmp_path / "run"
+    code = KILLER.replace("{{", "{").replace("}}", "}")
+    killed = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, phase, str(KILLS[phase]), str(tiny_file), str(out)],
+        capture_output=True,
+        check=False,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert not (out / "result.json").exists()
+    before = sorted(path.name for path in out.rglob("*.json"))
+    resumed = experiment.run(tiny_config, out, resume=True)
+    assert before, "something was done before the kill"
+    assert outcome(resumed) == outcome(finished["result"])
+
+
+def test_a_finished_run_is_returned_as_it_is(finished, tiny_config):
+    assert experiment.run(tiny_config, finished["out"], resume=True) == finished["result"]
+
+
+def test_settings_do_not_change_under_a_run(finished, tiny_settings):
+    changed = parse({**tiny_settings, "distill": {"temperature": 3.0}})
+    with pytest.raises(ConfigError, match=r"was started with another distill\.temperature"):
+        experiment.run(changed, finished["out"], resume=True)
+
+
+def test_a_run_in_the_way_is_left_alone(finished, tiny_config):
+    with pytest.raises(RunError, match="already exists"):
+        experiment.run(tiny_config, finished["out"])
+
+
+def test_the_student_can_be_evaluated_again(finished):
+    figures = experiment.evaluate(finished["out"])
+    assert figures["accuracy"] == finished["result"]["metrics"]["student"]["accuracy"]
+
+
+def corrupting(victim):
+    """Uploads of ``victim`` arrive with one byte changed."""
+    original = payload.admit
+
+    def admit(envelope, content, spec, seen):
+        if victim.encode() in envelope:
+            content = content[:-1] + bytes([content[-1] ^ 1])
+        return original(envelope, content, spec, seen)
+
+    return admit
+
+
+def test_a_corrupted_payload_is_refused_and_the_round_goes_on(tiny_settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(payload, "admit", corrupting("client-1"))
+    settings = {**tiny_settings, "baselines": [], "aggregation": {"quorum": 2}}
+    result = experiment.run(parse(settings), tmp_path / "run")
+    assert result["status"] == "complete"
+    assert set(result["refused"]) == {"1", "2"}
+    assert "client-1" in result["refused"]["1"]["client-1"]
+    assert [set(t["agreement"]) for t in result["teacher"]] == [{"client-0", "client-2"}] * 2
+
+
+def test_too_few_answers_stop_the_run_where_it_can_resume(tiny_settings, tmp_path, monkeypatch):
+    config = parse({**tiny_settings, "baselines": []})
+    with monkeypatch.context() as patched:
+        patched.setattr(payload, "admit", corrupting("client-1"))
+        with pytest.raises(RoundError, match=r"round 1: 2 valid answers, quorum 3: .*client-1"):
+            experiment.run(config, tmp_path / "run")
+    assert experiment.run(config, tmp_path / "run", resume=True)["refused"] == {}
+
+
+@pytest.mark.parametrize("codistillation", [{"enabled": False}, {"target": "soft", "examples": None}])
+def test_codistillation_has_its_variants(codistillation, tiny_settings, tmp_path):
+    clients = {**tiny_settings["clients"], "codistillation": codistillation}
+    result = experiment.run(parse({**tiny_settings, "clients": clients, "baselines": []}), tmp_path / "run")
+    assert (result["bytes"]["downlink"] > 5000) == codistillation.get("enabled", True)
+
+
+def test_top_k_answers_are_smaller_than_dense_ones_of_many_classes(tiny_settings, tmp_path):
+    config = parse({**tiny_settings, "baselines": [], "payload": {"codec": "topk", "k": 3}})
+    result = experiment.run(config, tmp_path / "run")
+    assert result["status"] == "complete"
+
+
+@pytest.mark.parametrize("rule", ["mean_logits", "median", "trimmed_mean"])
+def test_every_rule_runs(rule, tiny_settings, tmp_path):
+    settings = {**tiny_settings, "rounds": 1, "baselines": [], "aggregation": {"rule": rule}}
+    assert experiment.run(parse(settings), tmp_path / "run")["status"] == "complete"
+
+
+def test_every_weighting_runs(tiny_settings, tmp_path):
+    for weights in ("size", "class_counts"):
+        rule = {"kind": "mean_probs", "weights": weights}
+        data = {**tiny_settings["data"], "histogram_epsilon": 1.0}
+        settings = {
+            **tiny_settings,
+            "data": data,
+            "rounds": 1,
+            "baselines": [],
+            "aggregation": {"rule": rule},
+        }
+        assert experiment.run(parse(settings), tmp_path / weights)["status"] == "complete"
+
+
+def test_what_only_the_data_can_tell_is_refused_before_any_training(tiny_settings, tmp_path):
+    topk = parse({**tiny_settings, "payload": {"codec": "topk", "k": 11}})
+    with pytest.raises(ConfigError, match=r"payload\.k = 11, but there are only 10 classes"):
+        experiment.run(topk, tmp_path / "run")
+    assert not list((tmp_path / "run").rglob("*.safetensors"))
+
+
+def test_a_full_disk_is_one_clear_error(tiny_file, tmp_path):
+    """A limit on file size stands for a full disk: writing a model's weights fails half-way."""
+    code = (
+        "import resource, sys; from pathlib import Path; from feddistill import experiment; "
+        "from feddistill.config import load; from feddistill.errors import RunError; "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))\n"
+        "try: experiment.run(load(Path(sys.argv[1])), Path(sys.argv[2]))\n"
+        "except RunError as error: print(error); sys.exit(2)"
+    )
+    out = tmp_path / "run"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, str(tiny_file), str(out)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "cannot write" in done.stdout
+    assert ".safetensors" in done.stdout
+    assert not list(out.rglob("*.safetensors"))
+    assert not list(out.rglob("*.partial"))
+    resumed = experiment.run(load(tiny_file), out, resume=True)
+    assert resumed["status"] == "complete"
+
+
+def test_old_checkpoints_are_tidied_and_the_student_kept(finished):
+    out = finished["out"]
+    assert not (out / "alone").exists()
+    assert (out / finished["result"]["student_weights"]).is_file()
+    assert (out / "rounds/002/specialists/client-0.safetensors").is_file()
+    RunDirectory.open(out).close()

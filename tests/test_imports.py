@@ -1,0 +1,108 @@
+"""The architecture, as a table that fails when the code disagrees with it."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# package: (folder, top-level packages that it may import besides itself and the standard library)
+PACKAGES = {
+    "feddistill_kernels": ("feddistill_kernels", {"torch", "triton"}),
+    "feddistill": (
+        "feddistill",
+        {"datasets", "feddistill_kernels", "flwr_datasets", "jinja2", "matplotlib", "numpy", "pandas"}
+        | {"pyarrow", "pydantic", "pydantic_core", "rich", "safetensors", "sklearn", "torch", "transformers"}
+        | {"yaml"},
+    ),
+    "feddistill.cli": ("cli", {"click", "feddistill", "feddistill_kernels", "rich", "torch"}),
+}
+
+# module of feddistill: the modules of feddistill below it that it may import
+FOUNDATION = {"errors", "setting", "types"}
+BELOW_STAGES = FOUNDATION | {"accounting", "batches", "config", "rules", "seeds"}
+STAGES = {"aggregation", "answering", "data", "evaluation", "models", "payload", "training"}
+BELOW_METHODS = BELOW_STAGES | STAGES | {"progress", "store"}
+MODULES = {
+    "errors": set(),
+    "setting": set(),
+    "types": set(),
+    "seeds": set(),
+    "batches": set(),
+    "progress": {"types"},
+    "accounting": {"types"},
+    "store": {"errors"},
+    "rules": {"errors", "setting"},
+    "config": {"errors", "rules", "setting"},
+    **dict.fromkeys(STAGES, BELOW_STAGES),  # stages do not import each other
+    "methods": BELOW_METHODS,
+    "results": {"config", "store", "types"},
+    "report": {"data", "errors", "store"},
+    "experiment": BELOW_METHODS | {"methods", "results"},
+    "__init__": set(),
+}
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            found.add(node.module)
+            found |= {f"{node.module}.{alias.name}" for alias in node.names if node.module == "feddistill"}
+    return found
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_packages_import_only_what_the_table_allows(package):
+    folder, allowed = PACKAGES[package]
+    allowed = allowed | {package} | sys.stdlib_module_names
+    for path in (ROOT / folder).rglob("*.py"):
+        foreign = {name for name in imports(path) if name.split(".")[0] not in allowed}
+        assert not foreign, f"{path.relative_to(ROOT)} may not import {sorted(foreign)}"
+
+
+def modules() -> dict[str, list[Path]]:
+    found = {}
+    for path in (ROOT / "feddistill").rglob("*.py"):
+        top = path.relative_to(ROOT / "feddistill").parts[0].removesuffix(".py")
+        found.setdefault(top, []).append(path)
+    return found
+
+
+def test_every_module_has_a_place_in_the_table():
+    assert set(modules()) == set(MODULES)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_modules_import_only_what_is_below_them(module):
+    allowed = MODULES[module] | {module}
+    for path in modules()[module]:
+        ours = {name.split(".")[1] for name in imports(path) if name.startswith("feddistill.")}
+        above = {name for name in ours - allowed if name in MODULES}
+        assert not above, f"{path.relative_to(ROOT)} may not import {sorted(above)}"
+
+
+def run(code: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/"
+    ).stdout.strip()
+
+
+@pytest.mark.parametrize(
+    ("statement", "absent"),
+    [
+        ("import feddistill.cli; feddistill.cli.main(['--help'], standalone_mode=False)", "torch"),
+        ("import feddistill.config", "torch"),
+        ("import feddistill", "torch"),
+        ("import feddistill_kernels", "triton"),
+        ("import feddistill_kernels", "transformers"),
+    ],
+)
+def test_importing_has_no_heavy_effects(statement, absent):
+    assert run(f"{statement}\nimport sys; print('{absent}' in sys.modules)").endswith("False")
