@@ -1,0 +1,31 @@
+"""Losses, compression and robust aggregation for knowledge distillation: tensors in, tensors out.
+
+Fixed letters: ``N`` rows, ``V`` vocabulary or classes, ``K`` kept entries a row, ``C`` clients.
+"""
+
+from feddistill_kernels._backend import BackendError, available_backends, operators, use_backend
+from feddistill_kernels._native import build_info
+from feddistill_kernels.aggregation import aggregate_topk, rules
+from feddistill_kernels.around_median import mean_around_median
+from feddistill_kernels.distillation import DistillationLoss, distillation_loss, kinds, softmax_divergence
+from feddistill_kernels.order_statistics import coordinate_median, trimmed_mean
+from feddistill_kernels.topk import TopK, topk_compress
+
+__all__ = [
+    "BackendError",
+    "DistillationLoss",
+    "TopK",
+    "aggregate_topk",
+    "available_backends",
+    "build_info",
+    "coordinate_median",
+    "distillation_loss",
+    "kinds",
+    "mean_around_median",
+    "operators",
+    "rules",
+    "softmax_divergence",
+    "topk_compress",
+    "trimmed_mean",
+    "use_backend",
+]

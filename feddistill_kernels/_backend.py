@@ -1,0 +1,128 @@
+"""Which implementation of an operator runs where.
+
+A backend is a module, ``feddistill_kernels/<operator>/_<backend>.py``: the file tree is the registry.
+Beside its functions it has ``missing(device_type) -> str | None``: why it cannot run there.
+"""
+
+import pkgutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from feddistill_kernels._check import one_of
+
+BACKENDS = ("reference", "native", "triton")
+
+# Best first.  The CUDA C++ kernels stand behind the reference until a GPU has measured them.
+_PREFERENCE = {"cpu": ("native", "reference"), "cuda": ("triton", "reference", "native")}
+_ANYWHERE = ("reference",)
+
+AUTO = "auto"
+_override = AUTO
+
+
+class BackendError(RuntimeError):
+    """A backend was asked for by name and cannot run here."""
+
+
+def operators() -> tuple[str, ...]:
+    """Names of the operators, for ``available_backends``.
+
+    >>> operators()
+    ('aggregation', 'around_median', 'distillation', 'order_statistics', 'topk')
+    """
+    home = str(Path(__file__).parent)
+    return tuple(sorted(module.name for module in pkgutil.iter_modules([home]) if module.ispkg))
+
+
+def available_backends(op: str, device: str | torch.device = "cpu") -> tuple[str, ...]:
+    """Backends that run ``op`` on ``device``, the one that runs by default first.
+
+    Raises:
+        ValueError: No such operator.
+
+    >>> available_backends("distillation", "cpu")[-1]
+    'reference'
+    """
+    one_of("operator", op, operators())
+    device_type = torch.device(device).type
+    candidates = _PREFERENCE.get(device_type, _ANYWHERE)
+    return tuple(name for name in candidates if _missing(op, name, device_type) is None)
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every operator inside the block on backend ``name``, where no other is named in the call.
+
+    The choice is the process's, not the thread's: autograd runs backward passes in threads of its own,
+    and they must see it.  Compiled functions are compiled again for it.
+
+    Raises:
+        ValueError: No such backend.
+        BackendError: Later, from an operator that the backend cannot run.
+
+    >>> from feddistill_kernels import coordinate_median
+    >>> with use_backend("reference"):
+    ...     coordinate_median([torch.tensor([1.0]), torch.tensor([2.0])])
+    tensor([1.5000])
+    """
+    global _override
+    one_of("backend", name, BACKENDS)
+    before, _override = _override, name
+    try:
+        yield
+    finally:
+        _override = before
+
+
+def named(requested: str | None) -> str:
+    """What the caller asked for: the argument, else ``use_backend``'s, else ``AUTO``.
+
+    The compiler can trace this; ``load``, which looks at the machine, runs inside the operators.
+    """
+    if requested is None:
+        return _override
+    one_of("backend", requested, BACKENDS)
+    return requested
+
+
+def load(op: str, backend: str, like: torch.Tensor) -> ModuleType:
+    """Return the module that runs ``op`` on tensors ``like`` this; never swap a backend that was named."""
+    device_type = like.device.type
+    # float64 is there for oracles and gradcheck, and one backend with it is enough.
+    wide = like.dtype == torch.float64
+    if backend == AUTO:
+        backend = "reference" if wide else _best(op, device_type)
+    elif reason := _missing(op, backend, device_type):
+        raise BackendError(f"backend {backend!r} cannot run {op} on {device_type}: {reason}")
+    elif wide and backend != "reference":
+        raise BackendError(f"backend {backend!r} cannot run {op}: float64 is for the reference only")
+    return _module(op, backend)
+
+
+@cache
+def _best(op: str, device_type: str) -> str:
+    return available_backends(op, device_type)[0]
+
+
+@cache
+def _module(op: str, backend: str) -> ModuleType:
+    return import_module(f"feddistill_kernels.{op}._{backend}")
+
+
+@cache
+def _missing(op: str, backend: str, device_type: str) -> str | None:
+    if find_spec(f"feddistill_kernels.{op}._{backend}") is None:
+        return "it is not written for that backend"
+    if backend == "reference":
+        return None
+    if backend == "triton" and find_spec("triton") is None:
+        return "triton is not installed"
+    reason: str | None = _module(op, backend).missing(device_type)
+    return reason

@@ -1,0 +1,96 @@
+"""What a caller got wrong, said in one line."""
+
+import difflib
+import math
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+
+def bind(spec: str, **tensors: Tensor) -> tuple[int, ...]:
+    """Return the sizes of ``spec``'s letters, requiring every tensor to have that shape.
+
+    >>> import torch
+    >>> bind("N V", student=torch.zeros(2, 5), teacher=torch.zeros(2, 5))
+    (2, 5)
+    """
+    letters = spec.split()
+    bound: tuple[int, ...] | None = None
+    owner = ""
+    for name, tensor in tensors.items():
+        shape = tuple(tensor.shape)
+        if len(shape) != len(letters):
+            raise ValueError(f"{name} must have shape [{', '.join(letters)}], got {list(shape)}")
+        if bound is None:
+            bound, owner = shape, name
+        elif shape != bound:
+            raise ValueError(
+                f"{name} has shape {list(shape)} but {owner} bound [{', '.join(letters)}] to {list(bound)}"
+            )
+    assert bound is not None, "bind() needs at least one tensor"
+    return bound
+
+
+def one_of(what: str, given: str, names: Collection[str]) -> None:
+    """Require ``given`` to be one of ``names``; name the nearest."""
+    if given in names:
+        return
+    nearest = difflib.get_close_matches(given, names, n=1)
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+    raise ValueError(f"unknown {what} {given!r}; choose from {', '.join(names)}{hint}")
+
+
+def floating(**tensors: Tensor) -> None:
+    """Require floating-point tensors."""
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
+
+
+def positive_temperature(temperature: float) -> None:
+    """Require a temperature that can divide logits."""
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+
+
+def same_device(owner: Tensor, **tensors: Tensor) -> None:
+    """Require every tensor on ``owner``'s device."""
+    for name, tensor in tensors.items():
+        if tensor.device != owner.device:
+            raise ValueError(f"{name} is on {tensor.device}, the others are on {owner.device}")
+
+
+def alike(xs: Sequence[Tensor]) -> None:
+    """Require at least one tensor, and one shape, dtype and device for all."""
+    if not xs:
+        raise ValueError("xs must hold at least one tensor, got an empty list")
+    first = xs[0]
+    floating(**{"xs[0]": first})
+    for index, x in enumerate(xs):
+        if x.shape != first.shape or x.dtype != first.dtype or x.device != first.device:
+            raise ValueError(
+                f"xs[{index}] is {_kind(x)} but xs[0] is {_kind(first)}; all clients must be alike"
+            )
+
+
+def rows_with_a_choice(name: str, z: Tensor, start: int = 0) -> None:
+    """Raise for a row of ``z [N, V]`` that rules every entry out.
+
+    On the CPU only: elsewhere looking would be a host sync.
+
+    Args:
+        name: What the caller calls ``z``.
+        z: Logits or log-probabilities.
+        start: Number of the first row, for the message.
+    """
+    if z.device.type != "cpu" or not z.shape[1]:
+        return
+    empty = z.amax(-1) == -math.inf
+    if empty.any():
+        first = start + int(empty.to(torch.uint8).argmax())
+        raise ValueError(f"{name} row {first} is all -inf: it rules every entry out")
+
+
+def _kind(x: Tensor) -> str:
+    return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)} on {x.device}"

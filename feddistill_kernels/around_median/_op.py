@@ -1,0 +1,20 @@
+"""``feddistill::mean_around_median``: schema, shapes for the compiler.  No arithmetic, no gradient."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from feddistill_kernels._backend import load
+
+
+@torch.library.custom_op("feddistill::mean_around_median", mutates_args=())
+def around_median(xs: Sequence[Tensor], keep: int, backend: str) -> Tensor:
+    """Mean of each coordinate's ``keep`` values nearest to its median."""
+    result: Tensor = load("around_median", backend, xs[0]).around_median(xs, keep)
+    return result
+
+
+@around_median.register_fake
+def _(xs: Sequence[Tensor], keep: int, backend: str) -> Tensor:
+    return torch.empty_like(xs[0], memory_format=torch.contiguous_format)

@@ -1,0 +1,318 @@
+"""Divergences between softmaxes, and the distillation loss made of them, without holding either softmax."""
+
+import torch
+from torch import Tensor, nn
+
+from feddistill_kernels._backend import named
+from feddistill_kernels._check import bind, floating, one_of, positive_temperature, same_device
+from feddistill_kernels.distillation._kinds import KINDS
+from feddistill_kernels.distillation._op import FusedInPlace, fused, loss_rows
+from feddistill_kernels.topk import TopK
+
+__all__ = ["DistillationLoss", "distillation_loss", "kinds", "softmax_divergence"]
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def kinds() -> tuple[str, ...]:
+    """Names of the divergences.
+
+    >>> kinds()
+    ('forward_kl', 'reverse_kl', 'jsd', 'tvd', 'skew_forward_kl', 'skew_reverse_kl')
+    """
+    return tuple(KINDS)
+
+
+def softmax_divergence(
+    student: Tensor,
+    teacher: Tensor | TopK,
+    *,
+    kind: str = "forward_kl",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    backend: str | None = None,
+) -> Tensor:
+    """Divergence of the student from the teacher, one number per row.
+
+    With ``p = softmax(student / T)``, ``q = softmax(teacher / T)`` and natural logarithms::
+
+        forward_kl       KL(q || p)                                  mass-covering (Hinton et al., 2015)
+        reverse_kl       KL(p || q)                                  mode-seeking (Gu et al., "MiniLLM", 2024)
+        jsd              beta KL(q || m) + (1 - beta) KL(p || m)     m = beta q + (1 - beta) p; 0 means
+                                                                     forward_kl, 1 reverse_kl (as TRL's GKD)
+        tvd              1/2 sum_v |p_v - q_v|                       (Wen et al., "f-Distill", 2023)
+        skew_forward_kl  KL(q || 0.1 q + 0.9 p)                      (Ko et al., "DistiLLM", 2024)
+        skew_reverse_kl  KL(p || 0.1 p + 0.9 q)
+
+    A ``TopK`` teacher is K + 1 events, its kept ids and one tail; the student's tail is all its other
+    ids.  Nothing is clamped, padded or renormalised, so the number is >= 0, a lower bound of the dense
+    one, and equal to it at K = V.
+
+    Nothing is reduced, masked or multiplied by ``T**2``: ``distillation_loss`` does that.
+
+    Args:
+        student: Logits ``[N, V]``, float16, bfloat16, float32 or (reference only) float64.  The only input
+            with a gradient.  Columns past the teacher's vocabulary are padding: no probability, no gradient.
+        teacher: Logits ``[N, V]`` of any of those dtypes, or ``TopK`` made at the same ``temperature``, on
+            the student's device.  ``-inf`` marks a token that the teacher rules out.
+        kind: One of ``kinds()``.
+        beta: The teacher's share of the mixture in ``jsd``, in [0, 1]; the other kinds have none.
+        temperature: ``T > 0``.
+        backend: ``"reference"``, ``"native"`` or ``"triton"``.  ``None`` takes the best for the device; a
+            backend named here is never replaced by another.
+
+    Returns:
+        ``[N]`` in nats, float32 (float64 for a float64 student).  ``inf`` where the second distribution of
+        a KL rules out a token that the first allows.  A NaN logit gives NaN in its row only.
+
+    Raises:
+        ValueError: Shapes do not fit, ``kind`` is unknown, ``beta`` or ``temperature`` is out of range.  On
+            the CPU also for a row of nothing but ``-inf``; elsewhere, where looking would stall the
+            device's queue, such a row gives NaN.
+        BackendError: ``backend`` was named and cannot run here.
+
+    Memory:
+        Backward keeps the inputs and one number a row.  Temporaries are bounded, whatever N and V are.
+
+    Example:
+        >>> import torch
+        >>> z = torch.tensor([[2.0, 0.0, -1.0]])
+        >>> softmax_divergence(z, z.flip(1), temperature=2.0)
+        tensor([0.7324])
+    """
+    vocab, *teacher_tensors = _check(student, teacher, kind, beta, temperature)
+    scale = torch.ones(student.shape[0], dtype=_work(student), device=student.device)
+    numbers = (vocab, kind, float(beta), float(temperature), 1.0, 0.0, named(backend))
+    return loss_rows(student, *teacher_tensors, None, scale, *numbers)
+
+
+def distillation_loss(
+    student: Tensor,
+    teacher: Tensor | TopK,
+    labels: Tensor | None = None,
+    *,
+    kind: str = "forward_kl",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    kd_weight: float = 1.0,
+    ignore_index: int = -100,
+    row_weight: Tensor | None = None,
+    reduction: str = "mean",
+    inplace: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Distillation loss with hard labels, mask and reduction; its gradient is made in the forward pass.
+
+    With ``D`` the ``softmax_divergence`` at temperature ``T`` and ``w_n`` the row weights::
+
+        L_n  = kd_weight * T**2 * D_n + (1 - kd_weight) * CE(student_n, labels_n)       CE at T = 1
+        mean = sum_n w_n L_n / sum_n w_n          sum = sum_n w_n L_n          none = w_n L_n
+
+    ``T**2`` keeps the gradient's size as the temperature rises (Hinton et al., "Distilling the Knowledge
+    in a Neural Network", 2015, section 2).
+
+    Args:
+        student: Logits ``[N, V]``, as in ``softmax_divergence``.  The only input with a gradient.
+        teacher: Logits ``[N, V]`` or ``TopK``, as in ``softmax_divergence``.
+        labels: int64 ``[N]``, in ``[0, V)`` or ``ignore_index``.  Needed where ``kd_weight < 1``; with
+            ``kd_weight = 1`` they only mark the rows to leave out.
+        kind: One of ``kinds()``.
+        beta: See ``softmax_divergence``.
+        temperature: ``T > 0``.
+        kd_weight: Share of the divergence, in [0, 1].
+        ignore_index: A row with this label has weight 0.
+        row_weight: Float ``[N]``, >= 0; ``None`` for ones.  A row of weight 0 costs nothing, whatever is in
+            it (NaN included), and is left out of the mean.  With no row left the loss and gradient are 0.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        inplace: Write the gradient over ``student``'s memory, saving one ``[N, V]``.  After the call
+            ``student`` holds no logits.  Autograd refuses a backward pass that needs them (say, of a
+            log_softmax that made them) and a second one through this loss.  Where no gradient is asked
+            for, nothing is written.
+        backend: See ``softmax_divergence``.
+
+    Returns:
+        A scalar, or ``[N]`` for ``"none"``; float32 (float64 for a float64 student).
+
+    Raises:
+        ValueError: As in ``softmax_divergence``; ``kd_weight`` or ``reduction`` is out of range; labels are
+            needed or not in the vocabulary (looked at on the CPU only); ``inplace`` with reduction
+            ``"none"``, under ``torch.compile``, or with a student that is a leaf (it is yours, not ours to
+            overwrite) or whose rows share memory.
+        BackendError: ``backend`` was named and cannot run here.
+
+    Memory:
+        One ``[N, V]`` in the student's dtype, the gradient; none with ``inplace``.  With ``"none"`` the
+        gradient is made in backward, from the inputs.
+
+    Example:
+        >>> import torch
+        >>> student = torch.tensor([[2.0, 0.0, -1.0], [0.0, 1.0, 0.0]], requires_grad=True)
+        >>> teacher = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 3.0]])
+        >>> labels = torch.tensor([0, -100])
+        >>> loss = distillation_loss(student, teacher, labels, kd_weight=0.5, temperature=2.0)
+        >>> loss
+        tensor(0.2471, grad_fn=...)
+        >>> loss.backward()
+        >>> student.grad[1]
+        tensor([0., 0., 0.])
+    """
+    vocab, *teacher_tensors = _check(student, teacher, kind, beta, temperature)
+    one_of("reduction", reduction, REDUCTIONS)
+    if not 0 <= kd_weight <= 1:
+        raise ValueError(f"kd_weight must be in [0, 1], got {kd_weight}")
+    if kd_weight < 1 and labels is None:
+        raise ValueError(f"kd_weight = {kd_weight} gives the labels a share of the loss, but labels is None")
+    scale = _scale(student, labels, ignore_index, row_weight)
+    if reduction == "mean":
+        total = scale.sum()
+        scale = scale / torch.where(total == 0, 1.0, total)
+    wants_gradient = student.requires_grad and torch.is_grad_enabled()
+    if inplace:
+        _check_inplace(student, reduction, wants_gradient)
+    hard = labels if kd_weight < 1 else None
+    kd, ce = float(kd_weight * temperature**2), float(1 - kd_weight)
+    numbers = (vocab, kind, float(beta), float(temperature), kd, ce, named(backend))
+    arguments = (student, *teacher_tensors, hard, scale, *numbers)
+    if reduction == "none" or not wants_gradient:
+        loss = loss_rows(*arguments)
+        return loss if reduction == "none" else loss.sum()
+    if inplace:
+        result: Tensor = FusedInPlace.apply(*arguments)
+        return result
+    return fused(*arguments)[0]
+
+
+class DistillationLoss(nn.Module):
+    """``distillation_loss`` as a module: the settings once, the tensors at each call.
+
+    Args:
+        kind: This and the others: see ``distillation_loss``.
+
+    Example:
+        >>> import torch
+        >>> loss = DistillationLoss(kind="jsd", temperature=2.0)
+        >>> loss
+        DistillationLoss(kind='jsd', temperature=2.0)
+        >>> loss(torch.zeros(2, 3), torch.zeros(2, 3))
+        tensor(0.)
+    """
+
+    def __init__(
+        self,
+        *,
+        kind: str = "forward_kl",
+        beta: float = 0.5,
+        temperature: float = 1.0,
+        kd_weight: float = 1.0,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        inplace: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.kind = kind
+        self.beta = beta
+        self.temperature = temperature
+        self.kd_weight = kd_weight
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+        self.inplace = inplace
+        self.backend = backend
+
+    def forward(
+        self,
+        student: Tensor,
+        teacher: Tensor | TopK,
+        labels: Tensor | None = None,
+        row_weight: Tensor | None = None,
+    ) -> Tensor:
+        """See ``distillation_loss``."""
+        return distillation_loss(
+            student,
+            teacher,
+            labels,
+            kind=self.kind,
+            beta=self.beta,
+            temperature=self.temperature,
+            kd_weight=self.kd_weight,
+            ignore_index=self.ignore_index,
+            row_weight=row_weight,
+            reduction=self.reduction,
+            inplace=self.inplace,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        """Say what differs from the defaults."""
+        defaults = {"beta": 0.5, "kd_weight": 1.0, "ignore_index": -100, "reduction": "mean"}
+        defaults |= {"inplace": False, "backend": None}
+        shown = ["kind", "temperature", *(name for name in defaults if getattr(self, name) != defaults[name])]
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in shown)
+
+
+def _check(
+    student: Tensor, teacher: Tensor | TopK, kind: str, beta: float, temperature: float
+) -> tuple[int, Tensor, Tensor | None, Tensor | None]:
+    """The teacher's vocabulary, and the teacher as tensors: logits, or log-probabilities, ids and tail."""
+    rows, width = bind("N V", student=student)
+    if isinstance(teacher, TopK):
+        vocab, count = teacher.vocab_size, teacher.ids.shape[0]
+        tensors = (teacher.log_probs, teacher.ids, teacher.log_tail)
+    else:
+        count, vocab = bind("N V", teacher=teacher)
+        tensors = (teacher, None, None)
+    floating(student=student, teacher=tensors[0])
+    same_device(student, teacher=tensors[0])
+    if count != rows:
+        raise ValueError(f"teacher has {count} rows, student has {rows}")
+    if vocab > width:
+        raise ValueError(
+            f"teacher's vocabulary is {vocab}, student has {width} columns; it needs at least as many"
+        )
+    one_of("kind", kind, KINDS)
+    if not 0 <= beta <= 1:
+        raise ValueError(f"beta must be in [0, 1], got {beta}")
+    positive_temperature(temperature)
+    return vocab, *tensors
+
+
+def _scale(student: Tensor, labels: Tensor | None, ignore_index: int, row_weight: Tensor | None) -> Tensor:
+    """Weight of each row, 0 for a masked one, in the dtype of the result."""
+    if row_weight is None:
+        scale = torch.ones(student.shape[0], dtype=_work(student), device=student.device)
+    else:
+        _check_rows(student, "row_weight", row_weight)
+        floating(row_weight=row_weight)
+        scale = row_weight.detach().to(_work(student))
+    if labels is None:
+        return scale
+    _check_rows(student, "labels", labels)
+    if labels.dtype != torch.int64:
+        raise ValueError(f"labels must be int64, got {labels.dtype}")
+    return torch.where(labels == ignore_index, 0.0, scale)
+
+
+def _check_rows(student: Tensor, name: str, vector: Tensor) -> None:
+    (count,) = bind("N", **{name: vector})
+    if count != student.shape[0]:
+        raise ValueError(f"{name} has {count} rows, student has {student.shape[0]}")
+    same_device(student, **{name: vector})
+
+
+def _check_inplace(student: Tensor, reduction: str, wants_gradient: bool) -> None:
+    if torch.compiler.is_compiling():
+        raise ValueError("inplace=True is for eager mode: under torch.compile the compiler plans memory")
+    if reduction == "none":
+        raise ValueError(
+            "inplace=True needs reduction 'mean' or 'sum': for 'none' the gradient waits for backward"
+        )
+    if wants_gradient and student.is_leaf:
+        raise ValueError("inplace=True would overwrite student, which is a leaf that requires a gradient")
+    if any(stride == 0 and size > 1 for stride, size in zip(student.stride(), student.shape, strict=True)):
+        raise ValueError(
+            "inplace=True needs a student whose rows do not share memory, got an expanded tensor"
+        )
+
+
+def _work(student: Tensor) -> torch.dtype:
+    return torch.float64 if student.dtype == torch.float64 else torch.float32

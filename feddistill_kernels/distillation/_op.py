@@ -1,0 +1,270 @@
+"""``feddistill::distillation_*``: schemas, shapes for the compiler, gradient.  No arithmetic here."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from feddistill_kernels._backend import load
+from feddistill_kernels.distillation._reference import scale_into
+
+# The operators take what `rows` of a backend takes, as plain tensors and numbers; see `_reference.py`.
+
+
+@torch.library.custom_op("feddistill::distillation_loss", mutates_args=())
+def loss_rows(
+    student: Tensor,
+    teacher: Tensor,
+    ids: Tensor | None,
+    log_tail: Tensor | None,
+    labels: Tensor | None,
+    scale: Tensor,
+    vocab: int,
+    kind: str,
+    beta: float,
+    temperature: float,
+    kd: float,
+    ce: float,
+    backend: str,
+) -> Tensor:
+    """The loss of each row, ``[N]``; its gradient is made when it is asked for."""
+    return _rows(
+        None, student, teacher, ids, log_tail, labels, scale, vocab, kind, beta, temperature, kd, ce, backend
+    )
+
+
+@torch.library.custom_op("feddistill::distillation_gradient", mutates_args=())
+def gradient_rows(
+    student: Tensor,
+    teacher: Tensor,
+    ids: Tensor | None,
+    log_tail: Tensor | None,
+    labels: Tensor | None,
+    scale: Tensor,
+    vocab: int,
+    kind: str,
+    beta: float,
+    temperature: float,
+    kd: float,
+    ce: float,
+    backend: str,
+) -> Tensor:
+    """The gradient of the sum of ``loss_rows``, ``[N, V]``."""
+    gradient = torch.empty_like(student, memory_format=torch.contiguous_format)
+    _rows(
+        gradient,
+        student,
+        teacher,
+        ids,
+        log_tail,
+        labels,
+        scale,
+        vocab,
+        kind,
+        beta,
+        temperature,
+        kd,
+        ce,
+        backend,
+    )
+    return gradient
+
+
+@torch.library.custom_op("feddistill::distillation_fused", mutates_args=())
+def fused(
+    student: Tensor,
+    teacher: Tensor,
+    ids: Tensor | None,
+    log_tail: Tensor | None,
+    labels: Tensor | None,
+    scale: Tensor,
+    vocab: int,
+    kind: str,
+    beta: float,
+    temperature: float,
+    kd: float,
+    ce: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """The sum of ``loss_rows``, and its gradient ``[N, V]`` made in the same sweep."""
+    gradient = torch.empty_like(student, memory_format=torch.contiguous_format)
+    loss = _rows(
+        gradient,
+        student,
+        teacher,
+        ids,
+        log_tail,
+        labels,
+        scale,
+        vocab,
+        kind,
+        beta,
+        temperature,
+        kd,
+        ce,
+        backend,
+    )
+    return loss.sum(), gradient
+
+
+@torch.library.custom_op("feddistill::distillation_fused_", mutates_args={"student"})
+def fused_(
+    student: Tensor,
+    teacher: Tensor,
+    ids: Tensor | None,
+    log_tail: Tensor | None,
+    labels: Tensor | None,
+    scale: Tensor,
+    vocab: int,
+    kind: str,
+    beta: float,
+    temperature: float,
+    kd: float,
+    ce: float,
+    backend: str,
+) -> Tensor:
+    """The sum of ``loss_rows``; its gradient takes the place of ``student``."""
+    loss = _rows(
+        student,
+        student,
+        teacher,
+        ids,
+        log_tail,
+        labels,
+        scale,
+        vocab,
+        kind,
+        beta,
+        temperature,
+        kd,
+        ce,
+        backend,
+    )
+    return loss.sum()
+
+
+@torch.library.custom_op("feddistill::distillation_scaled", mutates_args=())
+def scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
+    """``gradient [N, V]`` times the scalar ``upstream``."""
+    result = torch.empty_like(gradient)
+    scale_into(gradient, upstream, result)
+    return result
+
+
+def _rows(
+    gradient: Tensor | None,
+    student: Tensor,
+    teacher: Tensor,
+    ids: Tensor | None,
+    log_tail: Tensor | None,
+    labels: Tensor | None,
+    scale: Tensor,
+    vocab: int,
+    kind: str,
+    beta: float,
+    temperature: float,
+    kd: float,
+    ce: float,
+    backend: str,
+) -> Tensor:
+    loss: Tensor = load("distillation", backend, student).rows(
+        student,
+        teacher,
+        ids,
+        log_tail,
+        labels,
+        scale,
+        gradient,
+        vocab=vocab,
+        kind=kind,
+        beta=beta,
+        temperature=temperature,
+        kd=kd,
+        ce=ce,
+    )
+    return loss
+
+
+@loss_rows.register_fake
+def _(
+    student: Tensor, teacher: Tensor, ids: Any, log_tail: Any, labels: Any, scale: Tensor, *rest: Any
+) -> Tensor:
+    return torch.empty_like(scale)
+
+
+@gradient_rows.register_fake
+def _(student: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(student, memory_format=torch.contiguous_format)
+
+
+@fused.register_fake
+def _(
+    student: Tensor, teacher: Tensor, ids: Any, log_tail: Any, labels: Any, scale: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    return scale.new_empty(()), torch.empty_like(student, memory_format=torch.contiguous_format)
+
+
+@fused_.register_fake
+def _(
+    student: Tensor, teacher: Tensor, ids: Any, log_tail: Any, labels: Any, scale: Tensor, *rest: Any
+) -> Tensor:
+    return scale.new_empty(())
+
+
+@scaled.register_fake
+def _(gradient: Tensor, upstream: Tensor) -> Tensor:
+    return torch.empty_like(gradient)
+
+
+def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.vocab, ctx.kind, ctx.beta, ctx.temperature, ctx.kd, ctx.ce, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _gradient_later(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    *tensors, scale = ctx.saved_tensors
+    gradient = gradient_rows(
+        *tensors,
+        scale * upstream,
+        ctx.vocab,
+        ctx.kind,
+        ctx.beta,
+        ctx.temperature,
+        ctx.kd,
+        ctx.ce,
+        ctx.backend,
+    )
+    return gradient, *[None] * 12
+
+
+def _keep_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _gradient_made(ctx: Any, upstream: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    return scaled(ctx.saved_tensors[0], upstream), *[None] * 12
+
+
+loss_rows.register_autograd(_gradient_later, setup_context=_keep_inputs)
+fused.register_autograd(_gradient_made, setup_context=_keep_gradient)
+
+
+class FusedInPlace(torch.autograd.Function):
+    """``fused_`` with a gradient, which torch.library has not for an operator that writes its input."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, *rest: Any) -> Tensor:
+        """Overwrite ``student``, behind autograd's back but not behind its version counter."""
+        memory = student.detach()
+        loss = fused_(memory, *rest)
+        ctx.save_for_backward(memory)
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        """Scale the gradient where it lies; this moves the version on, so a second backward is refused."""
+        (memory,) = ctx.saved_tensors
+        scale_into(memory, upstream, memory)
+        return memory, *[None] * 12

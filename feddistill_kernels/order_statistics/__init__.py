@@ -1,0 +1,78 @@
+"""Coordinate-wise median and trimmed mean over clients that are never stacked."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from feddistill_kernels._backend import named
+from feddistill_kernels._check import alike
+from feddistill_kernels.order_statistics._op import trimmed
+
+__all__ = ["coordinate_median", "trimmed_mean"]
+
+
+def trimmed_mean(xs: Sequence[Tensor], trim: int, *, backend: str | None = None) -> Tensor:
+    """Mean over clients of each coordinate, without its ``trim`` smallest and ``trim`` largest.
+
+    With ``x_(1) <= ... <= x_(C)`` the clients' values at a coordinate, in order::
+
+        sum_{i = trim + 1}^{C - trim} x_(i) / (C - 2 trim)
+
+    (Yin et al., "Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates", ICML 2018,
+    definition 2.)
+
+    Args:
+        xs: ``C`` tensors of one shape, dtype (float16, bfloat16, float32 or, reference only, float64) and
+            device.  No gradient: a backward pass through the result is refused.
+        trim: At either end, ``0 <= 2 trim < C``.
+        backend: ``"reference"`` or ``"native"``; ``None`` takes the best for the device.
+
+    Returns:
+        A contiguous tensor of that shape and dtype; sums are float32.  NaN where any client has NaN: a
+        client that sends NaN is to be thrown out, not outvoted.  Infinities are ordered like other numbers.
+
+    Raises:
+        ValueError: ``xs`` is empty or not alike, or ``trim`` is out of range.
+        BackendError: ``backend`` was named and cannot run here.
+
+    Memory:
+        ``native``: the result; it does not depend on the number of threads.  ``reference``: bounded
+        temporaries besides.
+
+    Example:
+        >>> import torch
+        >>> trimmed_mean([torch.tensor([x]) for x in (1.0, 2.0, 4.0, 1e9)], trim=1)
+        tensor([3.])
+    """
+    alike(xs)
+    if not 0 <= 2 * trim < len(xs):
+        raise ValueError(f"trim must be in [0, {(len(xs) - 1) // 2}] for {len(xs)} clients, got {trim}")
+    return trimmed(list(xs), trim, named(backend))
+
+
+def coordinate_median(xs: Sequence[Tensor], *, backend: str | None = None) -> Tensor:
+    """Median over clients of each coordinate; of an even number the mean of the middle two.
+
+    It is the trimmed mean that trims all it can (Yin et al., ICML 2018, definition 1).
+
+    Args:
+        xs: ``C`` tensors, as in ``trimmed_mean``.
+        backend: As in ``trimmed_mean``.
+
+    Returns:
+        As ``trimmed_mean``; NaN where any client has NaN.
+
+    Raises:
+        ValueError: ``xs`` is empty or not alike.
+        BackendError: ``backend`` was named and cannot run here.
+
+    Memory:
+        As ``trimmed_mean``.
+
+    Example:
+        >>> import torch
+        >>> coordinate_median([torch.tensor([x]) for x in (1.0, 2.0, 1e9)])
+        tensor([2.])
+    """
+    alike(xs)
+    return trimmed(list(xs), (len(xs) - 1) // 2, named(backend))

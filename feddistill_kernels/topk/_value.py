@@ -1,0 +1,94 @@
+"""The value ``TopK``."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from feddistill_kernels._check import bind, floating, one_of, same_device
+
+
+@dataclass(frozen=True)
+class TopK:
+    """``N`` distributions over ``V`` entries, each by ``K`` of them and the mass of the others.
+
+    Args:
+        ids: int32 ``[N, K]``, the kept entries, distinct within a row, in any order.
+        log_probs: Floating ``[N, K]``, their log-probabilities.
+        log_tail: Floating ``[N]``, log of the mass of the ``V - K`` others; ``-inf`` where it is 0.
+        vocab_size: ``V``.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices do not fit.  Values are not looked at: that would be a pass
+            over the data and, on a GPU, a stall.
+
+    Example:
+        >>> import torch
+        >>> kept = TopK(torch.tensor([[0, 2]], dtype=torch.int32), torch.tensor([[0.6, 0.2]]).log(),
+        ...             torch.tensor([0.2]).log(), vocab_size=4)
+        >>> kept.expand().exp()
+        tensor([[0.6000, 0.1000, 0.2000, 0.1000]])
+    """
+
+    ids: Tensor
+    log_probs: Tensor
+    log_tail: Tensor
+    vocab_size: int
+
+    def __post_init__(self) -> None:
+        rows, kept = bind("N K", ids=self.ids, log_probs=self.log_probs)
+        (tails,) = bind("N", log_tail=self.log_tail)
+        if tails != rows:
+            raise ValueError(f"log_tail has {tails} rows, ids has {rows}")
+        if self.ids.dtype != torch.int32:
+            raise ValueError(f"ids must be int32, got {self.ids.dtype}")
+        floating(log_probs=self.log_probs, log_tail=self.log_tail)
+        same_device(self.ids, log_probs=self.log_probs, log_tail=self.log_tail)
+        if not 1 <= kept <= self.vocab_size:
+            raise ValueError(
+                f"ids keeps {kept} entries a row; it must be in [1, {self.vocab_size}], vocab_size"
+            )
+
+    def __len__(self) -> int:
+        """``N``."""
+        return self.ids.shape[0]
+
+    def __getitem__(self, rows: slice | Tensor) -> "TopK":
+        """The rows of a slice, an index tensor or a mask."""
+        if not isinstance(rows, slice | Tensor):
+            raise TypeError(f"TopK takes a slice or a tensor of rows, got {type(rows).__name__}")
+        return TopK(self.ids[rows], self.log_probs[rows], self.log_tail[rows], self.vocab_size)
+
+    def to(self, device: str | torch.device | None = None, *, dtype: torch.dtype | None = None) -> "TopK":
+        """The same on ``device``, with probabilities of ``dtype``; ids stay int32."""
+        return TopK(
+            self.ids.to(device=device),
+            self.log_probs.to(device=device, dtype=dtype),
+            self.log_tail.to(device=device, dtype=dtype),
+            self.vocab_size,
+        )
+
+    def expand(self, tail: str = "uniform") -> Tensor:
+        """Log-probabilities ``[N, V]``.
+
+        Args:
+            tail: ``"uniform"`` shares the tail's mass among the ids that were not kept, so that a row sums to
+                1; ``"none"`` rules them out (``-inf``), and a row sums to what was kept.
+
+        >>> ids = torch.tensor([[1]], dtype=torch.int32)
+        >>> TopK(ids, torch.zeros(1, 1), torch.tensor([-math.inf]), vocab_size=2).expand()
+        tensor([[-inf, 0.]])
+        """
+        one_of("tail", tail, ("uniform", "none"))
+        if tail == "uniform":
+            missing = self.missing_log_prob().to(self.log_probs.dtype)
+        else:
+            missing = torch.full_like(self.log_probs[:, 0], -math.inf)
+        dense = missing[:, None].repeat(1, self.vocab_size)
+        return dense.scatter_(-1, self.ids.long(), self.log_probs)
+
+    def missing_log_prob(self) -> Tensor:
+        """Log-probability ``[N]`` of each id that was not kept, were the tail uniform; ``-inf`` at K = V."""
+        others = self.vocab_size - self.ids.shape[1]
+        return self.log_tail - math.log(others) if others else torch.full_like(self.log_tail, -math.inf)
