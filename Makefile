@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 
-.PHONY: train test lint types setup clean
+.PHONY: train test lint types results docs-results setup clean
 
 setup: $(VENV)/ready
 
@@ -26,6 +26,14 @@ lint: setup
 
 types: setup
 	$(BIN)/mypy
+
+# The committed figures: three seeds of the quickstart, then the tables in the documents.
+results: setup
+	for seed in 0 1 2; do $(BIN)/feddistill train --set seed=$$seed --out runs/results/quickstart-$$seed || exit; done
+	$(BIN)/python docs/build_tables.py --collect runs/results/quickstart-* > docs/results/quickstart.json
+
+docs-results: setup
+	$(BIN)/python docs/build_tables.py
 
 clean:
 	rm -rf build dist $(VENV)

@@ -1,4 +1,9 @@
-"""Write measured tables into the documents from committed results: python docs/build_tables.py [--check]."""
+"""Write measured tables into the documents, from committed results.
+
+python docs/build_tables.py                      rewrite what stands between the markers
+python docs/build_tables.py --check              say what differs, exit status 1
+python docs/build_tables.py --collect RUN ...    print the results of several runs as one file
+"""
 
 import json
 import re
@@ -34,7 +39,7 @@ def quickstart() -> str:
     e, rounds, seeds = runs[0]["environment"], runs[0]["rounds"], ", ".join(str(r["seed"]) for r in runs)
     note = (
         f"Seeds {seeds}; {e['threads']} threads, {e['precision']}, torch {e['torch']}. All clients "
-        f"together upload {up / 1e3:.0f} kB in {rounds} rounds; FedAvg of the same student would upload {fedavg / 1e6:.0f} MB. "
+        f"together upload {up / 1e3:.0f} kB in {rounds} rounds; FedAvg {fedavg / 1e6:.0f} MB. "
         f"{seconds:.0f} seconds of work, baselines included."
     )
     return "\n".join([*lines, "", note])
@@ -63,5 +68,15 @@ def main(check: bool) -> int:
     return int(check and bool(stale))
 
 
+def collect(runs: list[str]) -> str:
+    """The results of several runs as one file."""
+    return json.dumps(
+        {"runs": [json.loads((Path(run) / "result.json").read_text()) for run in runs]}, indent=1
+    )
+
+
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["--collect"]:
+        print(collect(sys.argv[2:]))
+        sys.exit()
     sys.exit(main("--check" in sys.argv[1:]))

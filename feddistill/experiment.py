@@ -56,7 +56,7 @@ def run(config: Config, out: Path, *, resume: bool = False, show: Show | None = 
         result["seconds"]["this_process"] = round(time.perf_counter() - start, 3)
         result["peak_memory_bytes"] = max(result["peak_memory_bytes"], peak_memory_bytes())
         directory.write_json(RESULT, result)
-        return result
+        return directory.read_json(RESULT)
     finally:
         directory.close()
 

@@ -112,7 +112,7 @@ class RunDirectory:
         """Record ``step`` as done, with what it found and the files that it vouches for."""
         vouched = {name: [self.path(name).stat().st_size, _hash(self.path(name))] for name in files}
         self.write_json(_record(step), {"content": content, "files": vouched})
-        return content
+        return self._content(step)  # as a resumed run would read it
 
     def done(self, step: str, *, verify: bool = True) -> Json | None:
         """What ``step`` found, or ``None`` when it is still to do.
@@ -128,7 +128,10 @@ class RunDirectory:
                 raise RunError(
                     f"{path} is missing or damaged: it is not what {step} wrote; start the run anew"
                 )
-        content: Json = record["content"]
+        return self._content(step)
+
+    def _content(self, step: str) -> Json:
+        content: Json = self.read_json(_record(step))["content"]
         return content
 
     def remove(self, name: str) -> None:

@@ -103,7 +103,7 @@ experiment.run(load(Path(sys.argv[3])), Path(sys.argv[4]))
 # In a round of three clients, fit is called for each of them and then for the student.
 KILLS = {
     "specialist training": 2,  # round 1, second client
-    "answering": 11,  # round 2 of evaluations and answers: in the middle of the first round's clients
+    "answering": 17,  # round 2, second client: answer is called twice to evaluate, once to answer
     "aggregation": 2,  # round 2
     "distillation": 8,  # round 2, the student
 }

@@ -18,7 +18,7 @@ PACKAGES = {
         | {"pyarrow", "pydantic", "pydantic_core", "rich", "safetensors", "sklearn", "torch", "transformers"}
         | {"yaml"},
     ),
-    "feddistill.cli": ("cli", {"click", "feddistill", "feddistill_kernels", "rich", "torch"}),
+    "feddistill.cli": ("cli", {"click", "feddistill", "feddistill_kernels", "numpy", "rich", "torch"}),
 }
 
 # module of feddistill: the modules of feddistill below it that it may import
