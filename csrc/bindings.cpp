@@ -1,12 +1,47 @@
 // The only file that includes pybind11.  It translates; it does not compute.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "order_statistics.h"
 
 namespace py = pybind11;
 
+namespace {
+
+feddistill::TrimmedMean trimmed_mean_task(const std::vector<std::uintptr_t>& clients, std::int64_t n, int dtype,
+                                          int trim, std::uintptr_t out) {
+    static_assert(sizeof(std::uintptr_t) == sizeof(const void*));
+    return {reinterpret_cast<const void* const*>(clients.data()),
+            static_cast<int>(clients.size()),
+            n,
+            static_cast<feddistill::DType>(dtype),
+            trim,
+            reinterpret_cast<void*>(out)};
+}
+
+}  // namespace
+
+// Callers are feddistill_kernels/*/_native.py, which check what they pass.
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
+    m.def(
+        "trimmed_mean_cpu",
+        [](const std::vector<std::uintptr_t>& clients, std::int64_t n, int dtype, int trim, std::uintptr_t out,
+           int threads) { feddistill::trimmed_mean_cpu(trimmed_mean_task(clients, n, dtype, trim, out), threads); },
+        py::call_guard<py::gil_scoped_release>());
+#ifdef FEDDISTILL_WITH_CUDA
+    m.def(
+        "trimmed_mean_cuda",
+        [](const std::vector<std::uintptr_t>& clients, std::int64_t n, int dtype, int trim, std::uintptr_t out,
+           std::uintptr_t stream) {
+            feddistill::trimmed_mean_cuda(trimmed_mean_task(clients, n, dtype, trim, out),
+                                          reinterpret_cast<void*>(stream));
+        },
+        py::call_guard<py::gil_scoped_release>());
+#endif
     m.def("build_info", [] {
         py::dict info;
         info["compiler"] = FEDDISTILL_COMPILER;
+        info["instruction set"] = feddistill::instruction_set();
         info["openmp"] = FEDDISTILL_OPENMP;
         info["cuda"] = FEDDISTILL_CUDA_STATE;
         return info;

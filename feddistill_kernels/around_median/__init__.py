@@ -44,4 +44,5 @@ def mean_around_median(xs: Sequence[Tensor], keep: int, *, backend: str | None =
     alike(xs)
     if not 1 <= keep <= len(xs):
         raise ValueError(f"keep must be in [1, {len(xs)}], the number of clients, got {keep}")
-    return around_median(list(xs), keep, named(backend))
+    mean: Tensor = around_median(list(xs), keep, named(backend))
+    return mean

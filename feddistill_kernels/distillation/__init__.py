@@ -83,7 +83,8 @@ def softmax_divergence(
     vocab, *teacher_tensors = _check(student, teacher, kind, beta, temperature)
     scale = torch.ones(student.shape[0], dtype=_work(student), device=student.device)
     numbers = (vocab, kind, float(beta), float(temperature), 1.0, 0.0, named(backend))
-    return loss_rows(student, *teacher_tensors, None, scale, *numbers)
+    divergence: Tensor = loss_rows(student, *teacher_tensors, None, scale, *numbers)
+    return divergence
 
 
 def distillation_loss(
@@ -173,13 +174,16 @@ def distillation_loss(
     kd, ce = float(kd_weight * temperature**2), float(1 - kd_weight)
     numbers = (vocab, kind, float(beta), float(temperature), kd, ce, named(backend))
     arguments = (student, *teacher_tensors, hard, scale, *numbers)
-    if reduction == "none" or not wants_gradient:
+    loss: Tensor
+    if reduction == "none":
         loss = loss_rows(*arguments)
-        return loss if reduction == "none" else loss.sum()
-    if inplace:
-        result: Tensor = FusedInPlace.apply(*arguments)
-        return result
-    return fused(*arguments)[0]
+    elif not wants_gradient:
+        loss = loss_rows(*arguments).sum()
+    elif inplace:
+        loss = FusedInPlace.apply(*arguments)  # type: ignore[no-untyped-call]
+    else:
+        loss, _ = fused(*arguments)
+    return loss
 
 
 class DistillationLoss(nn.Module):
@@ -255,6 +259,7 @@ def _check(
 ) -> tuple[int, Tensor, Tensor | None, Tensor | None]:
     """The teacher's vocabulary, and the teacher as tensors: logits, or log-probabilities, ids and tail."""
     rows, width = bind("N V", student=student)
+    tensors: tuple[Tensor, Tensor | None, Tensor | None]
     if isinstance(teacher, TopK):
         vocab, count = teacher.vocab_size, teacher.ids.shape[0]
         tensors = (teacher.log_probs, teacher.ids, teacher.log_tail)

@@ -257,7 +257,7 @@ class FusedInPlace(torch.autograd.Function):
     def forward(ctx: Any, student: Tensor, *rest: Any) -> Tensor:
         """Overwrite ``student``, behind autograd's back but not behind its version counter."""
         memory = student.detach()
-        loss = fused_(memory, *rest)
+        loss: Tensor = fused_(memory, *rest)
         ctx.save_for_backward(memory)
         return loss
 

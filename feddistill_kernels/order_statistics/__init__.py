@@ -47,7 +47,8 @@ def trimmed_mean(xs: Sequence[Tensor], trim: int, *, backend: str | None = None)
     alike(xs)
     if not 0 <= 2 * trim < len(xs):
         raise ValueError(f"trim must be in [0, {(len(xs) - 1) // 2}] for {len(xs)} clients, got {trim}")
-    return trimmed(list(xs), trim, named(backend))
+    mean: Tensor = trimmed(list(xs), trim, named(backend))
+    return mean
 
 
 def coordinate_median(xs: Sequence[Tensor], *, backend: str | None = None) -> Tensor:
@@ -74,5 +75,4 @@ def coordinate_median(xs: Sequence[Tensor], *, backend: str | None = None) -> Te
         >>> coordinate_median([torch.tensor([x]) for x in (1.0, 2.0, 1e9)])
         tensor([2.])
     """
-    alike(xs)
-    return trimmed(list(xs), (len(xs) - 1) // 2, named(backend))
+    return trimmed_mean(xs, max(0, len(xs) - 1) // 2, backend=backend)

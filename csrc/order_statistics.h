@@ -1,0 +1,32 @@
+// Trimmed mean over clients of each coordinate; the median is the one that trims all it can.
+#pragma once
+#include <cstdint>
+
+#include "dtype.h"
+
+namespace feddistill {
+
+struct TrimmedMean {
+    const void* const* clients;  // pointers to n contiguous elements each
+    int count;                   // C
+    std::int64_t n;
+    DType dtype;
+    int trim;  // 0 <= 2 trim < C
+    void* out;
+
+    int kept() const { return count - 2 * trim; }
+    bool is_median() const { return kept() <= 2; }
+};
+
+// The result does not depend on threads.
+void trimmed_mean_cpu(const TrimmedMean& task, int threads);
+const char* instruction_set();
+
+constexpr int kMostRegisters = 32;  // C up to which a column's values stay in registers
+
+#ifdef FEDDISTILL_WITH_CUDA
+// count <= kMostRegisters; pointers are the device's; stream is a cudaStream_t.
+void trimmed_mean_cuda(const TrimmedMean& task, void* stream);
+#endif
+
+}  // namespace feddistill
