@@ -7,29 +7,49 @@ import click
 
 @click.command()
 @click.argument("payload", type=click.Path(path_type=Path))
-@click.option("--rows", default=3, show_default=True, help="How many answers to show.")
-@click.option("--top", default=5, show_default=True, help="How many entries of each.")
-def inspect(payload: Path, rows: int, top: int) -> None:
+@click.option(
+    "--spec", type=click.Path(path_type=Path), help="The round's request: check PAYLOAD against it."
+)
+@click.option(
+    "--envelope",
+    type=click.Path(path_type=Path),
+    help="PAYLOAD's envelope, for --spec. [default: the .json file beside it]",
+)
+@click.option(
+    "--rows", type=click.IntRange(0), default=3, show_default=True, help="How many answers to show."
+)
+@click.option("--top", type=click.IntRange(0), default=5, show_default=True, help="How many entries of each.")
+def inspect(payload: Path, spec: Path | None, envelope: Path | None, rows: int, top: int) -> None:
     """Show what PAYLOAD says, and refuse it where it is not well-formed.
 
-    Whether it answers a certain round is for the server of that round to say.
+    Whether it answers a certain round, its request says: with --spec (a run keeps it as
+    rounds/NNN/spec.json) every check of that round's server is made.
     """
     import numpy as np
     from rich.console import Console
     from rich.table import Table
 
     from feddistill import payload as payloads
-    from feddistill.errors import DataError
+    from feddistill.errors import ConfigError, DataError
 
-    try:
-        content = payload.read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot read {payload}: {error.strerror}") from None
+    def content_of(path: Path) -> bytes:
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise DataError(f"cannot read {path}: {error.strerror}") from None
+
+    if envelope is not None and spec is None:
+        raise ConfigError("--envelope needs --spec: only a request says what an envelope must be")
+    content = content_of(payload)
+    verdict = "well-formed"
+    if spec is not None:
+        request = payloads.parse_spec(content_of(spec))
+        vouching = content_of(envelope or payload.with_suffix(".json"))
+        payloads.admit(vouching, content, request, frozenset())
+        verdict = f"well-formed, and answers round {request.round} of run {request.run_id!a}"
     answers, metadata = payloads.read(content)
-    console = Console(highlight=False, markup=False)
-    console.print(
-        f"{payload}: well-formed, {len(content)} bytes, {len(content) / len(answers):.1f} an answer"
-    )
+    console = Console(highlight=False, markup=False, emoji=False)
+    console.print(f"{payload}: {verdict}, {len(content)} bytes, {len(content) / len(answers):.1f} an answer")
     facts = Table(show_header=False, box=None)
     for key, value in metadata.items():
         facts.add_row(key, ascii(value)[1:-1])

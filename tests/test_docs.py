@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from feddistill.config import load
+import yaml
+
+from feddistill.cli import COMMANDS
+from feddistill.config import load, parse
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
@@ -39,6 +42,31 @@ def test_paths_in_the_pages_exist(page):
 def test_settings_in_the_pages_are_real(page):
     for override in re.findall(r"--set '?([\w.]+=[^\s'`]+)", page.read_text()):
         load(None, (override,))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_configurations_in_the_pages_are_real(page):
+    for block in re.findall(r"```yaml\n(.*?)```", page.read_text(), flags=re.DOTALL):
+        parse(yaml.safe_load(block))
+
+
+def test_the_losses_of_the_readme_run():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    assert blocks
+    for block in blocks:
+        space = {}
+        exec(block, space)
+        assert space["student"].grad.isfinite().all()
+
+
+def commands():
+    text = "\n".join(page.read_text() for page in PAGES)
+    return sorted(set(re.findall(r"^ *(?:\$ )?feddistill (\w+)", text, flags=re.MULTILINE)))
+
+
+def test_commands_in_the_pages_exist():
+    assert commands()
+    assert set(commands()) <= set(COMMANDS)
 
 
 @pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda p: p.name)

@@ -4,29 +4,23 @@
 ``admit`` takes them in or refuses them; nothing that ``admit`` returns is anything but well-formed.
 """
 
-from feddistill.payload.admission import (
-    VERSION,
-    admit,
-    bound,
-    canonical,
-    encode,
-    fingerprint,
-    read,
-    seal,
-    spec_digest,
-)
+from feddistill.payload.admission import admit, bound, encode, read
 from feddistill.payload.answers import Answers, Dense, Ranked, quantise_dense, quantise_topk
+from feddistill.payload.envelope import VERSION, Envelope, seal
+from feddistill.payload.request import canonical, fingerprint, parse_spec, spec_digest
 
 __all__ = [
     "VERSION",
     "Answers",
     "Dense",
+    "Envelope",
     "Ranked",
     "admit",
     "bound",
     "canonical",
     "encode",
     "fingerprint",
+    "parse_spec",
     "quantise_dense",
     "quantise_topk",
     "read",

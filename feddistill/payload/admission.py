@@ -4,11 +4,8 @@ Checks come in an order in which nothing is parsed before its size is bounded by
 and nothing is believed before it is checked: envelope, size, digest, container, metadata, tensors, values.
 """
 
-import hashlib
-import json
 import re
-from collections.abc import Sequence, Set
-from dataclasses import asdict
+from collections.abc import Set
 from typing import Any
 
 import numpy as np
@@ -16,15 +13,15 @@ from numpy.typing import NDArray
 
 from feddistill.payload import container, refusals
 from feddistill.payload.answers import STEPS_PER_NAT, Answers, Dense, Ranked
-from feddistill.types import ClientDescription, RoundSpec
+from feddistill.payload.envelope import CLIENT_NAME, FORMAT, VERSION, Envelope, digest, parse_envelope
+from feddistill.payload.request import spec_digest
+from feddistill.types import RoundSpec
 
-FORMAT = "feddistill-payload"
-VERSION = "1"
-ENVELOPE_LIMIT = 4096
 WIDE = 65_536
 """A vocabulary above this needs a third byte an id."""
 MASS = (0.9, 1.1)
-CLIENT_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+BLOCK = 1 << 20
+"""Entries checked at a time: the float64 copies that the checks make stay below 10 MiB each."""
 
 REASONS: dict[str, type[refusals.Refusal]] = {
     "truncated": refusals.Truncated,
@@ -44,23 +41,16 @@ METADATA_REASONS: dict[str, type[refusals.Refusal]] = {
 }
 
 
-def canonical(value: RoundSpec | ClientDescription) -> bytes:
-    """The one JSON form of a value: sorted keys, no spaces, ASCII."""
-    return _json(asdict(value))
-
-
-def spec_digest(spec: RoundSpec) -> str:
-    """Hash of a request; an answer names it, so it answers this request and no other."""
-    return hashlib.blake2b(canonical(spec), digest_size=16).hexdigest()
-
-
-def fingerprint(names: Sequence[str]) -> str:
-    """Hash of an ordered list of classes or tokens."""
-    return hashlib.blake2b(_json(list(names)), digest_size=16).hexdigest()
-
-
 def encode(answers: Answers, spec: RoundSpec, client: str, shard: tuple[int, int] = (0, 1)) -> bytes:
-    """Answers to ``spec`` as the bytes of a payload; equal arguments give equal bytes."""
+    """Answers to ``spec`` as the bytes of a payload; equal arguments give equal bytes.
+
+    Raises:
+        ValueError: The answers have another codec or shape than the request.
+    """
+    given = (answers.codec, *answers.codes.shape, answers.vocab_size)
+    asked = (spec.codec, spec.positions, spec.k, spec.vocab_size)
+    if given != asked:
+        raise ValueError(f"answers must be (codec, T, k, V) = {asked}, got {given}")
     tensors: dict[str, NDArray[Any]]
     if isinstance(answers, Dense):
         tensors = {"dense": answers.codes}
@@ -73,22 +63,6 @@ def encode(answers: Answers, spec: RoundSpec, client: str, shard: tuple[int, int
         if answers.vocab_size > WIDE:
             tensors["idx_hi"] = (answers.ids >> 16).astype(np.uint8)
     return container.pack(tensors, _metadata(spec, client, shard))
-
-
-def seal(content: bytes, spec: RoundSpec, client: str, sequence: int = 0) -> bytes:
-    """The envelope of a payload: who sends what, for which round, and the hash of its bytes."""
-    return _json(
-        {
-            "format": FORMAT,
-            "version": VERSION,
-            "run": spec.run_id,
-            "round": spec.round,
-            "client": client,
-            "sequence": sequence,
-            "size": len(content),
-            "blake2b": hashlib.blake2b(content, digest_size=32).hexdigest(),
-        }
-    )
 
 
 def bound(spec: RoundSpec) -> int:
@@ -117,14 +91,14 @@ def admit(
     Raises:
         Refusal: A subclass for each reason. Nothing has been kept.
     """
-    client = _open(envelope, spec, shard[0])
+    vouched = parse_envelope(envelope, spec, shard[0])
+    client = vouched.client
     if (client, spec.round) in seen:
-        raise refusals.SecondSubmission(
-            client, spec.round, "submission", "the first of this round", "another"
-        )
+        required = "the first of this round"
+        raise refusals.SecondSubmission(client, spec.round, "submission", required, "another")
     if len(content) > bound(spec):
         raise refusals.TooLarge(client, spec.round, "payload", f"at most {bound(spec)} bytes", len(content))
-    _same_bytes(envelope, content, client, spec)
+    _check_bytes(content, vouched)
     try:
         tensors, metadata = container.unpack(content)
     except container.Malformed as error:
@@ -169,16 +143,17 @@ def read(content: bytes) -> tuple[Answers, dict[str, str]]:
         raise refusals.WrongMetadata("?", 0, "metadata", "decimal numbers", str(error)) from None
     if spec.codec not in ("dense", "topk"):
         raise refusals.WrongMetadata("?", 0, "codec", "dense or topk", spec.codec)
+    if spec.codec == "dense" and spec.k != spec.vocab_size:
+        raise refusals.WrongMetadata("?", 0, "k", f"{spec.vocab_size}, as there are classes", spec.k)
+    if not CLIENT_NAME.fullmatch(metadata["client"]):
+        required = "1 to 64 letters, digits, '_' and '-'"
+        raise refusals.UnknownClient("?", 0, "client", required, metadata["client"])
     answers = _assemble(tensors, spec, "?")
     _check_values(answers, "?", spec.round)
     return answers, metadata
 
 
 _ANY = RoundSpec("", 0, "", 1, 1, "", "dense", 1, "", 1)
-
-
-def _json(value: object) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode("ascii")
 
 
 def _number(text: str) -> int:
@@ -207,48 +182,13 @@ def _metadata(spec: RoundSpec, client: str, shard: tuple[int, int]) -> dict[str,
     }
 
 
-def _open(envelope: bytes, spec: RoundSpec, sequence: int) -> str:
-    """Who sends, if the envelope is well-formed and for this round. Until then there is no name to use."""
-    if len(envelope) > ENVELOPE_LIMIT:
-        given = f"{len(envelope)} bytes"
-        raise refusals.MalformedEnvelope(
-            "?", spec.round, "envelope", f"at most {ENVELOPE_LIMIT} bytes", given
-        )
-    try:
-        found = container.parse_object(envelope, "envelope")
-    except container.Malformed as error:
-        raise refusals.MalformedEnvelope("?", spec.round, "envelope", error.required, error.given) from None
-    wanted = {"format": str, "version": str, "run": str, "round": int, "client": str, "sequence": int}
-    wanted |= {"size": int, "blake2b": str}
-    if set(found) != set(wanted) or any(type(found[key]) is not kind for key, kind in wanted.items()):
-        raise refusals.MalformedEnvelope("?", spec.round, "envelope", f"an object of {sorted(wanted)}", found)
-    client = found["client"]
-    if not CLIENT_NAME.fullmatch(client):
-        required = "1 to 64 letters, digits, '_' and '-'"
-        raise refusals.UnknownClient("?", spec.round, "client", required, client)
-    if client not in spec.clients:
-        raise refusals.UnknownClient("?", spec.round, "client", "enrolled in this round", client)
-    expected: dict[str, tuple[type[refusals.Refusal], object]] = {
-        "format": (refusals.MalformedEnvelope, FORMAT),
-        "version": (refusals.MalformedEnvelope, VERSION),
-        "run": (refusals.WrongRun, spec.run_id),
-        "round": (refusals.WrongRound, spec.round),
-        "sequence": (refusals.MalformedEnvelope, sequence),
-    }
-    for key, (refusal, value) in expected.items():
-        if found[key] != value:
-            raise refusal(client, spec.round, f"envelope, {key}", value, found[key])
-    return str(client)
-
-
-def _same_bytes(envelope: bytes, content: bytes, client: str, spec: RoundSpec) -> None:
-    vouched = container.parse_object(envelope, "envelope")
-    if vouched["size"] != len(content):
-        kind = refusals.Truncated if len(content) < vouched["size"] else refusals.ExtraBytes
-        raise kind(client, spec.round, "payload", f"{vouched['size']} bytes", len(content))
-    digest = hashlib.blake2b(content, digest_size=32).hexdigest()
-    if vouched["blake2b"] != digest:
-        raise refusals.DigestMismatch(client, spec.round, "payload, blake2b", vouched["blake2b"], digest)
+def _check_bytes(content: bytes, vouched: Envelope) -> None:
+    client, round_, size = vouched.client, vouched.round, len(content)
+    if vouched.size != size:
+        kind = refusals.Truncated if size < vouched.size else refusals.ExtraBytes
+        raise kind(client, round_, "payload", f"{vouched.size} bytes", size)
+    if vouched.blake2b != digest(content):
+        raise refusals.DigestMismatch(client, round_, "payload, blake2b", vouched.blake2b, digest(content))
 
 
 def _check_metadata(found: dict[str, str], expected: dict[str, str], client: str, round_: int) -> None:
@@ -288,23 +228,30 @@ def _assemble(tensors: dict[str, NDArray[Any]], spec: RoundSpec, client: str) ->
 
 
 def _check_values(answers: Answers, client: str, round_: int) -> None:
+    rows = max(1, BLOCK // answers.codes.shape[1])
+    for start in range(0, len(answers), rows):
+        _check_block(answers.rows(start, start + rows), start, client, round_)
+
+
+def _check_block(answers: Answers, start: int, client: str, round_: int) -> None:
+    """Some of the answers, of which the first is answer ``start``."""
     if isinstance(answers, Ranked):
         if int(answers.ids.max()) >= answers.vocab_size:
             required = f"below {answers.vocab_size}"
             raise refusals.IdOutOfRange(client, round_, "idx", required, int(answers.ids.max()))
         ordered = np.sort(answers.ids, axis=1)
-        if row := _first((ordered[:, 1:] == ordered[:, :-1]).any(1)):
-            raise refusals.IdRepeated(
-                client, round_, "idx", "distinct in each row", f"a repetition in row {row}"
-            )
-        if row := _first((answers.codes[:, 1:] < answers.codes[:, :-1]).any(1)):
-            raise refusals.NotInOrder(client, round_, "val", "in rank order", f"row {row} is not")
+        if wrong := _where((ordered[:, 1:] == ordered[:, :-1]).any(1)):
+            given = f"a repetition in row {start + wrong[0]}"
+            raise refusals.IdRepeated(client, round_, "idx", "distinct in each row", given)
+        if wrong := _where((answers.codes[:, 1:] < answers.codes[:, :-1]).any(1)):
+            given = f"row {start + wrong[0]} is not"
+            raise refusals.NotInOrder(client, round_, "val", "in rank order", given)
     mass = answers.mass()
-    if row := _first(np.logical_or(mass < MASS[0], mass > MASS[1])):
-        given = f"{mass[int(row)]:.3f} in row {row}"
+    if wrong := _where(np.logical_or(mass < MASS[0], mass > MASS[1])):
+        given = f"{mass[wrong[0]]:.3f} in row {start + wrong[0]}"
         raise refusals.WrongMass(client, round_, "sum of probabilities", f"within {list(MASS)}", given)
 
 
-def _first(wrong: Any) -> str:
-    """The first row that is wrong, in words; empty (false) where none is."""
-    return str(int(wrong.argmax())) if wrong.any() else ""
+def _where(wrong: NDArray[np.bool_]) -> list[int]:
+    """The first row that is wrong, if there is one."""
+    return [int(wrong.argmax())] if wrong.any() else []

@@ -95,12 +95,15 @@ Answers = Dense | Ranked
 
 
 def quantise_dense(log_probs: LogProbs) -> Dense:
-    """``[T, V]`` log-probabilities to bytes.
+    """``[T, V]`` log-probabilities to bytes; ``-inf`` is as unlikely as a byte can say.
+
+    Raises:
+        ValueError: A row is no distribution.
 
     >>> quantise_dense(np.log(np.array([[0.5, 0.25, 0.25]], np.float32))).codes
     array([[ 8, 17, 17]], dtype=uint8)
     """
-    _check_mass(np.exp(log_probs.astype(np.float64)).sum(1))
+    _check_mass(_probability(log_probs).sum(1))
     return Dense(_code(log_probs))
 
 
@@ -108,8 +111,16 @@ def quantise_topk(ids: NDArray[np.int32], log_probs: LogProbs, log_tail: LogProb
     """Ids ``[T, k]`` in any order, their log-probabilities and the tail's ``[T]`` to bytes in rank order.
 
     Where bytes are equal the lower id comes first, so the same answer has the same bytes everywhere.
+
+    Raises:
+        ValueError: A row is no distribution, or an id is not below ``vocab_size`` or stands twice in it.
     """
-    _check_mass(np.exp(log_probs.astype(np.float64)).sum(1) + np.exp(log_tail.astype(np.float64)))
+    ordered = np.sort(ids, axis=1)
+    if ids.min(initial=0) < 0 or ids.max(initial=0) >= vocab_size:
+        raise ValueError(f"ids must be within 0..{vocab_size - 1}, got {ids.min()}..{ids.max()}")
+    if (ordered[:, 1:] == ordered[:, :-1]).any():
+        raise ValueError("ids must be distinct in each row")
+    _check_mass(_probability(log_probs).sum(1) + _probability(log_tail))
     codes = _code(log_probs)
     order = np.lexsort((ids, codes), axis=1)
     return Ranked(
@@ -122,6 +133,11 @@ def quantise_topk(ids: NDArray[np.int32], log_probs: LogProbs, log_tail: LogProb
 
 def _code(log_probs: LogProbs) -> Codes:
     return np.clip(np.rint(-STEPS_PER_NAT * log_probs.astype(np.float64)), 0, CODES - 1).astype(np.uint8)
+
+
+def _probability(log_probs: LogProbs) -> NDArray[np.float64]:
+    with np.errstate(over="ignore"):  # infinite, and so no distribution
+        return np.asarray(np.exp(log_probs.astype(np.float64)), np.float64)
 
 
 def _check_mass(mass: NDArray[np.float64]) -> None:

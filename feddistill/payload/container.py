@@ -56,6 +56,8 @@ def unpack(content: bytes) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
         raise Malformed("header too large", "header", f"at most {HEADER_LIMIT} bytes", size)
     if len(content) < 8 + size:
         raise Malformed("truncated", "header", f"{size} bytes", len(content) - 8)
+    if content[8:9] != b"{":  # safetensors asks for this: no space before the object
+        raise Malformed("malformed header", "header", "a JSON object", ascii(content[8:24]))
     header = parse_object(content[8 : 8 + size], "header")
     metadata = header.pop("__metadata__", None)
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
@@ -86,10 +88,11 @@ def parse_object(raw: bytes, field: str) -> dict[str, Any]:
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} stands twice")
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"key {key!r} stands twice")
+        found[key] = value
     return found
 
 

@@ -1,5 +1,7 @@
 """Why a payload is refused: one class for each reason, so that a server can count them."""
 
+import reprlib
+
 from feddistill.errors import PayloadError
 
 
@@ -7,11 +9,11 @@ class Refusal(PayloadError):
     """A payload was refused; names client, round, field, what was required and what was given."""
 
     def __init__(self, client: str, round_: int, field: str, required: object, given: object):
-        self.client, self.round, self.field = client, round_, field
+        self.client, self.round, self.field = client, round_, _short(field)
         self.required, self.given = _short(required), _short(given)
         reason = type(self).__name__
         super().__init__(
-            f"{client}, round {round_}: {field} must be {self.required}, got {self.given} ({reason})"
+            f"{client}, round {round_}: {self.field} must be {self.required}, got {self.given} ({reason})"
         )
 
 
@@ -100,7 +102,11 @@ class WrongMass(Refusal):
 
 
 def _short(value: object, limit: int = 120) -> str:
-    """What came from outside is shown escaped and cut."""
-    text = value if isinstance(value, str) else repr(value)
+    """What came from outside is shown escaped and cut; ``reprlib`` bounds depth and size before that."""
+    text = value if isinstance(value, str) else _SHOWN.repr(value)
     text = text.encode("unicode_escape").decode("ascii")
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+_SHOWN = reprlib.Repr()
+_SHOWN.maxdict = _SHOWN.maxlist = _SHOWN.maxstring = 20

@@ -50,7 +50,8 @@ def _figure(width: float, height: float, into: list[str]) -> Iterator[Axes]:
     yield figure.add_subplot()
     out = io.StringIO()
     figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
-    into.append(re.sub(r"^.*?(?=<svg)", "", out.getvalue(), flags=re.DOTALL))
+    # Into a page goes the drawing: no XML prologue, no block of licence vocabulary.
+    into.append(re.sub(r"^.*?(?=<svg)|<metadata>.*?</metadata>", "", out.getvalue(), flags=re.DOTALL))
 
 
 def _series(result: Json) -> dict[str, list[tuple[int, float]]]:
