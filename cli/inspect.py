@@ -8,17 +8,15 @@ import click
 @click.command()
 @click.argument("payload", type=click.Path(path_type=Path))
 @click.option(
-    "--spec", type=click.Path(path_type=Path), help="The round's request: check PAYLOAD against it."
+    "--spec", type=click.Path(path_type=Path), help="The round's request, to check PAYLOAD against."
 )
 @click.option(
     "--envelope",
     type=click.Path(path_type=Path),
     help="PAYLOAD's envelope, for --spec. [default: the .json file beside it]",
 )
-@click.option(
-    "--rows", type=click.IntRange(0), default=3, show_default=True, help="How many answers to show."
-)
-@click.option("--top", type=click.IntRange(0), default=5, show_default=True, help="How many entries of each.")
+@click.option("--rows", type=click.IntRange(0), default=3, show_default=True, help="Answers to show.")
+@click.option("--top", type=click.IntRange(0), default=5, show_default=True, help="Entries of each.")
 def inspect(payload: Path, spec: Path | None, envelope: Path | None, rows: int, top: int) -> None:
     """Show what PAYLOAD says, and refuse it where it is not well-formed.
 
@@ -49,7 +47,8 @@ def inspect(payload: Path, spec: Path | None, envelope: Path | None, rows: int, 
         verdict = f"well-formed, and answers round {request.round} of run {request.run_id!a}"
     answers, metadata = payloads.read(content)
     console = Console(highlight=False, markup=False, emoji=False)
-    console.print(f"{payload}: {verdict}, {len(content)} bytes, {len(content) / len(answers):.1f} an answer")
+    size = f"{len(content)} bytes, {len(content) / len(answers):.1f} an answer"
+    console.print(f"{payload}: {verdict}, {size}", soft_wrap=True)
     facts = Table(show_header=False, box=None)
     for key, value in metadata.items():
         facts.add_row(key, ascii(value)[1:-1])
@@ -66,4 +65,4 @@ def inspect(payload: Path, spec: Path | None, envelope: Path | None, rows: int, 
             tail = float(tails[0])
         entries = ", ".join(f"{i}: {np.exp(value):.3f}" for i, value in shown)
         rest = "" if tail is None else f"; all but the {one.codes.shape[1]} kept: {np.exp(tail):.3f}"
-        console.print(f"answer {row}: {entries}{rest}")
+        console.print(f"answer {row}: {entries}{rest}", soft_wrap=True)

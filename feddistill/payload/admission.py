@@ -252,6 +252,6 @@ def _check_block(answers: Answers, start: int, client: str, round_: int) -> None
         raise refusals.WrongMass(client, round_, "sum of probabilities", f"within {list(MASS)}", given)
 
 
-def _where(wrong: NDArray[np.bool_]) -> list[int]:
+def _where(wrong: Any) -> list[int]:
     """The first row that is wrong, if there is one."""
     return [int(wrong.argmax())] if wrong.any() else []

@@ -56,9 +56,9 @@ def unpack(content: bytes) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
         raise Malformed("header too large", "header", f"at most {HEADER_LIMIT} bytes", size)
     if len(content) < 8 + size:
         raise Malformed("truncated", "header", f"{size} bytes", len(content) - 8)
-    if content[8:9] != b"{":  # safetensors asks for this: no space before the object
-        raise Malformed("malformed header", "header", "a JSON object", ascii(content[8:24]))
     header = parse_object(content[8 : 8 + size], "header")
+    if content[8:9] != b"{":  # the library asks for this
+        raise Malformed("malformed header", "header", "a JSON object without space before it", content[8:9])
     metadata = header.pop("__metadata__", None)
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise Malformed("malformed header", "__metadata__", "an object of strings", metadata)
