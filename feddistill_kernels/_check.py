@@ -50,7 +50,7 @@ def floating(**tensors: Tensor) -> None:
 
 def positive_temperature(temperature: float) -> None:
     """Require a temperature that can divide logits."""
-    if not (math.isfinite(temperature) and temperature > 0):
+    if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
 
 
@@ -90,6 +90,18 @@ def rows_with_a_choice(name: str, z: Tensor, start: int = 0) -> None:
     if empty.any():
         first = start + int(empty.to(torch.uint8).argmax())
         raise ValueError(f"{name} row {first} is all -inf: it rules every entry out")
+
+
+def labels_in_vocabulary(labels: Tensor, vocab: int, start: int = 0) -> None:
+    """Raise for a label ``[N]`` outside ``[0, vocab)``.  CPU only, as ``rows_with_a_choice``."""
+    if labels.device.type != "cpu":
+        return
+    outside = (labels < 0) | (labels >= vocab)
+    if outside.any():
+        first = int(outside.to(torch.uint8).argmax())
+        raise ValueError(
+            f"labels row {start + first} is {int(labels[first])}; it must be in [0, {vocab}) or ignore_index"
+        )
 
 
 def _kind(x: Tensor) -> str:

@@ -20,9 +20,11 @@ def around_median(xs: Sequence[Tensor], keep: int) -> Tensor:
         if values.dtype != torch.float64:
             values = values.float()
         ordered = values.sort(0).values  # NaN last
-        median = (ordered[(len(xs) - 1) // 2] + ordered[len(xs) // 2]) / 2
-        distance = torch.where(ordered == median, 0.0, (ordered - median).abs())  # inf - inf is 0 here
-        nearest = distance.sort(dim=0, stable=True).indices[:keep]
-        mean = ordered.gather(0, nearest).mean(0)
+        # The nearest are neighbours.  Their window moves up while the value it loses is farther from the
+        # median than the one it gains: m - x_i > x_(i+keep) - m, here without a difference to round.
+        twice_median = ordered[(len(xs) - 1) // 2] + ordered[len(xs) // 2]
+        first = (ordered[: len(xs) - keep] + ordered[keep:] < twice_median).sum(0)
+        window = first + torch.arange(keep, device=first.device)[:, None]
+        mean = ordered.gather(0, window).mean(0)
         flat[part] = torch.where(ordered[-1].isnan(), torch.nan, mean).to(flat.dtype)
     return result

@@ -53,7 +53,8 @@ def _jsd(a: Tensor, b: Tensor, beta: float) -> tuple[Tensor, Tensor]:
 def _tvd(a: Tensor, b: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     d = _log_ratio(a, b)
     p, larger = a.exp(), torch.maximum(a, b).exp()
-    return -0.5 * larger * torch.expm1(-d.abs()), 0.5 * p * d.sign()
+    sign = torch.where(d.isnan(), d, d.sign())  # torch's sign of NaN is 0
+    return -0.5 * larger * torch.expm1(-d.abs()), 0.5 * p * sign
 
 
 def _skew_forward_kl(a: Tensor, b: Tensor, beta: float) -> tuple[Tensor, Tensor]:

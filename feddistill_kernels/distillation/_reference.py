@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from feddistill_kernels._check import rows_with_a_choice
+from feddistill_kernels._check import labels_in_vocabulary, rows_with_a_choice
 from feddistill_kernels.distillation._kinds import KINDS
 
 CHUNK = 1 << 22
@@ -58,6 +58,7 @@ def rows(
             dz += (kd / temperature) * slope
         if ce and labels is not None:
             target = torch.where(live, labels[part], 0)[:, None]
+            labels_in_vocabulary(target[:, 0], vocab, start=start)
             a = z.log_softmax(-1)
             cost -= ce * a.gather(-1, target)[:, 0]
             dz += ce * a.exp().scatter_add_(-1, target, torch.full_like(a[:, :1], -1.0))

@@ -1,0 +1,32 @@
+"""A test with a ``backend`` argument runs on every backend of its module's ``OPERATOR``."""
+
+import pytest
+import torch
+
+from feddistill_kernels import available_backends
+
+
+def pytest_generate_tests(metafunc):
+    if "backend" in metafunc.fixturenames and hasattr(metafunc.module, "OPERATOR"):
+        metafunc.parametrize("backend", available_backends(metafunc.module.OPERATOR, "cpu"))
+
+
+@pytest.fixture(autouse=True)
+def one_thread_and_a_seed():
+    """Where others use the cores, threads that wait for each other wait for them too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def nan_filled_memory():
+    """``torch.empty`` gives NaN, so that what is read before it is written shows."""
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = fill

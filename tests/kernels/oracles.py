@@ -1,0 +1,117 @@
+"""Textbook formulas in float64, differentiated by autograd.  Imports nothing from the package."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def divergence(student: Tensor, teacher: Tensor, kind: str, beta: float, temperature: float) -> Tensor:
+    """Between the softmaxes of two tensors of logits."""
+    vocab = teacher.shape[1]
+    a = (student.double()[:, :vocab] / temperature).log_softmax(-1)
+    return between(a, (teacher.double() / temperature).log_softmax(-1), kind, beta)
+
+
+def truncated(
+    student: Tensor,
+    ids: Tensor,
+    log_probs: Tensor,
+    log_tail: Tensor,
+    vocab: int,
+    kind: str,
+    beta: float,
+    temperature: float,
+) -> Tensor:
+    """Over the kept ids and one event that is all others; rounded log-probabilities made to add to 1."""
+    a = (student.double()[:, :vocab] / temperature).log_softmax(-1)
+    kept = torch.zeros_like(a, dtype=torch.bool).scatter_(-1, ids.long(), True)
+    tail = a.masked_fill(kept, -math.inf)
+    log_rest = torch.stack([row[row > -math.inf].logsumexp(-1) for row in tail])
+    events = torch.cat([a.gather(-1, ids.long()), log_rest[:, None]], dim=-1)
+    given = torch.cat([log_probs, log_tail[:, None]], dim=-1).double()
+    return between(events, given.log_softmax(-1), kind, beta)
+
+
+def between(a: Tensor, b: Tensor, kind: str, beta: float) -> Tensor:
+    match kind:
+        case "forward_kl":
+            return _kl(b, a)
+        case "reverse_kl":
+            return _kl(a, b)
+        case "jsd":
+            if beta in (0, 1):
+                return _kl(a, b) if beta else _kl(b, a)
+            m = _mixture(b, a, beta)
+            return beta * _kl(b, m) + (1 - beta) * _kl(a, m)
+        case "tvd":
+            return (a.exp() - b.exp()).abs().sum(-1) / 2
+        case "skew_forward_kl":
+            return _kl(b, _mixture(b, a, 0.1))
+        case "skew_reverse_kl":
+            return _kl(a, _mixture(a, b, 0.1))
+    raise NotImplementedError(f"write the textbook formula of {kind!r} here")
+
+
+def distillation(
+    student: Tensor,
+    divergence: Tensor,
+    labels: Tensor | None,
+    weight: Tensor,
+    kd_weight: float,
+    temperature: float,
+    reduction: str,
+) -> Tensor:
+    """The loss made of a divergence of each row; ``weight`` is 0 for a masked row."""
+    rows = kd_weight * temperature**2 * divergence
+    if labels is not None:
+        ce = torch.nn.functional.cross_entropy(student.double(), labels.clamp_min(0), reduction="none")
+        rows = rows + (1 - kd_weight) * ce
+    rows = torch.where(weight != 0, weight * rows, 0.0)
+    return {"none": rows, "sum": rows.sum(), "mean": rows.sum() / weight.sum()}[reduction]
+
+
+def trimmed_mean(stacked: Tensor, trim: int) -> Tensor:
+    """By sorting ``[C, ...]``."""
+    ordered = stacked.double().sort(0).values
+    return ordered[trim : len(stacked) - trim].mean(0)
+
+
+def mean_around_median(stacked: Tensor, keep: int) -> Tensor:
+    columns = stacked.double().flatten(1).T.tolist()
+    means = []
+    for column in columns:
+        ordered = sorted(column)
+        middle = (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
+        nearest = sorted(ordered, key=lambda x: abs(x - middle))[:keep]
+        means.append(sum(nearest) / keep)
+    return torch.tensor(means, dtype=torch.float64).reshape(stacked.shape[1:])
+
+
+def aggregate(stacked: Tensor, rule: str, weights: Tensor | None, trim: int) -> Tensor:
+    """The rule on dense log-probabilities ``[C, N, V]``, renormalised."""
+    count = len(stacked)
+    weights = torch.ones(count) if weights is None else weights
+    shares = (weights.double() / weights.double().sum(0)).reshape(count, -1, 1)
+    match rule:
+        case "mean_probs":
+            combined = (shares * stacked.double().exp()).sum(0).log()
+        case "mean_logits":
+            combined = (shares * stacked.double()).sum(0)
+        case "median":
+            combined = trimmed_mean(stacked, (count - 1) // 2)
+        case "trimmed_mean":
+            combined = trimmed_mean(stacked, trim)
+        case _:
+            raise NotImplementedError(f"write the textbook formula of {rule!r} here")
+    return combined.log_softmax(-1)
+
+
+def _kl(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p || q) of log-probabilities; 0 log 0 is 0."""
+    possible = p > -math.inf
+    return torch.where(possible, p.exp() * (torch.where(possible, p, 0.0) - q), 0.0).sum(-1)
+
+
+def _mixture(a: Tensor, b: Tensor, share: float) -> Tensor:
+    return (share * a.exp() + (1 - share) * b.exp()).log()

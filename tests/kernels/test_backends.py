@@ -1,0 +1,124 @@
+"""Which backend runs, what a missing one says, and that importing does nothing."""
+
+import doctest
+import importlib
+import pkgutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import feddistill_kernels as fk
+from feddistill_kernels import _backend, _native
+
+MODULES = [
+    module.name
+    for module in pkgutil.walk_packages(fk.__path__, "feddistill_kernels.")
+    if not module.name.endswith(("._C", "._triton"))
+]
+
+
+def python(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+def median(**settings):
+    return fk.coordinate_median([torch.ones(2)], **settings)
+
+
+@pytest.mark.parametrize("name", ["feddistill_kernels", *MODULES])
+def test_docstrings_are_right(name):
+    flags = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
+    assert doctest.testmod(importlib.import_module(name), optionflags=flags).failed == 0
+
+
+def test_everything_exported_exists_and_nothing_else_is_public():
+    modules = {name.rsplit(".", 1)[1] for name in MODULES}
+    public = {name for name in vars(fk) if not name.startswith("_")} - modules
+    assert public == set(fk.__all__)
+
+
+def test_every_operator_has_a_reference_and_its_file_tree_is_its_backends():
+    for op in fk.operators():
+        assert "reference" in fk.available_backends(op, "cpu")
+        assert fk.available_backends(op, "meta") == ("reference",)
+
+
+def test_on_a_gpu_the_reference_comes_before_unmeasured_native_code():
+    assert fk.available_backends("order_statistics", "cuda")[0] == "reference"
+
+
+def test_native_is_the_default_on_the_cpu_where_it_is_written():
+    assert fk.available_backends("order_statistics", "cpu") == ("native", "reference")
+
+
+def test_use_backend_is_what_runs_and_ends_with_its_block():
+    with fk.use_backend("triton"):
+        with pytest.raises(fk.BackendError, match="'triton' cannot run order_statistics on cpu"):
+            median()
+        assert torch.equal(median(backend="reference"), torch.ones(2))  # the argument goes first
+    assert torch.equal(median(), torch.ones(2))
+
+
+def test_use_backend_ends_when_its_block_fails():
+    with pytest.raises(KeyError), fk.use_backend("triton"):
+        raise KeyError
+    assert torch.equal(median(), torch.ones(2))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: median(backend="natve"), ValueError, "unknown backend 'natve'; .*did you mean 'native'"),
+        (lambda: fk.use_backend("gpu").__enter__(), ValueError, "unknown backend 'gpu'"),
+        (lambda: fk.available_backends("median"), ValueError, "unknown operator 'median'"),
+        (
+            lambda: fk.topk_compress(torch.zeros(1, 2), 1, backend="triton"),
+            fk.BackendError,
+            "backend 'triton' cannot run topk on cpu: it is not written for that backend",
+        ),
+        (
+            lambda: fk.coordinate_median([torch.zeros(2).double()], backend="native"),
+            fk.BackendError,
+            "float64 is for the reference only",
+        ),
+    ],
+)
+def test_what_cannot_run_says_why(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+@pytest.fixture
+def without_compiled_module(monkeypatch):
+    """As on a machine where ``_C`` was not built."""
+    caches = (_backend._missing, _backend._best, _native.compiled)
+    monkeypatch.setitem(sys.modules, "feddistill_kernels._C", None)
+    for cached in caches:
+        cached.cache_clear()
+    yield
+    for cached in caches:
+        cached.cache_clear()
+
+
+def test_without_the_compiled_module_the_reference_runs_and_native_says_why(without_compiled_module):
+    assert fk.available_backends("order_statistics", "cpu") == ("reference",)
+    assert torch.equal(median(), torch.ones(2))
+    with pytest.raises(fk.BackendError, match="_C does not load"):
+        median(backend="native")
+    assert fk.build_info()["native"].startswith("no: ")
+
+
+def test_build_info_names_the_compiler_openmp_and_cuda():
+    info = fk.build_info()
+    assert {"native", "compiler", "instruction set", "openmp", "cuda"} == set(info)
+    assert info["cuda"].split(":")[0] in ("yes", "no")
+
+
+def test_importing_loads_no_triton_and_no_compiled_module():
+    loaded = python(
+        "import feddistill_kernels, sys; "
+        "print([m for m in sys.modules if m.split('.')[0] == 'triton' or m == 'feddistill_kernels._C'])"
+    )
+    assert loaded.strip() == "[]"

@@ -1,0 +1,182 @@
+"""Median, trimmed mean and the mean around the median."""
+
+import math
+
+import pytest
+import torch
+from kernels import oracles
+
+from feddistill_kernels import coordinate_median, mean_around_median, trimmed_mean
+
+OPERATOR = "order_statistics"
+INF = math.inf
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def clients(count, shape, dtype=torch.float32):
+    return [torch.randn(shape).to(dtype) for _ in range(count)]
+
+
+def assert_rounded(got, truth, xs):
+    """Float32 sums, rounded once to the clients' dtype."""
+    size = float(torch.stack(xs).double().abs().amax()) if truth.numel() else 0.0
+    owed = torch.finfo(got.dtype).eps / 2 * truth.abs() + 8 * torch.finfo(torch.float32).eps * size
+    assert ((got.double() - truth).abs() <= owed).all()
+
+
+# Every C that has a network of its own, and some that share the one for any C.
+@pytest.mark.parametrize("count", [*range(1, 34), 50, 101])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_trim_of_every_number_of_clients_agrees_with_the_oracle(
+    count, dtype, backend, nan_filled_memory
+):
+    xs = clients(count, (3, 89), dtype)
+    stacked = torch.stack(xs)
+    for trim in {0, 1, (count - 1) // 3, (count - 1) // 2}:
+        if 2 * trim < count:
+            got = trimmed_mean(xs, trim, backend=backend)
+            assert (got.shape, got.dtype) == ((3, 89), dtype)
+            assert_rounded(got, oracles.trimmed_mean(stacked, trim), xs)
+    assert_rounded(
+        coordinate_median(xs, backend=backend), oracles.trimmed_mean(stacked, (count - 1) // 2), xs
+    )
+
+
+@pytest.mark.parametrize("n", [0, 1, 3, 4, 15, 17, 255, 257, 4099])
+@pytest.mark.parametrize("count", [2, 5, 40])
+def test_sizes_around_the_blocks(n, count, backend, nan_filled_memory):
+    xs = clients(count, n)
+    got = coordinate_median(xs, backend=backend)
+    assert_rounded(got, oracles.trimmed_mean(torch.stack(xs), (count - 1) // 2), xs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("count", [1, 2, 5, 8, 40])
+def test_nan_of_any_client_is_nan_at_its_coordinate_only(count, dtype, backend):
+    for liar in range(count):
+        xs = clients(count, 70, dtype)
+        xs[liar][11] = math.nan
+        xs[liar][64] = -math.nan
+        for got in (trimmed_mean(xs, 0, backend=backend), coordinate_median(xs, backend=backend)):
+            assert got.isnan().nonzero()[:, 0].tolist() == [11, 64]
+
+
+@pytest.mark.parametrize("count", [5, 40])
+def test_infinities_are_outvoted(count, backend):
+    xs = clients(count, 33)
+    xs[0].fill_(INF)
+    xs[1].fill_(-INF)
+    assert coordinate_median(xs, backend=backend).isfinite().all()
+    assert trimmed_mean(xs, 1, backend=backend).isfinite().all()
+    torch.testing.assert_close(
+        trimmed_mean(xs, 1, backend=backend), trimmed_mean(xs[2:], 0, backend=backend), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_an_even_majority_of_ruled_out_is_ruled_out(backend):
+    xs = [torch.tensor([x]) for x in (-INF, -INF, 0.0, 1.0)]
+    assert coordinate_median(xs, backend=backend) == -INF
+
+
+def test_ties_are_values_not_clients(backend):
+    xs = [torch.tensor([x]) for x in (2.0, 2.0, 2.0, 1.0, 7.0)]
+    assert coordinate_median(xs, backend=backend) == 2
+    assert trimmed_mean(xs, 1, backend=backend) == 2
+
+
+@pytest.mark.parametrize("count", [4, 7, 40])
+def test_order_of_clients_is_irrelevant(count, backend):
+    xs = clients(count, 301)
+    for trim in (0, 1, (count - 1) // 2):
+        assert torch.equal(
+            trimmed_mean(xs, trim, backend=backend), trimmed_mean(xs[::-1], trim, backend=backend)
+        ) or (trim == 0)
+
+
+@pytest.mark.parametrize("count", [3, 6])
+def test_the_median_lies_among_the_honest(count, backend):
+    """``f`` liars, 2f < C, cannot move it out of the range of the others."""
+    liars = (count - 1) // 2
+    honest = clients(count - liars, 200)
+    got = coordinate_median(honest + [torch.full((200,), 1e30)] * liars, backend=backend)
+    stacked = torch.stack(honest)
+    assert ((got >= stacked.amin(0)) & (got <= stacked.amax(0))).all()
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns", "transposed", "expanded"])
+def test_strides_do_not_matter(layout, backend):
+    xs = []
+    for _ in range(5):
+        whole = torch.randn(8, 8)
+        xs.append(
+            {
+                "rows": whole[::2],
+                "columns": whole[:, ::2].T,
+                "transposed": whole.T[:4],
+                "expanded": whole[:1].expand(4, 8),
+            }[layout]
+        )
+    got = coordinate_median(xs, backend=backend)
+    assert got.is_contiguous()
+    assert torch.equal(got, coordinate_median([x.contiguous() for x in xs], backend=backend))
+
+
+@pytest.mark.parametrize("pattern", [torch.float16, torch.bfloat16], ids=str)
+def test_every_half_precision_number_survives(pattern, backend):
+    """The median of one client is that client, subnormals and infinities included."""
+    bits = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16)
+    numbers = bits.view(pattern)
+    got = coordinate_median([numbers], backend=backend)
+    finite = ~numbers.isnan()
+    assert torch.equal(got.isnan(), ~finite)
+    assert torch.equal(got[finite], numbers[finite])
+
+
+@pytest.mark.parametrize("count", [5, 40])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_number_of_threads_changes_nothing(count, dtype, backend):
+    xs = clients(count, 100_003, dtype)
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append([trimmed_mean(xs, 1, backend=backend), coordinate_median(xs, backend=backend)])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 8])
+def test_mean_around_median_agrees_with_the_oracle(count):
+    xs = clients(count, (2, 61))
+    for keep in range(1, count + 1):
+        truth = oracles.mean_around_median(torch.stack(xs), keep)
+        assert_rounded(mean_around_median(xs, keep), truth, xs)
+
+
+def test_mean_around_median_outvotes_infinities_and_shows_nan():
+    xs = [torch.tensor([x, y]) for x, y in ((1.0, 1.0), (2.0, 2.0), (4.0, 4.0), (INF, 5.0), (-INF, math.nan))]
+    got = mean_around_median(xs, 3)
+    assert float(got[0]) == pytest.approx(7 / 3)
+    assert got[1].isnan()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: coordinate_median([]), "xs must hold at least one tensor"),
+        (lambda: coordinate_median([torch.zeros(3), torch.zeros(4)]), r"xs\[1\] is float32 \[4\] on cpu but"),
+        (lambda: coordinate_median([torch.zeros(3), torch.zeros(3).half()]), r"xs\[1\] is float16 \[3\]"),
+        (lambda: coordinate_median([torch.zeros(3, dtype=torch.int32)]), r"xs\[0\] must be floating point"),
+        (lambda: trimmed_mean([torch.zeros(3)] * 4, 2), r"trim must be in \[0, 1\] for 4 clients, got 2"),
+        (lambda: trimmed_mean([torch.zeros(3)] * 4, -1), r"trim must be in \[0, 1\] for 4 clients, got -1"),
+        (lambda: mean_around_median([torch.zeros(3)] * 4, 5), r"keep must be in \[1, 4\]"),
+    ],
+)
+def test_a_wrong_argument_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_a_backward_pass_is_refused():
+    xs = [torch.randn(3, requires_grad=True) for _ in range(3)]
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        coordinate_median(xs).sum().backward()
