@@ -20,8 +20,8 @@ import click
 def inspect(payload: Path, spec: Path | None, envelope: Path | None, rows: int, top: int) -> None:
     """Show what PAYLOAD says, and refuse it where it is not well-formed.
 
-    Whether it answers a certain round, its request says: with --spec (a run keeps it as
-    rounds/NNN/spec.json) every check of that round's server is made.
+    Whether it answers a certain round, the round's request says: with --spec (a run keeps it as
+    rounds/NNN/spec.json) the checks of that round's server are made, but that for a second submission.
     """
     import numpy as np
     from rich.console import Console

@@ -5,7 +5,7 @@ import json
 import re
 import time
 import tracemalloc
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from feddistill import payload
 from feddistill.cli.inspect import inspect
 from feddistill.errors import ConfigError, DataError, PayloadError
 from feddistill.payload import refusals
+from feddistill.types import RoundSpec
 
 
 @pytest.fixture(params=SPECS.values(), ids=SPECS.keys())
@@ -260,6 +261,13 @@ def test_another_request_is_refused(edit, message):
 
 def inspected(*arguments):
     return CliRunner().invoke(inspect, [str(argument) for argument in arguments], catch_exceptions=True)
+
+
+def test_the_page_names_every_field():
+    page = (Path(__file__).parents[1] / "docs" / "payload.md").read_text()
+    names = {field.name for kind in (RoundSpec, payload.Envelope) for field in fields(kind)}
+    names |= set(payload.read(sent(SPECS["dense"])[1])[1])
+    assert not {name for name in names if f"`{name}`" not in page}
 
 
 def test_inspect_shows_what_a_file_says(asked, request):
