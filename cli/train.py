@@ -36,10 +36,12 @@ def train(
     stored = resume and config is None and out is not None
     settings = configuration.load(out / "config.yaml" if stored and out else config, overrides)
 
-    from feddistill import experiment, report  # imports torch; a wrong setting must not wait for it
     from feddistill.progress import Quiet, Terminal
 
     show = Quiet() if quiet else Terminal()
+    with show.step("load torch and transformers"):  # seconds; a wrong setting has not waited for it
+        from feddistill import experiment, report
+
     out = out or _free(Path("runs") / settings.name)
     show.say(f"run: {out}")
     result = experiment.run(settings, out, resume=resume, show=show)

@@ -48,11 +48,12 @@ def run(config: Config, out: Path, *, resume: bool = False, show: Show | None = 
         _prepare(config)
         with show.step("read the data"):
             splits = data.load(config.data, config.seed)
-        directory.write_json(SKEW, asdict(data.skew(splits)))
+        skew = data.skew(splits)
+        directory.write_json(SKEW, asdict(skew))
         session = Session(config, splits, directory, show)
         found = {name: _method(session, name) for name in ("feddistill", *config.baselines)}
         _tidy(directory, config)
-        result = results.summarise(config, splits, found, environment(config))
+        result = results.summarise(config, splits, skew.non_iid, found, environment(config))
         result["seconds"]["this_process"] = round(time.perf_counter() - start, 3)
         result["peak_memory_bytes"] = max(result["peak_memory_bytes"], peak_memory_bytes())
         directory.write_json(RESULT, result)

@@ -11,7 +11,9 @@ from feddistill.types import Splits
 METRICS = ("accuracy", "macro_f1", "mcc", "ece", "cross_entropy")
 
 
-def summarise(config: Config, splits: Splits, found: Mapping[str, Json], environment: Json) -> Json:
+def summarise(
+    config: Config, splits: Splits, non_iid: float, found: Mapping[str, Json], environment: Json
+) -> Json:
     """Everything of a run in one object. Figures are of the test set; selection was on validation."""
     rounds = found["feddistill"]["rounds"]
     student = best(record["student"] for record in rounds)
@@ -43,6 +45,7 @@ def summarise(config: Config, splits: Splits, found: Mapping[str, Json], environ
         "seed": config.seed,
         "rounds": config.rounds,
         "config_digest": digest(config),
+        "heterogeneity": {"non_iid": round(non_iid, 6)},
         "metrics": metrics,
         "selected_round": next(r["round"] for r in rounds if r["student"] == student),
         "student_weights": student["weights"],

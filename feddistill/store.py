@@ -20,6 +20,7 @@ Json = dict[str, Any]
 
 CONFIG = "config.yaml"
 RESULT = "result.json"
+LOCK = ".lock"
 
 
 class RunDirectory:
@@ -36,7 +37,7 @@ class RunDirectory:
     @classmethod
     def create(cls, root: Path, config: str) -> "RunDirectory":
         """Start a run in a directory that is new or empty."""
-        if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        if root.exists() and (not root.is_dir() or any(p.name != LOCK for p in root.iterdir())):
             raise RunError(f"{root} already exists; go on with --resume, or choose another --out")
         try:
             root.mkdir(parents=True, exist_ok=True)
@@ -153,7 +154,7 @@ def _hash(path: Path) -> str:
 
 
 def _lock(root: Path) -> TextIO:
-    handle = (root / ".lock").open("w")
+    handle = (root / LOCK).open("w")
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

@@ -43,6 +43,7 @@ def test_the_digest_sees_every_setting():
         ("clients.models.3.head=auto", "clients.models.3: needs an index from 0 to 0, got '3'"),
         ("data.source={kind: files}", "data.source.path is missing"),
         ("data.partition.alpha=.inf", "data.partition.alpha"),
+        ("data.partition={kind: given, sources: {a b: {kind: embedded}}}", "data.partition.sources.a b"),
         ("name=../up", "name: string should match pattern"),
         ("baselines=[public_only, public_only]", "baselines names one twice"),
         ("rounds", "--set takes KEY=VALUE, got 'rounds'"),

@@ -78,6 +78,13 @@ def test_what_is_in_the_way_is_left_alone(tmp_path):
         RunDirectory.create(tmp_path / "file" / "run", "")
 
 
+def test_a_run_killed_before_it_had_a_configuration_can_start_again(run):
+    (run.root / "config.yaml").unlink()
+    run.close()
+    RunDirectory.create(run.root, "name: tiny\n").close()
+    assert (run.root / "config.yaml").is_file()
+
+
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(RunError, match=r"is not a run: it has no config\.yaml"):
         RunDirectory.open(tmp_path)

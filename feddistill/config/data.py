@@ -105,7 +105,7 @@ class GivenPartition(Setting):
     """Each client has files of its own; ``data.source`` is then not divided among clients."""
 
     kind: Literal["given"] = "given"
-    sources: dict[str, Source] = Field(min_length=1)
+    sources: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")], Source] = Field(min_length=1)
     """Source by client name."""
 
 

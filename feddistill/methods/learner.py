@@ -54,7 +54,8 @@ class Learner:
         self.model.load_state_dict(self._initial)
 
     def restore(self, weights: str) -> None:
-        """Take up the weights in a file of the run."""
+        """Take up the weights that a step left, if they are still what it wrote."""
+        self.session.run.done(weights.removesuffix(".safetensors"))
         models.restore(self.model, self.session.run.path(weights))
 
     def tokens(self, texts: TextSet) -> list[list[int]]:
@@ -101,14 +102,13 @@ class Learner:
             tick=tick,
         )
 
-    def evaluate(self) -> dict[str, dict[str, float]]:
+    def evaluate(self, tick: Tick | None = None) -> dict[str, dict[str, float]]:
         """Figures on the validation and the test set. Whoever selects, selects on validation."""
         figures = {}
-        for name, texts in (
-            ("validation", self.session.splits.validation),
-            ("test", self.session.splits.test),
-        ):
-            figures[name] = evaluation.classification(self.answer(texts).numpy(), texts.labels).as_dict()
+        splits = self.session.splits
+        for name, texts in (("validation", splits.validation), ("test", splits.test)):
+            answers = self.answer(texts, tick)
+            figures[name] = evaluation.classification(answers.numpy(), texts.labels).as_dict()
         return figures
 
     def step(
@@ -145,8 +145,8 @@ class Learner:
             )
             train.flops = self.meter.flops - before
         before = self.meter.flops
-        with measure() as evaluated:
-            figures = self.evaluate()
+        with self.session.show.step(f"{label}: evaluate") as tick, measure() as evaluated:
+            figures = self.evaluate(tick)
             evaluated.flops = self.meter.flops - before
         weights = f"{name}.safetensors"
         run.write(weights, lambda path: models.save(self.model, path))
