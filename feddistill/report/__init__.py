@@ -148,7 +148,8 @@ def skew_lines(skew: Skew) -> list[str]:
         line("proxy (labelled)", skew.proxy_counts, sum(skew.proxy_counts)),
         f"non-IID {skew.non_iid:.3f} (mean total variation from the pool); "
         f"largest client {skew.size_ratio:.1f} times the smallest",
-        f"proxy {skew.proxy_examples}, validation {skew.validation_examples}, test {skew.test_examples} texts",
+        f"texts: proxy {skew.proxy_examples}, test {skew.test_examples}, validation "
+        f"{skew.validation_examples}",
         f"{skew.test_also_public} of the test also stand in proxy or private texts",
     ]
 
