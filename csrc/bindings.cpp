@@ -26,8 +26,12 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     m.def(
         "trimmed_mean_cpu",
         [](const std::vector<std::uintptr_t>& clients, std::int64_t n, int dtype, int trim, std::uintptr_t out,
-           int threads) { feddistill::trimmed_mean_cpu(trimmed_mean_task(clients, n, dtype, trim, out), threads); },
-        py::call_guard<py::gil_scoped_release>());
+           int threads, int set) {
+            feddistill::trimmed_mean_cpu(trimmed_mean_task(clients, n, dtype, trim, out), threads, set);
+        },
+        py::arg("clients"), py::arg("n"), py::arg("dtype"), py::arg("trim"), py::arg("out"), py::arg("threads"),
+        py::arg("set") = 0, py::call_guard<py::gil_scoped_release>());
+    m.def("instruction_sets", feddistill::instruction_sets);
 #ifdef FEDDISTILL_WITH_CUDA
     m.def(
         "trimmed_mean_cuda",
@@ -41,7 +45,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     m.def("build_info", [] {
         py::dict info;
         info["compiler"] = FEDDISTILL_COMPILER;
-        info["instruction set"] = feddistill::instruction_set();
+        info["instruction set"] = feddistill::instruction_sets().front();
         info["openmp"] = FEDDISTILL_OPENMP;
         info["cuda"] = FEDDISTILL_CUDA_STATE;
         return info;

@@ -16,25 +16,31 @@ struct Variant {
     TrimmedColumns* trimmed_columns;
 };
 
-Variant choose() {
+std::vector<Variant> look() {
+    std::vector<Variant> found;
 #ifdef FEDDISTILL_X86_LEVELS
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("x86-64-v4")) return {"x86-64-v4", x86_64_v4::trimmed_columns};
-    if (__builtin_cpu_supports("x86-64-v3")) return {"x86-64-v3", x86_64_v3::trimmed_columns};
+    if (__builtin_cpu_supports("x86-64-v4")) found.push_back({"x86-64-v4", x86_64_v4::trimmed_columns});
+    if (__builtin_cpu_supports("x86-64-v3")) found.push_back({"x86-64-v3", x86_64_v3::trimmed_columns});
 #endif
-    return {"generic", generic::trimmed_columns};
+    found.push_back({"generic", generic::trimmed_columns});
+    return found;
 }
 
-const Variant& variant() {
-    static const Variant chosen = choose();
-    return chosen;
+const std::vector<Variant>& variants() {
+    static const std::vector<Variant> found = look();
+    return found;
 }
 
 }  // namespace
 
-const char* instruction_set() { return variant().name; }
+std::vector<std::string> instruction_sets() {
+    std::vector<std::string> names;
+    for (const Variant& variant : variants()) names.emplace_back(variant.name);
+    return names;
+}
 
-void trimmed_mean_cpu(const TrimmedMean& task, int threads) {
+void trimmed_mean_cpu(const TrimmedMean& task, int threads, int set) {
     constexpr std::int64_t kShare = 1 << 12;          // columns handed to a thread at once
     constexpr std::int64_t kWorthAThread = 1 << 16;   // values: some 20 us, what waking a thread costs
     const std::int64_t shares = (task.n + kShare - 1) / kShare;
@@ -50,7 +56,7 @@ void trimmed_mean_cpu(const TrimmedMean& task, int threads) {
         steps = network(task.count, task.trim, task.count - task.trim);
         scratch.resize(scratch_size * threads);  // here, for an exception cannot leave a parallel region
     }
-    TrimmedColumns* const run = variant().trimmed_columns;
+    TrimmedColumns* const run = variants().at(set).trimmed_columns;
     const auto share = [&](std::int64_t s, int thread) {
         run(task, s * kShare, std::min(task.n, (s + 1) * kShare),
             scratch.empty() ? nullptr : scratch.data() + scratch_size * thread, steps.data(),

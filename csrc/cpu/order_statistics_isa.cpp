@@ -59,7 +59,7 @@ struct Sorter {
     }
 
     template <std::size_t... I>
-    FEDDISTILL_INLINE static void sort(Floats* v, std::index_sequence<I...>) {
+    FEDDISTILL_INLINE static void sort([[maybe_unused]] Floats* v, std::index_sequence<I...>) {
         (step<I>(v), ...);
     }
 

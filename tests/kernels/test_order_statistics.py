@@ -7,6 +7,8 @@ import torch
 from kernels import oracles
 
 from feddistill_kernels import coordinate_median, mean_around_median, trimmed_mean
+from feddistill_kernels._native import DTYPES as DTYPE_CODES
+from feddistill_kernels._native import library
 
 OPERATOR = "order_statistics"
 INF = math.inf
@@ -142,6 +144,24 @@ def test_the_number_of_threads_changes_nothing(count, dtype, backend):
         results.append([trimmed_mean(xs, 1, backend=backend), coordinate_median(xs, backend=backend)])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 32, 40])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_instruction_set_gives_the_same_bits(count, dtype):
+    """This machine runs the best it has; others run the rest."""
+    module = library()
+    xs = clients(count, 1003, dtype)
+    xs[0][5] = math.nan
+    results = []
+    for index, _ in enumerate(module.instruction_sets()):
+        got = torch.empty_like(xs[0])
+        pointers = [x.data_ptr() for x in xs]
+        module.trimmed_mean_cpu(
+            pointers, 1003, DTYPE_CODES[dtype], (count - 1) // 3, got.data_ptr(), 1, index
+        )
+        results.append(got.view(torch.int32 if dtype == torch.float32 else torch.int16))
+    assert all(torch.equal(other, results[0]) for other in results)
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 8])
