@@ -139,6 +139,19 @@ def test_a_local_folder_in_hub_layout_is_read_like_the_hub(tmp_path):
     assert len(from_files("unused", source=source).test) == 10
 
 
+def test_a_client_that_spells_its_labels_otherwise_is_refused(tmp_path):
+    odd = [{**row, "label": row["label"].upper()} for row in rows(20)]
+    given = {
+        "north": {"kind": "files", "path": str(write(tmp_path / "north.csv", rows(20)))},
+        "south": {"kind": "files", "path": str(write(tmp_path / "south.csv", odd))},
+    }
+    own = {"source": {"kind": "files", "path": str(write(tmp_path / "d.csv", rows()))}}
+    parts = {"proxy": {**own, "size": 10, "labelled": 2}, "validation": own, "test": own}
+    partition = {"kind": "given", "sources": given}
+    with pytest.raises(DataError, match=r"south: row 0 has label 'A', which is not one of a, b"):
+        load(parse({"data": {"source": None, "partition": partition, **parts}}).data, 0)
+
+
 def test_clients_may_bring_their_own_files(tmp_path):
     given = {
         name: {"kind": "files", "path": str(write(tmp_path / f"{name}.csv", rows(20)))}

@@ -121,7 +121,7 @@ class DataConfig(Setting):
     source: Source | None = EmbeddedSource()
     """Where every part comes from that names no source of its own."""
     labels: tuple[str, ...] | None = Field(default=None, min_length=2)
-    """The classes, in order; ``null`` for those of ``data.source``, sorted."""
+    """The classes, in order; ``null`` for those of ``data.source`` or, without one, of the test set, sorted."""
     private: Part = Part(size=2400)
     proxy: ProxyPart = ProxyPart()
     validation: Part = Part(size=500)

@@ -42,9 +42,9 @@ def load(config: DataConfig, seed: int) -> Splits:
             name: read(source, f"data.partition.sources.{name}")
             for name, source in config.partition.sources.items()
         }
-    labels = config.labels or _labels(
-        pool, [*clients.values(), *(tables[n] for n in tables if n == "private")]
-    )
+    # Without a common source, what counts as a class is what the test asks for: a client whose labels are
+    # spelt otherwise is an error then, and not a class more.
+    labels = config.labels or _labels(pool or tables["test"])
     sets: dict[str, TextSet] = {}
     if pool is not None:
         whole = _labelled(pool, labels, "data.source", optional=False)
@@ -71,9 +71,8 @@ def labelled(source: Source, labels: tuple[str, ...], name: str) -> TextSet:
     return _labelled(read(source, name), labels, name, optional=False)
 
 
-def _labels(pool: Table | None, private: list[Table]) -> tuple[str, ...]:
-    tables = [pool] if pool is not None else private
-    names = {label for table in tables for label in table.labels or ()}
+def _labels(table: Table) -> tuple[str, ...]:
+    names = set(table.labels or ())
     if len(names) < 2:
         raise DataError(f"data: classification needs at least two labels, found {sorted(names)}")
     return tuple(sorted(names))
@@ -90,7 +89,8 @@ def _labelled(table: Table, labels: tuple[str, ...], name: str, *, optional: boo
         for row, label in enumerate(table.labels):
             if label not in index:
                 raise DataError(
-                    f"{name}: row {row} has label {label!r}, which is not one of {', '.join(labels)}"
+                    f"{name}: row {row} has label {label!r}, which is not one of {', '.join(labels)}; "
+                    "name all classes in data.labels, or mend the file"
                 )
         numbers = np.array([index[label] for label in table.labels], np.int64)
     return TextSet(name, table.ids, table.texts, numbers, labels, table.sources)
