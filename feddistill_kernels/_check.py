@@ -7,6 +7,8 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 
 def bind(spec: str, **tensors: Tensor) -> tuple[int, ...]:
     """Return the sizes of ``spec``'s letters, requiring every tensor to have that shape.
@@ -42,10 +44,11 @@ def one_of(what: str, given: str, names: Collection[str]) -> None:
 
 
 def floating(**tensors: Tensor) -> None:
-    """Require floating-point tensors."""
+    """Require floating-point tensors of a dtype that the kernels know."""
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
+        if tensor.dtype not in FLOATING:
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATING)
+            raise ValueError(f"{name} must be floating point ({names}), got {tensor.dtype}")
 
 
 def positive_temperature(temperature: float) -> None:

@@ -8,7 +8,12 @@ from torch import Tensor
 from feddistill_kernels._backend import load
 
 
-@torch.library.custom_op("feddistill::aggregate_topk", mutates_args=())
+@torch.library.custom_op(
+    "feddistill::aggregate_topk",
+    mutates_args=(),
+    schema="(Tensor[] ids, Tensor[] log_probs, Tensor[] missing, int vocab, str rule, Tensor? weights, "
+    "int trim, int k, str backend) -> (Tensor, Tensor, Tensor)",
+)
 def aggregate(
     ids: Sequence[Tensor],
     log_probs: Sequence[Tensor],

@@ -8,7 +8,9 @@ from torch import Tensor
 from feddistill_kernels._backend import load
 
 
-@torch.library.custom_op("feddistill::mean_around_median", mutates_args=())
+@torch.library.custom_op(
+    "feddistill::mean_around_median", mutates_args=(), schema="(Tensor[] xs, int keep, str backend) -> Tensor"
+)
 def around_median(xs: Sequence[Tensor], keep: int, backend: str) -> Tensor:
     """Mean of each coordinate's ``keep`` values nearest to its median."""
     result: Tensor = load("around_median", backend, xs[0]).around_median(xs, keep)

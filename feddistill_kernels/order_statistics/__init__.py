@@ -36,8 +36,8 @@ def trimmed_mean(xs: Sequence[Tensor], trim: int, *, backend: str | None = None)
         BackendError: ``backend`` was named and cannot run here.
 
     Memory:
-        ``native``: the result; it does not depend on the number of threads.  ``reference``: bounded
-        temporaries besides.
+        ``native``: the result, which does not depend on the number of threads, and a copy of each client
+        that is not contiguous.  ``reference``: the same and bounded temporaries.
 
     Example:
         >>> import torch

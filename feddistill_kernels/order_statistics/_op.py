@@ -8,7 +8,9 @@ from torch import Tensor
 from feddistill_kernels._backend import load
 
 
-@torch.library.custom_op("feddistill::trimmed_mean", mutates_args=())
+@torch.library.custom_op(
+    "feddistill::trimmed_mean", mutates_args=(), schema="(Tensor[] xs, int trim, str backend) -> Tensor"
+)
 def trimmed(xs: Sequence[Tensor], trim: int, backend: str) -> Tensor:
     """Mean of each coordinate's sorted values without ``trim`` at either end."""
     result: Tensor = load("order_statistics", backend, xs[0]).trimmed(xs, trim)
