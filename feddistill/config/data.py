@@ -53,15 +53,15 @@ class Part(Setting):
     source: Source | None = None
     """``null`` takes the part from ``data.source``."""
     size: int | None = Field(default=None, ge=1)
-    """Examples, drawn at random; ``null`` for all of an own source, or all that the others leave."""
+    """Examples, drawn at random; ``null`` for all of an own source, or for all that the others leave of
+    ``data.source``."""
 
 
 class ProxyPart(Part):
     """The public texts that every client answers and the student learns from."""
 
-    size: int | None = Field(default=2400, ge=1)
-    labelled: int = Field(default=100, ge=0)
-    """How many of them the server has labels for. The others' labels are thrown away when they are read."""
+    labelled: int = Field(default=0, ge=0)
+    """How many of them the server has labels for; the others' are thrown away as they are read."""
 
 
 class IidPartition(Setting):
@@ -121,11 +121,11 @@ class DataConfig(Setting):
     source: Source | None = EmbeddedSource()
     """Where every part comes from that names no source of its own."""
     labels: tuple[str, ...] | None = Field(default=None, min_length=2)
-    """The classes, in order; ``null`` for those of ``data.source`` or, without one, of the test set, sorted."""
-    private: Part = Part(size=2400)
+    """The classes in order; ``null`` for those of ``data.source``, or without one of the test set, sorted."""
+    private: Part = Part()
     proxy: ProxyPart = ProxyPart()
-    validation: Part = Part(size=500)
-    test: Part = Part(size=2000)
+    validation: Part = Part()
+    test: Part = Part()
     partition: Partition = DirichletPartition()
     histogram_epsilon: float | None = Field(default=None, gt=0)
     """Laplace noise of scale ``1/epsilon`` on the class counts that clients report; ``null`` for none."""

@@ -31,7 +31,7 @@ class Codistillation(Setting):
     enabled: bool = True
     epochs: float = Field(default=1.0, gt=0)
     """Passes over private and proxy texts together, in each later round."""
-    examples: int | None = Field(default=1200, ge=1)
+    examples: int | None = Field(default=None, ge=1)
     """Proxy texts digested in a round, drawn at random; ``null`` for all of them."""
     target: Literal["hard", "soft"] = "hard"
     """The teacher's first choice, or its whole distribution."""
@@ -42,11 +42,9 @@ class Codistillation(Setting):
 class ClientsConfig(Setting):
     """The clients: their specialist models and how these learn."""
 
-    models: tuple[ModelConfig, ...] = Field(
-        default=(ModelConfig(freeze_embeddings=True, freeze_layers=3),), min_length=1
-    )
+    models: tuple[ModelConfig, ...] = Field(default=(ModelConfig(),), min_length=1)
     """One for all, or several that are dealt out to the clients in turn."""
-    training: TrainingConfig = TrainingConfig(head_learning_rate=5e-3)
+    training: TrainingConfig = TrainingConfig()
     """Of the first round, on private texts alone."""
     codistillation: Codistillation = Codistillation()
     answer_batch_size: int = Field(default=128, ge=1)
@@ -105,7 +103,7 @@ class DistillConfig(Setting):
 class StudentConfig(Setting):
     """The student: its model, and how it learns in each round."""
 
-    model: ModelConfig = ModelConfig(layers=(0, 2, 5), freeze_embeddings=True)
-    training: TrainingConfig = TrainingConfig(head_learning_rate=5e-3)
+    model: ModelConfig = ModelConfig()
+    training: TrainingConfig = TrainingConfig()
     later_head_learning_rate: float | None = Field(default=None, gt=0)
     """``head_learning_rate`` of the later rounds, when the head is no longer random."""
