@@ -6,29 +6,24 @@ teacher's answers; (2) it answers the proxy texts and uploads a payload; (3) the
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from statistics import fmean
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from feddistill import aggregation, models, payload
 from feddistill.accounting import measure
 from feddistill.config import digest
 from feddistill.errors import ConfigError, PayloadError, RoundError
-from feddistill.methods.learner import Learner, Session, best_of, labels_of, later, lessons_of
-from feddistill.methods.local_only import Crew, client_settings, client_steps, train_alone
-from feddistill.seeds import derive, generator
+from feddistill.methods import wire
+from feddistill.methods.client import Crew
+from feddistill.methods.learner import Learner, Session, best_of, labels_of, later
+from feddistill.seeds import derive
 from feddistill.store import Json
-from feddistill.training import NO_LABEL, Lessons
-from feddistill.types import ClientDescription, RoundSpec, TextSet
-from feddistill_kernels import TopK, topk_compress
-
-SERVER = "server"
-"""Who signs the teacher that goes back to the clients."""
+from feddistill.training import Lessons
+from feddistill.types import RoundSpec
 
 
 def run(session: Session) -> Json:
@@ -65,11 +60,11 @@ class _Rounds:
         self.session = session
         self.splits = session.splits
         self.run_id = _run_id(session)
-        self.descriptions = [_describe(session, private) for private in session.splits.private]
+        self.crew = Crew(session)
+        self.descriptions = [client.describe() for client in self.crew.clients]
         self.weights = aggregation.client_weights(
             session.config.aggregation.rule.weighting(), self.descriptions, len(session.splits.label_names)
         )
-        self.crew = Crew(session)
         self._student: Learner | None = None
         self.best: Json | None = None
         self.last: Json | None = None
@@ -102,22 +97,21 @@ class _Rounds:
         admitted: dict[str, payload.Answers] = {}
         refused: Json = {}
         seen: set[tuple[str, int]] = set()
-        for position, private in enumerate(self.splits.private):
-            learner = self.crew.learner(position)
-            specialists[private.name] = self._train(learner, private, number, step)
-            upload = self._answer(learner, private, specialists[private.name]["weights"], spec, step)
-            uploads[private.name] = upload
+        before = self._spec(number - 1) if number > 1 else None
+        for client in self.crew.clients:
+            specialists[client.name] = client.train(number, before)
+            upload = uploads[client.name] = client.answer(spec, specialists[client.name]["weights"])
             try:
-                admitted[private.name] = payload.admit(
+                admitted[client.name] = payload.admit(
                     self.session.run.read_bytes(upload["envelope"]),
                     self.session.run.read_bytes(upload["payload"]),
                     spec,
                     seen,
                 )
             except PayloadError as error:  # the round goes on without this client
-                refused[private.name] = str(error)
+                refused[client.name] = str(error)
             else:
-                seen.add((private.name, number))
+                seen.add((client.name, number))
         if len(admitted) < spec.quorum:
             reasons = "; ".join(refused.values())
             raise RoundError(
@@ -159,68 +153,6 @@ class _Rounds:
             clients=tuple(private.name for private in splits.private),
         )
 
-    def _train(self, learner: Learner, private: TextSet, number: int, step: str) -> Json:
-        """(1) The client's own training."""
-        if number == 1:
-            return train_alone(self.session, learner, private, 1, None)
-        config = self.session.config
-        previous = f"rounds/{number - 1:03d}/specialists/{private.name}.safetensors"
-        return learner.step(
-            f"{step}/specialists/{private.name}",
-            f"round {number}: {private.name} learns",
-            f"alone/001/{private.name}.safetensors" if number == 2 else previous,
-            lambda: self._private_lessons(learner, private, number),
-            client_settings(config, number),
-            steps=client_steps(config, number, len(private), len(self.splits.proxy)),
-            distill=config.distill,
-        )
-
-    def _private_lessons(self, learner: Learner, private: TextSet, number: int) -> Lessons:
-        """Private texts with their labels and, co-distilling, proxy texts with the last teacher's answers."""
-        settings = self.session.config.clients.codistillation
-        own = lessons_of(learner, private)
-        if not settings.enabled:
-            return own
-        spec = _feedback_spec(self._spec(number - 1))
-        name = f"rounds/{number - 1:03d}/feedback"
-        envelope = self.session.run.read_bytes(f"{name}.json")
-        content = self.session.run.read_bytes(f"{name}.safetensors")
-        teacher = _log_probs(payload.admit(envelope, content, spec, frozenset()), 0, spec.positions)
-        random = generator(self.session.config.seed, "digest", number, private.name)
-        rows = np.sort(random.permutation(len(self.splits.proxy))[: settings.examples])
-        proxy = learner.tokens(self.splits.proxy)
-        tokens = [*own.tokens, *(proxy[row] for row in rows)]
-        picked = teacher[torch.from_numpy(rows)]
-        if settings.target == "hard":
-            return Lessons(tokens, torch.cat([own.labels, picked.argmax(-1)]))
-        taught = torch.cat([torch.zeros(len(private)), torch.ones(len(rows))]).bool()
-        filler = picked.new_zeros(len(private), picked.shape[1])  # rows that are not taught
-        nothing = torch.full((len(rows),), NO_LABEL)
-        return Lessons(tokens, torch.cat([own.labels, nothing]), torch.cat([filler, picked]), taught)
-
-    def _answer(self, learner: Learner, private: TextSet, weights: str, spec: RoundSpec, step: str) -> Json:
-        """(2) The client's upload."""
-        run, name = self.session.run, f"{step}/payloads/{private.name}"
-        if (record := run.done(name)) is not None:
-            return record
-        learner.restore(weights)
-        before = learner.meter.flops
-        label = f"round {spec.round}: {private.name} answers"
-        with self.session.show.step(label) as tick, measure() as cost:
-            answers = _compress(learner.answer(self.splits.proxy, tick), spec)
-            content = payload.encode(answers, spec, private.name)
-            envelope = payload.seal(content, spec, private.name)
-            cost.flops = learner.meter.flops - before
-        run.write_bytes(f"{name}.safetensors", content)
-        run.write_bytes(f"{name}.json", envelope)
-        record = {
-            "payload": f"{name}.safetensors",
-            "envelope": f"{name}.json",
-            "bytes": len(content) + len(envelope),
-            "cost": asdict(cost.cost),
-        }
-        return run.commit(name, record, [record["payload"], record["envelope"]])
-
     def _aggregate(
         self, admitted: Mapping[str, payload.Answers], number: int, spec: RoundSpec, step: str
     ) -> Json:
@@ -229,7 +161,7 @@ class _Rounds:
         if (record := run.done(name)) is not None:
             return record
         config = self.session.config.aggregation
-        answerers = [partial(_log_probs, answers) for answers in admitted.values()]
+        answerers = [partial(wire.expand, answers) for answers in admitted.values()]
         rows = [i for i, private in enumerate(self.splits.private) if private.name in admitted]
         weights = None if self.weights is None else self.weights[rows]
         with self.session.show.step(f"round {number}: aggregate"), measure() as cost:
@@ -239,9 +171,9 @@ class _Rounds:
             labels = torch.from_numpy(self.splits.proxy.labels)
             diagnostics = aggregation.diagnose(list(admitted), answerers, teacher, labels, mass)
         run.write(f"{name}.safetensors", lambda path: save_file({"log_probs": teacher}, path))
-        back = _feedback_spec(spec)
-        feedback = payload.encode(_compress(teacher, back), back, SERVER)
-        envelope = payload.seal(feedback, back, SERVER)
+        back = wire.feedback_spec(spec)
+        feedback = payload.encode(wire.compress(teacher, back), back, wire.SERVER)
+        envelope = payload.seal(feedback, back, wire.SERVER)
         run.write_bytes(f"{step}/feedback.safetensors", feedback)
         run.write_bytes(f"{step}/feedback.json", envelope)
         codistil = self.session.config.clients.codistillation.enabled
@@ -290,50 +222,9 @@ class _Rounds:
                 run.remove(student)
 
 
-def _feedback_spec(spec: RoundSpec) -> RoundSpec:
-    """The same question, answered by the server: what the clients check the teacher against."""
-    return replace(spec, clients=(SERVER,))
-
-
 def _run_id(session: Session) -> str:
     """The same for the same settings: payloads of equal runs are equal to the byte."""
     return digest(session.config)[:16]
-
-
-def _describe(session: Session, private: TextSet) -> ClientDescription:
-    """What the client tells of itself: no more than the rule needs."""
-    kind = session.config.aggregation.rule.weighting()
-    counts = None
-    if kind == "class_counts":
-        exact = private.label_counts().astype(np.float64)
-        epsilon = session.config.data.histogram_epsilon
-        if epsilon is not None:  # one example changes one count by one: Laplace noise of scale 1/epsilon
-            noise = generator(session.config.seed, "histogram", private.name).laplace(
-                0.0, 1 / epsilon, len(exact)
-            )
-            exact = np.maximum(np.round(exact + noise, 3), 0.0)
-        counts = tuple(float(n) for n in exact)
-    return ClientDescription(private.name, len(private), counts)
-
-
-def _compress(log_probs: Tensor, spec: RoundSpec) -> payload.Answers:
-    if spec.codec == "dense":
-        return payload.quantise_dense(log_probs.numpy())
-    kept = topk_compress(log_probs, spec.k)
-    return payload.quantise_topk(
-        kept.ids.numpy(), kept.log_probs.numpy(), kept.log_tail.numpy(), spec.vocab_size
-    )
-
-
-def _log_probs(answers: payload.Answers, start: int, stop: int) -> Tensor:
-    """Rows of an admitted answer as dense log-probabilities ``[n, V]``."""
-    chunk = answers.rows(start, stop)
-    if isinstance(chunk, payload.Dense):
-        return torch.from_numpy(chunk.log_probs())
-    kept, tail = chunk.log_probs()
-    ids = torch.from_numpy(chunk.ids)
-    sparse = TopK(ids, torch.from_numpy(kept), torch.from_numpy(tail), chunk.vocab_size)
-    return sparse.expand(tail="uniform")
 
 
 def _mean_accuracy(specialists: Json) -> float:

@@ -1,0 +1,156 @@
+"""A client: what it tells of itself, how it trains, how it answers. All that it sends is in here."""
+
+from dataclasses import asdict
+
+import numpy as np
+import torch
+
+from feddistill import payload, training
+from feddistill.accounting import measure
+from feddistill.config.training import TrainingConfig
+from feddistill.methods import wire
+from feddistill.methods.learner import Learner, Session, later, lessons_of
+from feddistill.seeds import generator
+from feddistill.store import Json
+from feddistill.training import NO_LABEL, Lessons
+from feddistill.types import ClientDescription, RoundSpec, TextSet
+
+
+class Client:
+    """One institution: its private texts, and the model that it works with."""
+
+    def __init__(self, session: Session, private: TextSet, crew: "Crew", position: int):
+        self.session = session
+        self.config = session.config
+        self.private = private
+        self.name = private.name
+        self._crew = crew
+        self._position = position
+
+    @property
+    def learner(self) -> Learner:
+        """Shared with the other clients of this architecture: one of them works at a time."""
+        return self._crew.learner(self._position)
+
+    def describe(self) -> ClientDescription:
+        """What it tells of itself: no more than the rule needs."""
+        counts = None
+        if self.config.aggregation.rule.weighting() == "class_counts":
+            exact = self.private.label_counts().astype(np.float64)
+            epsilon = self.config.data.histogram_epsilon
+            if epsilon is not None:  # one example changes one count by one: Laplace noise of scale 1/epsilon
+                random = generator(self.config.seed, "histogram", self.name)
+                noise = random.laplace(0.0, 1 / epsilon, len(exact))
+                exact = np.maximum(np.round(exact + noise, 3), 0.0)
+            counts = tuple(float(n) for n in exact)
+        return ClientDescription(self.name, len(self.private), counts)
+
+    def train_alone(self, number: int, start: str | None) -> Json:
+        """Segment ``number`` on private texts alone, from the weights in file ``start``.
+
+        The first is also the client's first round in the federation: there is no teacher yet.
+        """
+        return self.learner.step(
+            f"alone/{number:03d}/{self.name}",
+            f"{self.name} alone: segment {number}",
+            start,
+            lambda: lessons_of(self.learner, self.private),
+            self._settings(number),
+            steps=self._steps(number),
+        )
+
+    def train(self, number: int, asked: RoundSpec | None) -> Json:
+        """Round ``number``; ``asked`` is the request that the teacher, sent back after it, answers."""
+        if asked is None:
+            return self.train_alone(number, None)
+        before = f"rounds/{asked.round:03d}/specialists" if asked.round > 1 else "alone/001"
+        return self.learner.step(
+            f"rounds/{number:03d}/specialists/{self.name}",
+            f"round {number}: {self.name} learns",
+            f"{before}/{self.name}.safetensors",
+            lambda: self._lessons(number, asked),
+            self._settings(number),
+            steps=self._steps(number),
+            distill=self.config.distill,
+        )
+
+    def answer(self, spec: RoundSpec, weights: str) -> Json:
+        """Answer the proxy texts with the model in file ``weights``: the upload."""
+        run, name = self.session.run, f"rounds/{spec.round:03d}/payloads/{self.name}"
+        if (record := run.done(name)) is not None:
+            return record
+        learner = self.learner
+        learner.restore(weights)
+        before = learner.meter.flops
+        with self.session.show.step(f"round {spec.round}: {self.name} answers") as tick, measure() as cost:
+            answers = wire.compress(learner.answer(self.session.splits.proxy, tick), spec)
+            content = payload.encode(answers, spec, self.name)
+            envelope = payload.seal(content, spec, self.name)
+            cost.flops = learner.meter.flops - before
+        run.write_bytes(f"{name}.safetensors", content)
+        run.write_bytes(f"{name}.json", envelope)
+        record = {
+            "payload": f"{name}.safetensors",
+            "envelope": f"{name}.json",
+            "bytes": len(content) + len(envelope),
+            "cost": asdict(cost.cost),
+        }
+        return run.commit(name, record, [record["payload"], record["envelope"]])
+
+    def _lessons(self, number: int, asked: RoundSpec) -> Lessons:
+        """Private texts with their labels and, co-distilling, proxy texts with the last teacher's answers."""
+        settings = self.config.clients.codistillation
+        own = lessons_of(self.learner, self.private)
+        if not settings.enabled:
+            return own
+        spec, name = wire.feedback_spec(asked), f"rounds/{asked.round:03d}/feedback"
+        envelope = self.session.run.read_bytes(f"{name}.json")
+        content = self.session.run.read_bytes(f"{name}.safetensors")
+        teacher = wire.expand(payload.admit(envelope, content, spec, frozenset()), 0, spec.positions)
+        random = generator(self.config.seed, "digest", number, self.name)
+        rows = np.sort(random.permutation(len(self.session.splits.proxy))[: settings.examples])
+        proxy = self.learner.tokens(self.session.splits.proxy)
+        tokens = [*own.tokens, *(proxy[row] for row in rows)]
+        picked = teacher[torch.from_numpy(rows)]
+        if settings.target == "hard":
+            return Lessons(tokens, torch.cat([own.labels, picked.argmax(-1)]))
+        taught = torch.cat([torch.zeros(len(self.private)), torch.ones(len(rows))]).bool()
+        filler = picked.new_zeros(len(self.private), picked.shape[1])  # rows that are not taught
+        nothing = torch.full((len(rows),), NO_LABEL)
+        return Lessons(tokens, torch.cat([own.labels, nothing]), torch.cat([filler, picked]), taught)
+
+    def _settings(self, number: int) -> TrainingConfig:
+        settings = self.config.clients.training
+        if number == 1:
+            return settings
+        codistillation = self.config.clients.codistillation
+        epochs = codistillation.epochs if codistillation.enabled else None
+        return later(settings, epochs, codistillation.head_learning_rate)
+
+    def _steps(self, number: int) -> int:
+        """Over private and digested texts; a client alone takes as many."""
+        codistillation, proxy = self.config.clients.codistillation, len(self.session.splits.proxy)
+        digested = 0
+        if number > 1 and codistillation.enabled:
+            digested = min(codistillation.examples or proxy, proxy)
+        return training.steps_of(self._settings(number), len(self.private) + digested)
+
+
+class Crew:
+    """All clients, with one model in memory for each architecture, whatever the number of clients."""
+
+    def __init__(self, session: Session):
+        self._session = session
+        self._learners: dict[int, Learner] = {}
+        self.clients = tuple(
+            Client(session, private, self, position)
+            for position, private in enumerate(session.splits.private)
+        )
+
+    def learner(self, position: int) -> Learner:
+        """The model of the client at ``position``; architectures are dealt out in turn."""
+        models = self._session.config.clients.models
+        index = position % len(models)
+        if index not in self._learners:
+            self._learners[index] = Learner(self._session, models[index], f"clients.models.{index}")
+        return self._learners[index]
