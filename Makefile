@@ -30,6 +30,7 @@ types: setup
 # The committed figures: three seeds of the quickstart, then the tables in the documents.
 results: setup
 	for seed in 0 1 2; do $(BIN)/feddistill train --set seed=$$seed --out runs/results/quickstart-$$seed || exit; done
+	mkdir -p docs/results
 	$(BIN)/python docs/build_tables.py --collect runs/results/quickstart-* > docs/results/quickstart.json
 
 docs-results: setup
