@@ -39,7 +39,8 @@ def quickstart() -> str:
     e, rounds, seeds = runs[0]["environment"], runs[0]["rounds"], ", ".join(str(r["seed"]) for r in runs)
     note = (
         f"Seeds {seeds}; {e['threads']} threads, {e['precision']}, torch {e['torch']}. All clients "
-        f"together upload {up / 1e3:.0f} kB in {rounds} rounds; FedAvg {fedavg / 1e6:.0f} MB. "
+        f"together upload {up / 1e3:.0f} kB in {rounds} rounds; "
+        f"FedAvg of this student would upload {fedavg / 1e6:.0f} MB. "
         f"{seconds:.0f} seconds of work (median), baselines included."
     )
     return "\n".join([*lines, "", note])
