@@ -24,13 +24,15 @@ def show(config: Path | None, overrides: tuple[str, ...]) -> None:
 @click.argument("config", required=False, type=click.Path(path_type=Path))
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a setting.")
 def check(config: Path | None, overrides: tuple[str, ...]) -> None:
-    """Check CONFIG (or the quickstart), its data included, without training anything."""
+    """Check CONFIG (or the quickstart) with its data and models, without training anything."""
     from feddistill import config as configuration
-    from feddistill import data
-    from feddistill.report import skew_lines
 
     settings = configuration.load(config, overrides)
-    splits = data.load(settings.data, settings.seed)
+
+    from feddistill import data, experiment
+    from feddistill.report import skew_lines
+
+    splits = experiment.check(settings)
     for line in skew_lines(data.skew(splits)):
         click.echo(line)
     click.echo(f"ok: {configuration.digest(settings)}")

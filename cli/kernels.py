@@ -5,7 +5,7 @@ import click
 
 @click.command()
 def kernels() -> None:
-    """List the kernels and which backends run them here, and why the others do not."""
+    """List the kernels and which backends run them here."""
     import torch
     from rich.console import Console
     from rich.table import Table

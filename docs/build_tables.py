@@ -18,8 +18,8 @@ ROWS = {
     "clients, first round (mean)": lambda m: m["clients"]["before"]["mean"],
     "clients, last round (mean)": lambda m: m["clients"]["after"]["mean"],
     "public only, same steps": lambda m: m["public_only"],
-    "each client alone, same steps (mean)": lambda m: m["local_only"]["mean"],
-    "each client alone, same steps (best)": lambda m: m["local_only"]["best"],
+    "each client alone (mean)": lambda m: m["local_only"]["mean"],
+    "each client alone (best)": lambda m: m["local_only"]["best"],
     "centralized, same steps": lambda m: m["centralized"],
 }
 

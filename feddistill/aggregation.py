@@ -16,7 +16,7 @@ CHUNK = 65_536
 """Rows aggregated at once: memory is ``C * CHUNK * V`` floats, whatever ``N`` is."""
 
 COLLAPSED = 1.5
-"""A client whose answers use fewer effective classes than this has collapsed."""
+"""A client that uses fewer effective classes than this, and than half of the teacher's, has collapsed."""
 
 Answerer = Callable[[int, int], Tensor]
 """``(start, stop)`` to that client's log-probabilities ``[stop - start, V]``."""
@@ -49,7 +49,7 @@ def client_weights(
     if kind == "uniform":
         return None
     if kind == "size":
-        return torch.tensor([float(d.examples) for d in descriptions])
+        return torch.tensor([float(d.examples or 0) for d in descriptions])
     counts = torch.tensor([d.class_counts for d in descriptions], dtype=torch.float64)
     assert counts.shape == (len(descriptions), classes), "a count for each client and class"
     return torch.where(counts.sum(0) > 0, counts, 1.0).float()
@@ -87,6 +87,7 @@ def diagnose(
     """Compare every client with the teacher, and the teacher with ``labels [N]`` where they are known."""
     choice = teacher.argmax(-1)
     known = labels != UNLABELLED
+    whole = float(torch.special.entr(teacher.exp().mean(0)).sum().exp())
     agreement, effective = {}, {}
     for name, client in zip(names, clients, strict=True):
         answers = client(0, len(teacher))
@@ -97,6 +98,6 @@ def diagnose(
         teacher_accuracy=float((choice[known] == labels[known]).float().mean()) if known.any() else None,
         agreement=agreement,
         effective_classes=effective,
-        collapsed=tuple(name for name, n in effective.items() if n < COLLAPSED),
+        collapsed=tuple(name for name, n in effective.items() if n < min(COLLAPSED, 0.5 * whole)),
         mass=round(mass, 6),
     )

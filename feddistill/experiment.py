@@ -19,8 +19,10 @@ from feddistill.evaluation import classification
 from feddistill.methods.learner import Learner, Session
 from feddistill.progress import Quiet, Show
 from feddistill.store import CONFIG, RESULT, Json, RunDirectory
+from feddistill.types import Splits
 
 SKEW = "data/skew.json"
+DIGESTS = "data/digests.json"
 
 
 def run(config: Config, out: Path, *, resume: bool = False, show: Show | None = None) -> Json:
@@ -37,17 +39,22 @@ def run(config: Config, out: Path, *, resume: bool = False, show: Show | None = 
     """
     show = show or Quiet()
     start = time.perf_counter()
-    if not resume:
+    if resume:
+        directory = RunDirectory.open(out)
+    else:  # nothing is written for settings that cannot run
+        RunDirectory.check_free(out)
         config = _resolve(config)
-    directory = RunDirectory.open(out) if resume else RunDirectory.create(out, configuration.dump(config))
+        _prepare(config)
+        splits = check(config, show)
+        directory = RunDirectory.create(out, configuration.dump(config))
     try:
         if resume:
             config = _same(config, directory)
-        if resume and (done := _result(directory)) is not None:
-            return done
-        _prepare(config)
-        with show.step("read the data"):
-            splits = data.load(config.data, config.seed)
+            if (done := _result(directory)) is not None:
+                return done
+            _prepare(config)
+            splits = check(config, show)
+        _same_data(splits, directory)
         skew = data.skew(splits)
         directory.write_json(SKEW, asdict(skew))
         session = Session(config, splits, directory, show)
@@ -60,6 +67,16 @@ def run(config: Config, out: Path, *, resume: bool = False, show: Show | None = 
         return directory.read_json(RESULT)
     finally:
         directory.close()
+
+
+def check(config: Config, show: Show | None = None) -> Splits:
+    """Read the data and build every model once; returns the data. Nothing is trained or written."""
+    show = show or Quiet()
+    with show.step("read the data"):
+        splits = data.load(config.data, config.seed)
+    with show.step("build the models"):
+        methods.check(config, splits)
+    return splits
 
 
 def evaluate(out: Path, texts: FileSource | None = None) -> Json:
@@ -81,6 +98,7 @@ def evaluate(out: Path, texts: FileSource | None = None) -> Json:
             raise RunError(f"{out} is not complete; go on with: feddistill train --resume --out {out}")
         _prepare(config)
         splits = data.load(config.data, config.seed)
+        _same_data(splits, directory)
         chosen = splits.test if texts is None else data.labelled(texts, splits.label_names, "--texts")
         learner = Learner(Session(config, splits, directory, Quiet()), config.student.model, "student.model")
         learner.restore(result["student_weights"])
@@ -146,6 +164,19 @@ def _same(config: Config, directory: RunDirectory) -> Config:
             f"{directory.root} was started with another {key}; resume without changing settings"
         )
     return stored
+
+
+def _same_data(splits: Splits, directory: RunDirectory) -> None:
+    """The data that the run began with: files and hub sets can change under a configuration."""
+    sets = {part.name: part for part in (*splits.private, splits.proxy, splits.validation, splits.test)}
+    digests = {name: part.digest(labels=True) for name, part in sets.items()}
+    if not directory.path(DIGESTS).exists():
+        directory.write_json(DIGESTS, digests)
+        return
+    stored = directory.read_json(DIGESTS)
+    for name in {**stored, **digests}:
+        if stored.get(name) != digests.get(name):
+            raise RunError(f"{name} is not what {directory.root} was started with: the data have changed")
 
 
 def _first_difference(a: object, b: object, path: str = "") -> str:

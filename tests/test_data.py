@@ -139,6 +139,18 @@ def test_a_local_folder_in_hub_layout_is_read_like_the_hub(tmp_path):
     assert len(from_files("unused", source=source).test) == 10
 
 
+def test_only_line_ends_end_a_line(tmp_path):
+    path = write(tmp_path / "d.jsonl", rows())
+    path.write_text(path.read_text().replace("text, number 0", "text\u2028number\x85 0"))
+    whole = from_files(path)
+    texts = [t for part in (*whole.private, whole.proxy, whole.validation, whole.test) for t in part.texts]
+    assert "text\u2028number\x85 0" in texts
+    lines = tmp_path / "p.txt"
+    lines.write_text("one\x0cpage\nanother\n")
+    found = splits(proxy={"source": {"kind": "files", "path": str(lines)}, "size": None, "labelled": 0})
+    assert found.proxy.texts == ("one\x0cpage", "another")
+
+
 def test_a_client_that_spells_its_labels_otherwise_is_refused(tmp_path):
     odd = [{**row, "label": row["label"].upper()} for row in rows(20)]
     given = {
@@ -171,6 +183,9 @@ def refusals(tmp_path):
     strange = write(tmp_path / "strange.csv", [*rows(10), {"text": "t", "label": "c", "origin": "x"}])
     blank = write(tmp_path / "blank.jsonl", [*rows(3), {"text": " ", "label": "a"}])
     (tmp_path / "odd.xlsx").write_text("x")
+    crooked = tmp_path / "crooked.csv"
+    crooked.write_text("text,label\nhe said, yes,a\nno, no,b\n")
+    listed = write(tmp_path / "listed.jsonl", [{"text": ["a", "b"], "label": "a"}])
 
     def source(path, **more):
         return {"source": {"kind": "files", "path": str(path), **more}}
@@ -193,6 +208,11 @@ def refusals(tmp_path):
             {"source": files, "labels": ["a", "b", "never"]},
             r"class 'never' has no private example at any client",
         ),
+        "one field too many": (
+            source(crooked),
+            r"crooked\.csv is malformed: rows have more fields than the header",
+        ),
+        "a list for a text": (source(listed), r"data\.source: row 0 has a list for 'text'"),
         "too few": (
             {"source": files, "test": {"size": 600}},
             r"data\.source has 60 examples, the parts need",
@@ -234,7 +254,15 @@ REFUSED = (
         "mismatched labels",
         "empty class",
     )
-    + ("too few", "client without data", "impossible draw", "no source column", "too many labels wanted")
+    + (
+        "too few",
+        "client without data",
+        "impossible draw",
+        "one field too many",
+        "a list for a text",
+        "no source column",
+        "too many labels wanted",
+    )
     + ("unknown hub set",)
 )
 

@@ -2,14 +2,16 @@
 
 import doctest
 import importlib
-import pkgutil
+from pathlib import Path
 
 import pytest
 
-import feddistill
-
+ROOT = Path(__file__).parents[1]
+# From the files: an editable install puts the whole tree into feddistill.__path__, and importing a kernel
+# a second time under another name would register its operators twice.
 MODULES = sorted(
-    m.name for m in pkgutil.walk_packages(feddistill.__path__, "feddistill.") if ".cli" not in m.name
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    for path in (ROOT / "feddistill").rglob("*.py")
 )
 
 

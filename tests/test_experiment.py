@@ -1,6 +1,7 @@
 """Whole runs: the same numbers again, after any kill, with a client refused."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import pytest
 
 from feddistill import experiment, payload
 from feddistill.config import load, parse
-from feddistill.errors import ConfigError, RoundError, RunError
+from feddistill.errors import ConfigError, FeddistillError, ModelError, RoundError, RunError
 from feddistill.store import RunDirectory
 
 VARIES = {"seconds", "peak_memory_bytes", "environment"}
@@ -168,6 +169,55 @@ def test_a_corrupted_payload_is_refused_and_the_round_goes_on(tiny_settings, tmp
     assert [set(t["agreement"]) for t in result["teacher"]] == [{"client-0", "client-2"}] * 2
 
 
+def test_a_refused_client_takes_no_class_with_it(tiny_settings, tmp_path, monkeypatch):
+    """Whoever alone has seen a class may be refused: the others' answers to it count then."""
+    monkeypatch.setattr(payload, "admit", corrupting("client-1"))
+    data = {**tiny_settings["data"], "partition": {"kind": "dirichlet", "clients": 3, "alpha": 0.05}}
+    data["partition"]["min_examples"] = 20
+    rule = {"rule": {"kind": "mean_probs", "weights": "class_counts"}, "quorum": 2}
+    settings = {**tiny_settings, "data": data, "baselines": [], "aggregation": rule}
+    result = experiment.run(parse(settings), tmp_path / "run")
+    assert all(0 < t["mass"] < 10 for t in result["teacher"])
+
+
+def test_a_training_that_diverges_is_named(tiny_settings, tmp_path):
+    student = {**tiny_settings["student"], "training": {"learning_rate": 1e30, "epochs": 1}}
+    with pytest.raises(ModelError, match=r"student.*: training diverged"):
+        experiment.run(parse({**tiny_settings, "student": student, "baselines": []}), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"payload": {"codec": "topk", "k": 11}}, r"payload\.k = 11, but there are only 10 classes"),
+        ({"aggregation": {"rule": {"kind": "trimmed_mean", "trim": 2}}}, r"trim = 2 discards all 3 clients"),
+        (
+            {"student": {"model": {"source": {"kind": "package", "package": "absent"}}}},
+            r"'absent' is not installed",
+        ),
+    ],
+)
+def test_what_cannot_run_is_refused_before_anything_is_written(change, message, tiny_settings, tmp_path):
+    with pytest.raises(FeddistillError, match=message):
+        experiment.run(parse({**tiny_settings, **change}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_public_only_without_labels_is_refused_before_any_training(tiny_settings, tmp_path):
+    data = {**tiny_settings["data"], "proxy": {"size": 120, "labelled": 0}}
+    with pytest.raises(ConfigError, match=r"public_only needs labels, but data\.proxy\.labelled is 0"):
+        experiment.run(parse({**tiny_settings, "data": data}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_that_change_under_a_run_are_noticed(finished, tmp_path):
+    shutil.copytree(finished["out"], tmp_path / "copy")
+    digests = json.loads((tmp_path / "copy/data/digests.json").read_text())
+    (tmp_path / "copy/data/digests.json").write_text(json.dumps({**digests, "data.test": "other"}))
+    with pytest.raises(RunError, match=r"data\.test is not what .* was started with: the data have changed"):
+        experiment.evaluate(tmp_path / "copy")
+
+
 def test_too_few_answers_stop_the_run_where_it_can_resume(tiny_settings, tmp_path, monkeypatch):
     config = parse({**tiny_settings, "baselines": []})
     with monkeypatch.context() as patched:
@@ -208,13 +258,6 @@ def test_every_weighting_runs(tiny_settings, tmp_path):
             "aggregation": {"rule": rule},
         }
         assert experiment.run(parse(settings), tmp_path / weights)["status"] == "complete"
-
-
-def test_what_only_the_data_can_tell_is_refused_before_any_training(tiny_settings, tmp_path):
-    topk = parse({**tiny_settings, "payload": {"codec": "topk", "k": 11}})
-    with pytest.raises(ConfigError, match=r"payload\.k = 11, but there are only 10 classes"):
-        experiment.run(topk, tmp_path / "run")
-    assert not list((tmp_path / "run").rglob("*.safetensors"))
 
 
 def test_a_full_disk_is_one_clear_error(tiny_file, tmp_path):

@@ -121,4 +121,15 @@ def test_what_cannot_be_had_is_named(tiny_model):
     )
     refused(tokenizer, r"student\.model\.layers names layer 6; the model has layers 0 to 1", layers=(0, 6))
     refused(tokenizer, r"freeze_layers = 3, but the model has 2 layers", freeze_layers=3)
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 100}
+    refused(
+        ScratchModel(architecture="bert", settings=small, tokenizer=tokenizer),
+        r"student\.model: the model cannot read 16 tokens of its tokenizer: index out of range",
+    )
+    odd = {"hidden_size": 100, "num_attention_heads": 3}
+    refused(
+        ScratchModel(architecture="bert", settings=odd, tokenizer=tokenizer),
+        r"student\.model\.source\.settings: .*multiple of the number of attention heads",
+    )
+    refused(PackageModel(package="no.such"), r"package 'no\.such' is not installed")
     refused(tokenizer, r"max_tokens = 65, but the model reads at most 64", max_tokens=65)

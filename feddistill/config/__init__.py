@@ -81,7 +81,7 @@ def load(path: Path | None = None, overrides: tuple[str, ...] = ()) -> Config:
         raw = yaml.safe_load(source.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read {source}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: text that is no UTF-8, a date with month 99
         raise ConfigError(f"{source} is not YAML: {' '.join(str(error).split())}") from None
     if raw is None:
         raw = {}
@@ -119,7 +119,7 @@ def _override(raw: dict[str, Any], text: str) -> None:
         raise ConfigError(f"--set takes KEY=VALUE, got {text!r}")
     try:
         value = yaml.safe_load(value_text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"--set {dotted}: the value is not YAML: {' '.join(str(error).split())}") from None
     place: Any = raw
     *groups, last = dotted.split(".")

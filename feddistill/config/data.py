@@ -128,4 +128,6 @@ class DataConfig(Setting):
     test: Part = Part()
     partition: Partition = DirichletPartition()
     histogram_epsilon: float | None = Field(default=None, gt=0)
-    """Laplace noise of scale ``1/epsilon`` on the class counts that clients report; ``null`` for none."""
+    """Laplace noise of scale ``1/epsilon`` on the class counts that clients report; ``null`` for none.
+    In a simulation the noise is drawn from the run's seed, which the server knows: it shows the effect on
+    the result and protects nobody."""

@@ -52,13 +52,18 @@ def _embedded(source: EmbeddedSource, name: str) -> Table:
 
 def _files(source: FileSource, name: str) -> Table:
     path = source.path
-    if path.is_dir():
-        found = sorted(p for p in path.iterdir() if p.suffix.lower() in READABLE)
+    try:
+        inside = sorted(path.iterdir()) if path.is_dir() else None
+        exists = path.is_file()
+    except OSError as error:
+        raise DataError(f"{name}: cannot read {path}: {error.strerror}") from None
+    if inside is not None:
+        found = [p for p in inside if p.suffix.lower() in READABLE]
         if len({p.suffix.lower() for p in found}) > 1:
             raise DataError(f"{name}: {path} mixes formats ({', '.join(p.name for p in found[:5])})")
         if not found:
             raise DataError(f"{name}: {path} holds no file that ends in {', '.join(READABLE)}")
-    elif path.is_file():
+    elif exists:
         found = [path]
     else:
         raise DataError(f"{name}: no such file or folder: {path}")
@@ -71,11 +76,7 @@ def _files(source: FileSource, name: str) -> Table:
             )
         for key, values in part.items():
             columns.setdefault(key, []).extend(values)
-    wanted = (
-        source
-        if path.suffix != ".txt" and found[0].suffix != ".txt"
-        else source.model_copy(update={"label_column": None})
-    )
+    wanted = source if found[0].suffix.lower() != ".txt" else source.model_copy(update={"label_column": None})
     return _table(columns, wanted, name, path.stem)
 
 
@@ -90,6 +91,8 @@ def _one_file(file: Path, source: FileSource, name: str) -> dict[str, list[Any]]
                 frame = pandas.read_csv(
                     file, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8"
                 )
+                if not isinstance(frame.index, pandas.RangeIndex):  # pandas makes the first field an index
+                    raise ValueError("rows have more fields than the header; quote texts that hold commas")
             case ".jsonl" | ".ndjson":
                 frame = pandas.DataFrame([json.loads(line) for line in _lines(file)])
             case ".json":
@@ -108,7 +111,8 @@ def _one_file(file: Path, source: FileSource, name: str) -> dict[str, list[Any]]
 
 
 def _lines(file: Path) -> list[str]:
-    return [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    # Not splitlines: a form feed or U+2028 inside a text does not end it.
+    return [line for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
 
 
 def _hub(source: HubSource, name: str) -> Table:
@@ -142,6 +146,10 @@ def _table(columns: Mapping[str, Sequence[Any]], wanted: Columns, name: str, ste
             known = ", ".join(map(repr, columns)) or "none"
             raise DataError(f"{name}: {setting} = {key!r} is not a column; there are {known}")
         for row, value in enumerate(columns[key]):
+            if value is not None and not isinstance(value, str | int | float):
+                raise DataError(
+                    f"{name}: row {row} has a {type(value).__name__} for {key!r}, not a text or number"
+                )
             if value is None or value != value or not str(value).strip():
                 raise DataError(f"{name}: row {row} has no {key!r}")
         return tuple(str(value) for value in columns[key])

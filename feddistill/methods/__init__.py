@@ -4,9 +4,13 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from feddistill.methods.check import check
+
 if TYPE_CHECKING:
     from feddistill.methods.learner import Session
     from feddistill.store import Json
+
+__all__ = ["METHODS", "check", "load"]
 
 METHODS = ("feddistill", "public_only", "local_only", "centralized")
 """Modules of this package with a ``run(session)``."""

@@ -34,8 +34,8 @@ class Client:
 
     def describe(self) -> ClientDescription:
         """What it tells of itself: no more than the rule needs."""
-        counts = None
-        if self.config.aggregation.rule.weighting() == "class_counts":
+        counts, kind = None, self.config.aggregation.rule.weighting()
+        if kind == "class_counts":
             exact = self.private.label_counts().astype(np.float64)
             epsilon = self.config.data.histogram_epsilon
             if epsilon is not None:  # one example changes one count by one: Laplace noise of scale 1/epsilon
@@ -43,7 +43,7 @@ class Client:
                 noise = random.laplace(0.0, 1 / epsilon, len(exact))
                 exact = np.maximum(np.round(exact + noise, 3), 0.0)
             counts = tuple(float(n) for n in exact)
-        return ClientDescription(self.name, len(self.private), counts)
+        return ClientDescription(self.name, len(self.private) if kind == "size" else None, counts)
 
     def train_alone(self, number: int, start: str | None) -> Json:
         """Segment ``number`` on private texts alone, from the weights in file ``start``.

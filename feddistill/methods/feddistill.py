@@ -11,12 +11,12 @@ from functools import partial
 from statistics import fmean
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from feddistill import aggregation, models, payload
 from feddistill.accounting import measure
 from feddistill.config import digest
-from feddistill.errors import ConfigError, PayloadError, RoundError
+from feddistill.errors import PayloadError, RoundError
 from feddistill.methods import wire
 from feddistill.methods.client import Crew
 from feddistill.methods.learner import Learner, Session, best_of, labels_of, later
@@ -28,29 +28,13 @@ from feddistill.types import RoundSpec
 
 def run(session: Session) -> Json:
     """All rounds; the student that is best on validation is the result."""
-    _check(session)
     rounds = _Rounds(session)
     records = [rounds.run(number) for number in range(1, session.config.rounds + 1)]
     return {
         "rounds": records,
         "description_bytes": sum(len(payload.canonical(d)) for d in rounds.descriptions),
-        "student_bytes": 4 * models.parameter_count(rounds.student.model),
+        "student_bytes": 4 * models.trained_count(rounds.student.model),
     }
-
-
-def _check(session: Session) -> None:
-    """What can only be known when the data have been read."""
-    config, classes = session.config, len(session.splits.label_names)
-    clients = len(session.splits.private)
-    config.aggregation.rule.check(clients)
-    if (config.aggregation.quorum or 1) > clients:
-        raise ConfigError(f"aggregation.quorum = {config.aggregation.quorum} exceeds the {clients} clients")
-    if config.payload.codec == "dense" and classes > 256:
-        raise ConfigError(
-            f"payload.codec = 'dense' holds up to 256 classes, the data have {classes}; use 'topk'"
-        )
-    if config.payload.codec == "topk" and config.payload.k > classes:
-        raise ConfigError(f"payload.k = {config.payload.k}, but there are only {classes} classes")
 
 
 class _Rounds:
@@ -62,9 +46,6 @@ class _Rounds:
         self.run_id = _run_id(session)
         self.crew = Crew(session)
         self.descriptions = [client.describe() for client in self.crew.clients]
-        self.weights = aggregation.client_weights(
-            session.config.aggregation.rule.weighting(), self.descriptions, len(session.splits.label_names)
-        )
         self._student: Learner | None = None
         self.best: Json | None = None
         self.last: Json | None = None
@@ -162,15 +143,19 @@ class _Rounds:
             return record
         config = self.session.config.aggregation
         answerers = [partial(wire.expand, answers) for answers in admitted.values()]
-        rows = [i for i, private in enumerate(self.splits.private) if private.name in admitted]
-        weights = None if self.weights is None else self.weights[rows]
+        # Of those who are in: where the only client that knows a class was refused, the others speak for it.
+        weights = aggregation.client_weights(
+            config.rule.weighting(),
+            [d for d in self.descriptions if d.client in admitted],
+            len(self.splits.label_names),
+        )
         with self.session.show.step(f"round {number}: aggregate"), measure() as cost:
             teacher, mass = aggregation.aggregate(
                 answerers, spec.positions, config.rule, weights, config.sharpen
             )
             labels = torch.from_numpy(self.splits.proxy.labels)
             diagnostics = aggregation.diagnose(list(admitted), answerers, teacher, labels, mass)
-        run.write(f"{name}.safetensors", lambda path: save_file({"log_probs": teacher}, path))
+        run.write_bytes(f"{name}.safetensors", save({"log_probs": teacher}))
         back = wire.feedback_spec(spec)
         feedback = payload.encode(wire.compress(teacher, back), back, wire.SERVER)
         envelope = payload.seal(feedback, back, wire.SERVER)

@@ -1,5 +1,6 @@
 """A model that learns, answers and is evaluated: what every method does with every model."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from feddistill.accounting import FlopMeter, measure
 from feddistill.config import Config
 from feddistill.config.models import ModelConfig
 from feddistill.config.training import DistillConfig, TrainingConfig
+from feddistill.errors import ModelError
 from feddistill.progress import Show
 from feddistill.seeds import derive
 from feddistill.store import Json, RunDirectory
@@ -66,7 +68,7 @@ class Learner:
 
     def answer(self, texts: TextSet, tick: Tick | None = None) -> Tensor:
         """Log-probabilities ``[N, V]`` of ``texts``."""
-        return answering.answer(
+        answers = answering.answer(
             self.model,
             self.tokens(texts),
             self.classes,
@@ -76,6 +78,11 @@ class Learner:
             meter=self.meter,
             tick=tick,
         )
+        if answers.isnan().any():
+            raise ModelError(
+                f"{self.name}: the model answers NaN: training diverged; lower the learning rate"
+            )
+        return answers
 
     def fit(
         self,
@@ -144,6 +151,8 @@ class Learner:
                 tick=tick,
             )
             train.flops = self.meter.flops - before
+        if not math.isfinite(trained.loss):
+            raise ModelError(f"{label}: training diverged, loss {trained.loss}; lower the learning rate")
         before = self.meter.flops
         with self.session.show.step(f"{label}: evaluate") as tick, measure() as evaluated:
             figures = self.evaluate(tick)

@@ -22,8 +22,8 @@ NAMES = {
     "clients_before": "clients, first round (mean)",
     "clients_after": "clients, last round (mean)",
     "public_only": "public only, same steps",
-    "local_only_mean": "local only, same steps (mean)",
-    "local_only_best": "local only, same steps (best)",
+    "local_only_mean": "each client alone (mean)",
+    "local_only_best": "each client alone (best)",
     "centralized": "centralized, same steps",
 }
 
@@ -115,7 +115,7 @@ def traffic_rows(result: Json) -> list[tuple[str, str]]:
         ("server sends: requests and teachers, all rounds", size(b["downlink"])),
         ("proxy texts, once to each client", size(b["proxy"])),
         (
-            "FedAvg of the student's float32 weights would upload, same rounds",
+            "FedAvg of the weights that the student trains (float32) would upload, same rounds",
             size(b["fedavg_uplink_same_rounds"]),
         ),
         ("times as much as the answers", f"{b['fedavg_uplink_same_rounds'] / b['uplink']:,.0f}×"),

@@ -1,0 +1,30 @@
+"""What only the data and the models themselves can tell, before anything is trained or written."""
+
+from feddistill import models
+from feddistill.config import Config
+from feddistill.errors import ConfigError
+from feddistill.types import UNLABELLED, Splits
+
+
+def check(config: Config, splits: Splits) -> None:
+    """Build every model once and hold the settings against the data.
+
+    Raises:
+        ConfigError: A setting asks for more clients, classes or labels than there are.
+        ModelError: A model cannot be had, cut, or made to read its own tokenizer's texts.
+    """
+    classes, clients = len(splits.label_names), len(splits.private)
+    config.aggregation.rule.check(clients)
+    if (config.aggregation.quorum or 1) > clients:
+        raise ConfigError(f"aggregation.quorum = {config.aggregation.quorum} exceeds the {clients} clients")
+    if config.payload.codec == "dense" and classes > 256:
+        raise ConfigError(
+            f"payload.codec = 'dense' holds up to 256 classes, the data have {classes}; use 'topk'"
+        )
+    if config.payload.codec == "topk" and config.payload.k > classes:
+        raise ConfigError(f"payload.k = {config.payload.k}, but there are only {classes} classes")
+    if "public_only" in config.baselines and not (splits.proxy.labels != UNLABELLED).any():
+        raise ConfigError("baselines: public_only needs labels, but data.proxy.labelled is 0")
+    for index, model in enumerate(config.clients.models[:clients]):
+        models.build(model, classes, 0, f"clients.models.{index}")
+    models.build(config.student.model, classes, 0, "student.model")
