@@ -9,7 +9,7 @@ import json
 import re
 import sys
 from pathlib import Path
-from statistics import fmean, median, stdev
+from statistics import fmean, stdev
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
@@ -35,13 +35,13 @@ def quickstart() -> str:
             cells.append(f"{fmean(values):.3f} ± {stdev(values):.3f}")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     up, fedavg = (fmean(run["bytes"][key] for run in runs) for key in ("uplink", "fedavg_uplink_same_rounds"))
-    seconds = median(run["seconds"]["total"] for run in runs)
+    seconds = ", ".join(f"{run['seconds']['total']:.0f}" for run in runs)
     e, rounds, seeds = runs[0]["environment"], runs[0]["rounds"], ", ".join(str(r["seed"]) for r in runs)
     note = (
         f"Seeds {seeds}; {e['threads']} threads, {e['precision']}, torch {e['torch']}. All clients "
         f"together upload {up / 1e3:.0f} kB in {rounds} rounds; "
         f"FedAvg of this student would upload {fedavg / 1e6:.0f} MB. "
-        f"{seconds:.0f} seconds of work (median), baselines included."
+        f"{seconds} seconds of work, baselines included."
     )
     return "\n".join([*lines, "", note])
 
