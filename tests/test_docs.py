@@ -39,7 +39,7 @@ def test_paths_in_the_pages_exist(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_settings_in_the_pages_are_real(page):
-    for override in re.findall(r"--set '?([\w.]+=[^\s'`]+)", page.read_text()):
+    for override in re.findall(r"--set '?([a-z][a-z0-9_.]*=[^\s'`]+)", page.read_text()):
         load(None, (override,))
 
 
