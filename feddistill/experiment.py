@@ -72,6 +72,8 @@ def run(config: Config, out: Path, *, resume: bool = False, show: Show | None = 
 def check(config: Config, show: Show | None = None) -> Splits:
     """Read the data and build every model once; returns the data. Nothing is trained or written."""
     show = show or Quiet()
+    transformers.utils.logging.set_verbosity_error()  # its chatter and bars; what we show is enough
+    transformers.utils.logging.disable_progress_bar()
     with show.step("read the data"):
         splits = data.load(config.data, config.seed)
     with show.step("build the models"):
@@ -97,7 +99,7 @@ def evaluate(out: Path, texts: FileSource | None = None) -> Json:
         if result is None:
             raise RunError(f"{out} is not complete; go on with: feddistill train --resume --out {out}")
         _prepare(config)
-        splits = data.load(config.data, config.seed)
+        splits = check(config)
         _same_data(splits, directory)
         chosen = splits.test if texts is None else data.labelled(texts, splits.label_names, "--texts")
         learner = Learner(Session(config, splits, directory, Quiet()), config.student.model, "student.model")
@@ -188,11 +190,9 @@ def _first_difference(a: object, b: object, path: str = "") -> str:
 
 
 def _prepare(config: Config) -> None:
-    """The process's threads, which the numbers depend on; transformers' own chatter is turned off."""
+    """The process's threads, which the numbers depend on."""
     assert config.threads is not None, "_resolve settles it"
     torch.set_num_threads(config.threads)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
 
 
 def _method(session: Session, name: str) -> Json:
