@@ -81,13 +81,13 @@ def train(specialist, lessons, seed=0, **more):
     )
 
 
-def answers(specialist):
+def answers(specialist, batch_size=5):
     return answer(
         specialist.model,
         specialist.encode(TEXTS),
         CLASSES,
         pad_id=specialist.pad_id,
-        batch_size=5,
+        batch_size=batch_size,
         bf16=False,
         meter=FlopMeter(specialist.model),
     )
@@ -118,16 +118,7 @@ def test_the_seed_decides_the_outcome(tiny_model):
 
 
 def test_answers_do_not_depend_on_the_batch(specialist):
-    whole = answers(specialist)
-    alone = answer(
-        specialist.model,
-        specialist.encode(TEXTS),
-        CLASSES,
-        pad_id=specialist.pad_id,
-        batch_size=1,
-        bf16=False,
-        meter=FlopMeter(specialist.model),
-    )
+    whole, alone = answers(specialist), answers(specialist, batch_size=1)
     torch.testing.assert_close(whole, alone)
     torch.testing.assert_close(whole.exp().sum(-1), torch.ones(len(TEXTS)))
 

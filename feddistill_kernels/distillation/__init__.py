@@ -180,7 +180,7 @@ def distillation_loss(
     elif not wants_gradient:
         loss = loss_rows(*arguments).sum()
     elif inplace:
-        loss = FusedInPlace.apply(*arguments)  # type: ignore[no-untyped-call]
+        loss = FusedInPlace.apply(*arguments)  # type: ignore[no-untyped-call]  # torch types no apply
     else:
         loss, _ = fused(*arguments)
     return loss
