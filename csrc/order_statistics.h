@@ -1,8 +1,6 @@
 // Trimmed mean over clients of each coordinate; the median is the one that trims all it can.
 #pragma once
 #include <cstdint>
-#include <string>
-#include <vector>
 
 #include "dtype.h"
 
@@ -20,10 +18,7 @@ struct TrimmedMean {
     bool is_median() const { return kept() <= 2; }
 };
 
-// Instruction sets that this machine has and these kernels are compiled for, best first.
-std::vector<std::string> instruction_sets();
-
-// The result does not depend on threads.  set is an index of instruction_sets(); tests look at all of them.
+// The result does not depend on threads.  set: see cpu/instruction_sets.h; tests look at all of them.
 void trimmed_mean_cpu(const TrimmedMean& task, int threads, int set = 0);
 
 constexpr int kMostRegisters = 32;  // C up to which a column's values stay in registers

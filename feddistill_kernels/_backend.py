@@ -5,15 +5,17 @@ Beside its functions it has ``missing(device_type) -> str | None``: why it canno
 """
 
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from feddistill_kernels._check import one_of
 
@@ -104,6 +106,56 @@ def load(op: str, backend: str, like: torch.Tensor) -> ModuleType:
     elif wide and backend != "reference":
         raise BackendError(f"backend {backend!r} cannot run {op}: float64 is for the reference only")
     return _module(op, backend)
+
+
+def watched(*tensors: Tensor | None) -> bool:
+    """Whether a compiler, a profiler, a mode or a subclass of Tensor has to see operators as such."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._autograd._profiler_enabled()
+        or any(x is not None and (type(x) not in _PLAIN or x.is_meta) for x in tensors)
+    )
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+class Operator:
+    """A function without a gradient that is an operator of torch.library where somebody has to see one.
+
+    The dispatcher takes some 10 us a call, as long as torch.topk of a short row; where nobody watches, the
+    function itself is called.
+
+    Args:
+        name: ``feddistill::...``.
+        schema: As ``torch.library.custom_op`` takes it, where it cannot be inferred.
+    """
+
+    def __init__(self, name: str, function: Callable[..., Any], schema: str | None = None) -> None:
+        self._function = function
+        self._op = torch.library.custom_op(name, function, mutates_args=(), schema=schema)
+        self.register_fake = self._op.register_fake
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Run it; an input that requires a gradient goes to the operator, whose result refuses one."""
+        tensors = list(_tensors(arguments))
+        seen = watched(*tensors) or any(x.requires_grad for x in tensors)
+        return (self._op if seen else self._function)(*arguments)
+
+
+def operator(name: str, schema: str | None = None) -> Callable[[Callable[..., Any]], Operator]:
+    """Make an ``Operator`` of the function below."""
+    return lambda function: Operator(name, function, schema)
+
+
+def _tensors(arguments: Iterable[Any]) -> Iterator[Tensor]:
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            yield argument
+        elif isinstance(argument, list | tuple):
+            yield from (x for x in argument if isinstance(x, Tensor))
 
 
 @cache

@@ -1,49 +1,13 @@
-// Compiled once for each instruction set, into the namespace FEDDISTILL_ISA.  Everything here is local to this
-// file: an inline function that the linker shares would carry one file's instructions into another's.
 #include "order_statistics_isa.h"
 
-#include <bit>
 #include <utility>
 
-#include "half.h"
+#include "vector.h"
 
 namespace feddistill::FEDDISTILL_ISA {
 namespace {
 
-#define FEDDISTILL_INLINE [[gnu::always_inline]] inline
-
-constexpr float kNaN = __builtin_nanf("");
-
-// A register of floats: loops over C values of a column are left scalar by the vectoriser, so say it.
-#if defined(__AVX512F__)
-constexpr int kLanes = 16;
-#elif defined(__AVX__)
-constexpr int kLanes = 8;
-#else
-constexpr int kLanes = 4;
-#endif
-typedef float Floats __attribute__((vector_size(4 * kLanes)));
-typedef std::int32_t Bits __attribute__((vector_size(4 * kLanes)));
 static_assert(kColumns % kLanes == 0 && kWideColumns % kLanes == 0);
-
-FEDDISTILL_INLINE Floats load(const float* from) {
-    Floats v;
-    __builtin_memcpy(&v, from, sizeof v);
-    return v;
-}
-
-FEDDISTILL_INLINE void store(float* to, Floats v) { __builtin_memcpy(to, &v, sizeof v); }
-
-// Together a permutation of (a, b), signed zeros included; one instruction each.
-template <class T>
-FEDDISTILL_INLINE T smaller(T a, T b) {
-    return a < b ? a : b;
-}
-
-template <class T>
-FEDDISTILL_INLINE T larger(T a, T b) {
-    return a < b ? b : a;
-}
 
 template <int C, bool kMedian>
 struct Sorter {
@@ -68,18 +32,18 @@ struct Sorter {
     FEDDISTILL_INLINE static void reduce(const float* const* rows, int columns, const std::int32_t* keep,
                                          float inverse, float* __restrict out, std::index_sequence<I...>) {
         for (int j = 0; j < columns; j += kLanes) {
-            Floats v[C] = {load(rows[I] + j)...};
-            const Bits has_nan = ((v[I] != v[I]) | ...);
+            Floats v[C] = {load<DType::f32>(rows[I] + j)...};
+            const Ints has_nan = ((v[I] != v[I]) | ...);
             sort(v, std::make_index_sequence<kSteps.size()>{});
             Floats mean;
             if constexpr (kMedian) {
                 mean = C % 2 ? v[kFirst] : (v[kFirst] + v[kLast - 1]) * 0.5f;
             } else {
                 mean = Floats{};
-                ((mean += reinterpret_cast<Floats>(reinterpret_cast<Bits>(v[I]) & keep[I])), ...);
+                ((mean += as<Floats>(as<Ints>(v[I]) & keep[I])), ...);
                 mean *= inverse;
             }
-            store(out + j, has_nan ? Floats{} + kNaN : mean);
+            store<DType::f32>(out + j, has_nan ? Floats{} + kNaN : mean);
         }
     }
 };
@@ -158,9 +122,9 @@ void in_registers(const TrimmedMean& task, std::int64_t begin, std::int64_t end)
 // One comparator on kWideColumns columns, whose values lie in cache.
 FEDDISTILL_INLINE void exchange(float* low, float* high) {
     for (int j = 0; j < kWideColumns; j += kLanes) {
-        const Floats a = load(low + j), b = load(high + j);
-        store(low + j, smaller(a, b));
-        store(high + j, larger(a, b));
+        const Floats a = load<DType::f32>(low + j), b = load<DType::f32>(high + j);
+        store<DType::f32>(low + j, smaller(a, b));
+        store<DType::f32>(high + j, larger(a, b));
     }
 }
 

@@ -1,7 +1,8 @@
-// One variant of the column kernels for each instruction set; all are compiled from order_statistics_isa.cpp.
+// The column kernels, once for each level.
 #pragma once
 #include "../network.h"
 #include "../order_statistics.h"
+#include "instruction_sets.h"
 
 namespace feddistill {
 
@@ -13,10 +14,6 @@ constexpr int kWideColumns = 64;   // worked on at once where C values do not fi
 using TrimmedColumns = void(const TrimmedMean&, std::int64_t begin, std::int64_t end, float* scratch,
                             const Comparator* steps, std::int64_t step_count);
 
-namespace generic { TrimmedColumns trimmed_columns; }
-#ifdef FEDDISTILL_X86_LEVELS
-namespace x86_64_v3 { TrimmedColumns trimmed_columns; }
-namespace x86_64_v4 { TrimmedColumns trimmed_columns; }
-#endif
+FEDDISTILL_DECLARE(TrimmedColumns trimmed_columns;)
 
 }  // namespace feddistill

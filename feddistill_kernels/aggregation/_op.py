@@ -5,13 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from feddistill_kernels._backend import load
+from feddistill_kernels._backend import load, operator
 
 
-@torch.library.custom_op(
+@operator(
     "feddistill::aggregate_topk",
-    mutates_args=(),
-    schema="(Tensor[] ids, Tensor[] log_probs, Tensor[] missing, int vocab, str rule, Tensor? weights, "
+    "(Tensor[] ids, Tensor[] log_probs, Tensor[] missing, int vocab, str rule, Tensor? weights, "
     "int trim, int k, str backend) -> (Tensor, Tensor, Tensor)",
 )
 def aggregate(

@@ -5,12 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from feddistill_kernels._backend import load
+from feddistill_kernels._backend import load, operator
 
 
-@torch.library.custom_op(
-    "feddistill::mean_around_median", mutates_args=(), schema="(Tensor[] xs, int keep, str backend) -> Tensor"
-)
+@operator("feddistill::mean_around_median", "(Tensor[] xs, int keep, str backend) -> Tensor")
 def around_median(xs: Sequence[Tensor], keep: int, backend: str) -> Tensor:
     """Mean of each coordinate's ``keep`` values nearest to its median."""
     result: Tensor = load("around_median", backend, xs[0]).around_median(xs, keep)

@@ -5,12 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from feddistill_kernels._backend import load
+from feddistill_kernels._backend import load, operator
 
 
-@torch.library.custom_op(
-    "feddistill::trimmed_mean", mutates_args=(), schema="(Tensor[] xs, int trim, str backend) -> Tensor"
-)
+@operator("feddistill::trimmed_mean", "(Tensor[] xs, int trim, str backend) -> Tensor")
 def trimmed(xs: Sequence[Tensor], trim: int, backend: str) -> Tensor:
     """Mean of each coordinate's sorted values without ``trim`` at either end."""
     result: Tensor = load("order_statistics", backend, xs[0]).trimmed(xs, trim)

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from feddistill_kernels._backend import load
+from feddistill_kernels._backend import load, operator
 
 
-@torch.library.custom_op("feddistill::topk_compress", mutates_args=())
+@operator("feddistill::topk_compress")
 def compress(
     logits: Tensor, k: int, temperature: float, id_order: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
