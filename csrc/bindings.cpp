@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "cpu/instruction_sets.h"
+#include "distillation.h"
 #include "order_statistics.h"
 
 namespace py = pybind11;
@@ -20,6 +21,13 @@ feddistill::TrimmedMean trimmed_mean_task(const std::vector<std::uintptr_t>& cli
             reinterpret_cast<void*>(out)};
 }
 
+// (address or 0, elements from row to row, dtype)
+using MatrixOf = std::tuple<std::uintptr_t, std::int64_t, int>;
+
+feddistill::Matrix matrix(const MatrixOf& m) {
+    return {reinterpret_cast<void*>(std::get<0>(m)), std::get<1>(m), static_cast<feddistill::DType>(std::get<2>(m))};
+}
+
 }  // namespace
 
 // Callers are feddistill_kernels/*/_native.py, which check what they pass.
@@ -31,6 +39,33 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
             feddistill::trimmed_mean_cpu(trimmed_mean_task(clients, n, dtype, trim, out), threads, set);
         },
         py::arg("clients"), py::arg("n"), py::arg("dtype"), py::arg("trim"), py::arg("out"), py::arg("threads"),
+        py::arg("set") = 0, py::call_guard<py::gil_scoped_release>());
+    m.def(
+        "distillation_cpu",
+        [](std::int64_t rows, std::int64_t vocab, std::int64_t width, const MatrixOf& student, const MatrixOf& teacher,
+           const MatrixOf& ids, const MatrixOf& log_tail, std::int64_t kept, std::uintptr_t labels,
+           std::uintptr_t scale, const MatrixOf& gradient, std::uintptr_t loss, int kind, double beta,
+           double temperature, double kd, double ce, int threads, int set) {
+            const feddistill::Refusal refusal = feddistill::distillation_cpu(
+                {rows, vocab, width, matrix(student), matrix(teacher), matrix(ids), matrix(log_tail), kept,
+                 reinterpret_cast<const std::int64_t*>(labels), reinterpret_cast<const float*>(scale),
+                 matrix(gradient), reinterpret_cast<float*>(loss), static_cast<feddistill::Kind>(kind), beta,
+                 temperature, kd, ce},
+                threads, set);
+            return std::pair(refusal.row, static_cast<int>(refusal.reason));
+        },
+        py::arg("rows"), py::arg("vocab"), py::arg("width"), py::arg("student"), py::arg("teacher"), py::arg("ids"),
+        py::arg("log_tail"), py::arg("kept"), py::arg("labels"), py::arg("scale"), py::arg("gradient"),
+        py::arg("loss"), py::arg("kind"), py::arg("beta"), py::arg("temperature"), py::arg("kd"), py::arg("ce"),
+        py::arg("threads"), py::arg("set") = 0, py::call_guard<py::gil_scoped_release>());
+    m.def(
+        "scale_cpu",
+        [](std::uintptr_t gradient, std::int64_t n, int dtype, float factor, std::uintptr_t out, int threads,
+           int set) {
+            feddistill::scale_cpu(reinterpret_cast<const void*>(gradient), n, static_cast<feddistill::DType>(dtype),
+                                  factor, reinterpret_cast<void*>(out), threads, set);
+        },
+        py::arg("gradient"), py::arg("n"), py::arg("dtype"), py::arg("factor"), py::arg("out"), py::arg("threads"),
         py::arg("set") = 0, py::call_guard<py::gil_scoped_release>());
     m.def("instruction_sets", feddistill::instruction_sets);
 #ifdef FEDDISTILL_WITH_CUDA

@@ -91,8 +91,12 @@ def rows_with_a_choice(name: str, z: Tensor, start: int = 0) -> None:
         return
     empty = z.amax(-1) == -math.inf
     if empty.any():
-        first = start + int(empty.to(torch.uint8).argmax())
-        raise ValueError(f"{name} row {first} is all -inf: it rules every entry out")
+        raise empty_row(name, start + int(empty.to(torch.uint8).argmax()))
+
+
+def empty_row(name: str, row: int) -> ValueError:
+    """What is wrong with a row that rules every entry out."""
+    return ValueError(f"{name} row {row} is all -inf: it rules every entry out")
 
 
 def labels_in_vocabulary(labels: Tensor, vocab: int, start: int = 0) -> None:
@@ -102,9 +106,12 @@ def labels_in_vocabulary(labels: Tensor, vocab: int, start: int = 0) -> None:
     outside = (labels < 0) | (labels >= vocab)
     if outside.any():
         first = int(outside.to(torch.uint8).argmax())
-        raise ValueError(
-            f"labels row {start + first} is {int(labels[first])}; it must be in [0, {vocab}) or ignore_index"
-        )
+        raise label_outside(start + first, int(labels[first]), vocab)
+
+
+def label_outside(row: int, label: int, vocab: int) -> ValueError:
+    """What is wrong with a label outside ``[0, vocab)``."""
+    return ValueError(f"labels row {row} is {label}; it must be in [0, {vocab}) or ignore_index")
 
 
 def _kind(x: Tensor) -> str:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from feddistill_kernels._backend import named
 from feddistill_kernels._check import bind, floating, one_of, positive_temperature, same_device
 from feddistill_kernels.distillation._kinds import KINDS
-from feddistill_kernels.distillation._op import FusedInPlace, fused, loss_rows
+from feddistill_kernels.distillation._op import FusedInPlace, each, total
 from feddistill_kernels.topk import TopK
 
 __all__ = ["DistillationLoss", "distillation_loss", "kinds", "softmax_divergence"]
@@ -83,8 +83,7 @@ def softmax_divergence(
     vocab, *teacher_tensors = _check(student, teacher, kind, beta, temperature)
     scale = torch.ones(student.shape[0], dtype=_work(student), device=student.device)
     numbers = (vocab, kind, float(beta), float(temperature), 1.0, 0.0, named(backend))
-    divergence: Tensor = loss_rows(student, *teacher_tensors, None, scale, *numbers)
-    return divergence
+    return each(student, *teacher_tensors, None, scale, *numbers)
 
 
 def distillation_loss(
@@ -163,27 +162,22 @@ def distillation_loss(
         raise ValueError(f"kd_weight must be in [0, 1], got {kd_weight}")
     if kd_weight < 1 and labels is None:
         raise ValueError(f"kd_weight = {kd_weight} gives the labels a share of the loss, but labels is None")
-    scale = _scale(student, labels, ignore_index, row_weight)
-    if reduction == "mean":
-        total = scale.sum()
-        scale = scale / torch.where(total == 0, 1.0, total)
+    scale = _scale(student, labels, ignore_index, row_weight, reduction == "mean")
     wants_gradient = student.requires_grad and torch.is_grad_enabled()
     if inplace:
         _check_inplace(student, reduction, wants_gradient)
     hard = labels if kd_weight < 1 else None
     kd, ce = float(kd_weight * temperature**2), float(1 - kd_weight)
     numbers = (vocab, kind, float(beta), float(temperature), kd, ce, named(backend))
-    arguments = (student, *teacher_tensors, hard, scale, *numbers)
-    loss: Tensor
+    arguments = (*teacher_tensors, hard, scale, *numbers)
     if reduction == "none":
-        loss = loss_rows(*arguments)
-    elif not wants_gradient:
-        loss = loss_rows(*arguments).sum()
-    elif inplace:
-        loss = FusedInPlace.apply(*arguments)  # type: ignore[no-untyped-call]  # torch types no apply
-    else:
-        loss, _ = fused(*arguments)
-    return loss
+        return each(student, *arguments)
+    if not wants_gradient:
+        return each(student, *arguments).sum()
+    if inplace:
+        loss: Tensor = FusedInPlace.apply(student, arguments)  # type: ignore[no-untyped-call]  # torch types no apply
+        return loss
+    return total(student, *arguments)
 
 
 class DistillationLoss(nn.Module):
@@ -281,20 +275,27 @@ def _check(
     return vocab, *tensors
 
 
-def _scale(student: Tensor, labels: Tensor | None, ignore_index: int, row_weight: Tensor | None) -> Tensor:
-    """Weight of each row, 0 for a masked one, in the dtype of the result."""
+def _scale(
+    student: Tensor, labels: Tensor | None, ignore_index: int, row_weight: Tensor | None, mean: bool
+) -> Tensor:
+    """What multiplies each row's loss, 0 for a masked row, in the dtype of the result."""
+    rows = student.shape[0]
     if row_weight is None:
-        scale = torch.ones(student.shape[0], dtype=_work(student), device=student.device)
+        weight = 1 / max(1, rows) if mean and labels is None else 1.0
+        scale = torch.full((rows,), weight, dtype=_work(student), device=student.device)
     else:
         _check_rows(student, "row_weight", row_weight)
         floating(row_weight=row_weight)
         scale = row_weight.detach().to(_work(student))
-    if labels is None:
-        return scale
-    _check_rows(student, "labels", labels)
-    if labels.dtype != torch.int64:
-        raise ValueError(f"labels must be int64, got {labels.dtype}")
-    return torch.where(labels == ignore_index, 0.0, scale)
+    if labels is not None:
+        _check_rows(student, "labels", labels)
+        if labels.dtype != torch.int64:
+            raise ValueError(f"labels must be int64, got {labels.dtype}")
+        scale = scale.masked_fill(labels == ignore_index, 0.0)
+    if mean and not (row_weight is None and labels is None):
+        share = scale.sum()
+        scale = scale / torch.where(share == 0, 1.0, share)
+    return scale
 
 
 def _check_rows(student: Tensor, name: str, vector: Tensor) -> None:

@@ -5,8 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from feddistill_kernels._backend import load
-from feddistill_kernels.distillation._reference import scale_into
+from feddistill_kernels._backend import load, watched
 
 # The operators take what `rows` of a backend takes, as plain tensors and numbers; see `_reference.py`.
 
@@ -144,10 +143,10 @@ def fused_(
 
 
 @torch.library.custom_op("feddistill::distillation_scaled", mutates_args=())
-def scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
+def scaled(gradient: Tensor, upstream: Tensor, backend: str) -> Tensor:
     """``gradient [N, V]`` times the scalar ``upstream``."""
     result = torch.empty_like(gradient)
-    scale_into(gradient, upstream, result)
+    load("distillation", backend, gradient).scale_into(gradient, upstream, result)
     return result
 
 
@@ -212,7 +211,7 @@ def _(
 
 
 @scaled.register_fake
-def _(gradient: Tensor, upstream: Tensor) -> Tensor:
+def _(gradient: Tensor, upstream: Tensor, backend: str) -> Tensor:
     return torch.empty_like(gradient)
 
 
@@ -238,27 +237,85 @@ def _gradient_later(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _keep_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.backend = inputs[-1]
     ctx.save_for_backward(output[1])
     ctx.mark_non_differentiable(output[1])
 
 
 def _gradient_made(ctx: Any, upstream: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    return scaled(ctx.saved_tensors[0], upstream), *[None] * 12
+    return scaled(ctx.saved_tensors[0], upstream, ctx.backend), *[None] * 12
 
 
 loss_rows.register_autograd(_gradient_later, setup_context=_keep_inputs)
 fused.register_autograd(_gradient_made, setup_context=_keep_gradient)
 
 
+def each(student: Tensor, *rest: Any) -> Tensor:
+    """``loss_rows``, without the dispatcher where nobody watches."""
+    if watched(student, rest[0]):
+        return loss_rows(student, *rest)
+    if not (student.requires_grad and torch.is_grad_enabled()):
+        return _rows(None, student, *rest)
+    loss: Tensor = _Each.apply(student, rest)  # type: ignore[no-untyped-call]  # torch types no apply
+    return loss
+
+
+def total(student: Tensor, *rest: Any) -> Tensor:
+    """``fused`` likewise."""
+    if watched(student, rest[0]):
+        return fused(student, *rest)[0]
+    loss: Tensor = _Total.apply(student, rest)  # type: ignore[no-untyped-call]
+    return loss
+
+
+class _Each(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, rest: tuple[Any, ...]) -> Tensor:
+        *tensors, scale = rest[:5]
+        ctx.save_for_backward(student, *tensors, scale)
+        ctx.numbers = rest[5:]
+        return _rows(None, student, *rest)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        student, *tensors, scale = ctx.saved_tensors
+        gradient = torch.empty_like(student, memory_format=torch.contiguous_format)
+        _rows(gradient, student, *tensors, scale * upstream, *ctx.numbers)
+        return gradient, None
+
+
+class _Total(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, rest: tuple[Any, ...]) -> Tensor:
+        gradient = torch.empty_like(student, memory_format=torch.contiguous_format)
+        loss = _rows(gradient, student, *rest)
+        ctx.save_for_backward(gradient)
+        ctx.backend = rest[-1]
+        return loss.sum()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        # On a GPU to look at it would be a sync; here it saves a pass over the gradient.
+        if upstream.device.type == "cpu" and float(upstream) == 1:
+            return gradient, None
+        result = torch.empty_like(gradient)
+        load("distillation", ctx.backend, gradient).scale_into(gradient, upstream, result)
+        return result, None
+
+
 class FusedInPlace(torch.autograd.Function):
     """``fused_`` with a gradient, which torch.library has not for an operator that writes its input."""
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, *rest: Any) -> Tensor:
+    def forward(ctx: Any, student: Tensor, rest: tuple[Any, ...]) -> Tensor:
         """Overwrite ``student``, behind autograd's back but not behind its version counter."""
         memory = student.detach()
         loss: Tensor = fused_(memory, *rest)
         ctx.save_for_backward(memory)
+        ctx.backend = rest[-1]
         return loss
 
     @staticmethod
@@ -266,5 +323,12 @@ class FusedInPlace(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         """Scale the gradient where it lies; this moves the version on, so a second backward is refused."""
         (memory,) = ctx.saved_tensors
-        scale_into(memory, upstream, memory)
-        return memory, *[None] * 12
+        _rescale(memory, upstream, ctx.backend)
+        return memory, None
+
+
+@torch.library.custom_op("feddistill::distillation_rescale_", mutates_args={"gradient"})
+def _rescale(gradient: Tensor, upstream: Tensor, backend: str) -> None:
+    """``scaled`` in place."""
+    if upstream.device.type != "cpu" or float(upstream) != 1:
+        load("distillation", backend, gradient).scale_into(gradient, upstream, gradient)

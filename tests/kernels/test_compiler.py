@@ -42,7 +42,8 @@ def test_opcheck_of_the_others(backend):
     torch.library.opcheck(OPS.trimmed_mean.default, (xs, 1, backend))
     torch.library.opcheck(OPS.mean_around_median.default, (xs, 2, backend))
     torch.library.opcheck(OPS.topk_compress.default, (xs[0], 2, 1.0, True, backend))
-    torch.library.opcheck(OPS.distillation_scaled.default, (xs[0], torch.tensor(0.5)))
+    torch.library.opcheck(OPS.distillation_scaled.default, (xs[0], torch.tensor(0.5), backend))
+    torch.library.opcheck(OPS.distillation_rescale_.default, (xs[1], torch.tensor(0.5), backend))
     parts = ([k.ids for k in kept], [k.log_probs for k in kept], [k.missing_log_prob() for k in kept])
     torch.library.opcheck(OPS.aggregate_topk.default, (*parts, 5, "median", None, 1, 5, backend))
 

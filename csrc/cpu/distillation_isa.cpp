@@ -1,0 +1,597 @@
+#include "distillation_isa.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "vector.h"
+
+namespace feddistill::FEDDISTILL_ISA {
+namespace {
+
+constexpr std::int64_t kBlock = 1024;  // columns whose sums stay in float
+constexpr double kLn2 = 0.6931471805599453;
+constexpr float kSkew = 0.1f;  // feddistill_kernels/distillation/_kinds.py: SKEW
+
+// ---- A kind is two scalar functions, phi and psi, of p, q and d = log(q / p); see _kinds.py.
+// kCareful: some log-probability of the row may be -inf, and d with it.
+
+struct Slope {
+    Floats phi, psi;
+};
+
+// q (e^-d - 1 + d) with p = q e^-d.
+template <bool kCareful>
+FEDDISTILL_INLINE Floats bregman(Floats q, Floats p, Floats d) {
+    // (e^-d - 1 + d) / d^2 for |d| < 1/2, 5e-8 relative
+    const Floats ratio = polynomial(d, 0.5000000120139753f, -0.1666666545583386f, 0.04166579594171024f,
+                                    -0.00833345217296455f, 0.0013981997364460388f, -0.0001987562907926877f);
+    const Floats near = q * d * d * ratio;
+    const Floats far = fma(q, d, p - q);
+    const Floats phi = magnitude(d) < 0.5f ? near : far;
+    if constexpr (kCareful) return q == 0.0f ? p : phi;
+    return phi;
+}
+
+// p h, where h may be infinite and p 0.
+template <bool kCareful>
+FEDDISTILL_INLINE Floats times(Floats p, Floats h) {
+    if constexpr (kCareful) return p == 0.0f ? p : p * h;
+    return p * h;
+}
+
+template <bool kCareful>
+FEDDISTILL_INLINE Floats kl(Floats q, Floats p, Floats d) {
+    const Floats phi = bregman<kCareful>(q, p, d);
+    if constexpr (kCareful) return d == kInf ? all(kInf) : phi;
+    return phi;
+}
+
+struct Mixture {
+    Floats p_over, q_over;  // log(p / m), log(q / m)
+};
+
+// m = beta q + (1 - beta) p.
+FEDDISTILL_INLINE Mixture over_mixture(Floats d, float beta) {
+    const Ints q_is_larger = d > 0.0f;
+    const Floats share = q_is_larger ? all(1 - beta) : all(beta);  // of the smaller one
+    const Floats larger = -log1p_negative(share * expm1_negative(-magnitude(d)));
+    const Floats smaller = larger - magnitude(d);
+    return {q_is_larger ? smaller : larger, q_is_larger ? larger : smaller};
+}
+
+FEDDISTILL_INLINE Floats expm1(Floats x) { return x > 0.0f ? exp(x) - 1.0f : expm1_negative(x); }
+
+struct ForwardKl {
+    static constexpr bool kBalanced = true;  // psi adds to 0
+    template <bool kCareful>
+    FEDDISTILL_INLINE static Slope at(Floats p, Floats q, Floats d, float) {
+        return {kl<kCareful>(q, p, d), p - q};
+    }
+};
+
+struct ReverseKl {
+    static constexpr bool kBalanced = false;
+    template <bool kCareful>
+    FEDDISTILL_INLINE static Slope at(Floats p, Floats q, Floats d, float) {
+        return {kl<kCareful>(p, q, -d), times<kCareful>(p, -d)};
+    }
+};
+
+struct Jsd {
+    static constexpr bool kBalanced = false;
+    template <bool kCareful>
+    FEDDISTILL_INLINE static Slope at(Floats p, Floats q, Floats d, float beta) {
+        const Floats m = fma(q, beta, p * (1 - beta));
+        const Mixture log = over_mixture(d, beta);
+        const Floats phi =
+            bregman<kCareful>(q, m, log.q_over) * beta + bregman<kCareful>(p, m, log.p_over) * (1 - beta);
+        return {phi, times<kCareful>(p, log.p_over) * (1 - beta)};
+    }
+};
+
+struct Tvd {
+    static constexpr bool kBalanced = false;
+    template <bool kCareful>
+    FEDDISTILL_INLINE static Slope at(Floats p, Floats q, Floats d, float) {
+        const Floats size = magnitude(d);
+        const Floats near = larger(p, q) * size * expm1_over(-size);
+        const Floats phi = (size < 0.5f ? near : magnitude(p - q)) * 0.5f;
+        const Floats half = p * 0.5f;
+        return {phi, d < 0.0f ? half : d > 0.0f ? -half : half * d};  // half * 0 is 0, half * NaN NaN
+    }
+};
+
+struct SkewForwardKl {
+    static constexpr bool kBalanced = false;
+    template <bool kCareful>
+    FEDDISTILL_INLINE static Slope at(Floats p, Floats q, Floats d, float) {
+        const Floats m = fma(q, kSkew, p * (1 - kSkew));
+        const Floats q_over = over_mixture(d, kSkew).q_over;
+        return {bregman<kCareful>(q, m, q_over), times<kCareful>(p, expm1(q_over)) * (kSkew - 1)};
+    }
+};
+
+struct SkewReverseKl {
+    static constexpr bool kBalanced = false;
+    template <bool kCareful>
+    FEDDISTILL_INLINE static Slope at(Floats p, Floats q, Floats d, float) {
+        const Floats m = fma(p, kSkew, q * (1 - kSkew));
+        const Floats p_over = over_mixture(d, 1 - kSkew).p_over;
+        return {bregman<kCareful>(p, m, p_over), times<kCareful>(p, p_over - kSkew * expm1(p_over))};
+    }
+};
+
+// ---- Rows
+
+// Calls each(column, lanes, z) over columns [begin, end); at most once lanes < kLanes, the others then -inf.
+template <DType kDType, class Each>
+FEDDISTILL_INLINE void over(const Element<kDType>* z, std::int64_t begin, std::int64_t end, const Each& each) {
+    std::int64_t j = begin;
+    for (; j + kLanes <= end; j += kLanes) each(j, kLanes, load<kDType>(z + j));
+    if (j < end) {
+        const int lanes = static_cast<int>(end - j);
+        each(j, lanes, load_part<kDType>(z + j, lanes, -kInf));
+    }
+}
+
+template <DType kDType>
+FEDDISTILL_INLINE Floats get(const Element<kDType>* from, int lanes) {
+    return lanes == kLanes ? load<kDType>(from) : load_part<kDType>(from, lanes, -kInf);
+}
+
+template <DType kDType>
+FEDDISTILL_INLINE void put(Element<kDType>* to, Floats v, int lanes) {
+    lanes == kLanes ? store<kDType>(to, v) : store_part<kDType>(to, v, lanes);
+}
+
+FEDDISTILL_INLINE Floats keep_lanes(Floats v, int lanes, float others) {
+    for (int i = lanes; i < kLanes; ++i) v[i] = others;
+    return v;
+}
+
+// ---- Normalisers
+
+// 2^(z factor - offset) adds to sum; log2 of the normaliser is offset + log2(sum).
+struct Normaliser {
+    float factor, offset = 0;
+    double sum = 0;
+    bool ruled_out = false;  // some z is -inf
+    bool empty = false;      // all are
+
+    static Normaliser of(float factor, double log2) {
+        const auto offset = static_cast<float>(log2);
+        return {factor, offset, std::exp2(log2 - offset)};
+    }
+    double log2_sum() const { return std::log2(sum); }
+    double log2() const { return empty ? -kInf : offset + log2_sum(); }
+    // -log of the probability of z
+    double cost(float z) const { return (log2_sum() - (double{z} * factor - offset)) * kLn2; }
+    FEDDISTILL_INLINE Floats exponent(Floats z) const { return fma(z, factor, all(-offset)); }
+    FEDDISTILL_INLINE Floats term(Floats z) const { return exp2(exponent(z)); }
+};
+
+struct Extremes {
+    float largest, smallest;
+    bool nan = false;
+};
+
+template <DType kDType>
+Extremes extremes(const Element<kDType>* z, std::int64_t n) {
+    Floats largest = all(-kInf), smallest = all(kInf);
+    Ints nan{};
+    over<kDType>(z, 0, n, [&](std::int64_t, int lanes, Floats v) __attribute__((always_inline)) {
+        if (lanes < kLanes) v = keep_lanes(v, lanes, v[0]);
+        largest = larger(largest, v);
+        smallest = smaller(v, smallest);
+        nan |= v != v;
+    });
+    return {maximum(largest), -maximum(-smallest), any(nan)};
+}
+
+struct Partial {
+    float sum;
+    Extremes seen;
+};
+
+template <DType kDType>
+FEDDISTILL_INLINE Partial partial_sum(const Element<kDType>* z, std::int64_t n, const Normaliser& by) {
+    Floats total{}, largest = all(-kInf), smallest = all(kInf);
+    over<kDType>(z, 0, n, [&](std::int64_t, int lanes, Floats v) __attribute__((always_inline)) {
+        largest = larger(largest, v);
+        smallest = smaller(lanes == kLanes ? v : keep_lanes(v, lanes, kInf), smallest);
+        total += by.term(v);
+    });
+    return {sum(total), {maximum(largest), -maximum(-smallest)}};
+}
+
+// A sum against the largest value so far: one read, for it seldom grows.  `block(j, n)` points to columns [j, j + n).
+template <DType kDType, class Block>
+FEDDISTILL_INLINE Normaliser normalise(std::int64_t n, float factor, const Block& block) {
+    constexpr float kHeadroom = 40;  // 2^40 times a block's columns is far from overflow
+    Normaliser by{factor};
+    float largest = -kInf;
+    double smallest_seen = kInf;
+    for (std::int64_t j = 0; j < n; j += kBlock) {
+        const std::int64_t columns = std::min(kBlock, n - j);
+        const Element<kDType>* const z = block(j, columns);
+        const auto raise = [&](float to) {
+            const float offset = to * factor;
+            by.sum *= largest == -kInf ? 0.0 : std::exp2(double{by.offset} - offset);
+            largest = to;
+            by.offset = offset;
+        };
+        if (largest == -kInf) {
+            const Extremes seen = extremes<kDType>(z, columns);
+            smallest_seen = std::min<double>(smallest_seen, seen.smallest);
+            if (seen.largest == -kInf && !seen.nan) continue;
+            raise(seen.largest);
+        }
+        Partial part = partial_sum<kDType>(z, columns, by);
+        smallest_seen = std::min<double>(smallest_seen, part.seen.smallest);
+        if ((part.seen.largest - largest) * factor > kHeadroom) {
+            raise(part.seen.largest);
+            part = partial_sum<kDType>(z, columns, by);
+        }
+        by.sum += part.sum;
+        if (part.seen.largest > largest) raise(part.seen.largest);
+    }
+    by.ruled_out = smallest_seen == -kInf;
+    by.empty = largest == -kInf && by.sum == 0;
+    return by;
+}
+
+template <DType kDType>
+Normaliser normalise_row(const Element<kDType>* z, std::int64_t n, float factor) {
+    return normalise<kDType>(n, factor, [z](std::int64_t j, std::int64_t) { return z + j; });
+}
+
+// ---- One row
+
+// What a row's slopes are made of.
+struct Frame {
+    Normaliser student, teacher, hard;   // hard: of the student at T = 1
+    float p_scale, q_scale, hard_scale;  // of a term, to make a probability
+    float shift;                         // log2 of the student's sum less the teacher's
+    float soft, ce;                      // what multiplies the slope, and the hard softmax
+    bool second;                         // hard is not student
+    float beta;
+    std::int64_t label;                  // -1 for none
+
+    FEDDISTILL_INLINE Floats less_one(Floats slope, std::int64_t j) const {
+        if (static_cast<std::uint64_t>(label - j) < kLanes) slope[label - j] -= ce;
+        return slope;
+    }
+
+    // p: the student's probability where T is 1
+    FEDDISTILL_INLINE Floats add_hard(Floats slope, std::int64_t j, Floats z, Floats p) const {
+        return less_one(fma(second ? hard.term(z) * hard_scale : p, ce, slope), j);
+    }
+};
+
+struct Point {
+    Floats p, q, d;
+};
+
+template <bool kCareful>
+FEDDISTILL_INLINE Point point(const Frame& f, Floats s, Floats t) {
+    const Floats x = f.student.exponent(s), y = f.teacher.exponent(t);
+    Floats d = ((y - x) + f.shift) * static_cast<float>(kLn2);
+    if constexpr (kCareful) d = (s == -kInf) & (t == -kInf) ? Floats{} : d;
+    return {exp2(x) * f.p_scale, exp2(y) * f.q_scale, d};
+}
+
+// Divergence of a row and, where g is given, its gradient.  g may be s.
+template <DType kDType, class Kind, bool kCareful>
+double dense_row(const Frame& f, const Element<kDType>* s, const Element<kDType>* t, std::int64_t n,
+                 Element<kDType>* g, float* psi) {
+    const auto put_slope = [&](std::int64_t j, int lanes, Floats soft, Floats p, Floats z)
+        __attribute__((always_inline)) {
+        Floats slope = soft * f.soft;
+        if (f.ce != 0) slope = f.add_hard(slope, j, z, p);
+        put<kDType>(g + j, slope, lanes);
+    };
+    double divergence = 0, psi_sum = 0;
+    for (std::int64_t begin = 0; begin < n; begin += kBlock) {
+        Floats phi_part{}, psi_part{};
+        over<kDType>(s, begin, std::min(n, begin + kBlock),
+                     [&](std::int64_t j, int lanes, Floats z) __attribute__((always_inline)) {
+            const Point at = point<kCareful>(f, z, get<kDType>(t + j, lanes));
+            Slope value = Kind::template at<kCareful>(at.p, at.q, at.d, f.beta);
+            if (lanes < kLanes) value = {keep_lanes(value.phi, lanes, 0), keep_lanes(value.psi, lanes, 0)};
+            phi_part += value.phi;
+            if (!g) return;
+            if constexpr (Kind::kBalanced) {
+                put_slope(j, lanes, value.psi, at.p, z);
+            } else {
+                psi_part += value.psi;
+                put<DType::f32>(psi + j, value.psi, lanes);
+            }
+        });
+        divergence += sum(phi_part);
+        if constexpr (!Kind::kBalanced) psi_sum += sum(psi_part);
+    }
+    if (Kind::kBalanced || !g) return divergence;
+    const float total = static_cast<float>(psi_sum);
+    over<kDType>(s, 0, n, [&](std::int64_t j, int lanes, Floats z) __attribute__((always_inline)) {
+        const Floats p = f.student.term(z) * f.p_scale;
+        put_slope(j, lanes, get<DType::f32>(psi + j, lanes) - p * total, p, z);
+    });
+    return divergence;
+}
+
+// The gradient where the divergence has no share.
+template <DType kDType>
+void hard_row(const Frame& f, const Element<kDType>* s, std::int64_t n, Element<kDType>* g) {
+    over<kDType>(s, 0, n, [&](std::int64_t j, int lanes, Floats z) __attribute__((always_inline)) {
+        const Floats p = f.hard.term(z) * f.hard_scale;
+        put<kDType>(g + j, f.less_one(p * f.ce, j), lanes);
+    });
+}
+
+template <bool kCareful, class Run>
+double for_kind(Kind kind, const Run& run) {
+    switch (kind) {
+        case Kind::forward_kl: return run.template operator()<ForwardKl, kCareful>();
+        case Kind::reverse_kl: return run.template operator()<ReverseKl, kCareful>();
+        case Kind::jsd: return run.template operator()<Jsd, kCareful>();
+        case Kind::tvd: return run.template operator()<Tvd, kCareful>();
+        case Kind::skew_forward_kl: return run.template operator()<SkewForwardKl, kCareful>();
+        case Kind::skew_reverse_kl: return run.template operator()<SkewReverseKl, kCareful>();
+    }
+    return kNaN;
+}
+
+// ---- Elements of any dtype
+
+template <class Run>
+FEDDISTILL_INLINE auto with_dtype(DType dtype, const Run& run) {
+    switch (dtype) {
+        case DType::f16: return run.template operator()<DType::f16>();
+        case DType::bf16: return run.template operator()<DType::bf16>();
+        default: return run.template operator()<DType::f32>();
+    }
+}
+
+template <DType kDType>
+float element(const Element<kDType>* row, std::int64_t j) {
+    if constexpr (kDType == DType::f32) return row[j];
+    return kDType == DType::f16 ? from_f16(static_cast<std::uint16_t>(row[j]))
+                                : from_bf16(static_cast<std::uint16_t>(row[j]));
+}
+
+template <DType kDType>
+void put_element(Element<kDType>* row, std::int64_t j, float x) {
+    store_part<kDType>(row + j, all(x), 1);
+}
+
+template <DType kDType>
+void fill(Element<kDType>* row, std::int64_t begin, std::int64_t end, float x) {
+    Element<kDType> lanes[kLanes];
+    store<kDType>(lanes, all(x));
+    std::fill(row + begin, row + end, lanes[0]);
+}
+
+template <DType kDType>
+Element<kDType>* row_of(const Matrix& m, std::int64_t row) {
+    return m.at ? static_cast<Element<kDType>*>(m.at) + row * m.stride : nullptr;
+}
+
+void widen(const Matrix& m, std::int64_t row, std::int64_t n, float* to) {
+    with_dtype(m.dtype, [&]<DType kDType>() {
+        over<kDType>(row_of<kDType>(m, row), 0, n,
+                     [&](std::int64_t j, int lanes, Floats v) { put<DType::f32>(to + j, v, lanes); });
+    });
+}
+
+// ---- One row
+
+struct Outcome {
+    double loss = 0;
+    Refusal::Reason refused = Refusal::none;
+};
+
+Kind kind_of(const Distillation& task) {
+    if (task.kind != Kind::jsd) return task.kind;
+    return task.beta == 0 ? Kind::forward_kl : task.beta == 1 ? Kind::reverse_kl : Kind::jsd;
+}
+
+float factor_of(const Distillation& task) { return static_cast<float>(1 / (task.temperature * kLn2)); }
+
+template <DType kDType>
+Outcome dense(const Distillation& task, Frame f, const Element<kDType>* s, const Element<kDType>* t,
+              Element<kDType>* g, float* psi) {
+    const std::int64_t n = task.vocab;
+    const bool soft = task.kd != 0, hard = f.label >= 0;
+    if (soft) {
+        f.student = normalise_row<kDType>(s, n, factor_of(task));
+        if (f.student.empty) return {0, Refusal::empty_student};
+        f.teacher = normalise_row<kDType>(t, n, factor_of(task));
+        if (f.teacher.empty) return {0, Refusal::empty_teacher};
+        f.p_scale = static_cast<float>(1 / f.student.sum);
+        f.q_scale = static_cast<float>(1 / f.teacher.sum);
+        f.shift = static_cast<float>(f.student.log2_sum() - f.teacher.log2_sum());
+    }
+    double cost = 0;
+    if (hard) {
+        f.hard = soft && !f.second ? f.student : normalise_row<kDType>(s, n, static_cast<float>(1 / kLn2));
+        if (f.hard.empty) return {0, Refusal::empty_student};
+        f.hard_scale = static_cast<float>(1 / f.hard.sum);
+        cost += task.ce * f.hard.cost(element<kDType>(s, f.label));
+    }
+    if ((soft && std::isnan(f.student.sum + f.teacher.sum)) || (hard && std::isnan(f.hard.sum))) {
+        if (g) fill<kDType>(g, 0, n, kNaN);
+        return {kNaN};
+    }
+    if (soft) {
+        const auto run = [&]<class Kind, bool kCareful>() {
+            return dense_row<kDType, Kind, kCareful>(f, s, t, n, g, psi);
+        };
+        const bool careful = f.student.ruled_out || f.teacher.ruled_out;
+        cost += task.kd * (careful ? for_kind<true>(kind_of(task), run) : for_kind<false>(kind_of(task), run));
+    } else if (g && hard) {
+        hard_row<kDType>(f, s, n, g);
+    } else if (g) {
+        fill<kDType>(g, 0, n, 0);
+    }
+    return {cost};
+}
+
+// A truncated teacher's K + 1 events, the tail last: the student's logits of the kept, natural logarithms.
+struct Events {
+    std::int64_t count;
+    float *z, *p, *q, *d, *psi, *block;
+    std::int32_t *ids, *order;
+};
+
+template <class Kind>
+double divergence_of(const Events& e, float beta) {
+    double divergence = 0;
+    over<DType::f32>(e.p, 0, e.count, [&](std::int64_t j, int lanes, Floats p) {
+        const Slope value =
+            Kind::template at<true>(p, get<DType::f32>(e.q + j, lanes), get<DType::f32>(e.d + j, lanes), beta);
+        divergence += sum(keep_lanes(value.phi, lanes, 0));
+        put<DType::f32>(e.psi + j, value.psi, lanes);
+    });
+    return divergence;
+}
+
+// Normaliser of all that is not kept, as a sum of what is in it: 1 - kept would have no digits where it is small.
+template <DType kDType>
+Normaliser normalise_tail(const Element<kDType>* s, std::int64_t n, float factor, const Events& e) {
+    std::int64_t next = 0;
+    return normalise<DType::f32>(n, factor, [&](std::int64_t begin, std::int64_t columns) {
+        over<kDType>(s + begin, 0, columns,
+                     [&](std::int64_t j, int lanes, Floats v) { put<DType::f32>(e.block + j, v, lanes); });
+        for (; next < e.count - 1 && e.ids[e.order[next]] < begin + columns; ++next)
+            e.block[e.ids[e.order[next]] - begin] = -kInf;
+        return e.block;
+    });
+}
+
+// log2(2^a + 2^b)
+double log2_add(double a, double b) {
+    const double most = std::max(a, b);
+    return most == -kInf ? most : most + std::log2(std::exp2(a - most) + std::exp2(b - most));
+}
+
+template <DType kDType>
+Outcome truncated(const Distillation& task, Frame f, const Element<kDType>* s, const float* b, float b_tail,
+                  Element<kDType>* g, const Events& e) {
+    const std::int64_t n = task.vocab, kept = e.count - 1;
+    for (std::int64_t k = 0; k < kept; ++k) {
+        if (e.ids[k] < 0 || e.ids[k] >= n) return {0, Refusal::id};
+        e.order[k] = static_cast<std::int32_t>(k);
+        e.z[k] = element<kDType>(s, e.ids[k]);
+    }
+    const auto by_id = [&](std::int32_t x, std::int32_t y) { return e.ids[x] < e.ids[y]; };
+    if (!std::is_sorted(e.order, e.order + kept, by_id)) std::sort(e.order, e.order + kept, by_id);
+
+    const float factor = factor_of(task);
+    const Normaliser top = normalise_row<DType::f32>(e.z, kept, factor);
+    const Normaliser tail = normalise_tail<kDType>(s, n, factor, e);
+    const double log2_tail = tail.log2(), log2_all = log2_add(top.log2(), log2_tail);
+    if (top.empty && tail.empty) return {0, Refusal::empty_student};
+
+    const auto event = [&](std::int64_t k, double a, float log_q) {
+        e.p[k] = static_cast<float>(a), e.q[k] = log_q;
+        e.d[k] = a == -kInf && log_q == -kInf ? 0 : static_cast<float>(log_q - a);
+    };
+    for (std::int64_t k = 0; k < kept; ++k)
+        event(k, (double{e.z[k]} * factor - log2_all) * kLn2, b[k]);
+    event(kept, (log2_tail - log2_all) * kLn2, b_tail);
+    for (float* log : {e.p, e.q})
+        over<DType::f32>(log, 0, e.count, [&](std::int64_t j, int lanes, Floats x) { put<DType::f32>(log + j, exp(x), lanes); });
+
+    double cost = task.kd * for_kind<true>(kind_of(task), [&]<class Kind, bool>() { return divergence_of<Kind>(e, f.beta); });
+    if (f.label >= 0) {
+        f.hard = f.second ? normalise_row<kDType>(s, n, static_cast<float>(1 / kLn2)) : Normaliser::of(factor, log2_all);
+        f.hard_scale = static_cast<float>(1 / f.hard.sum);
+        cost += task.ce * f.hard.cost(element<kDType>(s, f.label));
+    }
+    if (!g) return {cost};
+
+    double psi_sum = 0;
+    for (std::int64_t k = 0; k < e.count; ++k) psi_sum += e.psi[k];
+    // Within the tail p_u = P r_u, so the slope psi r_u - p_u sum(psi) is a multiple of r_u.
+    const double within = tail.empty ? 0 : (e.psi[kept] - e.p[kept] * psi_sum) / tail.sum;
+    const float share = static_cast<float>(within * f.soft);
+    over<kDType>(s, 0, n, [&](std::int64_t j, int lanes, Floats z) __attribute__((always_inline)) {
+        const Floats term = tail.empty ? Floats{} : tail.term(z);
+        Floats slope = term * share;
+        if (f.ce != 0) slope = f.add_hard(slope, j, z, f.second ? Floats{} : f.hard.term(z) * f.hard_scale);
+        put<kDType>(g + j, slope, lanes);
+    });
+    for (std::int64_t k = 0; k < kept; ++k) {
+        double slope = f.soft * (e.psi[k] - e.p[k] * psi_sum);
+        if (f.ce != 0) {
+            const double p = f.hard.term(all(e.z[k]))[0] * double{f.hard_scale};
+            slope += f.ce * (p - (e.ids[k] == f.label));
+        }
+        put_element<kDType>(g, e.ids[k], static_cast<float>(slope));
+    }
+    return {cost};
+}
+
+template <DType kDType>
+Outcome one_row(const Distillation& task, const Frame& f, std::int64_t row, float* scratch) {
+    auto* const s = row_of<kDType>(task.student, row);
+    auto* const g = row_of<kDType>(task.gradient, row);
+    const std::int64_t n = task.vocab;
+    if (task.ids.at && task.kd != 0) {
+        const std::int64_t count = task.kept + 1, room = count + kLanes;
+        float* at = scratch;
+        const auto take = [&](std::int64_t size) { return (at += size) - size; };
+        float* const b = take(room);
+        Events e{count, take(room), take(room), take(room), take(room), take(room), take(kBlock), nullptr, nullptr};
+        e.ids = static_cast<std::int32_t*>(task.ids.at) + row * task.ids.stride;
+        e.order = reinterpret_cast<std::int32_t*>(take(room));
+        widen(task.teacher, row, task.kept, b);
+        float b_tail = 0;
+        widen(task.log_tail, row, 1, &b_tail);
+        return truncated<kDType>(task, f, s, b, b_tail, g, e);
+    }
+    if (task.kd == 0 || task.teacher.dtype == kDType)
+        return dense<kDType>(task, f, s, task.kd == 0 ? nullptr : row_of<kDType>(task.teacher, row), g, scratch);
+    float *const wide_s = scratch + n, *const wide_t = wide_s + n, *const wide_g = wide_t + n;
+    widen(task.student, row, n, wide_s);
+    widen(task.teacher, row, n, wide_t);
+    const Outcome outcome = dense<DType::f32>(task, f, wide_s, wide_t, g ? wide_g : nullptr, scratch);
+    if (g)
+        over<DType::f32>(wide_g, 0, n, [&](std::int64_t j, int lanes, Floats v) { put<kDType>(g + j, v, lanes); });
+    return outcome;
+}
+
+}  // namespace
+
+Refusal::Reason distillation_row(const Distillation& task, std::int64_t row, float* scratch) {
+    return with_dtype(task.student.dtype, [&]<DType kDType>() {
+        auto* const g = row_of<kDType>(task.gradient, row);
+        const float scale = task.scale[row];
+        if (g) fill<kDType>(g, scale == 0 ? 0 : task.vocab, task.width, 0);
+        task.loss[row] = 0;
+        if (scale == 0) return Refusal::none;
+        Frame f{};
+        f.soft = static_cast<float>(scale * task.kd / task.temperature);
+        f.second = task.temperature != 1;
+        f.beta = static_cast<float>(task.beta);
+        f.label = -1;
+        if (task.ce != 0 && task.labels) {
+            f.label = task.labels[row];
+            if (f.label < 0 || f.label >= task.vocab) return Refusal::label;
+            f.ce = static_cast<float>(scale * task.ce);
+        }
+        const Outcome outcome = one_row<kDType>(task, f, row, scratch);
+        task.loss[row] = static_cast<float>(scale * outcome.loss);
+        return outcome.refused;
+    });
+}
+
+void scale_span(const void* from, std::int64_t begin, std::int64_t end, DType dtype, float factor, void* to) {
+    with_dtype(dtype, [&]<DType kDType>() {
+        auto* const out = static_cast<Element<kDType>*>(to);
+        over<kDType>(static_cast<const Element<kDType>*>(from), begin, end,
+                     [&](std::int64_t j, int lanes, Floats v) { put<kDType>(out + j, v * factor, lanes); });
+    });
+}
+
+}  // namespace feddistill::FEDDISTILL_ISA
