@@ -25,9 +25,9 @@ FEDDISTILL_INLINE Floats bregman(Floats q, Floats p, Floats d) {
     // (e^-d - 1 + d) / d^2 for |d| < 1/2, 5e-8 relative
     const Floats ratio = polynomial(d, 0.5000000120139753f, -0.1666666545583386f, 0.04166579594171024f,
                                     -0.00833345217296455f, 0.0013981997364460388f, -0.0001987562907926877f);
-    const Floats near = q * d * d * ratio;
-    const Floats far = fma(q, d, p - q);
-    const Floats phi = magnitude(d) < 0.5f ? near : far;
+    const Floats first = q * d;
+    const Floats far = first + (p - q);
+    const Floats phi = magnitude(d) < 0.5f ? first * (d * ratio) : far;
     if constexpr (kCareful) return q == 0.0f ? p : phi;
     return phi;
 }
@@ -139,9 +139,9 @@ FEDDISTILL_INLINE Floats get(const Element<kDType>* from, int lanes) {
     return lanes == kLanes ? load<kDType>(from) : load_part<kDType>(from, lanes, -kInf);
 }
 
-template <DType kDType>
+template <DType kDType, bool kNumbers = false>
 FEDDISTILL_INLINE void put(Element<kDType>* to, Floats v, int lanes) {
-    lanes == kLanes ? store<kDType>(to, v) : store_part<kDType>(to, v, lanes);
+    lanes == kLanes ? store<kDType, kNumbers>(to, v) : store_part<kDType>(to, v, lanes);
 }
 
 FEDDISTILL_INLINE Floats keep_lanes(Floats v, int lanes, float others) {
@@ -153,96 +153,142 @@ FEDDISTILL_INLINE Floats keep_lanes(Floats v, int lanes, float others) {
 
 // 2^(z factor - offset) adds to sum; log2 of the normaliser is offset + log2(sum).
 struct Normaliser {
-    float factor, offset = 0;
+    float factor, offset = -kInf;
     double sum = 0;
-    bool ruled_out = false;  // some z is -inf
-    bool empty = false;      // all are
 
     static Normaliser of(float factor, double log2) {
         const auto offset = static_cast<float>(log2);
         return {factor, offset, std::exp2(log2 - offset)};
     }
+    bool empty() const { return sum == 0; }  // every z is -inf
     double log2_sum() const { return std::log2(sum); }
-    double log2() const { return empty ? -kInf : offset + log2_sum(); }
+    double log2() const { return empty() ? -kInf : offset + log2_sum(); }
+    float scale() const { return static_cast<float>(1 / sum); }
     // -log of the probability of z
     double cost(float z) const { return (log2_sum() - (double{z} * factor - offset)) * kLn2; }
     FEDDISTILL_INLINE Floats exponent(Floats z) const { return fma(z, factor, all(-offset)); }
     FEDDISTILL_INLINE Floats term(Floats z) const { return exp2(exponent(z)); }
-};
-
-struct Extremes {
-    float largest, smallest;
-    bool nan = false;
-};
-
-template <DType kDType>
-Extremes extremes(const Element<kDType>* z, std::int64_t n) {
-    Floats largest = all(-kInf), smallest = all(kInf);
-    Ints nan{};
-    over<kDType>(z, 0, n, [&](std::int64_t, int lanes, Floats v) __attribute__((always_inline)) {
-        if (lanes < kLanes) v = keep_lanes(v, lanes, v[0]);
-        largest = larger(largest, v);
-        smallest = smaller(v, smallest);
-        nan |= v != v;
-    });
-    return {maximum(largest), -maximum(-smallest), any(nan)};
-}
-
-struct Partial {
-    float sum;
-    Extremes seen;
-};
-
-template <DType kDType>
-FEDDISTILL_INLINE Partial partial_sum(const Element<kDType>* z, std::int64_t n, const Normaliser& by) {
-    Floats total{}, largest = all(-kInf), smallest = all(kInf);
-    over<kDType>(z, 0, n, [&](std::int64_t, int lanes, Floats v) __attribute__((always_inline)) {
-        largest = larger(largest, v);
-        smallest = smaller(lanes == kLanes ? v : keep_lanes(v, lanes, kInf), smallest);
-        total += by.term(v);
-    });
-    return {sum(total), {maximum(largest), -maximum(-smallest)}};
-}
-
-// A sum against the largest value so far: one read, for it seldom grows.  `block(j, n)` points to columns [j, j + n).
-template <DType kDType, class Block>
-FEDDISTILL_INLINE Normaliser normalise(std::int64_t n, float factor, const Block& block) {
-    constexpr float kHeadroom = 40;  // 2^40 times a block's columns is far from overflow
-    Normaliser by{factor};
-    float largest = -kInf;
-    double smallest_seen = kInf;
-    for (std::int64_t j = 0; j < n; j += kBlock) {
-        const std::int64_t columns = std::min(kBlock, n - j);
-        const Element<kDType>* const z = block(j, columns);
-        const auto raise = [&](float to) {
-            const float offset = to * factor;
-            by.sum *= largest == -kInf ? 0.0 : std::exp2(double{by.offset} - offset);
-            largest = to;
-            by.offset = offset;
-        };
-        if (largest == -kInf) {
-            const Extremes seen = extremes<kDType>(z, columns);
-            smallest_seen = std::min<double>(smallest_seen, seen.smallest);
-            if (seen.largest == -kInf && !seen.nan) continue;
-            raise(seen.largest);
-        }
-        Partial part = partial_sum<kDType>(z, columns, by);
-        smallest_seen = std::min<double>(smallest_seen, part.seen.smallest);
-        if ((part.seen.largest - largest) * factor > kHeadroom) {
-            raise(part.seen.largest);
-            part = partial_sum<kDType>(z, columns, by);
-        }
-        by.sum += part.sum;
-        if (part.seen.largest > largest) raise(part.seen.largest);
+    // Make `largest` the value whose term is 1.
+    void raise(float largest) {
+        const float to = largest * factor;
+        if (sum != 0) sum *= std::exp2(double{offset} - to);
+        offset = to;
     }
-    by.ruled_out = smallest_seen == -kInf;
-    by.empty = largest == -kInf && by.sum == 0;
+};
+
+// NaN does not count.
+template <DType kDType>
+float largest_of(const Element<kDType>* z, std::int64_t n) {
+    Floats largest = all(-kInf);
+    over<kDType>(z, 0, n,
+                 [&](std::int64_t, int, Floats v) __attribute__((always_inline)) { largest = larger(largest, v); });
+    return maximum(largest);
+}
+
+template <DType kDType, class Is>
+bool holds(const Element<kDType>* z, std::int64_t n, const Is& is) {
+    Ints found{};
+    over<kDType>(z, 0, n, [&](std::int64_t, int lanes, Floats v) { found |= is(keep_lanes(v, lanes, 0)); });
+    return any(found);
+}
+
+// A block's sum where a term of 1 is the largest that was looked for: past it exponents lose digits.
+constexpr float kTooMuch = 0x1p26f;
+
+// The sum against the largest value of the first block, or of a later one that outgrows it by far: one read.
+// kFinite: the sum is NaN if any z is infinite.  block(j, n) points to columns [j, j + n).
+template <DType kDType, bool kFinite, class Block>
+FEDDISTILL_INLINE Normaliser normalise(std::int64_t n, float factor, const Block& block) {
+    Normaliser by{factor};
+    for (std::int64_t begin = 0; begin < n; begin += kBlock) {
+        const std::int64_t columns = std::min(kBlock, n - begin);
+        const Element<kDType>* const z = block(begin, columns);
+        const auto part = [&] {
+            const Normaliser fixed = by;
+            Floats total{};
+            over<kDType>(z, 0, columns, [&](std::int64_t, int lanes, Floats v) __attribute__((always_inline)) {
+                const Floats y = fixed.exponent(v);
+                total += keep_lanes(kFinite ? fma(y, 0.0f, exp2(y)) : exp2(y), lanes, 0);
+            });
+            return sum(total);
+        };
+        if (by.offset == -kInf) {
+            by.raise(largest_of<kDType>(z, columns));
+            if (by.offset == -kInf) {
+                if (kFinite || holds<kDType>(z, columns, [](Floats v) { return v != v; })) by.sum = kNaN;
+                continue;
+            }
+        }
+        float added = part();
+        if (!(added < kTooMuch)) {
+            by.raise(std::max(largest_of<kDType>(z, columns), by.offset / factor));
+            added = part();
+        }
+        by.sum += added;
+        if (std::isnan(by.sum)) break;
+    }
     return by;
 }
 
-template <DType kDType>
+template <DType kDType, bool kFinite>
 Normaliser normalise_row(const Element<kDType>* z, std::int64_t n, float factor) {
-    return normalise<kDType>(n, factor, [z](std::int64_t j, std::int64_t) { return z + j; });
+    return normalise<kDType, kFinite>(n, factor, [z](std::int64_t j, std::int64_t) { return z + j; });
+}
+
+// Both of a row at once, with sum_v q_v (b_v - a_v) in nats: KL(q || p) but for the digits that cancel where it is
+// small.  cross is not finite if anything is not.
+struct Pair {
+    Normaliser student, teacher;
+    double cross = 0;  // sum over the teacher's terms, times its exponent less the student's
+
+    double plain() const {
+        return (cross / teacher.sum + student.log2_sum() - teacher.log2_sum()) * kLn2;
+    }
+    void raise(float s, float t) {
+        const float before_s = student.offset, before_t = teacher.offset;
+        const double sum = teacher.sum;
+        student.raise(s), teacher.raise(t);
+        if (sum == 0) return;
+        cross += sum * (double{student.offset} - before_s - (double{teacher.offset} - before_t));
+        cross *= teacher.sum / sum;
+    }
+};
+
+template <DType kDType>
+Pair normalise_both(const Element<kDType>* s, const Element<kDType>* t, std::int64_t n, float factor) {
+    struct Part {
+        float student, teacher, cross;
+    };
+    Pair by{{factor}, {factor}};
+    for (std::int64_t begin = 0; begin < n; begin += kBlock) {
+        const std::int64_t columns = std::min(kBlock, n - begin);
+        const auto part = [&]() -> Part {
+            const Pair fixed = by;
+            Floats students{}, teachers{}, cross{};
+            over<kDType>(s + begin, 0, columns, [&](std::int64_t j, int lanes, Floats z) __attribute__((always_inline)) {
+                const Floats x = fixed.student.exponent(z);
+                const Floats y = fixed.teacher.exponent(get<kDType>(t + begin + j, lanes));
+                const Floats term = keep_lanes(exp2(y), lanes, 0);
+                students += keep_lanes(exp2(x), lanes, 0);
+                teachers += term;
+                cross = fma(term, keep_lanes(y - x, lanes, 0), cross);
+            });
+            return {sum(students), sum(teachers), sum(cross)};
+        };
+        const auto raise = [&] {
+            by.raise(std::max(largest_of<kDType>(s + begin, columns), by.student.offset / factor),
+                     std::max(largest_of<kDType>(t + begin, columns), by.teacher.offset / factor));
+        };
+        if (begin == 0) raise();
+        Part added = part();
+        if (!(added.student < kTooMuch && added.teacher < kTooMuch)) {
+            raise();
+            added = part();
+        }
+        by.student.sum += added.student, by.teacher.sum += added.teacher, by.cross += added.cross;
+        if (std::isnan(by.student.sum + by.teacher.sum)) break;
+    }
+    return by;
 }
 
 // ---- One row
@@ -282,13 +328,14 @@ FEDDISTILL_INLINE Point point(const Frame& f, Floats s, Floats t) {
 
 // Divergence of a row and, where g is given, its gradient.  g may be s.
 template <DType kDType, class Kind, bool kCareful>
-double dense_row(const Frame& f, const Element<kDType>* s, const Element<kDType>* t, std::int64_t n,
+double dense_row(const Frame& frame, const Element<kDType>* s, const Element<kDType>* t, std::int64_t n,
                  Element<kDType>* g, float* psi) {
+    const Frame f = frame;  // whose address nobody has: a store to g cannot change it
     const auto put_slope = [&](std::int64_t j, int lanes, Floats soft, Floats p, Floats z)
         __attribute__((always_inline)) {
         Floats slope = soft * f.soft;
         if (f.ce != 0) slope = f.add_hard(slope, j, z, p);
-        put<kDType>(g + j, slope, lanes);
+        put<kDType, !kCareful>(g + j, slope, lanes);
     };
     double divergence = 0, psi_sum = 0;
     for (std::int64_t begin = 0; begin < n; begin += kBlock) {
@@ -317,6 +364,21 @@ double dense_row(const Frame& f, const Element<kDType>* s, const Element<kDType>
         put_slope(j, lanes, get<DType::f32>(psi + j, lanes) - p * total, p, z);
     });
     return divergence;
+}
+
+// The gradient alone, of the forward KL.
+template <DType kDType>
+void forward_kl_slope(const Frame& frame, const Element<kDType>* s, const Element<kDType>* t, std::int64_t n,
+                      Element<kDType>* g) {
+    const Frame f = frame;
+    const Floats p_share = all(f.soft * f.p_scale), q_share = all(-f.soft * f.q_scale);
+    over<kDType>(s, 0, n, [&](std::int64_t j, int lanes, Floats z) __attribute__((always_inline)) {
+        const Floats term = f.student.term(z);
+        const Floats other = f.teacher.term(get<kDType>(t + j, lanes));
+        Floats slope = fma(term, p_share, other * q_share);
+        if (f.ce != 0) slope = f.add_hard(slope, j, z, term * f.p_scale);
+        put<kDType, true>(g + j, slope, lanes);
+    });
 }
 
 // The gradient where the divergence has no share.
@@ -400,34 +462,53 @@ float factor_of(const Distillation& task) { return static_cast<float>(1 / (task.
 template <DType kDType>
 Outcome dense(const Distillation& task, Frame f, const Element<kDType>* s, const Element<kDType>* t,
               Element<kDType>* g, float* psi) {
+    constexpr double kDigitsLeft = 1.0 / 16;  // of a KL in nats, taken as a plain sum
     const std::int64_t n = task.vocab;
+    const float factor = factor_of(task);
     const bool soft = task.kd != 0, hard = f.label >= 0;
+    const Kind kind = kind_of(task);
+    bool careful = false;
+    double divergence = kNaN;
     if (soft) {
-        f.student = normalise_row<kDType>(s, n, factor_of(task));
-        if (f.student.empty) return {0, Refusal::empty_student};
-        f.teacher = normalise_row<kDType>(t, n, factor_of(task));
-        if (f.teacher.empty) return {0, Refusal::empty_teacher};
-        f.p_scale = static_cast<float>(1 / f.student.sum);
-        f.q_scale = static_cast<float>(1 / f.teacher.sum);
+        if (kind == Kind::forward_kl) {
+            const Pair both = normalise_both<kDType>(s, t, n, factor);
+            f.student = both.student, f.teacher = both.teacher;
+            divergence = both.plain();
+            careful = !std::isfinite(both.cross);
+        } else {
+            f.student = normalise_row<kDType, true>(s, n, factor);
+            f.teacher = normalise_row<kDType, true>(t, n, factor);
+            careful = std::isnan(f.student.sum + f.teacher.sum);
+        }
+        if (careful) {
+            f.student = normalise_row<kDType, false>(s, n, factor);
+            if (f.student.empty()) return {0, Refusal::empty_student};
+            f.teacher = normalise_row<kDType, false>(t, n, factor);
+            if (f.teacher.empty()) return {0, Refusal::empty_teacher};
+        }
+        f.p_scale = f.student.scale();
+        f.q_scale = f.teacher.scale();
         f.shift = static_cast<float>(f.student.log2_sum() - f.teacher.log2_sum());
     }
     double cost = 0;
     if (hard) {
-        f.hard = soft && !f.second ? f.student : normalise_row<kDType>(s, n, static_cast<float>(1 / kLn2));
-        if (f.hard.empty) return {0, Refusal::empty_student};
-        f.hard_scale = static_cast<float>(1 / f.hard.sum);
+        f.hard = soft && !f.second ? f.student : normalise_row<kDType, false>(s, n, kLog2e);
+        if (f.hard.empty()) return {0, Refusal::empty_student};
+        f.hard_scale = f.hard.scale();
         cost += task.ce * f.hard.cost(element<kDType>(s, f.label));
     }
     if ((soft && std::isnan(f.student.sum + f.teacher.sum)) || (hard && std::isnan(f.hard.sum))) {
         if (g) fill<kDType>(g, 0, n, kNaN);
         return {kNaN};
     }
-    if (soft) {
+    if (soft && !careful && divergence > kDigitsLeft) {
+        cost += task.kd * divergence;
+        if (g) forward_kl_slope<kDType>(f, s, t, n, g);
+    } else if (soft) {
         const auto run = [&]<class Kind, bool kCareful>() {
             return dense_row<kDType, Kind, kCareful>(f, s, t, n, g, psi);
         };
-        const bool careful = f.student.ruled_out || f.teacher.ruled_out;
-        cost += task.kd * (careful ? for_kind<true>(kind_of(task), run) : for_kind<false>(kind_of(task), run));
+        cost += task.kd * (careful ? for_kind<true>(kind, run) : for_kind<false>(kind, run));
     } else if (g && hard) {
         hard_row<kDType>(f, s, n, g);
     } else if (g) {
@@ -459,7 +540,7 @@ double divergence_of(const Events& e, float beta) {
 template <DType kDType>
 Normaliser normalise_tail(const Element<kDType>* s, std::int64_t n, float factor, const Events& e) {
     std::int64_t next = 0;
-    return normalise<DType::f32>(n, factor, [&](std::int64_t begin, std::int64_t columns) {
+    return normalise<DType::f32, false>(n, factor, [&](std::int64_t begin, std::int64_t columns) {
         over<kDType>(s + begin, 0, columns,
                      [&](std::int64_t j, int lanes, Floats v) { put<DType::f32>(e.block + j, v, lanes); });
         for (; next < e.count - 1 && e.ids[e.order[next]] < begin + columns; ++next)
@@ -487,10 +568,10 @@ Outcome truncated(const Distillation& task, Frame f, const Element<kDType>* s, c
     if (!std::is_sorted(e.order, e.order + kept, by_id)) std::sort(e.order, e.order + kept, by_id);
 
     const float factor = factor_of(task);
-    const Normaliser top = normalise_row<DType::f32>(e.z, kept, factor);
+    const Normaliser top = normalise_row<DType::f32, false>(e.z, kept, factor);
     const Normaliser tail = normalise_tail<kDType>(s, n, factor, e);
     const double log2_tail = tail.log2(), log2_all = log2_add(top.log2(), log2_tail);
-    if (top.empty && tail.empty) return {0, Refusal::empty_student};
+    if (top.empty() && tail.empty()) return {0, Refusal::empty_student};
 
     const auto event = [&](std::int64_t k, double a, float log_q) {
         e.p[k] = static_cast<float>(a), e.q[k] = log_q;
@@ -504,8 +585,8 @@ Outcome truncated(const Distillation& task, Frame f, const Element<kDType>* s, c
 
     double cost = task.kd * for_kind<true>(kind_of(task), [&]<class Kind, bool>() { return divergence_of<Kind>(e, f.beta); });
     if (f.label >= 0) {
-        f.hard = f.second ? normalise_row<kDType>(s, n, static_cast<float>(1 / kLn2)) : Normaliser::of(factor, log2_all);
-        f.hard_scale = static_cast<float>(1 / f.hard.sum);
+        f.hard = f.second ? normalise_row<kDType, false>(s, n, kLog2e) : Normaliser::of(factor, log2_all);
+        f.hard_scale = f.hard.scale();
         cost += task.ce * f.hard.cost(element<kDType>(s, f.label));
     }
     if (!g) return {cost};
@@ -513,10 +594,10 @@ Outcome truncated(const Distillation& task, Frame f, const Element<kDType>* s, c
     double psi_sum = 0;
     for (std::int64_t k = 0; k < e.count; ++k) psi_sum += e.psi[k];
     // Within the tail p_u = P r_u, so the slope psi r_u - p_u sum(psi) is a multiple of r_u.
-    const double within = tail.empty ? 0 : (e.psi[kept] - e.p[kept] * psi_sum) / tail.sum;
+    const double within = tail.empty() ? 0 : (e.psi[kept] - e.p[kept] * psi_sum) / tail.sum;
     const float share = static_cast<float>(within * f.soft);
     over<kDType>(s, 0, n, [&](std::int64_t j, int lanes, Floats z) __attribute__((always_inline)) {
-        const Floats term = tail.empty ? Floats{} : tail.term(z);
+        const Floats term = tail.empty() ? Floats{} : tail.term(z);
         Floats slope = term * share;
         if (f.ce != 0) slope = f.add_hard(slope, j, z, f.second ? Floats{} : f.hard.term(z) * f.hard_scale);
         put<kDType>(g + j, slope, lanes);

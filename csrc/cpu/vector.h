@@ -4,6 +4,7 @@
 #pragma once
 #include <bit>
 #include <cstdint>
+#include <utility>
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
@@ -51,8 +52,24 @@ FEDDISTILL_INLINE Floats all(float x) { return Floats{} + x; }
 
 // Together a permutation of (a, b), signed zeros included, in one instruction each.  Where either is NaN, smaller
 // gives b and larger a.
-FEDDISTILL_INLINE Floats smaller(Floats a, Floats b) { return a < b ? a : b; }
-FEDDISTILL_INLINE Floats larger(Floats a, Floats b) { return a < b ? b : a; }
+FEDDISTILL_INLINE Floats smaller(Floats a, Floats b) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX__)
+    return (Floats)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+    return a < b ? a : b;
+#endif
+}
+FEDDISTILL_INLINE Floats larger(Floats a, Floats b) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_max_ps((__m512)b, (__m512)a);
+#elif defined(__AVX__)
+    return (Floats)_mm256_max_ps((__m256)b, (__m256)a);
+#else
+    return a < b ? b : a;
+#endif
+}
 FEDDISTILL_INLINE Floats magnitude(Floats x) { return as<Floats>(as<Ints>(x) & 0x7fffffff); }
 
 FEDDISTILL_INLINE Floats fma(Floats a, Floats b, Floats c) {
@@ -74,23 +91,22 @@ FEDDISTILL_INLINE Floats polynomial(Floats x, float c0, float c1, Rest... rest) 
     return fma(x, polynomial(x, c1, rest...), c0);
 }
 
-// 2^y for y < 127.  0 below 2^-126 (v4: below 2^-149); NaN stays.
+// 2^y for y < 127; 0 below 2^-126 (v4: below 2^-149) and at -inf; NaN stays.
 FEDDISTILL_INLINE Floats exp2(Floats y) {
     constexpr auto mantissa = [](Floats f) __attribute__((always_inline)) {  // on [-1/2, 1/2], 2e-9 relative
         return polynomial(f, 1.0f, 0.6931472028550653f, 0.24022647913628928f, 0.05550332471125968f,
                           0.009618437357665259f, 0.0013398874414067494f, 0.00015353361910390613f);
     };
 #if defined(__AVX512F__)
-    y = larger(y, all(-160.0f));
     const Floats n = (Floats)_mm512_roundscale_ps((__m512)y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    return (Floats)_mm512_scalef_ps((__m512)mantissa(y - n), (__m512)n);
+    return (Floats)_mm512_scalef_ps((__m512)mantissa(y - n), (__m512)n);  // NaN times 2^-inf is 0 to it
 #else
     const Ints possible = ~(y < -126.0f);
-    y = larger(y, all(-126.0f));
+    const Floats least = larger(y, all(-126.0f));
     constexpr float kRound = 0x1.8p23f;  // what is added to it is rounded to an integer, in its lowest bits
-    const Floats shifted = y + kRound;
+    const Floats shifted = least + kRound;
     const Floats n = shifted - kRound;
-    const Floats m = mantissa(y - n);
+    const Floats m = mantissa(least - n);
     return as<Floats>((as<Ints>(m) + (as<Ints>(shifted) << 23)) & possible);
 #endif
 }
@@ -135,7 +151,15 @@ FEDDISTILL_INLINE Floats load(const Element<kDType>* from) {
     } else {
         Halves h;
         __builtin_memcpy(&h, from, sizeof h);
-        if constexpr (kDType == DType::bf16) return as<Floats>(__builtin_convertvector(h, Ints) << 16);
+        if constexpr (kDType == DType::bf16) {
+#if defined(__AVX512F__)
+            return as<Floats>((Ints)_mm512_cvtepu16_epi32((__m256i)h) << 16);
+#elif defined(__AVX2__)
+            return as<Floats>((Ints)_mm256_cvtepu16_epi32((__m128i)h) << 16);
+#else
+            return as<Floats>(__builtin_convertvector(h, Ints) << 16);
+#endif
+        }
 #if defined(__AVX512F__)
         return (Floats)_mm512_cvtph_ps((__m256i)h);
 #elif defined(__F16C__)
@@ -148,7 +172,8 @@ FEDDISTILL_INLINE Floats load(const Element<kDType>* from) {
     }
 }
 
-template <DType kDType>
+// kNumbers: no lane is NaN, which bf16 need not be looked at for then.
+template <DType kDType, bool kNumbers = false>
 FEDDISTILL_INLINE void store(Element<kDType>* to, Floats v) {
     if constexpr (kDType == DType::f32) {
         __builtin_memcpy(to, &v, sizeof v);
@@ -157,8 +182,18 @@ FEDDISTILL_INLINE void store(Element<kDType>* to, Floats v) {
         if constexpr (kDType == DType::bf16) {
             typedef std::uint32_t Words __attribute__((vector_size(4 * kLanes)));
             const Words bits = as<Words>(v);
-            const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // ties to even
-            h = __builtin_convertvector(as<Words>(v != v) ? Words{} + 0x7fc0u : rounded, Halves);
+            Words rounded = bits + 0x7fffu + ((bits >> 16) & 1u);  // ties to even
+            if constexpr (!kNumbers) rounded = v != v ? Words{} + 0x7fc00000u : rounded;
+#if defined(__AVX512BW__)
+            constexpr auto kOdd = [](std::uint16_t i) { return static_cast<std::uint16_t>(2 * i + 1); };
+            const auto odd = [&]<std::size_t... I>(std::index_sequence<I...>) {
+                typedef std::uint16_t Twice __attribute__((vector_size(64)));
+                return Twice{kOdd(I)...};
+            }(std::make_index_sequence<kLanes>{});
+            h = (Halves)_mm512_castsi512_si256(_mm512_permutexvar_epi16((__m512i)odd, (__m512i)rounded));
+#else
+            h = __builtin_convertvector(rounded >> 16, Halves);
+#endif
         } else {
 #if defined(__AVX512F__)
             h = (Halves)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
