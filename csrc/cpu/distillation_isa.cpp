@@ -139,14 +139,47 @@ FEDDISTILL_INLINE Floats get(const Element<kDType>* from, int lanes) {
     return lanes == kLanes ? load<kDType>(from) : load_part<kDType>(from, lanes, -kInf);
 }
 
-template <DType kDType, bool kNumbers = false>
+template <DType kDType>
 FEDDISTILL_INLINE void put(Element<kDType>* to, Floats v, int lanes) {
-    lanes == kLanes ? store<kDType, kNumbers>(to, v) : store_part<kDType>(to, v, lanes);
+    lanes == kLanes ? store<kDType>(to, v) : store_part<kDType>(to, v, lanes);
 }
 
 FEDDISTILL_INLINE Floats keep_lanes(Floats v, int lanes, float others) {
     for (int i = lanes; i < kLanes; ++i) v[i] = others;
     return v;
+}
+
+// g = each(place, lanes, s, t) over columns [begin, end), lanes as for `over`.  Neighbours may come in any order; a
+// place is where a vector may be kept, for a later sweep over the same columns to find.  g may be s, or nothing; t too.
+template <DType kDType, bool kNumbers, class Each>
+FEDDISTILL_INLINE void map(const Element<kDType>* s, const Element<kDType>* t, Element<kDType>* g, std::int64_t begin,
+                           std::int64_t end, const Each& each) {
+    std::int64_t j = begin;
+    for (; j + 2 * kLanes <= end; j += 2 * kLanes) {
+        const Two x = load_two<kDType>(s + j), y = t ? load_two<kDType>(t + j) : x;
+        const Floats first = each(j, kLanes, x.first, y.first);
+        const Floats second = each(j + kLanes, kLanes, x.second, y.second);
+        if (g) store_two<kDType, kNumbers>(g + j, {first, second});
+    }
+    over<kDType>(s, j, end, [&](std::int64_t place, int lanes, Floats x) __attribute__((always_inline)) {
+        const Floats slope = each(place, lanes, x, t ? get<kDType>(t + place, lanes) : x);
+        if (g) put<kDType>(g + place, slope, lanes);
+    });
+}
+
+// each(lanes, s, t), and nothing written.
+template <DType kDType, class Each>
+FEDDISTILL_INLINE void sweep(const Element<kDType>* s, const Element<kDType>* t, std::int64_t n, const Each& each) {
+    map<kDType, true>(s, t, static_cast<Element<kDType>*>(nullptr), 0, n,
+                      [&](std::int64_t, int lanes, Floats x, Floats y) __attribute__((always_inline)) {
+                          each(lanes, x, y);
+                          return x;
+                      });
+}
+
+template <DType kDType, class Each>
+FEDDISTILL_INLINE void sweep(const Element<kDType>* s, std::int64_t n, const Each& each) {
+    sweep<kDType>(s, static_cast<const Element<kDType>*>(nullptr), n, each);
 }
 
 // ---- Normalisers
@@ -206,7 +239,7 @@ FEDDISTILL_INLINE Normaliser normalise(std::int64_t n, float factor, const Block
         const auto part = [&] {
             const Normaliser fixed = by;
             Floats total{};
-            over<kDType>(z, 0, columns, [&](std::int64_t, int lanes, Floats v) __attribute__((always_inline)) {
+            sweep<kDType>(z, columns, [&](int lanes, Floats v, Floats) __attribute__((always_inline)) {
                 const Floats y = fixed.exponent(v);
                 total += keep_lanes(kFinite ? fma(y, 0.0f, exp2(y)) : exp2(y), lanes, 0);
             });
@@ -265,9 +298,9 @@ Pair normalise_both(const Element<kDType>* s, const Element<kDType>* t, std::int
         const auto part = [&]() -> Part {
             const Pair fixed = by;
             Floats students{}, teachers{}, cross{};
-            over<kDType>(s + begin, 0, columns, [&](std::int64_t j, int lanes, Floats z) __attribute__((always_inline)) {
-                const Floats x = fixed.student.exponent(z);
-                const Floats y = fixed.teacher.exponent(get<kDType>(t + begin + j, lanes));
+            sweep<kDType>(s + begin, t + begin, columns,
+                          [&](int lanes, Floats zs, Floats zt) __attribute__((always_inline)) {
+                const Floats x = fixed.student.exponent(zs), y = fixed.teacher.exponent(zt);
                 const Floats term = keep_lanes(exp2(y), lanes, 0);
                 students += keep_lanes(exp2(x), lanes, 0);
                 teachers += term;
@@ -303,14 +336,9 @@ struct Frame {
     float beta;
     std::int64_t label;                  // -1 for none
 
-    FEDDISTILL_INLINE Floats less_one(Floats slope, std::int64_t j) const {
-        if (static_cast<std::uint64_t>(label - j) < kLanes) slope[label - j] -= ce;
-        return slope;
-    }
-
     // p: the student's probability where T is 1
-    FEDDISTILL_INLINE Floats add_hard(Floats slope, std::int64_t j, Floats z, Floats p) const {
-        return less_one(fma(second ? hard.term(z) * hard_scale : p, ce, slope), j);
+    FEDDISTILL_INLINE Floats add_hard(Floats slope, Floats z, Floats p) const {
+        return ce == 0 ? slope : fma(second ? hard.term(z) * hard_scale : p, ce, slope);
     }
 };
 
@@ -326,43 +354,55 @@ FEDDISTILL_INLINE Point point(const Frame& f, Floats s, Floats t) {
     return {exp2(x) * f.p_scale, exp2(y) * f.q_scale, d};
 }
 
+template <DType kDType>
+float element(const Element<kDType>* row, std::int64_t j) {
+    if constexpr (kDType == DType::f32) return row[j];
+    return kDType == DType::f16 ? from_f16(static_cast<std::uint16_t>(row[j]))
+                                : from_bf16(static_cast<std::uint16_t>(row[j]));
+}
+
+template <DType kDType>
+void put_element(Element<kDType>* row, std::int64_t j, float x) {
+    store_part<kDType>(row + j, all(x), 1);
+}
+
 // Divergence of a row and, where g is given, its gradient.  g may be s.
 template <DType kDType, class Kind, bool kCareful>
 double dense_row(const Frame& frame, const Element<kDType>* s, const Element<kDType>* t, std::int64_t n,
                  Element<kDType>* g, float* psi) {
     const Frame f = frame;  // whose address nobody has: a store to g cannot change it
-    const auto put_slope = [&](std::int64_t j, int lanes, Floats soft, Floats p, Floats z)
-        __attribute__((always_inline)) {
-        Floats slope = soft * f.soft;
-        if (f.ce != 0) slope = f.add_hard(slope, j, z, p);
-        put<kDType, !kCareful>(g + j, slope, lanes);
-    };
+    const float s_label = f.label < 0 ? 0 : element<kDType>(s, f.label);
+    const float t_label = f.label < 0 ? 0 : element<kDType>(t, f.label);
+    Element<kDType>* const now = Kind::kBalanced ? g : nullptr;
     double divergence = 0, psi_sum = 0;
     for (std::int64_t begin = 0; begin < n; begin += kBlock) {
         Floats phi_part{}, psi_part{};
-        over<kDType>(s, begin, std::min(n, begin + kBlock),
-                     [&](std::int64_t j, int lanes, Floats z) __attribute__((always_inline)) {
-            const Point at = point<kCareful>(f, z, get<kDType>(t + j, lanes));
-            Slope value = Kind::template at<kCareful>(at.p, at.q, at.d, f.beta);
-            if (lanes < kLanes) value = {keep_lanes(value.phi, lanes, 0), keep_lanes(value.psi, lanes, 0)};
-            phi_part += value.phi;
-            if (!g) return;
-            if constexpr (Kind::kBalanced) {
-                put_slope(j, lanes, value.psi, at.p, z);
-            } else {
-                psi_part += value.psi;
-                put<DType::f32>(psi + j, value.psi, lanes);
-            }
+        map<kDType, !kCareful>(s, t, now, begin, std::min(n, begin + kBlock),
+                               [&](std::int64_t place, int lanes, Floats zs, Floats zt) __attribute__((always_inline)) {
+            const Point at = point<kCareful>(f, zs, zt);
+            const Slope value = Kind::template at<kCareful>(at.p, at.q, at.d, f.beta);
+            phi_part += keep_lanes(value.phi, lanes, 0);
+            if constexpr (Kind::kBalanced) return f.add_hard(value.psi * f.soft, zs, at.p);
+            psi_part += keep_lanes(value.psi, lanes, 0);
+            if (g) put<DType::f32>(psi + place, value.psi, lanes);
+            return zs;
         });
         divergence += sum(phi_part);
-        if constexpr (!Kind::kBalanced) psi_sum += sum(psi_part);
+        psi_sum += sum(psi_part);
     }
-    if (Kind::kBalanced || !g) return divergence;
-    const float total = static_cast<float>(psi_sum);
-    over<kDType>(s, 0, n, [&](std::int64_t j, int lanes, Floats z) __attribute__((always_inline)) {
-        const Floats p = f.student.term(z) * f.p_scale;
-        put_slope(j, lanes, get<DType::f32>(psi + j, lanes) - p * total, p, z);
-    });
+    if (!g) return divergence;
+    const float total = Kind::kBalanced ? 0 : static_cast<float>(psi_sum);
+    if constexpr (!Kind::kBalanced)
+        map<kDType, !kCareful>(s, s, g, 0, n,
+                               [&](std::int64_t place, int lanes, Floats z, Floats) __attribute__((always_inline)) {
+            const Floats p = f.student.term(z) * f.p_scale;
+            return f.add_hard((get<DType::f32>(psi + place, lanes) - p * total) * f.soft, z, p);
+        });
+    if (f.label >= 0) {
+        const Point at = point<kCareful>(f, all(s_label), all(t_label));
+        const Floats soft = Kind::template at<kCareful>(at.p, at.q, at.d, f.beta).psi - at.p * total;
+        put_element<kDType>(g, f.label, f.add_hard(soft * f.soft, all(s_label), at.p)[0] - f.ce);
+    }
     return divergence;
 }
 
@@ -371,23 +411,29 @@ template <DType kDType>
 void forward_kl_slope(const Frame& frame, const Element<kDType>* s, const Element<kDType>* t, std::int64_t n,
                       Element<kDType>* g) {
     const Frame f = frame;
-    const Floats p_share = all(f.soft * f.p_scale), q_share = all(-f.soft * f.q_scale);
-    over<kDType>(s, 0, n, [&](std::int64_t j, int lanes, Floats z) __attribute__((always_inline)) {
-        const Floats term = f.student.term(z);
-        const Floats other = f.teacher.term(get<kDType>(t + j, lanes));
-        Floats slope = fma(term, p_share, other * q_share);
-        if (f.ce != 0) slope = f.add_hard(slope, j, z, term * f.p_scale);
-        put<kDType, true>(g + j, slope, lanes);
+    const float p_share = f.soft * f.p_scale, q_share = -f.soft * f.q_scale;
+    const auto slope = [&](Floats zs, Floats zt) __attribute__((always_inline)) {
+        const Floats term = f.student.term(zs);
+        return f.add_hard(fma(term, p_share, f.teacher.term(zt) * q_share), zs, term * f.p_scale);
+    };
+    const float of_label =
+        f.label < 0 ? 0 : slope(all(element<kDType>(s, f.label)), all(element<kDType>(t, f.label)))[0] - f.ce;
+    map<kDType, true>(s, t, g, 0, n, [&](std::int64_t, int, Floats zs, Floats zt) __attribute__((always_inline)) {
+        return slope(zs, zt);
     });
+    if (f.label >= 0) put_element<kDType>(g, f.label, of_label);
 }
 
 // The gradient where the divergence has no share.
 template <DType kDType>
-void hard_row(const Frame& f, const Element<kDType>* s, std::int64_t n, Element<kDType>* g) {
-    over<kDType>(s, 0, n, [&](std::int64_t j, int lanes, Floats z) __attribute__((always_inline)) {
-        const Floats p = f.hard.term(z) * f.hard_scale;
-        put<kDType>(g + j, f.less_one(p * f.ce, j), lanes);
+void hard_row(const Frame& frame, const Element<kDType>* s, std::int64_t n, Element<kDType>* g) {
+    const Frame f = frame;
+    const float share = f.hard_scale * f.ce;
+    const float of_label = f.hard.term(all(element<kDType>(s, f.label)))[0] * share - f.ce;
+    map<kDType, true>(s, s, g, 0, n, [&](std::int64_t, int, Floats z, Floats) __attribute__((always_inline)) {
+        return f.hard.term(z) * share;
     });
+    put_element<kDType>(g, f.label, of_label);
 }
 
 template <bool kCareful, class Run>
@@ -412,18 +458,6 @@ FEDDISTILL_INLINE auto with_dtype(DType dtype, const Run& run) {
         case DType::bf16: return run.template operator()<DType::bf16>();
         default: return run.template operator()<DType::f32>();
     }
-}
-
-template <DType kDType>
-float element(const Element<kDType>* row, std::int64_t j) {
-    if constexpr (kDType == DType::f32) return row[j];
-    return kDType == DType::f16 ? from_f16(static_cast<std::uint16_t>(row[j]))
-                                : from_bf16(static_cast<std::uint16_t>(row[j]));
-}
-
-template <DType kDType>
-void put_element(Element<kDType>* row, std::int64_t j, float x) {
-    store_part<kDType>(row + j, all(x), 1);
 }
 
 template <DType kDType>
@@ -596,12 +630,17 @@ Outcome truncated(const Distillation& task, Frame f, const Element<kDType>* s, c
     // Within the tail p_u = P r_u, so the slope psi r_u - p_u sum(psi) is a multiple of r_u.
     const double within = tail.empty() ? 0 : (e.psi[kept] - e.p[kept] * psi_sum) / tail.sum;
     const float share = static_cast<float>(within * f.soft);
-    over<kDType>(s, 0, n, [&](std::int64_t j, int lanes, Floats z) __attribute__((always_inline)) {
-        const Floats term = tail.empty() ? Floats{} : tail.term(z);
-        Floats slope = term * share;
-        if (f.ce != 0) slope = f.add_hard(slope, j, z, f.second ? Floats{} : f.hard.term(z) * f.hard_scale);
-        put<kDType>(g + j, slope, lanes);
-    });
+    const float tail_scale = tail.empty() ? 0 : static_cast<float>(std::exp2(log2_tail - log2_all) / tail.sum);
+    Normaliser within_tail = tail;
+    if (tail.empty()) within_tail.offset = top.offset;  // of nothing: 0 times what is finite
+    const auto slope = [&](Floats z) __attribute__((always_inline)) {
+        const Floats term = exp2(within_tail.exponent(z));
+        return f.add_hard(term * share, z, term * tail_scale);
+    };
+    const float of_label = f.label < 0 ? 0 : slope(all(element<kDType>(s, f.label)))[0] - f.ce;
+    map<kDType, false>(s, s, g, 0, n,
+                       [&](std::int64_t, int, Floats z, Floats) __attribute__((always_inline)) { return slope(z); });
+    if (f.label >= 0) put_element<kDType>(g, f.label, of_label);
     for (std::int64_t k = 0; k < kept; ++k) {
         double slope = f.soft * (e.psi[k] - e.p[k] * psi_sum);
         if (f.ce != 0) {

@@ -4,7 +4,6 @@
 #pragma once
 #include <bit>
 #include <cstdint>
-#include <utility>
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
@@ -27,6 +26,7 @@ constexpr int kLanes = 4;
 #endif
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
 typedef std::int32_t Ints __attribute__((vector_size(4 * kLanes)));  // a comparison's lanes are -1 or 0
+typedef std::uint32_t Words __attribute__((vector_size(4 * kLanes)));
 typedef std::uint16_t Halves __attribute__((vector_size(2 * kLanes)));
 
 constexpr float kInf = __builtin_inff();
@@ -93,9 +93,9 @@ FEDDISTILL_INLINE Floats polynomial(Floats x, float c0, float c1, Rest... rest) 
 
 // 2^y for y < 127; 0 below 2^-126 (v4: below 2^-149) and at -inf; NaN stays.
 FEDDISTILL_INLINE Floats exp2(Floats y) {
-    constexpr auto mantissa = [](Floats f) __attribute__((always_inline)) {  // on [-1/2, 1/2], 2e-9 relative
-        return polynomial(f, 1.0f, 0.6931472028550653f, 0.24022647913628928f, 0.05550332471125968f,
-                          0.009618437357665259f, 0.0013398874414067494f, 0.00015353361910390613f);
+    constexpr auto mantissa = [](Floats f) __attribute__((always_inline)) {  // on [-1/2, 1/2], 9e-8 relative
+        return polynomial(f, 1.0f, 0.6931469775989926f, 0.24022242085262402f, 0.055507337434971826f,
+                          0.00967151264482017f, 0.0013264727123524916f);
     };
 #if defined(__AVX512F__)
     const Floats n = (Floats)_mm512_roundscale_ps((__m512)y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -172,28 +172,23 @@ FEDDISTILL_INLINE Floats load(const Element<kDType>* from) {
     }
 }
 
-// kNumbers: no lane is NaN, which bf16 need not be looked at for then.
-template <DType kDType, bool kNumbers = false>
+// The bits of v with those past bf16 rounded away, ties to even.  kNumbers: no lane is NaN, and none looked for.
+template <bool kNumbers>
+FEDDISTILL_INLINE Words rounded_to_bf16(Floats v) {
+    const Words bits = as<Words>(v);
+    const Words rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+    if constexpr (kNumbers) return rounded;
+    return v != v ? Words{} + 0x7fc00000u : rounded;
+}
+
+template <DType kDType>
 FEDDISTILL_INLINE void store(Element<kDType>* to, Floats v) {
     if constexpr (kDType == DType::f32) {
         __builtin_memcpy(to, &v, sizeof v);
     } else {
         Halves h;
         if constexpr (kDType == DType::bf16) {
-            typedef std::uint32_t Words __attribute__((vector_size(4 * kLanes)));
-            const Words bits = as<Words>(v);
-            Words rounded = bits + 0x7fffu + ((bits >> 16) & 1u);  // ties to even
-            if constexpr (!kNumbers) rounded = v != v ? Words{} + 0x7fc00000u : rounded;
-#if defined(__AVX512BW__)
-            constexpr auto kOdd = [](std::uint16_t i) { return static_cast<std::uint16_t>(2 * i + 1); };
-            const auto odd = [&]<std::size_t... I>(std::index_sequence<I...>) {
-                typedef std::uint16_t Twice __attribute__((vector_size(64)));
-                return Twice{kOdd(I)...};
-            }(std::make_index_sequence<kLanes>{});
-            h = (Halves)_mm512_castsi512_si256(_mm512_permutexvar_epi16((__m512i)odd, (__m512i)rounded));
-#else
-            h = __builtin_convertvector(rounded >> 16, Halves);
-#endif
+            h = __builtin_convertvector(rounded_to_bf16<false>(v) >> 16, Halves);
         } else {
 #if defined(__AVX512F__)
             h = (Halves)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -204,6 +199,36 @@ FEDDISTILL_INLINE void store(Element<kDType>* to, Floats v) {
 #endif
         }
         __builtin_memcpy(to, &h, sizeof h);
+    }
+}
+
+// 2 kLanes neighbours, in an order that is only theirs: what is loaded so must be stored so.  Of bf16 one register
+// holds the even and one the odd elements: an instruction each, where neighbours in order take twice as many.
+struct Two {
+    Floats first, second;
+};
+
+template <DType kDType>
+FEDDISTILL_INLINE Two load_two(const Element<kDType>* from) {
+    if constexpr (kDType == DType::bf16 && std::endian::native == std::endian::little) {
+        Words pairs;
+        __builtin_memcpy(&pairs, from, sizeof pairs);
+        return {as<Floats>(pairs << 16), as<Floats>(pairs & 0xffff0000u)};
+    } else {
+        return {load<kDType>(from), load<kDType>(from + kLanes)};
+    }
+}
+
+template <DType kDType, bool kNumbers>
+FEDDISTILL_INLINE void store_two(Element<kDType>* to, Two v) {
+    if constexpr (kDType == DType::bf16 && std::endian::native == std::endian::little) {
+        const Words low = rounded_to_bf16<kNumbers>(v.first) >> 16;
+        const Words high = rounded_to_bf16<kNumbers>(v.second) & 0xffff0000u;
+        const Words pairs = low | high;
+        __builtin_memcpy(to, &pairs, sizeof pairs);
+    } else {
+        store<kDType>(to, v.first);
+        store<kDType>(to + kLanes, v.second);
     }
 }
 
