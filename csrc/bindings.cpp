@@ -5,6 +5,7 @@
 #include "cpu/instruction_sets.h"
 #include "distillation.h"
 #include "order_statistics.h"
+#include "topk.h"
 
 namespace py = pybind11;
 
@@ -66,6 +67,19 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
                                   factor, reinterpret_cast<void*>(out), threads, set);
         },
         py::arg("gradient"), py::arg("n"), py::arg("dtype"), py::arg("factor"), py::arg("out"), py::arg("threads"),
+        py::arg("set") = 0, py::call_guard<py::gil_scoped_release>());
+    m.def(
+        "topk_cpu",
+        [](std::int64_t rows, std::int64_t vocab, std::int64_t k, const MatrixOf& logits, double temperature,
+           bool id_order, std::uintptr_t ids, std::uintptr_t log_probs, std::uintptr_t log_tail, int threads,
+           int set) {
+            return feddistill::topk_cpu(
+                {rows, vocab, k, matrix(logits), temperature, id_order, reinterpret_cast<std::int32_t*>(ids),
+                 reinterpret_cast<float*>(log_probs), reinterpret_cast<float*>(log_tail)},
+                threads, set);
+        },
+        py::arg("rows"), py::arg("vocab"), py::arg("k"), py::arg("logits"), py::arg("temperature"),
+        py::arg("id_order"), py::arg("ids"), py::arg("log_probs"), py::arg("log_tail"), py::arg("threads"),
         py::arg("set") = 0, py::call_guard<py::gil_scoped_release>());
     m.def("instruction_sets", feddistill::instruction_sets);
 #ifdef FEDDISTILL_WITH_CUDA

@@ -15,12 +15,6 @@ enum class Kind : int {  // feddistill_kernels/distillation/_kinds.py: the order
     skew_reverse_kl,
 };
 
-struct Matrix {
-    void* at;
-    std::int64_t stride;  // elements from row to row; elements of a row are neighbours
-    DType dtype;
-};
-
 // Row n: loss[n] = scale[n] (kd D + ce CE), and its gradient times scale[n].  scale 0: nothing is looked at.
 struct Distillation {
     std::int64_t rows, vocab, width;  // the student has width >= vocab columns, of which the last are a pad

@@ -5,8 +5,9 @@ from importlib import import_module
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
-# csrc/columns.h: enum DType
+# csrc/dtype.h: DType
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
@@ -36,6 +37,23 @@ def missing(device_type: str) -> str | None:
     if device_type == "cuda":
         return None if module.build_info()["cuda"].startswith("yes") else module.build_info()["cuda"]
     return f"there is no compiled kernel for device {device_type!r}"
+
+
+def cpu_only(device_type: str) -> str | None:
+    """``missing`` of an operator that is compiled for the CPU alone."""
+    if device_type != "cpu":
+        return f"there is no compiled kernel for device {device_type!r}"
+    return missing(device_type)
+
+
+def in_rows(x: Tensor) -> Tensor:
+    """``x [N, V]`` with neighbours in a row neighbours in memory: a copy where they are not."""
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+def matrix(x: Tensor) -> tuple[int, int, int]:
+    """``x [N, V]`` as csrc/dtype.h: Matrix."""
+    return x.data_ptr(), x.stride(0), DTYPES[x.dtype]
 
 
 def build_info() -> dict[str, str]:

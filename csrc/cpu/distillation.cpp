@@ -23,7 +23,7 @@ Refusal distillation_cpu(const Distillation& task, int threads, int set) {
     std::vector<Refusal> refusals(threads);
     DistillationRow* const run = FEDDISTILL_CHOOSE(set, distillation_row);
     if (task.gradient.at && task.gradient.at != task.student.at)
-        fresh(task.gradient.at, task.rows * task.gradient.stride * (task.gradient.dtype == DType::f32 ? 4 : 2));
+        fresh(task.gradient.at, task.rows * task.gradient.stride * size_of(task.gradient.dtype));
     in_parallel(task.rows, threads, [&](std::int64_t row, int thread) {
         const Refusal::Reason reason = run(task, row, scratch.get() + scratch_size * thread);
         Refusal& first = refusals[thread];
@@ -38,7 +38,7 @@ Refusal distillation_cpu(const Distillation& task, int threads, int set) {
 void scale_cpu(const void* gradient, std::int64_t n, DType dtype, float factor, void* out, int threads, int set) {
     constexpr std::int64_t kShare = 1 << 14;
     ScaleSpan* const run = FEDDISTILL_CHOOSE(set, scale_span);
-    if (out != gradient) fresh(out, n * (dtype == DType::f32 ? 4 : 2));
+    if (out != gradient) fresh(out, n * size_of(dtype));
     in_parallel((n + kShare - 1) / kShare, worth(n, threads), [&](std::int64_t share, int) {
         run(gradient, share * kShare, std::min(n, (share + 1) * kShare), dtype, factor, out);
     });

@@ -1,272 +1,10 @@
 #include "distillation_isa.h"
 
-#include <algorithm>
-#include <cmath>
-
-#include "vector.h"
+#include "kinds.h"
+#include "rows.h"
 
 namespace feddistill::FEDDISTILL_ISA {
 namespace {
-
-constexpr std::int64_t kBlock = 1024;  // columns whose sums stay in float
-constexpr double kLn2 = 0.6931471805599453;
-constexpr float kSkew = 0.1f;  // feddistill_kernels/distillation/_kinds.py: SKEW
-
-// ---- A kind is two scalar functions, phi and psi, of p, q and d = log(q / p); see _kinds.py.
-// kCareful: some log-probability of the row may be -inf, and d with it.
-
-struct Slope {
-    Floats phi, psi;
-};
-
-// q (e^-d - 1 + d) with p = q e^-d.
-template <bool kCareful>
-FEDDISTILL_INLINE Floats bregman(Floats q, Floats p, Floats d) {
-    // (e^-d - 1 + d) / d^2 for |d| < 1/2, 5e-8 relative
-    const Floats ratio = polynomial(d, 0.5000000120139753f, -0.1666666545583386f, 0.04166579594171024f,
-                                    -0.00833345217296455f, 0.0013981997364460388f, -0.0001987562907926877f);
-    const Floats first = q * d;
-    const Floats far = first + (p - q);
-    const Floats phi = magnitude(d) < 0.5f ? first * (d * ratio) : far;
-    if constexpr (kCareful) return q == 0.0f ? p : phi;
-    return phi;
-}
-
-// p h, where h may be infinite and p 0.
-template <bool kCareful>
-FEDDISTILL_INLINE Floats times(Floats p, Floats h) {
-    if constexpr (kCareful) return p == 0.0f ? p : p * h;
-    return p * h;
-}
-
-template <bool kCareful>
-FEDDISTILL_INLINE Floats kl(Floats q, Floats p, Floats d) {
-    const Floats phi = bregman<kCareful>(q, p, d);
-    if constexpr (kCareful) return d == kInf ? all(kInf) : phi;
-    return phi;
-}
-
-struct Mixture {
-    Floats p_over, q_over;  // log(p / m), log(q / m)
-};
-
-// m = beta q + (1 - beta) p.
-FEDDISTILL_INLINE Mixture over_mixture(Floats d, float beta) {
-    const Ints q_is_larger = d > 0.0f;
-    const Floats share = q_is_larger ? all(1 - beta) : all(beta);  // of the smaller one
-    const Floats larger = -log1p_negative(share * expm1_negative(-magnitude(d)));
-    const Floats smaller = larger - magnitude(d);
-    return {q_is_larger ? smaller : larger, q_is_larger ? larger : smaller};
-}
-
-FEDDISTILL_INLINE Floats expm1(Floats x) { return x > 0.0f ? exp(x) - 1.0f : expm1_negative(x); }
-
-struct ForwardKl {
-    static constexpr bool kBalanced = true;  // psi adds to 0
-    template <bool kCareful>
-    FEDDISTILL_INLINE static Slope at(Floats p, Floats q, Floats d, float) {
-        return {kl<kCareful>(q, p, d), p - q};
-    }
-};
-
-struct ReverseKl {
-    static constexpr bool kBalanced = false;
-    template <bool kCareful>
-    FEDDISTILL_INLINE static Slope at(Floats p, Floats q, Floats d, float) {
-        return {kl<kCareful>(p, q, -d), times<kCareful>(p, -d)};
-    }
-};
-
-struct Jsd {
-    static constexpr bool kBalanced = false;
-    template <bool kCareful>
-    FEDDISTILL_INLINE static Slope at(Floats p, Floats q, Floats d, float beta) {
-        const Floats m = fma(q, beta, p * (1 - beta));
-        const Mixture log = over_mixture(d, beta);
-        const Floats phi =
-            bregman<kCareful>(q, m, log.q_over) * beta + bregman<kCareful>(p, m, log.p_over) * (1 - beta);
-        return {phi, times<kCareful>(p, log.p_over) * (1 - beta)};
-    }
-};
-
-struct Tvd {
-    static constexpr bool kBalanced = false;
-    template <bool kCareful>
-    FEDDISTILL_INLINE static Slope at(Floats p, Floats q, Floats d, float) {
-        const Floats size = magnitude(d);
-        const Floats near = larger(p, q) * size * expm1_over(-size);
-        const Floats phi = (size < 0.5f ? near : magnitude(p - q)) * 0.5f;
-        const Floats half = p * 0.5f;
-        return {phi, d < 0.0f ? half : d > 0.0f ? -half : half * d};  // half * 0 is 0, half * NaN NaN
-    }
-};
-
-struct SkewForwardKl {
-    static constexpr bool kBalanced = false;
-    template <bool kCareful>
-    FEDDISTILL_INLINE static Slope at(Floats p, Floats q, Floats d, float) {
-        const Floats m = fma(q, kSkew, p * (1 - kSkew));
-        const Floats q_over = over_mixture(d, kSkew).q_over;
-        return {bregman<kCareful>(q, m, q_over), times<kCareful>(p, expm1(q_over)) * (kSkew - 1)};
-    }
-};
-
-struct SkewReverseKl {
-    static constexpr bool kBalanced = false;
-    template <bool kCareful>
-    FEDDISTILL_INLINE static Slope at(Floats p, Floats q, Floats d, float) {
-        const Floats m = fma(p, kSkew, q * (1 - kSkew));
-        const Floats p_over = over_mixture(d, 1 - kSkew).p_over;
-        return {bregman<kCareful>(p, m, p_over), times<kCareful>(p, p_over - kSkew * expm1(p_over))};
-    }
-};
-
-// ---- Rows
-
-// Calls each(column, lanes, z) over columns [begin, end); at most once lanes < kLanes, the others then -inf.
-template <DType kDType, class Each>
-FEDDISTILL_INLINE void over(const Element<kDType>* z, std::int64_t begin, std::int64_t end, const Each& each) {
-    std::int64_t j = begin;
-    for (; j + kLanes <= end; j += kLanes) each(j, kLanes, load<kDType>(z + j));
-    if (j < end) {
-        const int lanes = static_cast<int>(end - j);
-        each(j, lanes, load_part<kDType>(z + j, lanes, -kInf));
-    }
-}
-
-template <DType kDType>
-FEDDISTILL_INLINE Floats get(const Element<kDType>* from, int lanes) {
-    return lanes == kLanes ? load<kDType>(from) : load_part<kDType>(from, lanes, -kInf);
-}
-
-template <DType kDType>
-FEDDISTILL_INLINE void put(Element<kDType>* to, Floats v, int lanes) {
-    lanes == kLanes ? store<kDType>(to, v) : store_part<kDType>(to, v, lanes);
-}
-
-FEDDISTILL_INLINE Floats keep_lanes(Floats v, int lanes, float others) {
-    for (int i = lanes; i < kLanes; ++i) v[i] = others;
-    return v;
-}
-
-// g = each(place, lanes, s, t) over columns [begin, end), lanes as for `over`.  Neighbours may come in any order; a
-// place is where a vector may be kept, for a later sweep over the same columns to find.  g may be s, or nothing; t too.
-template <DType kDType, bool kNumbers, class Each>
-FEDDISTILL_INLINE void map(const Element<kDType>* s, const Element<kDType>* t, Element<kDType>* g, std::int64_t begin,
-                           std::int64_t end, const Each& each) {
-    std::int64_t j = begin;
-    for (; j + 2 * kLanes <= end; j += 2 * kLanes) {
-        const Two x = load_two<kDType>(s + j), y = t ? load_two<kDType>(t + j) : x;
-        const Floats first = each(j, kLanes, x.first, y.first);
-        const Floats second = each(j + kLanes, kLanes, x.second, y.second);
-        if (g) store_two<kDType, kNumbers>(g + j, {first, second});
-    }
-    over<kDType>(s, j, end, [&](std::int64_t place, int lanes, Floats x) __attribute__((always_inline)) {
-        const Floats slope = each(place, lanes, x, t ? get<kDType>(t + place, lanes) : x);
-        if (g) put<kDType>(g + place, slope, lanes);
-    });
-}
-
-// each(lanes, s, t), and nothing written.
-template <DType kDType, class Each>
-FEDDISTILL_INLINE void sweep(const Element<kDType>* s, const Element<kDType>* t, std::int64_t n, const Each& each) {
-    map<kDType, true>(s, t, static_cast<Element<kDType>*>(nullptr), 0, n,
-                      [&](std::int64_t, int lanes, Floats x, Floats y) __attribute__((always_inline)) {
-                          each(lanes, x, y);
-                          return x;
-                      });
-}
-
-template <DType kDType, class Each>
-FEDDISTILL_INLINE void sweep(const Element<kDType>* s, std::int64_t n, const Each& each) {
-    sweep<kDType>(s, static_cast<const Element<kDType>*>(nullptr), n, each);
-}
-
-// ---- Normalisers
-
-// 2^(z factor - offset) adds to sum; log2 of the normaliser is offset + log2(sum).
-struct Normaliser {
-    float factor, offset = -kInf;
-    double sum = 0;
-
-    static Normaliser of(float factor, double log2) {
-        const auto offset = static_cast<float>(log2);
-        return {factor, offset, std::exp2(log2 - offset)};
-    }
-    bool empty() const { return sum == 0; }  // every z is -inf
-    double log2_sum() const { return std::log2(sum); }
-    double log2() const { return empty() ? -kInf : offset + log2_sum(); }
-    float scale() const { return static_cast<float>(1 / sum); }
-    // -log of the probability of z
-    double cost(float z) const { return (log2_sum() - (double{z} * factor - offset)) * kLn2; }
-    FEDDISTILL_INLINE Floats exponent(Floats z) const { return fma(z, factor, all(-offset)); }
-    FEDDISTILL_INLINE Floats term(Floats z) const { return exp2(exponent(z)); }
-    // Make `largest` the value whose term is 1.
-    void raise(float largest) {
-        const float to = largest * factor;
-        if (sum != 0) sum *= std::exp2(double{offset} - to);
-        offset = to;
-    }
-};
-
-// NaN does not count.
-template <DType kDType>
-float largest_of(const Element<kDType>* z, std::int64_t n) {
-    Floats largest = all(-kInf);
-    over<kDType>(z, 0, n,
-                 [&](std::int64_t, int, Floats v) __attribute__((always_inline)) { largest = larger(largest, v); });
-    return maximum(largest);
-}
-
-template <DType kDType, class Is>
-bool holds(const Element<kDType>* z, std::int64_t n, const Is& is) {
-    Ints found{};
-    over<kDType>(z, 0, n, [&](std::int64_t, int lanes, Floats v) { found |= is(keep_lanes(v, lanes, 0)); });
-    return any(found);
-}
-
-// A block's sum where a term of 1 is the largest that was looked for: past it exponents lose digits.
-constexpr float kTooMuch = 0x1p26f;
-
-// The sum against the largest value of the first block, or of a later one that outgrows it by far: one read.
-// kFinite: the sum is NaN if any z is infinite.  block(j, n) points to columns [j, j + n).
-template <DType kDType, bool kFinite, class Block>
-FEDDISTILL_INLINE Normaliser normalise(std::int64_t n, float factor, const Block& block) {
-    Normaliser by{factor};
-    for (std::int64_t begin = 0; begin < n; begin += kBlock) {
-        const std::int64_t columns = std::min(kBlock, n - begin);
-        const Element<kDType>* const z = block(begin, columns);
-        const auto part = [&] {
-            const Normaliser fixed = by;
-            Floats total{};
-            sweep<kDType>(z, columns, [&](int lanes, Floats v, Floats) __attribute__((always_inline)) {
-                const Floats y = fixed.exponent(v);
-                total += keep_lanes(kFinite ? fma(y, 0.0f, exp2(y)) : exp2(y), lanes, 0);
-            });
-            return sum(total);
-        };
-        if (by.offset == -kInf) {
-            by.raise(largest_of<kDType>(z, columns));
-            if (by.offset == -kInf) {
-                if (kFinite || holds<kDType>(z, columns, [](Floats v) { return v != v; })) by.sum = kNaN;
-                continue;
-            }
-        }
-        float added = part();
-        if (!(added < kTooMuch)) {
-            by.raise(std::max(largest_of<kDType>(z, columns), by.offset / factor));
-            added = part();
-        }
-        by.sum += added;
-        if (std::isnan(by.sum)) break;
-    }
-    return by;
-}
-
-template <DType kDType, bool kFinite>
-Normaliser normalise_row(const Element<kDType>* z, std::int64_t n, float factor) {
-    return normalise<kDType, kFinite>(n, factor, [z](std::int64_t j, std::int64_t) { return z + j; });
-}
 
 // Both of a row at once, with sum_v q_v (b_v - a_v) in nats: KL(q || p) but for the digits that cancel where it is
 // small.  cross is not finite if anything is not.
@@ -324,8 +62,6 @@ Pair normalise_both(const Element<kDType>* s, const Element<kDType>* t, std::int
     return by;
 }
 
-// ---- One row
-
 // What a row's slopes are made of.
 struct Frame {
     Normaliser student, teacher, hard;   // hard: of the student at T = 1
@@ -352,18 +88,6 @@ FEDDISTILL_INLINE Point point(const Frame& f, Floats s, Floats t) {
     Floats d = ((y - x) + f.shift) * static_cast<float>(kLn2);
     if constexpr (kCareful) d = (s == -kInf) & (t == -kInf) ? Floats{} : d;
     return {exp2(x) * f.p_scale, exp2(y) * f.q_scale, d};
-}
-
-template <DType kDType>
-float element(const Element<kDType>* row, std::int64_t j) {
-    if constexpr (kDType == DType::f32) return row[j];
-    return kDType == DType::f16 ? from_f16(static_cast<std::uint16_t>(row[j]))
-                                : from_bf16(static_cast<std::uint16_t>(row[j]));
-}
-
-template <DType kDType>
-void put_element(Element<kDType>* row, std::int64_t j, float x) {
-    store_part<kDType>(row + j, all(x), 1);
 }
 
 // Divergence of a row and, where g is given, its gradient.  g may be s.
@@ -449,36 +173,6 @@ double for_kind(Kind kind, const Run& run) {
     return kNaN;
 }
 
-// ---- Elements of any dtype
-
-template <class Run>
-FEDDISTILL_INLINE auto with_dtype(DType dtype, const Run& run) {
-    switch (dtype) {
-        case DType::f16: return run.template operator()<DType::f16>();
-        case DType::bf16: return run.template operator()<DType::bf16>();
-        default: return run.template operator()<DType::f32>();
-    }
-}
-
-template <DType kDType>
-void fill(Element<kDType>* row, std::int64_t begin, std::int64_t end, float x) {
-    Element<kDType> lanes[kLanes];
-    store<kDType>(lanes, all(x));
-    std::fill(row + begin, row + end, lanes[0]);
-}
-
-template <DType kDType>
-Element<kDType>* row_of(const Matrix& m, std::int64_t row) {
-    return m.at ? static_cast<Element<kDType>*>(m.at) + row * m.stride : nullptr;
-}
-
-void widen(const Matrix& m, std::int64_t row, std::int64_t n, float* to) {
-    with_dtype(m.dtype, [&]<DType kDType>() {
-        over<kDType>(row_of<kDType>(m, row), 0, n,
-                     [&](std::int64_t j, int lanes, Floats v) { put<DType::f32>(to + j, v, lanes); });
-    });
-}
-
 // ---- One row
 
 struct Outcome {
@@ -555,7 +249,8 @@ Outcome dense(const Distillation& task, Frame f, const Element<kDType>* s, const
 struct Events {
     std::int64_t count;
     float *z, *p, *q, *d, *psi, *block;
-    std::int32_t *ids, *order;
+    const std::int32_t* ids;
+    std::int32_t* order;  // the ids, ascending
 };
 
 template <class Kind>
@@ -570,40 +265,20 @@ double divergence_of(const Events& e, float beta) {
     return divergence;
 }
 
-// Normaliser of all that is not kept, as a sum of what is in it: 1 - kept would have no digits where it is small.
-template <DType kDType>
-Normaliser normalise_tail(const Element<kDType>* s, std::int64_t n, float factor, const Events& e) {
-    std::int64_t next = 0;
-    return normalise<DType::f32, false>(n, factor, [&](std::int64_t begin, std::int64_t columns) {
-        over<kDType>(s + begin, 0, columns,
-                     [&](std::int64_t j, int lanes, Floats v) { put<DType::f32>(e.block + j, v, lanes); });
-        for (; next < e.count - 1 && e.ids[e.order[next]] < begin + columns; ++next)
-            e.block[e.ids[e.order[next]] - begin] = -kInf;
-        return e.block;
-    });
-}
-
-// log2(2^a + 2^b)
-double log2_add(double a, double b) {
-    const double most = std::max(a, b);
-    return most == -kInf ? most : most + std::log2(std::exp2(a - most) + std::exp2(b - most));
-}
-
 template <DType kDType>
 Outcome truncated(const Distillation& task, Frame f, const Element<kDType>* s, const float* b, float b_tail,
                   Element<kDType>* g, const Events& e) {
     const std::int64_t n = task.vocab, kept = e.count - 1;
     for (std::int64_t k = 0; k < kept; ++k) {
         if (e.ids[k] < 0 || e.ids[k] >= n) return {0, Refusal::id};
-        e.order[k] = static_cast<std::int32_t>(k);
+        e.order[k] = e.ids[k];
         e.z[k] = element<kDType>(s, e.ids[k]);
     }
-    const auto by_id = [&](std::int32_t x, std::int32_t y) { return e.ids[x] < e.ids[y]; };
-    if (!std::is_sorted(e.order, e.order + kept, by_id)) std::sort(e.order, e.order + kept, by_id);
+    if (!std::is_sorted(e.order, e.order + kept)) std::sort(e.order, e.order + kept);
 
     const float factor = factor_of(task);
     const Normaliser top = normalise_row<DType::f32, false>(e.z, kept, factor);
-    const Normaliser tail = normalise_tail<kDType>(s, n, factor, e);
+    const Normaliser tail = normalise_others<kDType>(s, n, factor, e.order, kept, e.block);
     const double log2_tail = tail.log2(), log2_all = log2_add(top.log2(), log2_tail);
     if (top.empty() && tail.empty()) return {0, Refusal::empty_student};
 

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from feddistill_kernels._check import empty_row, label_outside
-from feddistill_kernels._native import DTYPES, library
-from feddistill_kernels._native import missing as missing_library
+from feddistill_kernels._native import DTYPES, in_rows, library, matrix
+from feddistill_kernels._native import cpu_only as missing
 from feddistill_kernels.distillation._kinds import KINDS
 
 __all__ = ["missing", "rows", "scale_into"]
@@ -13,13 +13,6 @@ __all__ = ["missing", "rows", "scale_into"]
 _NUMBER = {kind: number for number, kind in enumerate(KINDS)}  # csrc/distillation.h: Kind
 _EMPTY_STUDENT, _EMPTY_TEACHER, _LABEL, _ID = 1, 2, 3, 4  # csrc/distillation.h: Refusal::Reason
 _NOTHING = (0, 0, 0)
-
-
-def missing(device_type: str) -> str | None:
-    """Why it cannot run there; ``None`` when it can."""
-    if device_type != "cpu":
-        return f"there is no compiled loss for device {device_type!r}"
-    return missing_library(device_type)
 
 
 def rows(
@@ -40,13 +33,12 @@ def rows(
 ) -> Tensor:
     """As in ``_reference``; rows are read where they lie, whatever their stride."""
     n, width = student.shape
-    given = student
-    student, teacher = _in_rows(student), _in_rows(teacher)
+    student, teacher = in_rows(student), in_rows(teacher)
     scale = scale.contiguous()
     loss = torch.empty_like(scale)
     sparse = ids is not None and log_tail is not None
     if sparse:
-        ids, log_tail = _in_rows(ids), log_tail.contiguous()
+        ids, log_tail = in_rows(ids), log_tail.contiguous()
     if labels is not None:
         labels = labels.contiguous()
     target = gradient
@@ -56,14 +48,14 @@ def rows(
         n,
         vocab,
         width,
-        _matrix(student),
-        _matrix(teacher),
+        matrix(student),
+        matrix(teacher),
         (ids.data_ptr(), ids.stride(0), 0) if sparse else _NOTHING,
         (log_tail.data_ptr(), 1, DTYPES[log_tail.dtype]) if sparse else _NOTHING,
         teacher.shape[1],
         0 if labels is None else labels.data_ptr(),
         scale.data_ptr(),
-        _NOTHING if target is None else _matrix(target),
+        _NOTHING if target is None else matrix(target),
         loss.data_ptr(),
         _NUMBER[kind],
         beta,
@@ -96,12 +88,3 @@ def scale_into(gradient: Tensor, upstream: Tensor, result: Tensor) -> None:
         result.data_ptr(),
         torch.get_num_threads(),
     )
-
-
-def _in_rows(x: Tensor) -> Tensor:
-    """The same with neighbours in a row neighbours in memory."""
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
-
-
-def _matrix(x: Tensor) -> tuple[int, int, int]:
-    return x.data_ptr(), x.stride(0), DTYPES[x.dtype]
