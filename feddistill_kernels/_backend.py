@@ -5,7 +5,7 @@ Beside its functions it has ``missing(device_type) -> str | None``: why it canno
 """
 
 import pkgutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
@@ -112,13 +112,16 @@ def watched(*tensors: Tensor | None) -> bool:
     """Whether a compiler, a profiler, a mode or a subclass of Tensor has to see operators as such."""
     return (
         torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._autograd._profiler_enabled()
+        or _dispatch_modes() > 0
+        or _innermost_transform() is not None
+        or _profiling()
         or any(x is not None and (type(x) not in _PLAIN or x.is_meta) for x in tensors)
     )
 
 
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_innermost_transform = torch._C._functorch.peek_interpreter_stack
+_profiling = torch._C._autograd._profiler_enabled
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -140,22 +143,18 @@ class Operator:
 
     def __call__(self, *arguments: Any) -> Any:
         """Run it; an input that requires a gradient goes to the operator, whose result refuses one."""
-        tensors = list(_tensors(arguments))
-        seen = watched(*tensors) or any(x.requires_grad for x in tensors)
-        return (self._op if seen else self._function)(*arguments)
+        if watched():
+            return self._op(*arguments)
+        for argument in arguments:
+            for x in argument if type(argument) is list else (argument,):
+                if isinstance(x, Tensor) and (type(x) not in _PLAIN or x.requires_grad or x.is_meta):
+                    return self._op(*arguments)
+        return self._function(*arguments)
 
 
 def operator(name: str, schema: str | None = None) -> Callable[[Callable[..., Any]], Operator]:
     """Make an ``Operator`` of the function below."""
     return lambda function: Operator(name, function, schema)
-
-
-def _tensors(arguments: Iterable[Any]) -> Iterator[Tensor]:
-    for argument in arguments:
-        if isinstance(argument, Tensor):
-            yield argument
-        elif isinstance(argument, list | tuple):
-            yield from (x for x in argument if isinstance(x, Tensor))
 
 
 @cache

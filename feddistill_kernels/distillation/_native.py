@@ -33,29 +33,31 @@ def rows(
 ) -> Tensor:
     """As in ``_reference``; rows are read where they lie, whatever their stride."""
     n, width = student.shape
-    student, teacher = in_rows(student), in_rows(teacher)
-    scale = scale.contiguous()
+    student, teacher, scale = in_rows(student), in_rows(teacher), scale.contiguous()
     loss = torch.empty_like(scale)
-    sparse = ids is not None and log_tail is not None
-    if sparse:
+    kept = tail = target = _NOTHING
+    if ids is not None and log_tail is not None:
         ids, log_tail = in_rows(ids), log_tail.contiguous()
+        kept = ids.data_ptr(), ids.stride(0), 0
+        tail = log_tail.data_ptr(), 1, DTYPES[log_tail.dtype]
     if labels is not None:
         labels = labels.contiguous()
-    target = gradient
-    if gradient is not None and gradient.stride(1) != 1 and width > 1:
-        target = torch.empty_like(gradient, memory_format=torch.contiguous_format)
+    written = gradient
+    if gradient is not None:
+        written = gradient if in_rows(gradient) is gradient else torch.empty_like(student)
+        target = matrix(written)
     row, reason = library().distillation_cpu(
         n,
         vocab,
         width,
         matrix(student),
         matrix(teacher),
-        (ids.data_ptr(), ids.stride(0), 0) if sparse else _NOTHING,
-        (log_tail.data_ptr(), 1, DTYPES[log_tail.dtype]) if sparse else _NOTHING,
+        kept,
+        tail,
         teacher.shape[1],
         0 if labels is None else labels.data_ptr(),
         scale.data_ptr(),
-        _NOTHING if target is None else matrix(target),
+        target,
         loss.data_ptr(),
         _NUMBER[kind],
         beta,
@@ -71,8 +73,8 @@ def rows(
         raise ValueError(f"teacher row {row} keeps an id outside [0, {vocab})")
     if reason:
         raise empty_row("student" if reason == _EMPTY_STUDENT else "teacher", row)
-    if gradient is not None and target is not gradient:
-        gradient.copy_(target)
+    if gradient is not None and written is not None and written is not gradient:
+        gradient.copy_(written)
     return loss
 
 

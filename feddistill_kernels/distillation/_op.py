@@ -253,7 +253,8 @@ fused.register_autograd(_gradient_made, setup_context=_keep_gradient)
 def each(student: Tensor, *rest: Any) -> Tensor:
     """``loss_rows``, without the dispatcher where nobody watches."""
     if watched(student, rest[0]):
-        return loss_rows(student, *rest)
+        seen: Tensor = loss_rows(student, *rest)
+        return seen
     if not (student.requires_grad and torch.is_grad_enabled()):
         return _rows(None, student, *rest)
     loss: Tensor = _Each.apply(student, rest)  # type: ignore[no-untyped-call]  # torch types no apply
@@ -263,7 +264,8 @@ def each(student: Tensor, *rest: Any) -> Tensor:
 def total(student: Tensor, *rest: Any) -> Tensor:
     """``fused`` likewise."""
     if watched(student, rest[0]):
-        return fused(student, *rest)[0]
+        seen: Tensor = fused(student, *rest)[0]
+        return seen
     loss: Tensor = _Total.apply(student, rest)  # type: ignore[no-untyped-call]
     return loss
 
@@ -279,9 +281,9 @@ class _Each(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        student, *tensors, scale = ctx.saved_tensors
+        student, teacher, ids, log_tail, labels, scale = ctx.saved_tensors
         gradient = torch.empty_like(student, memory_format=torch.contiguous_format)
-        _rows(gradient, student, *tensors, scale * upstream, *ctx.numbers)
+        _rows(gradient, student, teacher, ids, log_tail, labels, scale * upstream, *ctx.numbers)
         return gradient, None
 
 

@@ -60,5 +60,6 @@ def topk_compress(
     if not 1 <= k <= vocab:
         raise ValueError(f"k must be in [1, {vocab}], the vocabulary, got {k}")
     positive_temperature(temperature)
-    ids, log_probs, log_tail = compress(logits.detach(), k, float(temperature), id_order, named(backend))
-    return TopK(ids, log_probs, log_tail, vocab)
+    given = logits.detach() if logits.requires_grad else logits
+    ids, log_probs, log_tail = compress(given, k, float(temperature), id_order, named(backend))
+    return TopK.of_operator(ids, log_probs, log_tail, vocab)
