@@ -8,12 +8,19 @@ from feddistill_kernels._native import build_info
 from feddistill_kernels.aggregation import aggregate_topk, rules
 from feddistill_kernels.around_median import mean_around_median
 from feddistill_kernels.distillation import DistillationLoss, distillation_loss, kinds, softmax_divergence
+from feddistill_kernels.linear_distillation import (
+    LinearDistillationLoss,
+    TeacherHead,
+    linear_distillation_loss,
+)
 from feddistill_kernels.order_statistics import coordinate_median, trimmed_mean
 from feddistill_kernels.topk import TopK, topk_compress
 
 __all__ = [
     "BackendError",
     "DistillationLoss",
+    "LinearDistillationLoss",
+    "TeacherHead",
     "TopK",
     "aggregate_topk",
     "available_backends",
@@ -21,6 +28,7 @@ __all__ = [
     "coordinate_median",
     "distillation_loss",
     "kinds",
+    "linear_distillation_loss",
     "mean_around_median",
     "operators",
     "rules",

@@ -4,14 +4,13 @@ import torch
 from torch import Tensor, nn
 
 from feddistill_kernels._backend import named
-from feddistill_kernels._check import bind, floating, one_of, positive_temperature, same_device
+from feddistill_kernels._check import bind, floating, same_device
 from feddistill_kernels.distillation._kinds import KINDS
 from feddistill_kernels.distillation._op import FusedInPlace, each, total
+from feddistill_kernels.distillation._settings import check_labels, check_settings, row_scale, work_dtype
 from feddistill_kernels.topk import TopK
 
 __all__ = ["DistillationLoss", "distillation_loss", "kinds", "softmax_divergence"]
-
-REDUCTIONS = ("mean", "sum", "none")
 
 
 def kinds() -> tuple[str, ...]:
@@ -81,7 +80,7 @@ def softmax_divergence(
         tensor([0.7324])
     """
     vocab, *teacher_tensors = _check(student, teacher, kind, beta, temperature)
-    scale = torch.ones(student.shape[0], dtype=_work(student), device=student.device)
+    scale = torch.ones(student.shape[0], dtype=work_dtype(student), device=student.device)
     numbers = (vocab, kind, float(beta), float(temperature), 1.0, 0.0, named(backend))
     return each(student, *teacher_tensors, None, scale, *numbers)
 
@@ -157,12 +156,8 @@ def distillation_loss(
         tensor([0., 0., 0.])
     """
     vocab, *teacher_tensors = _check(student, teacher, kind, beta, temperature)
-    one_of("reduction", reduction, REDUCTIONS)
-    if not 0 <= kd_weight <= 1:
-        raise ValueError(f"kd_weight must be in [0, 1], got {kd_weight}")
-    if kd_weight < 1 and labels is None:
-        raise ValueError(f"kd_weight = {kd_weight} gives the labels a share of the loss, but labels is None")
-    scale = _scale(student, labels, ignore_index, row_weight, reduction == "mean")
+    check_labels(labels, kd_weight, reduction)
+    scale = row_scale(student, labels, ignore_index, row_weight, reduction == "mean")
     wants_gradient = student.requires_grad and torch.is_grad_enabled()
     if inplace:
         _check_inplace(student, reduction, wants_gradient)
@@ -262,47 +257,8 @@ def _check(
         tensors = (teacher, None, None)
     floating(student=student, teacher=tensors[0])
     same_device(student, teacher=tensors[0])
-    if count != rows:
-        raise ValueError(f"teacher has {count} rows, student has {rows}")
-    if vocab > width:
-        raise ValueError(
-            f"teacher's vocabulary is {vocab}, student has {width} columns; it needs at least as many"
-        )
-    one_of("kind", kind, KINDS)
-    if not 0 <= beta <= 1:
-        raise ValueError(f"beta must be in [0, 1], got {beta}")
-    positive_temperature(temperature)
+    check_settings(rows, width, count, vocab, kind, beta, temperature)
     return vocab, *tensors
-
-
-def _scale(
-    student: Tensor, labels: Tensor | None, ignore_index: int, row_weight: Tensor | None, mean: bool
-) -> Tensor:
-    """What multiplies each row's loss, 0 for a masked row, in the dtype of the result."""
-    rows = student.shape[0]
-    if row_weight is None:
-        weight = 1 / max(1, rows) if mean and labels is None else 1.0
-        scale = torch.full((rows,), weight, dtype=_work(student), device=student.device)
-    else:
-        _check_rows(student, "row_weight", row_weight)
-        floating(row_weight=row_weight)
-        scale = row_weight.detach().to(_work(student))
-    if labels is not None:
-        _check_rows(student, "labels", labels)
-        if labels.dtype != torch.int64:
-            raise ValueError(f"labels must be int64, got {labels.dtype}")
-        scale = scale.masked_fill(labels == ignore_index, 0.0)
-    if mean and not (row_weight is None and labels is None):
-        share = scale.sum()
-        scale = scale / torch.where(share == 0, 1.0, share)
-    return scale
-
-
-def _check_rows(student: Tensor, name: str, vector: Tensor) -> None:
-    (count,) = bind("N", **{name: vector})
-    if count != student.shape[0]:
-        raise ValueError(f"{name} has {count} rows, student has {student.shape[0]}")
-    same_device(student, **{name: vector})
 
 
 def _check_inplace(student: Tensor, reduction: str, wants_gradient: bool) -> None:
@@ -318,7 +274,3 @@ def _check_inplace(student: Tensor, reduction: str, wants_gradient: bool) -> Non
         raise ValueError(
             "inplace=True needs a student whose rows do not share memory, got an expanded tensor"
         )
-
-
-def _work(student: Tensor) -> torch.dtype:
-    return torch.float64 if student.dtype == torch.float64 else torch.float32

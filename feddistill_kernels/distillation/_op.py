@@ -299,13 +299,20 @@ class _Total(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        # On a GPU to look at it would be a sync; here it saves a pass over the gradient.
-        if upstream.device.type == "cpu" and float(upstream) == 1:
-            return gradient, None
-        result = torch.empty_like(gradient)
-        load("distillation", ctx.backend, gradient).scale_into(gradient, upstream, result)
-        return result, None
+        return times(ctx.saved_tensors[0], upstream, ctx.backend), None
+
+
+def times(gradient: Tensor, upstream: Tensor, backend: str) -> Tensor:
+    """``scaled``, or the gradient itself where there is nothing to scale and looking is free."""
+    if watched(gradient, upstream):
+        seen: Tensor = scaled(gradient, upstream, backend)
+        return seen
+    # On a GPU to look at it would be a sync; here it saves a pass over the gradient.
+    if upstream.device.type == "cpu" and float(upstream) == 1:
+        return gradient
+    result = torch.empty_like(gradient)
+    load("distillation", backend, gradient).scale_into(gradient, upstream, result)
+    return result
 
 
 class FusedInPlace(torch.autograd.Function):
