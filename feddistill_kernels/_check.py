@@ -92,7 +92,12 @@ def rows_with_a_choice(name: str, z: Tensor, start: int = 0) -> None:
     empty = z.amax(-1) == -math.inf
     if empty.any():
         first = start + int(empty.to(torch.uint8).argmax())
-        raise ValueError(f"{name} row {first} is all -inf: it rules every entry out")
+        raise no_choice(name, first)
+
+
+def no_choice(name: str, row: int) -> ValueError:
+    """The error of ``rows_with_a_choice``."""
+    return ValueError(f"{name} row {row} is all -inf: it rules every entry out")
 
 
 def labels_in_vocabulary(labels: Tensor, vocab: int, start: int = 0) -> None:
