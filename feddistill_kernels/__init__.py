@@ -9,7 +9,7 @@ from feddistill_kernels.aggregation import aggregate_topk, rules
 from feddistill_kernels.around_median import mean_around_median
 from feddistill_kernels.distillation import DistillationLoss, distillation_loss, kinds, softmax_divergence
 from feddistill_kernels.order_statistics import coordinate_median, trimmed_mean
-from feddistill_kernels.topk import TopK, topk_compress
+from feddistill_kernels.topk import TopK, topk_compress, topk_sample
 
 __all__ = [
     "BackendError",
@@ -26,6 +26,7 @@ __all__ = [
     "rules",
     "softmax_divergence",
     "topk_compress",
+    "topk_sample",
     "trimmed_mean",
     "use_backend",
 ]
