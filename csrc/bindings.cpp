@@ -2,6 +2,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <tuple>
+
 #include "aggregation.h"
 #include "cpu/instruction_sets.h"
 #include "order_statistics.h"
@@ -22,7 +24,8 @@ feddistill::TrimmedMean trimmed_mean_task(const std::vector<std::uintptr_t>& cli
 }
 
 // Addresses of ids, log_probs and missing; strides of the first two; K; dtype.
-using Client = std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t, std::int64_t, std::int64_t, std::int64_t, int>;
+using Client = std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t, std::int64_t, std::int64_t, std::int64_t,
+                          int>;
 
 std::vector<feddistill::CompressedClient> compressed(const std::vector<Client>& clients) {
     std::vector<feddistill::CompressedClient> list;

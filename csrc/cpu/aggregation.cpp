@@ -1,7 +1,7 @@
 // Shares rows among threads.
 #include <algorithm>
 #include <cstddef>
-#include <limits>
+#include <cstdint>
 #include <vector>
 
 #include "aggregation_isa.h"

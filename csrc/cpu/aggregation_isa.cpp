@@ -69,7 +69,7 @@ struct Row {
     const RowPlan& plan;
     const RowScratch& s;
     int64_t number;
-    int64_t kept = 0;                  // U: distinct ids, s.union_ids
+    int64_t kept = 0;                   // U: distinct ids, s.union_ids
     const uint64_t* entries = nullptr;  // slot << 32 | entry, by slot
 
     int count() const { return answers.count; }
@@ -164,10 +164,8 @@ struct LogSum {
 };
 
 // Log-normaliser of each mixed client, in s.norms.  False where one has no id left.
-bool normalise(Row& row) {
+bool normalise(const Row& row) {
     const RowScratch& s = row.s;
-    LogSum totals_of_one;
-    bool possible = true;
     for (int c = 0; c < row.count(); ++c) s.sums[c] = 0, s.norms[c] = -kInf;
     row.blocks([&](float* x, int64_t first, int64_t n) __attribute__((always_inline)) {
         const bool is_last = first + n == row.kept + 1;
@@ -175,15 +173,15 @@ bool normalise(Row& row) {
             float* v = x + c * kApart;
             if (is_last) v[n - 1] = row.others() > 0 ? v[n - 1] + log_of(static_cast<double>(row.others())) : -kInf;
             for (int64_t j = n; j < padded(n); ++j) v[j] = -kInf;
-            totals_of_one.sum = s.sums[c], totals_of_one.max = s.norms[c];
-            totals_of_one.add(v, padded(n));
-            s.sums[c] = totals_of_one.sum, s.norms[c] = totals_of_one.max;
+            LogSum total{s.sums[c], s.norms[c]};
+            total.add(v, padded(n));
+            s.sums[c] = total.sum, s.norms[c] = total.max;
         }
     });
+    bool possible = true;
     for (int c = 0; c < row.count(); ++c) {
         possible &= s.sums[c] != 0;
-        totals_of_one.sum = s.sums[c], totals_of_one.max = s.norms[c];
-        s.norms[c] = totals_of_one.log();
+        s.norms[c] = LogSum{s.sums[c], s.norms[c]}.log();
     }
     return possible;
 }
@@ -216,38 +214,54 @@ FEDDISTILL_INLINE void mean(const float* x, int64_t n, int count, const float* s
 // Sorts the columns of x on the way.
 void mean_around_median(float* x, int64_t n, int count, int keep, const RowPlan& plan, float* y) {
     const float inverse = 1.0f / static_cast<float>(keep);
-    for (int64_t j = 0; j < n; j += kLanes) {
-        const auto value = [&](int c) __attribute__((always_inline)) { return at(x + c * kApart, j); };
-        Ints has_nan{};
-        for (int c = 0; c < count; ++c) has_nan |= value(c) != value(c);
-        for (int64_t i = 0; i < plan.step_count; ++i) {
-            const Floats a = value(plan.steps[i].low), b = value(plan.steps[i].high);
-            put(x + plan.steps[i].low * kApart, j, smaller(a, b));
-            put(x + plan.steps[i].high * kApart, j, larger(a, b));
+    for (int64_t begin = 0; begin < n; begin += kWideColumns) {
+        const int64_t end = least(begin + kWideColumns, padded(n));
+        for (int64_t j = begin; j < end; j += kLanes) {
+            Ints has_nan{};
+            for (int c = 0; c < count; ++c) has_nan |= at(x + c * kApart, j) != at(x + c * kApart, j);
+            put(y, j, has_nan ? all(kNaN) : Floats{});
         }
-        // As in the reference: the window moves up while the value it loses is the farther one.
-        const Floats twice_median = value((count - 1) / 2) + value(count / 2);
-        Ints first{};
-        for (int c = 0; c < count - keep; ++c) first -= value(c) + value(c + keep) < twice_median;
-        Floats sum{};
-        for (int c = 0; c < count; ++c) sum += (first <= c) & (first > c - keep) ? value(c) : Floats{};
-        put(y, j, has_nan ? all(kNaN) : sum * inverse);
+        for (int64_t i = 0; i < plan.step_count; ++i) {
+            float *const low = x + plan.steps[i].low * kApart, *const high = x + plan.steps[i].high * kApart;
+            for (int64_t j = begin; j < end; j += kLanes) {
+                const Floats a = at(low, j), b = at(high, j);
+                put(low, j, smaller(a, b));
+                put(high, j, larger(a, b));
+            }
+        }
+        for (int64_t j = begin; j < end; j += kLanes) {
+            const auto value = [&](int c) __attribute__((always_inline)) { return at(x + c * kApart, j); };
+            // As in the reference: the window moves up while the value it loses is the farther one.
+            const Floats twice_median = value((count - 1) / 2) + value(count / 2);
+            Ints first{};
+            for (int c = 0; c < count - keep; ++c) first -= value(c) + value(c + keep) < twice_median;
+            Floats sum{};
+            for (int c = 0; c < count; ++c) sum += (first <= c) & (first > c - keep) ? value(c) : Floats{};
+            put(y, j, sum * inverse + at(y, j));
+        }
     }
 }
 
 // Adds to the upper triangle of squared [C, C] the squared distances of n columns; two -inf are 0 apart.
 template <bool kInfinite>
 FEDDISTILL_INLINE void add_distances(const float* x, int64_t n, int count, double* squared) {
+    constexpr int kTogether = 4;  // one sum at a time would wait for itself
     for (int c = 0; c < count; ++c)
-        for (int d = c + 1; d < count; ++d) {
-            Floats sum{};
+        for (int d = c + 1; d < count; d += kTogether) {
+            const float* others[kTogether];
+            Floats sums[kTogether]{};
+            for (int i = 0; i < kTogether; ++i) others[i] = x + least(d + i, count - 1) * kApart;
             for (int64_t j = 0; j < n; j += kLanes) {
-                const Floats a = at(x + c * kApart, j), b = at(x + d * kApart, j);
-                Floats gap = a - b;
-                if constexpr (kInfinite) gap = a == b ? Floats{} : gap;
-                sum = fma(gap, gap, sum);
+                const Floats a = at(x + c * kApart, j);
+                for (int i = 0; i < kTogether; ++i) {
+                    const Floats b = at(others[i], j);
+                    Floats gap = a - b;
+                    if constexpr (kInfinite) gap = a == b ? Floats{} : gap;
+                    sums[i] = fma(gap, gap, sums[i]);
+                }
             }
-            squared[c * count + d] += FEDDISTILL_ISA::sum(sum);
+            for (int i = 0; i < kTogether && d + i < count; ++i)
+                squared[c * count + d + i] += FEDDISTILL_ISA::sum(sums[i]);
         }
 }
 
