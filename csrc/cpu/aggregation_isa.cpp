@@ -63,6 +63,24 @@ uint64_t* sort(uint64_t* items, uint64_t* other, int64_t n, int bits) {
     return items;
 }
 
+template <int kVectors>
+FEDDISTILL_INLINE int64_t mean_of(const float* x, int64_t j, int64_t n, int count, const float* shares, float* y) {
+    for (; j + (kVectors - 1) * kLanes < n; j += kVectors * kLanes) {
+        Floats sums[kVectors]{};
+        for (int c = 0; c < count; ++c) {
+            if (shares[c] == 0) continue;  // no veto: 0 * -inf is NaN
+            for (int i = 0; i < kVectors; ++i) sums[i] = fma(at(x + c * kApart, j + i * kLanes), shares[c], sums[i]);
+        }
+        for (int i = 0; i < kVectors; ++i) put(y, j + i * kLanes, sums[i]);
+    }
+    return j;
+}
+
+void mean(const float* x, int64_t n, int count, const float* shares, float* y) {
+    const int64_t j = mean_of<8>(x, 0, n, count, shares, y);
+    mean_of<1>(x, j, n, count, shares, y);
+}
+
 // One row of all clients.
 struct Row {
     const Answers& answers;
@@ -100,8 +118,13 @@ struct Row {
         entries = sorted;
         kept = least(slot + 1, answers.vocab);  // more only if ids are out of range
         if (!answers.mixing) return;
-        mix(s.missing, 1, 1, s.norms);
-        for (int c = 0; c < count(); ++c) s.missing[c] = s.norms[c];
+        for (int c = 0; c < count(); ++c) {
+            s.missing[c] = 0;
+            for (int i = 0; i < count(); ++i) {
+                const float share = answers.mixing[c * count() + i];
+                if (share != 0) s.missing[c] += share * answers.clients[i].missing[number];
+            }
+        }
     }
 
     // Calls visit(x, first, n): columns [first, first + n) of the union, client c's values in x + c kApart, padded to
@@ -120,21 +143,9 @@ struct Row {
                 const uint64_t entry = entries[next] & 0xffffffffu;
                 s.block[plan.home[entry] + static_cast<int64_t>(entries[next] >> 32) - first] = s.values[entry];
             }
-            if (answers.mixing) mix(s.block, kApart, n, s.mixed);
+            for (int c = 0; answers.mixing && c < count(); ++c)
+                mean(s.block, n, count(), answers.mixing + c * count(), s.mixed + c * kApart);
             visit(answers.mixing ? s.mixed : s.block, first, n);
-        }
-    }
-
-    // Each client's mean of those that it is mixed of, n columns in rows `stride` apart.
-    void mix(const float* from, int64_t stride, int64_t n, float* to) const {
-        for (int c = 0; c < count(); ++c) {
-            float* mean = to + c * stride;
-            for (int64_t j = 0; j < n; ++j) mean[j] = 0;
-            for (int i = 0; i < count(); ++i) {
-                const float share = answers.mixing[c * count() + i];
-                if (share == 0) continue;  // no veto: 0 * -inf is NaN
-                for (int64_t j = 0; j < n; ++j) mean[j] += share * from[i * stride + j];
-            }
         }
     }
 };
@@ -199,15 +210,6 @@ FEDDISTILL_INLINE void log_mean_exp(const float* x, int64_t n, int count, float 
         Floats log = (shift + log1p_negative(sum - 1.0f)) * (1 / scale);
         log = sum == 0.0f ? all(-kInf) : log;
         put(y, j, sum != sum ? all(kNaN) : log);
-    }
-}
-
-FEDDISTILL_INLINE void mean(const float* x, int64_t n, int count, const float* shares, float* y) {
-    for (int64_t j = 0; j < n; j += kLanes) {
-        Floats sum{};
-        for (int c = 0; c < count; ++c)
-            if (shares[c] != 0) sum = fma(at(x + c * kApart, j), shares[c], sum);
-        put(y, j, sum);
     }
 }
 
@@ -330,7 +332,7 @@ void combine(const Row& row, const Combination& to) {
     row.blocks([&](float* x, int64_t first, int64_t n) __attribute__((always_inline)) {
         if (row.answers.mixing)
             for (int c = 0; c < count; ++c)
-                for (int64_t j = 0; j < n; ++j) x[c * kApart + j] -= s.norms[c];
+                for (int64_t j = c * kApart; j < c * kApart + n; ++j) x[j] -= s.norms[c];
         float* const y = s.y + first;
         switch (to.rule) {
             case Rule::mean_probs: return log_mean_exp(x, n, count, 1.0f, s.weights, y);

@@ -166,13 +166,18 @@ def test_krum_chooses_once_for_all_rows(backend):
     torch.testing.assert_close(alone.expand(), liar[:1].expand())
 
 
-def test_krum_does_not_see_a_constant(backend):
-    """Log-probabilities are logits up to one; this shifts a client's tail, all but its one likely id."""
-    clients = [
-        topk_compress(torch.tensor([[x, 0.0, 0.0, 0.1 * i]]), 4) for i, x in enumerate((5, 5.1, 5.2, 9, 5.3))
-    ]
-    got = aggregate_topk(clients, "krum", byzantine=1, backend=backend)
-    torch.testing.assert_close(got.expand().double(), dense(clients, "krum", byzantine=1))
+def test_distances_do_not_see_a_constant_of_a_row(backend):
+    """Log-probabilities are logits up to one."""
+    clients = answers(5, 6, 30, 8)
+    shifted = []
+    for client in clients:
+        constant = 5 * torch.randn(6)
+        shifted.append(TopK(client.ids, client.log_probs + constant[:, None], client.log_tail + constant, 30))
+    for mix in (None, 1):
+        one, other = (
+            aggregate_topk(c, "krum", byzantine=1, mix=mix, backend=backend) for c in (clients, shifted)
+        )
+        torch.testing.assert_close(one.expand(), other.expand(), rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("rule", ["median", "geometric_median", "krum", "mean_around_median"])
