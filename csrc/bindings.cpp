@@ -2,6 +2,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <tuple>
+
+#include "aggregation.h"
 #include "cpu/instruction_sets.h"
 #include "distillation.h"
 #include "order_statistics.h"
@@ -27,6 +30,19 @@ using MatrixOf = std::tuple<std::uintptr_t, std::int64_t, int>;
 
 feddistill::Matrix matrix(const MatrixOf& m) {
     return {reinterpret_cast<void*>(std::get<0>(m)), std::get<1>(m), static_cast<feddistill::DType>(std::get<2>(m))};
+}
+
+// Addresses of ids, log_probs and missing; strides of the first two; K; dtype.
+using Client = std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t, std::int64_t, std::int64_t, std::int64_t,
+                          int>;
+
+std::vector<feddistill::CompressedClient> compressed(const std::vector<Client>& clients) {
+    std::vector<feddistill::CompressedClient> list;
+    for (const auto& [ids, log_probs, missing, ids_stride, log_probs_stride, kept, dtype] : clients)
+        list.push_back({reinterpret_cast<const std::int32_t*>(ids), reinterpret_cast<const void*>(log_probs),
+                        reinterpret_cast<const float*>(missing), ids_stride, log_probs_stride, kept,
+                        static_cast<feddistill::DType>(dtype)});
+    return list;
 }
 
 }  // namespace
@@ -81,6 +97,35 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         py::arg("rows"), py::arg("vocab"), py::arg("k"), py::arg("logits"), py::arg("temperature"),
         py::arg("id_order"), py::arg("ids"), py::arg("log_probs"), py::arg("log_tail"), py::arg("threads"),
         py::arg("set") = 0, py::call_guard<py::gil_scoped_release>());
+    m.def(
+        "aggregate_cpu",
+        [](const std::vector<Client>& clients, std::int64_t rows, std::int64_t vocab, std::uintptr_t mixing, int rule,
+           std::uintptr_t shares, std::int64_t shares_stride, std::int64_t shares_step, int trim, int keep,
+           double tolerance, int max_iterations, std::int64_t k, std::uintptr_t ids, std::uintptr_t log_probs,
+           std::uintptr_t log_tail, int threads, int set) {
+            const auto list = compressed(clients);
+            return feddistill::aggregate_cpu(
+                {list.data(), static_cast<int>(list.size()), rows, vocab, reinterpret_cast<const float*>(mixing)},
+                {static_cast<feddistill::Rule>(rule), reinterpret_cast<const float*>(shares), shares_stride,
+                 shares_step, trim, keep, tolerance, max_iterations, k, reinterpret_cast<std::int32_t*>(ids),
+                 reinterpret_cast<float*>(log_probs), reinterpret_cast<float*>(log_tail)},
+                threads, set);
+        },
+        py::arg("clients"), py::arg("rows"), py::arg("vocab"), py::arg("mixing"), py::arg("rule"), py::arg("shares"),
+        py::arg("shares_stride"), py::arg("shares_step"), py::arg("trim"), py::arg("keep"), py::arg("tolerance"),
+        py::arg("max_iterations"), py::arg("k"), py::arg("ids"), py::arg("log_probs"), py::arg("log_tail"),
+        py::arg("threads"), py::arg("set") = 0, py::call_guard<py::gil_scoped_release>());
+    m.def(
+        "answer_distances_cpu",
+        [](const std::vector<Client>& clients, std::int64_t rows, std::int64_t vocab, std::uintptr_t mixing,
+           std::uintptr_t distances, int threads, int set) {
+            const auto list = compressed(clients);
+            feddistill::answer_distances_cpu(
+                {list.data(), static_cast<int>(list.size()), rows, vocab, reinterpret_cast<const float*>(mixing)},
+                reinterpret_cast<double*>(distances), threads, set);
+        },
+        py::arg("clients"), py::arg("rows"), py::arg("vocab"), py::arg("mixing"), py::arg("distances"),
+        py::arg("threads"), py::arg("set") = 0, py::call_guard<py::gil_scoped_release>());
     m.def("instruction_sets", feddistill::instruction_sets);
 #ifdef FEDDISTILL_WITH_CUDA
     m.def(

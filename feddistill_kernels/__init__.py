@@ -14,7 +14,7 @@ from feddistill_kernels.linear_distillation import (
     linear_distillation_loss,
 )
 from feddistill_kernels.order_statistics import coordinate_median, trimmed_mean
-from feddistill_kernels.topk import TopK, topk_compress
+from feddistill_kernels.topk import TopK, topk_compress, topk_sample
 
 __all__ = [
     "BackendError",
@@ -34,6 +34,7 @@ __all__ = [
     "rules",
     "softmax_divergence",
     "topk_compress",
+    "topk_sample",
     "trimmed_mean",
     "use_backend",
 ]

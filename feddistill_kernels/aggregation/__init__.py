@@ -1,6 +1,8 @@
 """Many clients' compressed answers to one, without opening them."""
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,19 +10,17 @@ from torch import Tensor
 from feddistill_kernels._backend import named
 from feddistill_kernels._check import one_of, same_device
 from feddistill_kernels.aggregation._op import aggregate
+from feddistill_kernels.aggregation._rules import RULES, Settings
 from feddistill_kernels.topk import TopK
 
 __all__ = ["aggregate_topk", "rules"]
-
-# Rule: whether it takes weights.
-RULES = {"mean_probs": True, "mean_logits": True, "median": False, "trimmed_mean": False}
 
 
 def rules() -> tuple[str, ...]:
     """Names of the rules of ``aggregate_topk``.
 
     >>> rules()
-    ('mean_probs', 'mean_logits', 'median', 'trimmed_mean')
+    ('mean_probs', 'mean_logits', 'median', 'trimmed_mean', 'mean_around_median', 'geometric_median', 'krum')
     """
     return tuple(RULES)
 
@@ -31,46 +31,84 @@ def aggregate_topk(
     *,
     weights: Tensor | None = None,
     trim: int | None = None,
+    keep: int | None = None,
+    byzantine: int | None = None,
+    tolerance: float | None = None,
+    max_iterations: int | None = None,
+    mix: int | None = None,
     k: int | None = None,
     backend: str | None = None,
 ) -> TopK:
     """Aggregate compressed answers: as the rule on the dense ones, renormalised.
 
     With ``x_cv`` client c's log-probability of id v, its uniform tail value ``log_tail - log(V - K)`` where
-    it did not keep v, and ``w`` the weights, divided by their sum::
+    it did not keep v, and ``w`` the weights, divided by their sum, a row's result is ``y - logsumexp(y)``::
 
-        mean_probs      y_v = log sum_c w_c exp(x_cv)          trimmed_mean    y_v = trimmed mean_c x_cv
-        mean_logits     y_v = sum_c w_c x_cv                   median          y_v = median_c x_cv
+        mean_probs          y_v = log sum_c w_c exp(x_cv)
+        mean_logits         y_v = sum_c w_c x_cv
+        median              y_v = median_c x_cv                            (Yin et al., 2018, definition 1)
+        trimmed_mean        y_v = trimmed mean_c x_cv                      (Yin et al., 2018, definition 2)
+        mean_around_median  y_v = mean of the keep x_cv nearest to it      (Xie et al., 2018, definition 7)
+        geometric_median    y_v = 2 log m_v,  m = argmin_m sum_c |m - s_c|,  s_cv = exp(x_cv / 2)
+        krum                y_v = sum_{c in S} x_cv / keep                 (Blanchard et al., 2017)
 
-        result = y - logsumexp(y)
+    All but ``krum`` look at each row by itself.  The geometric median is that of the points ``sqrt(p)``, all
+    on one sphere (Hellinger geometry), by Weiszfeld's steps, smoothed (Pillutla et al., "Robust Aggregation
+    for Federated Learning", 2022, algorithm 2, with 1e-4), from ``a_c = 1 / C``::
+
+        m = sum_c a_c s_c,   a_c = r_c / sum r,   r_c = 1 / max(1e-4, |s_c - m|)
+
+    Krum chooses for all rows at once.  Each row of each client is centred, as log-probabilities are logits up
+    to a constant; ``d_cc'`` are the squared distances, summed over ids and rows; a client's score is the sum
+    of its ``C - byzantine - 2`` least ``d`` to others, and S the ``keep`` clients of least score, of equal
+    ones the first (keep > 1: multi-Krum)::
+
+        d_cc' = sum_nv (x_cnv - mean_u x_cnu - x_c'nv + mean_u x_c'nu)^2
+
+    Answers that rule different ids out (``-inf``) are infinitely far apart; those that rule out the same are
+    centred and compared on the others.  A client with NaN is infinitely far from everybody.
+
+    ``mix`` puts nearest-neighbour mixing before the rule: each client becomes, renormalised, the mean of the
+    log-probabilities of the ``C - mix`` clients of least ``d_cc'``, itself one of them (Allouah et al.,
+    "Fixing by Mixing: A Recipe for Optimal Byzantine ML under Heterogeneity", AISTATS 2023).
 
     An id that nobody kept gets the same y as any other such id, so this is exactly the rule on
-    ``[client.expand() for client in clients]``, while it works on the ids that somebody kept.
+    ``[client.expand() for client in clients]``, while it works on the ids that somebody kept and one more
+    that stands for all others.
 
     Args:
         clients: ``C`` answers to the same ``N`` rows over the same vocabulary; ``K`` may differ.  No
             gradient.
-        rule: One of ``rules()``.
-        weights: Floating ``[C]``, or ``[C, N]`` for each row its own, >= 0 and not all 0; the mean rules
-            only.  ``None`` for equal ones.
-        trim: Clients left out at either end, ``0 <= 2 trim < C``; ``trimmed_mean`` only, which needs it.
+        rule: One of ``rules()``.  A setting of another rule is an error.
+        weights: Floating ``[C]``, or ``[C, N]`` for each row its own, >= 0 and not all 0; ``mean_probs`` and
+            ``mean_logits``.  ``None`` for equal ones.
+        trim: Clients left out at either end, ``0 <= 2 trim < C``; ``trimmed_mean``, which needs it.
+        keep: Clients that count, in [1, C]; ``mean_around_median``, which needs it, and ``krum``, where it is
+            1 if ``None``, and at most ``C - byzantine``.
+        byzantine: Clients that may lie, ``2 byzantine + 3 <= C``; ``krum``, which needs it.
+        tolerance: ``geometric_median`` ends for a row when no ``a_c`` moves by more; 1e-6 if ``None``.
+        max_iterations: It ends after as many steps in any case; 64 if ``None``.
+        mix: Clients that may lie, ``0 <= 2 mix < C``: mix clients first, before any rule.  ``None`` does not.
         k: Keep the ``k`` likeliest entries of the result (equal ones by ascending id) and move the others
             into the tail.  ``None`` keeps them all.
-        backend: ``"reference"``; ``None`` takes the best for the device.
+        backend: ``"reference"`` or ``"native"``; ``None`` takes the best for the device.
 
     Returns:
         ``TopK`` with ascending ids and ``min(C K, V)`` entries a row, ``k`` at the most; float32 (float64
         where a client's is).  Rows whose clients agree on ids are filled up with the lowest ids that nobody
-        kept, at their tail value: it is the same distribution.
+        kept, at their tail value: it is the same distribution.  NaN of a client is NaN in its row only;
+        where distances choose (``krum``, ``mix``), nowhere if others are chosen.
 
     Raises:
-        ValueError: Clients do not fit together, or ``weights``, ``trim`` or ``k`` do not fit the rule.  On
-            the CPU also for a row in which no id is left, e.g. by ``mean_logits`` of clients that rule each
-            other out; elsewhere such a row is NaN.
+        ValueError: Clients do not fit together, or a setting does not fit the rule.  On the CPU also for a
+            row in which no id is left, e.g. by ``mean_logits`` of clients that rule each other out;
+            elsewhere such a row is NaN.
         BackendError: ``backend`` was named and cannot run here.
 
     Memory:
-        Temporaries of ``C * N * min(C K, V)`` numbers; nothing of size V.
+        The result, and nothing of size V.  ``native``: some numbers for each of the ``C K`` entries of a row,
+        and 2 KiB a client, for each thread.  ``reference``: bounded temporaries, or one row's
+        ``C * min(C K, V)`` numbers.
 
     Example:
         >>> import torch
@@ -84,12 +122,17 @@ def aggregate_topk(
     one_of("rule", rule, RULES)
     _check_clients(clients)
     count, vocab, total = len(clients), clients[0].vocab_size, sum(client.ids.shape[1] for client in clients)
-    if (rule == "trimmed_mean") != (trim is not None):
-        raise ValueError(f"rule {rule!r} {'needs' if trim is None else 'has no'} trim")
-    if trim is not None and not 0 <= 2 * trim < count:
-        raise ValueError(f"trim must be in [0, {(count - 1) // 2}] for {count} clients, got {trim}")
+    given = {
+        "trim": trim,
+        "keep": keep,
+        "byzantine": byzantine,
+        "tolerance": tolerance,
+        "max_iterations": max_iterations,
+    }
+    _check_names(rule, {"weights": weights, **given})
+    settings = _settings(rule, count, {**given, "mix": mix})
     if weights is not None:
-        _check_weights(clients, rule, weights)
+        _check_weights(clients, weights)
     width = min(total, vocab)
     if k is not None and not 1 <= k <= vocab:
         raise ValueError(f"k must be in [1, {vocab}], the vocabulary, got {k}")
@@ -98,10 +141,9 @@ def aggregate_topk(
         [client.log_probs.detach() for client in clients],
         [client.missing_log_prob().detach() for client in clients],
         vocab,
-        rule,
         weights,
-        (count - 1) // 2 if trim is None else trim,
         width if k is None else min(k, width),
+        *settings,
         named(backend),
     )
     return TopK(ids, log_probs, log_tail, vocab)
@@ -120,11 +162,42 @@ def _check_clients(clients: Sequence[TopK]) -> None:
             )
 
 
-def _check_weights(clients: Sequence[TopK], rule: str, weights: Tensor) -> None:
-    if not RULES[rule]:
+def _check_names(rule: str, given: dict[str, Any]) -> None:
+    needs, has = RULES[rule]
+    for name, value in given.items():
+        if value is None and name in needs:
+            raise ValueError(f"rule {rule!r} needs {name}")
+        if value is not None and name not in needs + has:
+            others = ", ".join(other for other, its in RULES.items() if name in its.needs + its.has)
+            raise ValueError(f"rule {rule!r} has no {name}; those that have: {others}")
+
+
+def _settings(rule: str, count: int, given: dict[str, Any]) -> Settings:
+    """Of those that are not ``None``, within their ranges for ``count`` clients."""
+    settings = Settings(rule, **{name: value for name, value in given.items() if value is not None})
+    half = (count - 1) // 2
+    for name in ("trim", "mix"):
+        value = given[name]
+        if value is not None and not 0 <= value <= half:
+            raise ValueError(f"{name} must be in [0, {half}] for {count} clients, got {value}")
+    if not settings.byzantine >= 0 or (rule == "krum" and 2 * settings.byzantine + 3 > count):
         raise ValueError(
-            f"rule {rule!r} has no weights; those that have: {', '.join(r for r in RULES if RULES[r])}"
+            "byzantine must be >= 0, and krum needs 2 byzantine + 3 clients: "
+            f"got {settings.byzantine} of {count}"
         )
+    if not 1 <= settings.keep <= count - settings.byzantine:
+        most = "clients less the byzantine" if rule == "krum" else "number of clients"
+        raise ValueError(
+            f"keep must be in [1, {count - settings.byzantine}], the {most}, got {settings.keep}"
+        )
+    if not 0 <= settings.tolerance < math.inf:
+        raise ValueError(f"tolerance must be >= 0 and finite, got {settings.tolerance}")
+    if settings.max_iterations < 1:
+        raise ValueError(f"max_iterations must be at least 1, got {settings.max_iterations}")
+    return settings._replace(trim=half) if rule == "median" else settings  # it trims all it can
+
+
+def _check_weights(clients: Sequence[TopK], weights: Tensor) -> None:
     count, rows = len(clients), len(clients[0])
     if tuple(weights.shape) not in {(count,), (count, rows)}:
         raise ValueError(f"weights must have shape [{count}] or [{count}, {rows}], got {list(weights.shape)}")

@@ -6,28 +6,36 @@ import torch
 from torch import Tensor
 
 from feddistill_kernels._backend import load, operator
+from feddistill_kernels.aggregation._rules import Settings
 
 
 @operator(
     "feddistill::aggregate_topk",
-    "(Tensor[] ids, Tensor[] log_probs, Tensor[] missing, int vocab, str rule, Tensor? weights, "
-    "int trim, int k, str backend) -> (Tensor, Tensor, Tensor)",
+    "(Tensor[] ids, Tensor[] log_probs, Tensor[] missing, int vocab, Tensor? weights, int k, str rule, "
+    "int trim, int keep, int byzantine, float tolerance, int max_iterations, int? mix, str backend) "
+    "-> (Tensor, Tensor, Tensor)",
 )
 def aggregate(
     ids: Sequence[Tensor],
     log_probs: Sequence[Tensor],
     missing: Sequence[Tensor],
     vocab: int,
-    rule: str,
     weights: Tensor | None,
-    trim: int,
     k: int,
+    rule: str,
+    trim: int,
+    keep: int,
+    byzantine: int,
+    tolerance: float,
+    max_iterations: int,
+    mix: int | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Ids ``[N, k]``, log-probabilities ``[N, k]``, log of the tail's mass ``[N]``."""
-    module = load("aggregation", backend, log_probs[0])
-    result: tuple[Tensor, Tensor, Tensor] = module.aggregate(
-        ids, log_probs, missing, vocab, rule, weights, trim, k
+    widest = next((x for x in log_probs if x.dtype == torch.float64), log_probs[0])
+    settings = Settings(rule, trim, keep, byzantine, tolerance, max_iterations, mix)
+    result: tuple[Tensor, Tensor, Tensor] = load("aggregation", backend, widest).aggregate(
+        ids, log_probs, missing, vocab, weights, k, settings
     )
     return result
 
@@ -38,10 +46,15 @@ def _(
     log_probs: Sequence[Tensor],
     missing: Sequence[Tensor],
     vocab: int,
-    rule: str,
     weights: Tensor | None,
-    trim: int,
     k: int,
+    rule: str,
+    trim: int,
+    keep: int,
+    byzantine: int,
+    tolerance: float,
+    max_iterations: int,
+    mix: int | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     n = ids[0].shape[0]

@@ -1,5 +1,6 @@
 """``feddistill::linear_distillation``: schema, shapes for the compiler, gradient.  No arithmetic here."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -63,12 +64,13 @@ def linear_gradients(
     workspace_bytes: int,
     backend: str,
     wanted: list[bool],
-) -> list[Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The sum of ``linear_rows``, and its gradients to hidden, weight and bias; empty where not wanted."""
     tensors = (hidden, weight, bias, teacher, ids, log_tail, teacher_hidden, teacher_weight, teacher_bias)
     numbers = (vocab, kind, beta, temperature, kd, ce, workspace_bytes, backend)
     loss, *gradients = _run((*tensors, labels, scale), numbers, wanted)
-    return [loss.sum(), *(hidden.new_empty(0) if g is None else g for g in gradients)]
+    d_hidden, d_weight, d_bias = (hidden.new_empty(0) if g is None else g for g in gradients)
+    return loss.sum(), d_hidden, d_weight, d_bias
 
 
 def _run(tensors: tuple[Any, ...], numbers: tuple[Any, ...], wanted: list[bool]) -> list[Any]:
@@ -88,73 +90,64 @@ def _(hidden: Tensor, *rest: Any) -> Tensor:
 
 
 @linear_gradients.register_fake
-def _(hidden: Tensor, *rest: Any) -> list[Tensor]:
-    inputs, wanted = (hidden, *rest[:2]), rest[-1]
-    gradients = (
-        torch.empty_like(x, memory_format=torch.contiguous_format) if want and x is not None else None
-        for x, want in zip(inputs, wanted, strict=True)
+def _(hidden: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    d_hidden, d_weight, d_bias = (
+        torch.empty_like(x, memory_format=torch.contiguous_format)
+        if want and x is not None
+        else hidden.new_empty(0)
+        for x, want in zip((hidden, *rest[:2]), rest[-1], strict=True)
     )
-    loss = rest[_TENSORS - 2].new_empty(())
-    return [loss, *(hidden.new_empty(0) if g is None else g for g in gradients)]
+    return rest[_TENSORS - 2].new_empty(()), d_hidden, d_weight, d_bias
+
+
+def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs[:_TENSORS])
+    ctx.numbers = inputs[_TENSORS:]
+
+
+def _gradient_later(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    *tensors, scale = ctx.saved_tensors
+    wanted = list(ctx.needs_input_grad[:3])
+    _, *gradients = linear_gradients(*tensors, scale * upstream, *ctx.numbers, wanted)
+    return *_only(gradients, wanted), *_NOTHING
+
+
+def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *_, ctx.backend, ctx.wanted = inputs
+    ctx.save_for_backward(*output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _gradients_made(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    return *_scaled(ctx, upstream), *_NOTHING, None
+
+
+def _scaled(ctx: Any, upstream: Tensor) -> list[Tensor | None]:
+    gradients = (
+        times(g.view(-1, g.shape[-1]), upstream, ctx.backend).view_as(g) if want else g
+        for g, want in zip(ctx.saved_tensors, ctx.wanted, strict=True)
+    )
+    return _only(gradients, ctx.wanted)
+
+
+def _only(gradients: Iterable[Tensor], wanted: list[bool]) -> list[Tensor | None]:
+    return [g if want else None for g, want in zip(gradients, wanted, strict=True)]
+
+
+_NOTHING = (None,) * (_TENSORS - 3 + _NUMBERS)
+
+linear_rows.register_autograd(_gradient_later, setup_context=_keep_inputs)
+linear_gradients.register_autograd(_gradients_made, setup_context=_keep_gradients)
 
 
 def each(*arguments: Any) -> Tensor:
-    """``linear_rows`` with a gradient, made again in backward."""
-    loss: Tensor = _Each.apply(*arguments)  # type: ignore[no-untyped-call]  # torch types no apply
+    """``linear_rows``: its gradients are made in backward, from logits that are made again."""
+    loss: Tensor = linear_rows(*arguments)
     return loss
 
 
 def total(*arguments: Any) -> Tensor:
-    """Its sum, with gradients made in the same pass."""
-    loss: Tensor = _Total.apply(*arguments)  # type: ignore[no-untyped-call]
+    """The sum of ``linear_rows``, with gradients made in the same pass."""
+    wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in arguments[:3]]
+    loss: Tensor = linear_gradients(*arguments, wanted)[0]
     return loss
-
-
-def _wanted(tensors: tuple[Any, ...]) -> list[bool]:
-    return [x is not None and x.requires_grad for x in tensors[:3]]
-
-
-def _gradients(tensors: tuple[Any, ...], numbers: tuple[Any, ...], wanted: list[bool]) -> list[Tensor]:
-    results: list[Tensor] = linear_gradients(*tensors, *numbers, wanted)
-    return results
-
-
-class _Each(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
-        tensors, ctx.numbers = arguments[:_TENSORS], arguments[_TENSORS:]
-        ctx.wanted = ctx.needs_input_grad[:3]
-        ctx.save_for_backward(*tensors)
-        loss: Tensor = linear_rows(*arguments)
-        return loss
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        *tensors, scale = ctx.saved_tensors
-        wanted = list(ctx.wanted)
-        _, *gradients = _gradients((*tensors, scale * upstream), ctx.numbers, wanted)
-        return *(g if want else None for g, want in zip(gradients, wanted, strict=True)), *_NOTHING
-
-
-class _Total(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
-        tensors, numbers = arguments[:_TENSORS], arguments[_TENSORS:]
-        ctx.wanted = list(ctx.needs_input_grad[:3])
-        loss, *gradients = _gradients(tensors, numbers, ctx.wanted)
-        ctx.save_for_backward(*gradients)
-        ctx.backend = numbers[-1]
-        return loss
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = (
-            times(g.view(-1, g.shape[-1]), upstream, ctx.backend).view_as(g) if want else None
-            for g, want in zip(ctx.saved_tensors, ctx.wanted, strict=True)
-        )
-        return *scaled, *_NOTHING
-
-
-_NOTHING = (None,) * (_TENSORS - 3 + _NUMBERS)

@@ -5,9 +5,10 @@ from torch import Tensor
 from feddistill_kernels._backend import named
 from feddistill_kernels._check import bind, floating, positive_temperature
 from feddistill_kernels.topk._op import compress
+from feddistill_kernels.topk._sample import topk_sample
 from feddistill_kernels.topk._value import TopK
 
-__all__ = ["TopK", "topk_compress"]
+__all__ = ["TopK", "topk_compress", "topk_sample"]
 
 
 def topk_compress(

@@ -1,6 +1,7 @@
 """Top-k of a softmax as it reads on paper."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -45,3 +46,21 @@ def largest(x: Tensor, k: int) -> Tensor:
     first_better = torch.arange(width, 0, -1, dtype=torch.int32, device=x.device)  # [V], all > 0
     rank = torch.where(x > least, first_better + width, torch.where(x == least, first_better, 0))
     return rank.topk(k, dim=-1).indices.sort(-1).values
+
+
+def union(ids: Sequence[Tensor], width: int) -> Tensor:
+    """Ascending ids ``[n, W]``: all of ``ids``, tensors ``[n, any]``, and the lowest of the others.
+
+    At most W ids are distinct, so enough of 0..W-1 are others.
+    """
+    n, device = ids[0].shape[0], ids[0].device
+    kept = torch.cat([i.long() for i in ids], dim=-1)
+    fill = torch.arange(width, device=device).expand(n, width)
+    candidates, order = torch.cat([kept, fill], dim=-1).sort(dim=-1, stable=True)
+    is_first = torch.ones_like(candidates, dtype=torch.bool)
+    is_first[:, 1:] = candidates[:, 1:] != candidates[:, :-1]
+    is_fill = order >= kept.shape[1]
+    # A stable sort puts a kept id before the same id as a filler, and keeps ids ascending below.
+    urgency = torch.where(is_first, is_fill.to(torch.uint8), 2)
+    chosen = urgency.sort(dim=-1, stable=True).indices[:, :width]
+    return candidates.gather(-1, chosen).sort(-1).values

@@ -88,23 +88,89 @@ def mean_around_median(stacked: Tensor, keep: int) -> Tensor:
     return torch.tensor(means, dtype=torch.float64).reshape(stacked.shape[1:])
 
 
-def aggregate(stacked: Tensor, rule: str, weights: Tensor | None, trim: int) -> Tensor:
+def aggregate(
+    stacked: Tensor,
+    rule: str,
+    *,
+    weights: Tensor | None = None,
+    trim: int = 0,
+    keep: int = 1,
+    byzantine: int = 0,
+    mix: int | None = None,
+) -> Tensor:
     """The rule on dense log-probabilities ``[C, N, V]``, renormalised."""
-    count = len(stacked)
+    x, count = stacked.double(), len(stacked)
+    if mix is not None:
+        x = nearest_neighbour_mixing(x, mix).log_softmax(-1)
     weights = torch.ones(count) if weights is None else weights
     shares = (weights.double() / weights.double().sum(0)).reshape(count, -1, 1)
     match rule:
         case "mean_probs":
-            combined = (shares * stacked.double().exp()).sum(0).log()
+            combined = (shares * x.exp()).sum(0).log()
         case "mean_logits":
-            combined = (shares * stacked.double()).sum(0)
+            combined = (shares * x).sum(0)
         case "median":
-            combined = trimmed_mean(stacked, (count - 1) // 2)
+            combined = trimmed_mean(x, (count - 1) // 2)
         case "trimmed_mean":
-            combined = trimmed_mean(stacked, trim)
+            combined = trimmed_mean(x, trim)
+        case "mean_around_median":
+            combined = mean_around_median(x, keep)
+        case "geometric_median":
+            combined = torch.empty_like(x[0])
+            for n in range(x.shape[1]):
+                combined[n] = 2 * geometric_median(x[:, n].exp().sqrt()).log()
+        case "krum":
+            combined = x[krum(x, byzantine)[:keep]].mean(0)
         case _:
             raise NotImplementedError(f"write the textbook formula of {rule!r} here")
     return combined.log_softmax(-1)
+
+
+def geometric_median(
+    points: Tensor, smoothing: float = 1e-4, steps: int = 64, tolerance: float = 1e-6
+) -> Tensor:
+    """Weiszfeld's steps on ``[C, V]``."""
+    weights = torch.full((len(points),), 1 / len(points), dtype=torch.float64)
+    for _ in range(steps):
+        before, middle = weights, weights @ points
+        pull = 1 / (points - middle).norm(dim=-1).clamp_min(smoothing)
+        weights = pull / pull.sum()
+        if (weights - before).abs().max() <= tolerance:
+            break
+    return weights @ points
+
+
+def distances(stacked: Tensor) -> Tensor:
+    """Squared ones ``[C, C]`` between rows centred over V; ``inf`` where another id is ruled out."""
+    apart = torch.zeros(len(stacked), len(stacked), dtype=torch.float64)
+    for i, x in enumerate(stacked.double()):
+        for j, y in enumerate(stacked.double()):
+            for one, other in zip(x, y, strict=True):
+                allowed = one > -math.inf
+                if torch.equal(allowed, other > -math.inf):
+                    gap = (one - other)[allowed]
+                    apart[i, j] += (gap - gap.mean()).square().sum()
+                else:
+                    apart[i, j] = math.inf
+    return apart
+
+
+def krum(stacked: Tensor, byzantine: int) -> list[int]:
+    """Clients, the best first."""
+    scores = []
+    for client, row in enumerate(distances(stacked).tolist()):
+        others = sorted(d for other, d in enumerate(row) if other != client)
+        scores.append((sum(others[: len(stacked) - byzantine - 2]), client))
+    return [client for _, client in sorted(scores)]
+
+
+def nearest_neighbour_mixing(stacked: Tensor, byzantine: int) -> Tensor:
+    """Each client the mean of its nearest, itself one of them."""
+    mixed = []
+    for row in distances(stacked).tolist():
+        nearest = sorted(range(len(row)), key=lambda other: (row[other], other))
+        mixed.append(stacked[nearest[: len(row) - byzantine]].double().mean(0))
+    return torch.stack(mixed)
 
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:

@@ -45,7 +45,9 @@ def test_opcheck_of_the_others(backend):
     torch.library.opcheck(OPS.distillation_scaled.default, (xs[0], torch.tensor(0.5), backend))
     torch.library.opcheck(OPS.distillation_rescale_.default, (xs[1], torch.tensor(0.5), backend))
     parts = ([k.ids for k in kept], [k.log_probs for k in kept], [k.missing_log_prob() for k in kept])
-    torch.library.opcheck(OPS.aggregate_topk.default, (*parts, 5, "median", None, 1, 5, backend))
+    for rule, mix in (("median", None), ("geometric_median", None), ("krum", 1)):
+        settings = (rule, 1, 1, 0, 1e-6, 8, mix)
+        torch.library.opcheck(OPS.aggregate_topk.default, (*parts, 5, None, 5, *settings, backend))
 
 
 @pytest.fixture
@@ -85,7 +87,12 @@ def test_a_compiled_divergence_takes_other_sizes_and_temperatures(compiled):
 def test_compression_and_aggregation_compile(compiled):
     def federation(xs):
         clients = [topk_compress(x, 3) for x in xs]
-        return coordinate_median(xs), mean_around_median(xs, 2), aggregate_topk(clients, "median").expand()
+        return (
+            coordinate_median(xs),
+            mean_around_median(xs, 2),
+            aggregate_topk(clients, "median").expand(),
+            aggregate_topk(clients, "krum", byzantine=0, mix=1).expand(),
+        )
 
     xs = [torch.randn(4, 9) for _ in range(3)]
     for got, expected in zip(compiled(federation)(xs), federation(xs), strict=True):

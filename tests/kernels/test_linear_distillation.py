@@ -1,0 +1,283 @@
+"""``linear_distillation_loss`` is ``distillation_loss`` of the logits, which are never all there."""
+
+import pytest
+import torch
+from kernels import oracles
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from feddistill_kernels import (
+    LinearDistillationLoss,
+    TeacherHead,
+    distillation_loss,
+    kinds,
+    linear_distillation_loss,
+    topk_compress,
+)
+from feddistill_kernels.linear_distillation import _op
+
+OPERATOR = "linear_distillation"
+N, H, V, PADDED = 11, 7, 53, 56
+LABELS = torch.tensor([0, 52, -100, 7, 7, 30, -100, 1, 2, 3, 4])
+
+
+def head(dtype=torch.float32, vocab=PADDED):
+    """Hidden states, weight and bias of a student."""
+    parts = torch.randn(N, H), torch.randn(vocab, H), torch.randn(vocab)
+    return [x.to(dtype).requires_grad_() for x in parts]
+
+
+def teachers(dtype=torch.float32):
+    logits = (3 * torch.randn(N, V)).to(dtype)
+    projected = TeacherHead(
+        torch.randn(N, 3).to(dtype), torch.randn(V, 3).to(dtype), torch.randn(V).to(dtype)
+    )
+    return {"dense": logits, "topk": topk_compress(logits, 9, temperature=2.0), "head": projected}
+
+
+def oracle(hidden, weight, bias, teacher, reduction, kind, row_weight):
+    """Float64, from logits that are all there."""
+    leaves = [x.detach().double().requires_grad_() for x in (hidden, weight, bias)]
+    logits = (leaves[0] @ leaves[1].T + leaves[2])[:, :V]
+    if isinstance(teacher, TeacherHead):
+        teacher = teacher.hidden.double() @ teacher.weight.double().T + teacher.bias.double()
+    if isinstance(teacher, torch.Tensor):
+        each = oracles.divergence(logits, teacher, kind, 0.3, 2.0)
+    else:
+        parts = (teacher.ids, teacher.log_probs, teacher.log_tail, V)
+        each = oracles.truncated(logits, *parts, kind, 0.3, 2.0)
+    loss = oracles.distillation(logits, each, LABELS, row_weight, 0.6, 2.0, reduction)
+    return loss, leaves
+
+
+@pytest.mark.parametrize("workspace_bytes", [1, 3 * 56 * 8, None], ids=["row", "rows", "whole"])
+@pytest.mark.parametrize("teacher", ["dense", "topk", "head"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("kind", kinds())
+def test_loss_and_every_gradient_agree_with_the_oracle(
+    kind, reduction, teacher, workspace_bytes, backend, nan_filled_memory
+):
+    student, given = head(), teachers()[teacher]
+    row_weight = torch.rand(N)
+    row_weight[4] = 0
+    weight = torch.where(LABELS == -100, 0.0, row_weight).double()
+    loss = linear_distillation_loss(
+        *student[:2],
+        given,
+        LABELS,
+        bias=student[2],
+        kind=kind,
+        beta=0.3,
+        temperature=2.0,
+        kd_weight=0.6,
+        row_weight=row_weight,
+        reduction=reduction,
+        workspace_bytes=workspace_bytes,
+        backend=backend,
+    )
+    truth, leaves = oracle(*student, given, reduction, kind, weight)
+    torch.testing.assert_close(loss.double(), truth, rtol=1e-5, atol=1e-5)
+    upstream = torch.rand_like(loss) + 0.5
+    got = torch.autograd.grad(loss, student, upstream)
+    expected = torch.autograd.grad(truth, leaves, upstream.double())
+    for mine, true in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine.double(), true, rtol=1e-4, atol=2e-5 * float(true.abs().max()))
+    assert (got[1][V:] == 0).all()
+    assert (got[2][V:] == 0).all()
+
+
+@pytest.mark.parametrize("teacher", ["dense", "topk", "head"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_as_good_as_the_layer_that_it_replaces(dtype, teacher, backend):
+    student, given = head(dtype), teachers(dtype)[teacher]
+    truth, leaves = oracle(*student, given, "mean", "jsd", (LABELS != -100).double())
+    expected = torch.autograd.grad(truth, leaves)
+
+    def errors(loss):
+        gradients = torch.autograd.grad(loss, student)
+        pairs = [(loss.detach(), truth.detach()), *zip(gradients, expected, strict=True)]
+        return [float((mine.double() - true).abs().max()) for mine, true in pairs]
+
+    options = {"kind": "jsd", "beta": 0.3, "temperature": 2.0, "kd_weight": 0.6, "backend": backend}
+    whole = given
+    if isinstance(given, TeacherHead):
+        whole = given.hidden @ given.weight.T + given.bias
+    plain = errors(distillation_loss(student[0] @ student[1].T + student[2], whole, LABELS, **options))
+    for workspace_bytes in (300, None):
+        given_workspace = {"workspace_bytes": workspace_bytes, "bias": student[2]}
+        chunked = errors(linear_distillation_loss(*student[:2], given, LABELS, **options, **given_workspace))
+        eps = torch.finfo(dtype).eps
+        sizes = [1.0, *(float(g.abs().max()) for g in expected)]
+        for mine, theirs, size in zip(chunked, plain, sizes, strict=True):
+            assert mine <= 2 * theirs + 2 * eps * size
+
+
+def test_only_the_gradients_that_are_asked_for_are_made_and_kept(backend):
+    hidden, weight, bias = (x.detach() for x in head())
+    teacher = teachers()["dense"]
+    for leaf in (hidden, weight, bias):
+        leaf.requires_grad_()
+        loss = linear_distillation_loss(hidden, weight, teacher, bias=bias, backend=backend)
+        assert [x.numel() > 0 for x in loss.grad_fn.saved_tensors] == [
+            x is leaf for x in (hidden, weight, bias)
+        ]
+        (gradient,) = torch.autograd.grad(loss, leaf)
+        assert gradient.shape == leaf.shape
+        leaf.requires_grad_(False)
+    assert not linear_distillation_loss(hidden, weight, teacher, backend=backend).requires_grad
+
+
+class _Allocations(TorchDispatchMode):
+    """Shapes of all that is allocated."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if any(argument.alias_info is not None for argument in function._schema.arguments):
+            return result  # a view, or what was given
+        parts = result if isinstance(result, tuple | list) else [result]
+        self.shapes += [tuple(x.shape) for x in parts if isinstance(x, torch.Tensor)]
+        return result
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_no_logits_of_all_rows_are_ever_there(masked, backend):
+    rows, vocab, workspace_bytes = 64, 1009, 16 * 1009 * 4
+    head = TeacherHead(torch.randn(rows, 3), torch.randn(vocab, 3))
+    scale = torch.ones(rows)
+    if masked:
+        scale[::3] = 0
+    tensors = (torch.randn(rows, H), torch.randn(vocab, H), None, *[None] * 3, head.hidden, head.weight, None)
+    numbers = (vocab, "jsd", 0.5, 1.0, 1.0, 0.0, workspace_bytes, backend)
+    with _Allocations() as made:
+        _op._run((*tensors, None, scale), numbers, [True, True, False])
+    largest = max(shape[0] for shape in made.shapes if shape[1:] == (vocab,))
+    assert 1 <= largest <= 8  # of the student and of the teacher
+
+
+def test_masked_rows_are_not_looked_at(backend):
+    hidden, weight, bias = head()
+    teacher = teachers()["dense"]
+    with torch.no_grad():
+        hidden[2] = teacher[6] = torch.nan
+    loss = linear_distillation_loss(hidden, weight, teacher, LABELS, bias=bias, backend=backend)
+    gradients = torch.autograd.grad(loss, (hidden, weight, bias))
+    assert all(g.isfinite().all() for g in gradients)
+    assert (gradients[0][[2, 6]] == 0).all()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("rows", [0, 3])
+def test_no_row_left_costs_nothing(rows, reduction, backend, nan_filled_memory):
+    hidden, weight = torch.randn(rows, H, requires_grad=True), torch.randn(V, H, requires_grad=True)
+    labels = torch.full((rows,), -100)
+    loss = linear_distillation_loss(
+        hidden, weight, torch.randn(rows, V), labels, reduction=reduction, backend=backend
+    )
+    assert (loss == 0).all()
+    for gradient in torch.autograd.grad(loss.sum(), (hidden, weight)):
+        assert (gradient == 0).all()
+
+
+def test_a_bad_row_is_named(backend):
+    hidden, weight, bias = head()
+    labels = torch.zeros(N, dtype=torch.int64)
+    labels[5] = V
+    with pytest.raises(ValueError, match=f"labels row . is {V}"):
+        linear_distillation_loss(
+            hidden, weight, teachers()["dense"], labels, bias=bias, kd_weight=0.5, backend=backend
+        )
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("teacher", ["dense", "topk", "head"])
+def test_the_compiled_loss_is_the_loss(teacher, reduction):
+    torch._dynamo.reset()
+    student, given = head(), teachers()[teacher]
+
+    def loss(hidden, weight, bias):
+        return linear_distillation_loss(
+            hidden, weight, given, LABELS, bias=bias, kd_weight=0.5, reduction=reduction
+        )
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    results = [f(*student) for f in (loss, compiled)]
+    upstream = torch.rand_like(results[0])
+    torch.testing.assert_close(*results)
+    for pair in zip(*(torch.autograd.grad(r, student, upstream) for r in results), strict=True):
+        torch.testing.assert_close(*pair)
+
+
+@pytest.mark.parametrize("teacher", ["dense", "topk", "head"])
+def test_opcheck(teacher):
+    given = teachers()[teacher]
+    parts = {
+        "dense": (given, None, None, None, None, None),
+        "topk": (
+            getattr(given, "log_probs", None),
+            getattr(given, "ids", None),
+            getattr(given, "log_tail", None),
+        )
+        + (None,) * 3,
+        "head": (None, None, None, *(getattr(given, name, None) for name in ("hidden", "weight", "bias"))),
+    }[teacher]
+    tensors = *(x.detach() for x in head()), *parts, LABELS.clamp_min(0), torch.rand(N)
+    numbers = (V, "jsd", 0.3, 2.0, 1.0, 0.5, 1000, "reference")
+    torch.library.opcheck(torch.ops.feddistill.linear_distillation.default, (*tensors, *numbers))
+    for wanted in ([True, True, True], [False, True, False]):
+        operator = torch.ops.feddistill.linear_distillation_gradients.default
+        torch.library.opcheck(operator, (*tensors, *numbers, wanted))
+
+
+def test_the_module_is_the_function(backend):
+    hidden, weight, bias = head()
+    settings = {"kind": "tvd", "temperature": 2.0, "kd_weight": 0.4, "workspace_bytes": 1000}
+    module = LinearDistillationLoss(**settings, backend=backend)
+    teacher = teachers()["dense"]
+    assert module(hidden, weight, teacher, LABELS, bias=bias) == linear_distillation_loss(
+        hidden, weight, teacher, LABELS, bias=bias, **settings, backend=backend
+    )
+    assert "workspace_bytes=1000" in repr(module)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight": torch.zeros(V, 6)}, "weight has 6 columns, hidden has 7"),
+        ({"weight": torch.zeros(V, H).bfloat16()}, "weight is torch.bfloat16, hidden is torch.float32"),
+        ({"bias": torch.zeros(5)}, "bias has 5 entries, weight has 53 rows"),
+        ({"hidden": torch.zeros(H)}, r"hidden must have shape \[N, H\], got \[7\]"),
+        ({"teacher": torch.zeros(N, V + 1)}, "teacher's vocabulary is 54, student has 53 columns"),
+        ({"teacher": torch.zeros(3, V)}, "teacher has 3 rows, student has 11"),
+        ({"workspace_bytes": 0}, "workspace_bytes must be at least 1, got 0"),
+        ({"kind": "kl"}, "unknown kind 'kl'"),
+        ({"kd_weight": 0.5}, "labels is None"),
+        ({"backend": "cuda"}, "unknown backend 'cuda'"),
+    ],
+)
+def test_a_wrong_argument_is_named(change, message):
+    arguments = {
+        "hidden": torch.zeros(N, H),
+        "weight": torch.zeros(V, H),
+        "teacher": torch.zeros(N, V),
+        **change,
+    }
+    with pytest.raises(ValueError, match=message):
+        linear_distillation_loss(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        (
+            (torch.zeros(3, 4), torch.zeros(5, 6)),
+            "TeacherHead's weight has 6 columns, TeacherHead's hidden has 4",
+        ),
+        ((torch.zeros(3, 4), torch.zeros(5, 4).double()), "TeacherHead's weight is torch.float64"),
+    ],
+)
+def test_a_teacher_that_does_not_fit_together_is_refused(parts, message):
+    with pytest.raises(ValueError, match=message):
+        TeacherHead(*parts)
