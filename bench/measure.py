@@ -18,8 +18,7 @@ def measure(case: Case, setup: Setup, tick: Clock, copy: tuple[Contender, int], 
         DisagreementError: A contender does not compute what ours does.
     """
     contenders = case.contenders(setup)
-    check(case.name, case.dtype, contenders)
-    peaks = {contender.name: peak_extra_bytes(contender, setup.device) for contender in contenders}
+    peaks = check(case.name, case.dtype, setup.device, contenders)
     copying, copied = copy
     timings = in_turns([*contenders, copying], tick, box)
     speed = copied / timings.pop("copy").median
@@ -50,16 +49,22 @@ def measure(case: Case, setup: Setup, tick: Clock, copy: tuple[Contender, int], 
     }
 
 
-def check(name: str, dtype: str, contenders: list[Contender]) -> None:
-    """Require every contender's value to be ours, or the one that it says."""
+def check(name: str, dtype: str, device: str, contenders: list[Contender]) -> dict[str, int | None]:
+    """Require every contender's value to be ours, or the one that it says; the extra bytes of each."""
     ours, *others = contenders
-    wanted = [x.clone() for x in ours.value(ours.run(*ours.prepare()))]
+    for contender in contenders:
+        contender.run(*contender.prepare())  # what a first call makes, or compiles, stays out of the bytes
+    result, extra = peak_extra_bytes(ours, device)
+    wanted, peaks = [x.clone() for x in ours.value(result)], {ours.name: extra}
+    del result
     for other in others:
-        expected = other.expected() if other.expected else wanted
-        given = other.value(other.run(*other.prepare()))
+        result, peaks[other.name] = peak_extra_bytes(other, device)
         tolerance = TOLERANCE[dtype] if other.tolerance is None else other.tolerance
         with torch.no_grad():
-            check_agreement(f"{name}: {other.name}", given, expected, tolerance)
+            expected = other.expected() if other.expected else wanted
+            check_agreement(f"{name}: {other.name}", other.value(result), expected, tolerance)
+        del result
+    return peaks
 
 
 def _ms(seconds: float) -> float:

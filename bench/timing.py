@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 SLICE = 0.02  # seconds of one contender before the next has its turn
-ROUNDS = (3, 50)  # at least, however slow they are; at most, however quick
+ROUNDS = (3, 50)  # at least, unless `PATIENCE` times the box is spent; at most, however quick they are
+PATIENCE = 5
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,8 @@ def in_turns(contenders: Sequence[Contender], tick: Clock, box: float) -> dict[s
     start = time.perf_counter()
     with _no_garbage_collection():
         for turn in range(ROUNDS[1]):
-            if turn >= ROUNDS[0] and time.perf_counter() - start > box:
+            spent = time.perf_counter() - start
+            if turn and spent > (box if turn >= ROUNDS[0] else PATIENCE * box):
                 break
             for contender in contenders:
                 until = time.perf_counter() + SLICE
@@ -106,7 +108,8 @@ def in_turns(contenders: Sequence[Contender], tick: Clock, box: float) -> dict[s
 
 
 def _timing(seconds: list[float]) -> Timing:
-    low, _, high = statistics.quantiles(seconds, n=4, method="inclusive")
+    twice = seconds * 2 if len(seconds) == 1 else seconds  # of one value there are no quartiles
+    low, _, high = statistics.quantiles(twice, n=4, method="inclusive")
     return Timing(statistics.median(seconds), (low, high), min(seconds), len(seconds))
 
 
@@ -127,8 +130,8 @@ def copying(device: str, megabytes: int) -> tuple[Contender, int]:
     return Contender("copy", target.copy_, lambda: (source,)), 2 * source.nbytes
 
 
-def peak_extra_bytes(contender: Contender, device: str) -> int | None:
-    """The most memory that one call holds beyond what was there before, its result included.
+def peak_extra_bytes(contender: Contender, device: str) -> tuple[Any, int | None]:
+    """One call's result, and the most memory that it holds beyond what was there before, result included.
 
     ``None`` where the system does not tell.  On the CPU it is resident memory, by pages.
     """
@@ -136,28 +139,26 @@ def peak_extra_bytes(contender: Contender, device: str) -> int | None:
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        allocated = torch.cuda.memory_allocated()
         result = contender.run(*arguments)
         torch.cuda.synchronize()
-        del result
-        return torch.cuda.max_memory_allocated() - before
+        return result, torch.cuda.max_memory_allocated() - allocated
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         trim(0)  # else the call is served from memory that an earlier one gave back, and nothing grows
+    before = _resident_bytes("VmRSS", reset_peak=True)
+    result = contender.run(*arguments)
+    peak = _resident_bytes("VmHWM")
+    return result, None if before is None or peak is None else max(0, peak - before)
+
+
+def _resident_bytes(key: str, reset_peak: bool = False) -> int | None:
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, see proc(5)
-        before = _status_bytes("VmRSS")
-        result = contender.run(*arguments)
-        del result
-        return max(0, _status_bytes("VmHWM") - before)
+        if reset_peak:
+            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM: proc(5)
+        lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
         return None
-
-
-def _status_bytes(key: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{key}:"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {key}")
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), None)
 
 
 class DisagreementError(Exception):
