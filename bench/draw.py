@@ -38,7 +38,8 @@ def times(results: dict[str, Any]) -> Any:
 
     cases = [case for case in results["cases"] if case["headline"]] or results["cases"]
     names = list(dict.fromkeys(name for case in cases for name in rivals(case)))
-    figure = Figure(figsize=(WIDTH, 1.1 + 0.19 * sum(len(rivals(case)) + 0.9 for case in cases)))
+    height = 0.9 + 0.18 * sum(len(rivals(case)) + 0.9 for case in cases)
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
     axes = figure.subplots()
     ticks, labels, y, least, most = [], [], 0.0, 0.9, 1.1
     for case in cases:
@@ -83,7 +84,7 @@ def bandwidths(results: dict[str, Any]) -> Any:
     from matplotlib.figure import Figure
 
     cases = [case for case in results["cases"] if case["floor"] == "copy"]
-    figure = Figure(figsize=(WIDTH, 4.6))
+    figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
     axes = figure.subplots()
     ops = list(dict.fromkeys(case["op"] for case in cases))
     for index, op in enumerate(ops):

@@ -22,7 +22,7 @@ def run(cases: Iterable[Case], setup: Setup, *, quick: bool, echo: Callable[[str
     Raises:
         DisagreementError: A contender does not compute what ours does.
     """
-    start = time.perf_counter()
+    start, on = time.perf_counter(), machine.describe(setup.device)  # files may change while it runs
     # Four times what the largest last-level caches hold; some memory systems are slower before they are warm.
     tick, copy = clock(setup.device), copying(setup.device, megabytes=128 if quick else 512)
     echo(tables.HEAD)
@@ -38,7 +38,7 @@ def run(cases: Iterable[Case], setup: Setup, *, quick: bool, echo: Callable[[str
         "schema": SCHEMA,
         "device": setup.device,
         "quick": quick,
-        **machine.describe(setup.device),
+        **on,
         "seconds": round(time.perf_counter() - start, 1),
         "copy_gb_per_s": round(statistics.median(case["copy_gb_per_s"] for case in measured), 3),
         "skipped": setup.skipped,

@@ -94,7 +94,7 @@ def distances(op: str, dtype: str, rows: int, width: int, setup: Setup) -> list[
 
 
 def _flat(result: Any) -> list[Tensor]:
-    return [torch.stack(list(result)).flatten()]
+    return [(result if isinstance(result, Tensor) else torch.stack(result)).flatten()]
 
 
 def _byzfl(setup: Setup, rule: str, xs: list[Tensor], setting: int | None = None) -> list[Contender]:
