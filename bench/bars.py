@@ -27,7 +27,7 @@ def bars(results: dict[str, Any]) -> Iterator[Bar]:
             faster = ("eager", "eager float32", "compile")
             yield from _bars(cases, f"distillation_loss forward_kl {dtype} {shape}", faster, 5, 2.5)
             yield from _bars(cases, f"topk_compress {dtype} {shape} K=64", faster, 6, 3)
-            written = ("eager", "eager float32")
+            written = ("eager" if dtype == "float32" else "eager float32",)
             yield from _bars(
                 cases, f"distillation_loss forward_kl of TopK {dtype} {shape} K=64", written, 8, None
             )

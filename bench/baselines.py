@@ -93,9 +93,9 @@ def linear_loss(
 
 
 def topk_compress(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids, log-probabilities and log-tail."""
+    """Ids, log-probabilities and log-tail; with a sum in bfloat16 kept entries can add to more than 1."""
     values, ids = logits.topk(k)
-    log_probs = values.float() - logits.logsumexp(-1, keepdim=True).float()
+    log_probs = values.float() - logits.float().logsumexp(-1, keepdim=True)
     return ids, log_probs, torch.log1p(-log_probs.exp().sum(-1))
 
 

@@ -137,12 +137,13 @@ def written_by_hand(
     wrap: Callable[..., Any],
     value: Callable[[Any], Sequence[Tensor]],
     compiler: bool = False,
+    narrow: bool = True,
 ) -> Iterator[Contender]:
-    """A baseline as it is, with float32 inside where the inputs are narrower, and compiled."""
-    if "eager" in setup.compare:
+    """A baseline in the inputs' dtype if ``narrow``, in float32 where that is another, and compiled."""
+    if "eager" in setup.compare and (narrow or dtype == FULL):
         yield Contender("eager", wrap(function), always(*tensors), value, tolerance=_ROUGH.get(dtype))
-        if dtype != FULL:
-            yield Contender("eager float32", wrap(in_float32(function)), always(*tensors), value)
+    if "eager" in setup.compare and dtype != FULL:
+        yield Contender("eager float32", wrap(in_float32(function)), always(*tensors), value)
     if compiler and "compile" in setup.compare:
         # float32 inside, as our contract says; compiled, it stays in registers.
         fused = baselines.compiled(function if dtype == FULL else in_float32(function))

@@ -93,7 +93,8 @@ def topk_loss(dtype: str, rows: int, vocab: int, k: int, compiler: bool, setup: 
     ours = with_gradient(partial(fk.distillation_loss, teacher=teacher, temperature=TEMPERATURE))
     found = [Contender("ours", ours, always(student), list)]
     eager = partial(baselines.topk_loss, teacher=teacher, temperature=TEMPERATURE)
-    found += written_by_hand(setup, dtype, eager, (student,), with_gradient, list, compiler)
+    # In bfloat16 throughout, the loss at V = 128256 is off by a third: that is not the same loss.
+    found += written_by_hand(setup, dtype, eager, (student,), with_gradient, list, compiler, narrow=False)
     if "eager" in setup.compare:
         quick = partial(baselines.topk_loss_shortcut, teacher=teacher, temperature=TEMPERATURE)
         shortcut = with_gradient(in_float32(quick))
