@@ -80,7 +80,8 @@ def loss(variant: str, dtype: str, rows: int, vocab: int, compiler: bool, setup:
 
     fresh = (lambda: (student.clone(),)) if inplace else always(student)
     found = [Contender("ours", with_gradient(ours), fresh, list)]
-    found += written_by_hand(setup, dtype, eager, (student, teacher), with_gradient, list, compiler)
+    narrow = kind != "jsd"  # in bfloat16 throughout, off by a quarter at V = 128256: not the same loss
+    found += written_by_hand(setup, dtype, eager, (student, teacher), with_gradient, list, compiler, narrow)
     peer = None if labelled else setup.peer("liger", lambda: baselines.liger(kind, TEMPERATURE, setup.device))
     if peer:
         found.append(Contender("liger", with_gradient(peer), always(student, teacher), list))
@@ -93,7 +94,7 @@ def topk_loss(dtype: str, rows: int, vocab: int, k: int, compiler: bool, setup: 
     ours = with_gradient(partial(fk.distillation_loss, teacher=teacher, temperature=TEMPERATURE))
     found = [Contender("ours", ours, always(student), list)]
     eager = partial(baselines.topk_loss, teacher=teacher, temperature=TEMPERATURE)
-    # In bfloat16 throughout, the loss at V = 128256 is off by a third: that is not the same loss.
+    # In bfloat16 throughout, off by a third at V = 128256: not the same loss.
     found += written_by_hand(setup, dtype, eager, (student,), with_gradient, list, compiler, narrow=False)
     if "eager" in setup.compare:
         quick = partial(baselines.topk_loss_shortcut, teacher=teacher, temperature=TEMPERATURE)
