@@ -48,6 +48,7 @@ def results(ctx: click.Context, parameter: click.Parameter, path: Path | None) -
     help=f"Of {','.join(FAMILIES)}; default: those that can run.",
 )
 @click.option("--only", metavar="TEXT", default="", help="Cases whose name holds TEXT, say 'float32 N=1 '.")
+@click.option("--headline", is_flag=True, help="Only the cases that figures show.")
 @click.option(
     "--quick", is_flag=True, help="Two cases an operator, briefly, without the compiler: does it work?"
 )
@@ -69,6 +70,7 @@ def main(
     device: str,
     compare: frozenset[str] | None,
     only: str,
+    headline: bool,
     quick: bool,
     out: Path | None,
     draw: tuple[Path, Any] | None,
@@ -83,23 +85,23 @@ def main(
         if draw:
             from bench.draw import draw as write
 
-            path, found = draw
-            for figure in write(found, path):
+            for figure in write(draw[1], draw[0]):
                 click.echo(figure)
         sys.exit(report(check[1]) if check else 0)
     if device == "cuda" and not torch.cuda.is_available():
         raise click.BadParameter("no GPU that PyTorch can use", param_hint="--device")
     if compare is None:
         compare = frozenset(FAMILIES) - ({"compile"} if quick else set())
-    cases = chosen(ops or tuple(OPERATORS), device, only, quick)
+    found = chosen(ops or tuple(OPERATORS), device, only, quick)
+    cases = [case for case in found if case.headline or not headline]
     if not cases:
-        raise click.BadParameter(f"no case's name holds {only!r}", param_hint="--only")
+        raise click.UsageError("no such case")
     try:
-        found = run(cases, Setup(device, compare), quick=quick, echo=click.echo)
+        measured = run(cases, Setup(device, compare), quick=quick, echo=click.echo)
     except DisagreementError as error:
         raise click.ClickException(str(error)) from error
     if out:
-        out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        out.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
 
 
 def report(found: dict[str, Any]) -> int:
