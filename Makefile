@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 
-.PHONY: train test lint types results docs-results setup clean
+.PHONY: train test lint types results docs-results bench setup clean
 
 setup: $(VENV)/ready
 
@@ -35,6 +35,11 @@ results: setup
 
 docs-results: setup
 	$(BIN)/python docs/build_tables.py
+
+# The committed figures of the kernels; then `make docs-results`.  Some ten minutes, on an idle machine.
+bench: setup
+	$(BIN)/python -m bench --out bench/results/cpu.json
+	$(BIN)/python -m bench --draw bench/results/cpu.json --check bench/results/cpu.json
 
 clean:
 	rm -rf build dist $(VENV)

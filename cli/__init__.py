@@ -15,6 +15,7 @@ COMMANDS = {
     "inspect": "Show what a payload file says, and whether it is well-formed.",
     "config": "Show or check a configuration.",
     "kernels": "List the kernels and what runs them here.",
+    "bench": "Measure the kernels against PyTorch and others.",
 }
 """Command name to help line: one module of this package each."""
 

@@ -46,7 +46,15 @@ def quickstart() -> str:
     return "\n".join([*lines, "", note])
 
 
-TABLES = {"README.md": {"quickstart": quickstart}}
+def kernels() -> str:
+    """The README's table of kernels, from ``make bench``."""
+    sys.path.insert(0, str(ROOT))
+    from bench.tables import readme
+
+    return readme(json.loads((ROOT / "bench" / "results" / "cpu.json").read_text()))
+
+
+TABLES = {"README.md": {"quickstart": quickstart, "kernels": kernels}}
 
 
 def main(check: bool) -> int:
@@ -65,7 +73,7 @@ def main(check: bool) -> int:
             if not check:
                 path.write_text(new, encoding="utf-8")
     if stale:
-        print(f"{'differ from' if check else 'rewritten from'} docs/results: {', '.join(stale)}")
+        print(f"{'differ from' if check else 'rewritten from'} the committed results: {', '.join(stale)}")
     return int(check and bool(stale))
 
 

@@ -1,9 +1,13 @@
 """Small real parts: a tokenizer trained here, encoders of a few thousand weights, a run of seconds."""
 
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import yaml
+
+sys.path.append(str(Path(__file__).parents[1]))  # bench/ is not installed; what is installed goes first
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach a network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

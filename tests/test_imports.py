@@ -18,7 +18,15 @@ PACKAGES = {
         | {"pyarrow", "pydantic", "pydantic_core", "rich", "safetensors", "sklearn", "torch", "transformers"}
         | {"yaml"},
     ),
-    "feddistill.cli": ("cli", {"click", "feddistill", "feddistill_kernels", "numpy", "rich", "torch"}),
+    "feddistill.cli": (
+        "cli",
+        {"bench", "click", "feddistill", "feddistill_kernels", "numpy", "rich", "torch"},
+    ),
+    "bench": (
+        "bench",
+        {"click", "feddistill_kernels", "matplotlib", "torch"}
+        | {"byzfl", "cut_cross_entropy", "distillkit", "liger_kernel"},  # peers, where they are installed
+    ),
 }
 
 # module of feddistill: the modules of feddistill below it that it may import
@@ -100,6 +108,7 @@ def run(code: str) -> str:
         ("import feddistill.cli; feddistill.cli.main(['--help'], standalone_mode=False)", "torch"),
         ("import feddistill.config", "torch"),
         ("import feddistill", "torch"),
+        ("import feddistill.cli.bench", "torch"),
         ("import feddistill_kernels", "triton"),
         ("import feddistill_kernels", "transformers"),
     ],

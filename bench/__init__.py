@@ -1,0 +1,1 @@
+"""Microbenchmarks of feddistill_kernels against eager PyTorch, torch.compile and peers."""

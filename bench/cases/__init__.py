@@ -1,0 +1,38 @@
+"""What is measured, by operator."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import feddistill_kernels as fk
+from bench.cases.aggregation import aggregate_topk, coordinate_median, distance_rule, trimmed_mean
+from bench.cases.case import Case, Setup
+from bench.cases.compression import topk_compress
+from bench.cases.linear import linear_distillation_loss
+from bench.cases.losses import distillation_loss, softmax_divergence, topk_teacher
+
+__all__ = ["OPERATORS", "Case", "Setup", "chosen"]
+
+_WRITTEN: dict[str, tuple[Callable[[str], Iterator[Case]], ...]] = {
+    "distillation_loss": (distillation_loss, topk_teacher),
+    "softmax_divergence": (softmax_divergence,),
+    "topk_compress": (topk_compress,),
+    "coordinate_median": (coordinate_median,),
+    "trimmed_mean": (trimmed_mean,),
+    "geometric_median": (partial(distance_rule, "geometric_median"),),
+    "krum": (partial(distance_rule, "krum"),),
+    "nearest_neighbour_mixing": (partial(distance_rule, "nearest_neighbour_mixing"),),
+    "aggregate_topk": (aggregate_topk,),
+    "linear_distillation_loss": (linear_distillation_loss,),
+}
+OPERATORS = {op: makers for op, makers in _WRITTEN.items() if hasattr(fk, op)}
+
+
+def chosen(ops: Sequence[str], device: str, only: str = "", quick: bool = False) -> list[Case]:
+    """Cases whose names hold a text, on a device; with ``quick`` the first and smallest of each operator."""
+    found = []
+    for op in ops:
+        cases = [case for make in OPERATORS[op] for case in make(device) if only in case.name]
+        if quick and len(cases) > 1:
+            cases = [cases[0], min(cases[1:], key=lambda case: case.counted_bytes)]
+        found += cases
+    return found

@@ -1,0 +1,21 @@
+"""Whom ours is held against, in a result file."""
+
+from typing import Any
+
+PEERS = ("liger", "cut_cross_entropy", "byzfl", "distillkit")
+_OTHERS = {"ours", "products", "compile", *PEERS}
+
+
+def written_by_hand(case: dict[str, Any]) -> list[str]:
+    """Names of a case's contenders that are plain PyTorch."""
+    return [name for name in case["implementations"] if name not in _OTHERS]
+
+
+def rivals(case: dict[str, Any]) -> dict[str, float]:
+    """Median milliseconds of the others: plain PyTorch in its fastest form, the compiler, each peer."""
+    found = {name: entry["median_ms"] for name, entry in case["implementations"].items()}
+    plain = [found[name] for name in written_by_hand(case)]
+    rivals = {"PyTorch": min(plain)} if plain else {}
+    if "compile" in found:
+        rivals["torch.compile"] = found["compile"]
+    return rivals | {name: found[name] for name in PEERS if name in found}
