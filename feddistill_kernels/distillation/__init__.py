@@ -7,7 +7,13 @@ from feddistill_kernels._backend import named
 from feddistill_kernels._check import bind, floating, same_device
 from feddistill_kernels.distillation._kinds import KINDS
 from feddistill_kernels.distillation._op import FusedInPlace, each, total
-from feddistill_kernels.distillation._settings import check_labels, check_settings, row_scale, work_dtype
+from feddistill_kernels.distillation._settings import (
+    check_labels,
+    check_settings,
+    lifted,
+    row_scale,
+    work_dtype,
+)
 from feddistill_kernels.topk import TopK
 
 __all__ = ["DistillationLoss", "distillation_loss", "kinds", "softmax_divergence"]
@@ -164,15 +170,17 @@ def distillation_loss(
     hard = labels if kd_weight < 1 else None
     kd, ce = float(kd_weight * temperature**2), float(1 - kd_weight)
     numbers = (vocab, kind, float(beta), float(temperature), kd, ce, named(backend))
-    arguments = (*teacher_tensors, hard, scale, *numbers)
     if reduction == "none":
-        return each(student, *arguments)
+        return each(student, *teacher_tensors, hard, scale, *numbers)
     if not wants_gradient:
-        return each(student, *arguments).sum()
+        return each(student, *teacher_tensors, hard, scale, *numbers).sum()
+    scale, divisor = lifted(student, scale)
+    arguments = (*teacher_tensors, hard, scale, *numbers)
     if inplace:
         loss: Tensor = FusedInPlace.apply(student, arguments)  # type: ignore[no-untyped-call]  # torch types no apply
-        return loss
-    return total(student, *arguments)
+    else:
+        loss = total(student, *arguments)
+    return loss if divisor is None else loss / divisor
 
 
 class DistillationLoss(nn.Module):

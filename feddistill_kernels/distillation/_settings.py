@@ -64,6 +64,18 @@ def _check_rows(student: Tensor, name: str, vector: Tensor) -> None:
     same_device(student, **{name: vector})
 
 
+def lifted(student: Tensor, scale: Tensor) -> tuple[Tensor, Tensor | None]:
+    """``scale`` as far up as float16 needs it, and what to divide the loss by.
+
+    A gradient made in the forward pass knows no loss scaling: divided by N, much of it would be less than the
+    least float16, before an upstream gradient of 2^16 could save it.
+    """
+    if student.dtype != torch.float16:
+        return scale, None
+    most = scale.amax().clamp_min(torch.finfo(scale.dtype).tiny) if len(scale) else scale.new_ones(())
+    return scale / most, 1 / most
+
+
 def work_dtype(student: Tensor) -> torch.dtype:
     """What is summed in, and the dtype of a loss."""
     return torch.float64 if student.dtype == torch.float64 else torch.float32

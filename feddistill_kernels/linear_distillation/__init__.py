@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from feddistill_kernels._backend import named
 from feddistill_kernels._check import bind, floating, same_device
-from feddistill_kernels.distillation._settings import check_labels, check_settings, row_scale
+from feddistill_kernels.distillation._settings import check_labels, check_settings, lifted, row_scale
 from feddistill_kernels.linear_distillation._op import each, total
 from feddistill_kernels.topk import TopK
 
@@ -125,8 +125,11 @@ def linear_distillation_loss(
     hard = labels if kd_weight < 1 else None
     kd, ce = float(kd_weight * temperature**2), float(1 - kd_weight)
     numbers = (vocab, kind, float(beta), float(temperature), kd, ce, workspace_bytes, named(backend))
-    arguments = (hidden, weight, bias, *tensors, hard, scale, *numbers)
-    return each(*arguments) if reduction == "none" else total(*arguments)
+    if reduction == "none":
+        return each(hidden, weight, bias, *tensors, hard, scale, *numbers)
+    scale, divisor = lifted(hidden, scale)
+    loss = total(hidden, weight, bias, *tensors, hard, scale, *numbers)
+    return loss if divisor is None else loss / divisor
 
 
 class LinearDistillationLoss(nn.Module):
