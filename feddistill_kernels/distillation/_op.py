@@ -240,6 +240,7 @@ def _keep_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.backend = inputs[-1]
     ctx.save_for_backward(output[1])
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # or backward begins with zeros as large as the gradient
 
 
 def _gradient_made(ctx: Any, upstream: Tensor, _: Any) -> tuple[Tensor | None, ...]:

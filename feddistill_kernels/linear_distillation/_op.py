@@ -116,6 +116,7 @@ def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
     *_, ctx.backend, ctx.wanted = inputs
     ctx.save_for_backward(*output[1:])
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # or backward begins with zeros as large as these
 
 
 def _gradients_made(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
