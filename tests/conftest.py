@@ -13,6 +13,19 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach a network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--fuzz-seed", type=int, default=0, help="Seed of the random kernel cases.")
+
+
+def pytest_report_header(config):
+    return f"fuzz seed: {config.getoption('--fuzz-seed')}"
+
+
+@pytest.fixture
+def fuzz_seed(request):
+    return request.config.getoption("--fuzz-seed")
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
     """A two-layer BERT with random weights and a WordPiece tokenizer, as ``save_pretrained`` leaves them."""

@@ -124,7 +124,10 @@ struct Normaliser {
     double log2() const { return empty() ? -kInf : offset + log2_sum(); }
     float scale() const { return static_cast<float>(1 / sum); }
     // -log of the probability of z
-    double cost(float z) const { return (log2_sum() - (double{z} * factor - offset)) * kLn2; }
+    double cost(float z) const {
+        const double nats = (log2_sum() - (double{z} * factor - offset)) * kLn2;
+        return nats < 0 ? 0 : nats;  // by rounding, of a probability of 1
+    }
     FEDDISTILL_INLINE Floats exponent(Floats z) const { return fma(z, factor, all(-offset)); }
     FEDDISTILL_INLINE Floats term(Floats z) const { return exp2(exponent(z)); }
     // Make `largest` the value whose term is 1.

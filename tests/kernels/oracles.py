@@ -63,7 +63,7 @@ def distillation(
     reduction: str,
 ) -> Tensor:
     """The loss made of a divergence of each row; ``weight`` is 0 for a masked row."""
-    rows = kd_weight * temperature**2 * divergence
+    rows = kd_weight * temperature**2 * divergence if kd_weight else torch.zeros_like(divergence)
     if labels is not None:
         ce = torch.nn.functional.cross_entropy(student.double(), labels.clamp_min(0), reduction="none")
         rows = rows + (1 - kd_weight) * ce
