@@ -88,6 +88,39 @@ def mean_around_median(stacked: Tensor, keep: int) -> Tensor:
     return torch.tensor(means, dtype=torch.float64).reshape(stacked.shape[1:])
 
 
+def geometric_median(stacked: Tensor, steps: int = 2000) -> Tensor:
+    """Of the centred rows of ``[C, N, V]``, by Weiszfeld's iteration on vectors."""
+    points = stacked.double() - stacked.double().mean(-1, keepdim=True)
+    z = points.median(0).values
+    for _ in range(steps):
+        weights = 1 / (points - z).norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        z = (weights * points).sum(0) / weights.sum(0)
+    return z
+
+
+def squared_distance(x: Tensor, y: Tensor) -> float:
+    """Of two tensors' centred rows."""
+    x, y = (t.double() - t.double().mean(-1, keepdim=True) for t in (x, y))
+    return float(((x - y) ** 2).sum())
+
+
+def krum(xs: list[Tensor], byzantine: int, keep: int) -> Tensor:
+    scores = []
+    for i, x in enumerate(xs):
+        others = sorted(squared_distance(x, y) for j, y in enumerate(xs) if j != i)
+        scores.append(sum(others[: len(xs) - byzantine - 2]))
+    best = sorted(range(len(xs)), key=lambda i: (scores[i], i))[:keep]
+    return torch.stack([xs[i].double() for i in best]).mean(0)
+
+
+def nearest_neighbour_mixing(xs: list[Tensor], byzantine: int) -> list[Tensor]:
+    mixed = []
+    for x in xs:
+        nearest = sorted(xs, key=lambda y: squared_distance(x, y))[: len(xs) - byzantine]
+        mixed.append(torch.stack([y.double() for y in nearest]).mean(0))
+    return mixed
+
+
 def aggregate(stacked: Tensor, rule: str, weights: Tensor | None, trim: int) -> Tensor:
     """The rule on dense log-probabilities ``[C, N, V]``, renormalised."""
     count = len(stacked)
