@@ -82,6 +82,16 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         },
         py::arg("clients"), py::arg("n"), py::arg("dtype"), py::arg("trim"), py::arg("out"), py::arg("threads"),
         py::arg("set") = 0, py::call_guard<py::gil_scoped_release>());
+    m.def(
+        "around_median_cpu",
+        [](const std::vector<std::uintptr_t>& clients, std::int64_t n, int dtype, int keep, std::uintptr_t out,
+           int threads, int set) {
+            feddistill::TrimmedMean task = trimmed_mean_task(clients, n, dtype, 0, out);
+            task.nearest = keep;
+            feddistill::trimmed_mean_cpu(task, threads, set);
+        },
+        py::arg("clients"), py::arg("n"), py::arg("dtype"), py::arg("keep"), py::arg("out"), py::arg("threads"),
+        py::arg("set") = 0, py::call_guard<py::gil_scoped_release>());
     bind_distances(m);
     m.def("instruction_sets", feddistill::instruction_sets);
 #ifdef FEDDISTILL_WITH_CUDA

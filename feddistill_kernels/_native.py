@@ -38,6 +38,11 @@ def missing(device_type: str) -> str | None:
     return f"there is no compiled kernel for device {device_type!r}"
 
 
+def missing_beside_cpu(device_type: str) -> str | None:
+    """As ``missing``, for kernels that are not written in CUDA C++."""
+    return "there is no CUDA C++ kernel for it" if device_type == "cuda" else missing(device_type)
+
+
 def build_info() -> dict[str, str]:
     """How the compiled kernels were built: compiler, OpenMP, instruction sets, CUDA and why not.
 

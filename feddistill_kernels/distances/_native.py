@@ -6,13 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from feddistill_kernels import _native
 from feddistill_kernels._native import DTYPES, library
+from feddistill_kernels._native import missing_beside_cpu as missing
 
-
-def missing(device_type: str) -> str | None:
-    """Why it cannot run there."""
-    return "it is written for the CPU only" if device_type == "cuda" else _native.missing(device_type)
+__all__ = ["geometric_median", "krum", "missing", "nearest_neighbour_mixing"]
 
 
 def geometric_median(xs: Sequence[Tensor], per_row: bool, tolerance: float, max_iterations: int) -> Tensor:
