@@ -1,4 +1,4 @@
-// Trimmed mean over clients of each coordinate; the median is the one that trims all it can.
+// Trimmed mean over clients of each coordinate; the median is the one that trims all it can.  And the mean around it.
 #pragma once
 #include <cstdint>
 
@@ -13,9 +13,10 @@ struct TrimmedMean {
     DType dtype;
     int trim;  // 0 <= 2 trim < C
     void* out;
+    int nearest = 0;  // if not 0: trim is 0, and of all values only so many about the median are averaged
 
     int kept() const { return count - 2 * trim; }
-    bool is_median() const { return kept() <= 2; }
+    bool is_median() const { return kept() <= 2 && nearest == 0; }
 };
 
 // The result does not depend on threads.  set: see cpu/instruction_sets.h; tests look at all of them.

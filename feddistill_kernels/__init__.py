@@ -7,6 +7,7 @@ from feddistill_kernels._backend import BackendError, available_backends, operat
 from feddistill_kernels._native import build_info
 from feddistill_kernels.aggregation import aggregate_topk, rules
 from feddistill_kernels.around_median import mean_around_median
+from feddistill_kernels.distances import geometric_median, krum, nearest_neighbour_mixing
 from feddistill_kernels.distillation import DistillationLoss, distillation_loss, kinds, softmax_divergence
 from feddistill_kernels.linear_distillation import (
     LinearDistillationLoss,
@@ -27,9 +28,12 @@ __all__ = [
     "build_info",
     "coordinate_median",
     "distillation_loss",
+    "geometric_median",
     "kinds",
+    "krum",
     "linear_distillation_loss",
     "mean_around_median",
+    "nearest_neighbour_mixing",
     "operators",
     "rules",
     "softmax_divergence",

@@ -37,7 +37,8 @@ def operators() -> tuple[str, ...]:
     """Names of the operators, for ``available_backends``.
 
     >>> operators()
-    ('aggregation', 'around_median', 'distillation', 'linear_distillation', 'order_statistics', 'topk')
+    ('aggregation', 'around_median', 'distances', 'distillation', 'linear_distillation',
+     'order_statistics', 'topk')
     """
     home = str(Path(__file__).parent)
     return tuple(sorted(module.name for module in pkgutil.iter_modules([home]) if module.ispkg))

@@ -70,8 +70,10 @@ def alike(xs: Sequence[Tensor]) -> None:
         raise ValueError("xs must hold at least one tensor, got an empty list")
     first = xs[0]
     floating(**{"xs[0]": first})
+    # Each look at a tensor takes 30 to 100 ns, and the kernels 1 us where a row is short.
+    shape, dtype, device = first.shape, first.dtype, first.device
     for index, x in enumerate(xs):
-        if x.shape != first.shape or x.dtype != first.dtype or x.device != first.device:
+        if x is not first and (x.dtype is not dtype or x.shape != shape or x.device != device):
             raise ValueError(
                 f"xs[{index}] is {_kind(x)} but xs[0] is {_kind(first)}; all clients must be alike"
             )

@@ -43,6 +43,7 @@ RowScratch carve(Arena& arena, const Answers& answers, std::int64_t entries) {
     s.block = arena.take<float>(count * kApart);
     s.mixed = arena.take<float>(answers.mixing ? count * kApart : 0);
     s.wide = arena.take<float>(count > kMostRegisters ? count * kWideColumns : 0);
+    s.kept = arena.take<const float*>(count);
     s.pointers = arena.take<const void*>(count);
     for (float** each : {&s.missing, &s.weights, &s.norms}) *each = arena.take<float>(count);
     s.squared = arena.take<double>(count * count);

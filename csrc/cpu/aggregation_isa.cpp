@@ -342,7 +342,7 @@ void combine(const Row& row, const Combination& to) {
             case Rule::trimmed_mean: {
                 for (int c = 0; c < count; ++c) s.pointers[c] = x + c * kApart;
                 const TrimmedMean task{s.pointers, count, padded(n), DType::f32, to.trim, y};
-                return trimmed_columns(task, 0, padded(n), s.wide, row.plan.steps, row.plan.step_count);
+                return trimmed_columns(task, 0, padded(n), {s.wide, s.kept, row.plan.steps, row.plan.step_count});
             }
         }
     });

@@ -19,6 +19,7 @@ struct RowScratch {
     float* merged;                         // [W + 1 + 16]
     float *block, *mixed;                  // [C, kApart]
     float* wide;                           // [C, kWideColumns], for trimmed_columns
+    const float** kept;                    // [C], for trimmed_columns
     const void** pointers;                 // [C], for trimmed_columns
     float *missing, *weights, *norms;      // [C]
     double* squared;                       // [C, C]

@@ -24,7 +24,7 @@ def mean_around_median(xs: Sequence[Tensor], keep: int, *, backend: str | None =
     Args:
         xs: ``C`` tensors, as in ``trimmed_mean``.  No gradient.
         keep: In ``[1, C]``.
-        backend: ``"reference"``; ``None`` takes the best for the device.
+        backend: ``"reference"`` or ``"native"``; ``None`` takes the best for the device.
 
     Returns:
         A contiguous tensor of that shape and dtype; NaN where any client has NaN.
@@ -34,7 +34,7 @@ def mean_around_median(xs: Sequence[Tensor], keep: int, *, backend: str | None =
         BackendError: ``backend`` was named and cannot run here.
 
     Memory:
-        The result and bounded temporaries.
+        As ``trimmed_mean``.
 
     Example:
         >>> import torch

@@ -88,6 +88,39 @@ def mean_around_median(stacked: Tensor, keep: int) -> Tensor:
     return torch.tensor(means, dtype=torch.float64).reshape(stacked.shape[1:])
 
 
+def geometric_median(stacked: Tensor, steps: int = 2000) -> Tensor:
+    """Of the centred rows of ``[C, N, V]``, by Weiszfeld's iteration on vectors."""
+    points = stacked.double() - stacked.double().mean(-1, keepdim=True)
+    z = points.median(0).values
+    for _ in range(steps):
+        weights = 1 / (points - z).norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        z = (weights * points).sum(0) / weights.sum(0)
+    return z
+
+
+def squared_distance(x: Tensor, y: Tensor) -> float:
+    """Of two tensors' centred rows."""
+    x, y = (t.double() - t.double().mean(-1, keepdim=True) for t in (x, y))
+    return float(((x - y) ** 2).sum())
+
+
+def krum(xs: list[Tensor], byzantine: int, keep: int) -> Tensor:
+    scores = []
+    for i, x in enumerate(xs):
+        others = sorted(squared_distance(x, y) for j, y in enumerate(xs) if j != i)
+        scores.append(sum(others[: len(xs) - byzantine - 2]))
+    best = sorted(range(len(xs)), key=lambda i: (scores[i], i))[:keep]
+    return torch.stack([xs[i].double() for i in best]).mean(0)
+
+
+def nearest_neighbour_mixing(xs: list[Tensor], byzantine: int) -> list[Tensor]:
+    mixed = []
+    for x in xs:
+        nearest = sorted(xs, key=lambda y: squared_distance(x, y))[: len(xs) - byzantine]
+        mixed.append(torch.stack([y.double() for y in nearest]).mean(0))
+    return mixed
+
+
 def aggregate(
     stacked: Tensor,
     rule: str,
@@ -101,7 +134,7 @@ def aggregate(
     """The rule on dense log-probabilities ``[C, N, V]``, renormalised."""
     x, count = stacked.double(), len(stacked)
     if mix is not None:
-        x = nearest_neighbour_mixing(x, mix).log_softmax(-1)
+        x = mixed_answers(x, mix).log_softmax(-1)
     weights = torch.ones(count) if weights is None else weights
     shares = (weights.double() / weights.double().sum(0)).reshape(count, -1, 1)
     match rule:
@@ -118,15 +151,15 @@ def aggregate(
         case "geometric_median":
             combined = torch.empty_like(x[0])
             for n in range(x.shape[1]):
-                combined[n] = 2 * geometric_median(x[:, n].exp().sqrt()).log()
+                combined[n] = 2 * hellinger_median(x[:, n].exp().sqrt()).log()
         case "krum":
-            combined = x[krum(x, byzantine)[:keep]].mean(0)
+            combined = x[krum_order(x, byzantine)[:keep]].mean(0)
         case _:
             raise NotImplementedError(f"write the textbook formula of {rule!r} here")
     return combined.log_softmax(-1)
 
 
-def geometric_median(
+def hellinger_median(
     points: Tensor, smoothing: float = 1e-4, steps: int = 64, tolerance: float = 1e-6
 ) -> Tensor:
     """Weiszfeld's steps on ``[C, V]``."""
@@ -155,7 +188,7 @@ def distances(stacked: Tensor) -> Tensor:
     return apart
 
 
-def krum(stacked: Tensor, byzantine: int) -> list[int]:
+def krum_order(stacked: Tensor, byzantine: int) -> list[int]:
     """Clients, the best first."""
     scores = []
     for client, row in enumerate(distances(stacked).tolist()):
@@ -164,7 +197,7 @@ def krum(stacked: Tensor, byzantine: int) -> list[int]:
     return [client for _, client in sorted(scores)]
 
 
-def nearest_neighbour_mixing(stacked: Tensor, byzantine: int) -> Tensor:
+def mixed_answers(stacked: Tensor, byzantine: int) -> Tensor:
     """Each client the mean of its nearest, itself one of them."""
     mixed = []
     for row in distances(stacked).tolist():

@@ -7,7 +7,10 @@ from feddistill_kernels import (
     aggregate_topk,
     coordinate_median,
     distillation_loss,
+    geometric_median,
+    krum,
     mean_around_median,
+    nearest_neighbour_mixing,
     softmax_divergence,
     topk_compress,
     use_backend,
@@ -41,6 +44,9 @@ def test_opcheck_of_the_others(backend):
     kept = [topk_compress(x, 2) for x in xs]
     torch.library.opcheck(OPS.trimmed_mean.default, (xs, 1, backend))
     torch.library.opcheck(OPS.mean_around_median.default, (xs, 2, backend))
+    torch.library.opcheck(OPS.geometric_median.default, (xs, True, 1e-6, 64, backend))
+    torch.library.opcheck(OPS.krum.default, (xs, 0, 2, backend))
+    torch.library.opcheck(OPS.nearest_neighbour_mixing.default, (xs, 1, backend))
     torch.library.opcheck(OPS.topk_compress.default, (xs[0], 2, 1.0, True, backend))
     torch.library.opcheck(OPS.distillation_scaled.default, (xs[0], torch.tensor(0.5), backend))
     torch.library.opcheck(OPS.distillation_rescale_.default, (xs[1], torch.tensor(0.5), backend))
@@ -95,6 +101,15 @@ def test_compression_and_aggregation_compile(compiled):
         )
 
     xs = [torch.randn(4, 9) for _ in range(3)]
+    for got, expected in zip(compiled(federation)(xs), federation(xs), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_distance_rules_compile(compiled):
+    def federation(xs):
+        return geometric_median(xs), krum(nearest_neighbour_mixing(xs, 1), 1)
+
+    xs = [torch.randn(4, 9) for _ in range(5)]
     for got, expected in zip(compiled(federation)(xs), federation(xs), strict=True):
         torch.testing.assert_close(got, expected)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from kernels import oracles
 
-from feddistill_kernels import coordinate_median, mean_around_median, trimmed_mean
+from feddistill_kernels import available_backends, coordinate_median, mean_around_median, trimmed_mean
 from feddistill_kernels._native import DTYPES as DTYPE_CODES
 from feddistill_kernels._native import library
 
@@ -44,10 +44,11 @@ def test_every_trim_of_every_number_of_clients_agrees_with_the_oracle(
     )
 
 
-@pytest.mark.parametrize("n", [0, 1, 3, 4, 15, 17, 255, 257, 4099])
+@pytest.mark.parametrize("n", [0, 1, 3, 4, 15, 17, 31, 33, 255, 257, 4099])
 @pytest.mark.parametrize("count", [2, 5, 40])
-def test_sizes_around_the_blocks(n, count, backend, nan_filled_memory):
-    xs = clients(count, n)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sizes_around_the_blocks(dtype, n, count, backend, nan_filled_memory):
+    xs = clients(count, n, dtype)
     got = coordinate_median(xs, backend=backend)
     assert_rounded(got, oracles.trimmed_mean(torch.stack(xs), (count - 1) // 2), xs)
 
@@ -163,19 +164,45 @@ def test_every_instruction_set_gives_the_same_bits(count, dtype):
     assert all(torch.equal(other, results[0]) for other in results)
 
 
-@pytest.mark.parametrize("count", [1, 2, 5, 8])
-def test_mean_around_median_agrees_with_the_oracle(count):
-    xs = clients(count, (2, 61))
-    for keep in range(1, count + 1):
+AROUND = pytest.mark.parametrize("around", available_backends("around_median"))
+
+
+@AROUND
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("count", [1, 2, 5, 8, 17, 32, 33, 40])
+def test_mean_around_median_agrees_with_the_oracle(count, dtype, around, nan_filled_memory):
+    xs = clients(count, (2, 61), dtype)
+    for keep in {*range(1, count + 1)} if count < 10 else {1, 2, count // 2, count - 1, count}:
         truth = oracles.mean_around_median(torch.stack(xs), keep)
-        assert_rounded(mean_around_median(xs, keep), truth, xs)
+        got = mean_around_median(xs, keep, backend=around)
+        assert got.dtype == dtype
+        assert_rounded(got, truth, xs)
 
 
-def test_mean_around_median_outvotes_infinities_and_shows_nan():
-    xs = [torch.tensor([x, y]) for x, y in ((1.0, 1.0), (2.0, 2.0), (4.0, 4.0), (INF, 5.0), (-INF, math.nan))]
-    got = mean_around_median(xs, 3)
-    assert float(got[0]) == pytest.approx(7 / 3)
+@AROUND
+@pytest.mark.parametrize("n", [0, 1, 15, 33, 255, 257, 4099])
+@pytest.mark.parametrize("count", [5, 40])
+def test_mean_around_median_of_sizes_around_the_blocks(count, n, around, nan_filled_memory):
+    xs = clients(count, n, torch.bfloat16)
+    truth = oracles.mean_around_median(torch.stack(xs), 3)
+    assert_rounded(mean_around_median(xs, 3, backend=around), truth, xs)
+
+
+@AROUND
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_mean_around_median_outvotes_infinities_and_shows_nan(dtype, around):
+    rows = ((1.0, 1.0), (2.0, 2.0), (4.0, 4.0), (INF, 5.0), (-INF, math.nan))
+    got = mean_around_median([torch.tensor(row, dtype=dtype) for row in rows], 3, backend=around)
+    assert float(got[0]) == pytest.approx(7 / 3, rel=torch.finfo(dtype).eps)
     assert got[1].isnan()
+
+
+@AROUND
+@pytest.mark.parametrize("count", [4, 7, 40])
+def test_around_the_median_the_order_of_clients_is_irrelevant(count, around):
+    xs = clients(count, 301)
+    forth, back = (mean_around_median(order, 3, backend=around) for order in (xs, xs[::-1]))
+    assert torch.equal(forth, back)
 
 
 @pytest.mark.parametrize(
