@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
-import feddistill_kernels as fk
 from bench.cases.aggregation import aggregate_topk, coordinate_median, distance_rule, trimmed_mean
 from bench.cases.case import Case, Setup
 from bench.cases.compression import topk_compress
@@ -12,7 +11,7 @@ from bench.cases.losses import distillation_loss, softmax_divergence, topk_teach
 
 __all__ = ["OPERATORS", "Case", "Setup", "chosen"]
 
-_WRITTEN: dict[str, tuple[Callable[[str], Iterator[Case]], ...]] = {
+OPERATORS: dict[str, tuple[Callable[[str], Iterator[Case]], ...]] = {
     "distillation_loss": (distillation_loss, topk_teacher),
     "softmax_divergence": (softmax_divergence,),
     "topk_compress": (topk_compress,),
@@ -24,7 +23,6 @@ _WRITTEN: dict[str, tuple[Callable[[str], Iterator[Case]], ...]] = {
     "aggregate_topk": (aggregate_topk,),
     "linear_distillation_loss": (linear_distillation_loss,),
 }
-OPERATORS = {op: makers for op, makers in _WRITTEN.items() if hasattr(fk, op)}
 
 
 def chosen(ops: Sequence[str], device: str, only: str = "", quick: bool = False) -> list[Case]:
