@@ -3,9 +3,11 @@
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from feddistill.cli import COMMANDS
@@ -56,6 +58,18 @@ def test_the_losses_of_the_readme_run():
         space = {}
         exec(block, space)
         assert space["student"].grad.isfinite().all()
+
+
+def test_the_page_of_the_losses_runs(tmp_path, monkeypatch):
+    page = ROOT / "docs" / "distillation.md"
+    monkeypatch.chdir(tmp_path)
+    # The same graphs, without waiting for a C++ compiler.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    text, space = page.read_text(), {"__name__": page.stem}
+    for block in re.finditer(r"```python\n(.*?)```", text, flags=re.DOTALL):
+        above = text.count("\n", 0, block.start(1))  # so that a failure names the line of the page
+        exec(compile("\n" * above + block[1], str(page), "exec"), space)
+    assert "compiled" in space
 
 
 def commands():
