@@ -38,7 +38,9 @@ TINY = {
         partial(aggregation.distances, "nearest_neighbour_mixing", "float32", 3, 50)
     ],
     "aggregate_topk": [partial(aggregation.answers, rule, 4, 3, 50, 5) for rule in ("median", "mean_probs")],
-    "linear_distillation_loss": [partial(linear.linear, of, 3, 8, 100) for of in ("logits", "TopK", "labels")],
+    "linear_distillation_loss": [
+        partial(linear.linear, of, 3, 8, 100) for of in ("logits", "TopK", "labels")
+    ],
 }
 
 

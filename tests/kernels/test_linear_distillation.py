@@ -169,6 +169,21 @@ def test_masked_rows_are_not_looked_at(backend):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_autocast_changes_nothing(reduction, backend):
+    hidden, weight, bias = head()
+    teacher = teachers()["dense"]
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = linear_distillation_loss(
+                hidden, weight, teacher, LABELS, bias=bias, reduction=reduction, backend=backend
+            )
+        results.append([loss.detach(), *torch.autograd.grad(loss.sum(), (hidden, weight, bias))])
+    for plain, cast in zip(*results, strict=True):
+        assert torch.equal(plain, cast)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("rows", [0, 3])
 def test_no_row_left_costs_nothing(rows, reduction, backend, nan_filled_memory):
     hidden, weight = torch.randn(rows, H, requires_grad=True), torch.randn(V, H, requires_grad=True)
