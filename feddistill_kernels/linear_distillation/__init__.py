@@ -12,8 +12,8 @@ from feddistill_kernels.topk import TopK
 
 __all__ = ["LinearDistillationLoss", "TeacherHead", "linear_distillation_loss"]
 
-WORKSPACE_BYTES = {"cpu": 64 << 20}
-"""Where it pays to stay near the cache; elsewhere ``1 << 30``.  Measured: see bench/NOTES.md."""
+WORKSPACE_BYTES = {"cpu": 128 << 20}
+"""As much as the products gain from; elsewhere ``1 << 30``.  Measured: see bench/NOTES.md."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def linear_distillation_loss(
         row_weight: See there.
         reduction: See there.  With ``"none"`` backward makes the logits again.
         workspace_bytes: What a chunk's logits may take, the teacher's included where they are made or
-            gathered; a chunk has one row at the least.  ``None`` for 64 MiB on a CPU, 1 GiB elsewhere.
+            gathered; a chunk has one row at the least.  ``None`` for 128 MiB on a CPU, 1 GiB elsewhere.
         backend: As in ``softmax_divergence``: what computes the loss.  The products are torch's.
 
     Returns:
