@@ -88,7 +88,7 @@ def bandwidths(results: dict[str, Any]) -> Any:
     axes = figure.subplots()
     ops = list(dict.fromkeys(case["op"] for case in cases))
     for index, op in enumerate(ops):
-        colour, marker = COLOURS[index % len(COLOURS)], "osD^vP*X"[index % 8]
+        colour, marker = COLOURS[index % len(COLOURS)], "osD^vP*Xph"[index % 10]
         for case in (case for case in cases if case["op"] == op):
             size = case["counted_bytes"]
             others = rivals(case)
