@@ -11,7 +11,7 @@ setup: $(VENV)/ready
 $(VENV)/ready: pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[models,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[models,triton,dev]'
 	touch $@
 
 train: setup

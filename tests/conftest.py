@@ -11,6 +11,7 @@ sys.path.append(str(Path(__file__).parents[1]))  # bench/ is not installed; what
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach a network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported: its kernels run on this CPU
 
 
 def pytest_addoption(parser):

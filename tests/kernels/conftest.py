@@ -11,6 +11,14 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("backend", available_backends(metafunc.module.OPERATOR, "cpu"))
 
 
+def pytest_collection_modifyitems(items):
+    reason = pytest.mark.skip("Triton's interpreter truncates where it should round to bfloat16")
+    for item in items:
+        params = getattr(item, "callspec", None) and item.callspec.params
+        if params and params.get("backend") == "triton" and torch.bfloat16 in params.values():
+            item.add_marker(reason)
+
+
 @pytest.fixture(autouse=True)
 def one_thread_and_a_seed():
     """Where others use the cores, threads that wait for each other wait for them too."""

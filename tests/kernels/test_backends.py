@@ -15,7 +15,7 @@ from feddistill_kernels import _backend, _native
 MODULES = [
     module.name
     for module in pkgutil.walk_packages(fk.__path__, "feddistill_kernels.")
-    if not module.name.endswith(("._C", "._triton"))
+    if not module.name.rsplit(".", 1)[1].startswith(("_C", "_triton"))
 ]
 
 

@@ -238,9 +238,10 @@ def test_in_place_without_gradient_writes_nothing(pair, backend):
     assert torch.equal(student, before)
 
 
-def test_an_upstream_gradient_is_not_rounded_to_the_students_dtype(backend):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_an_upstream_gradient_is_not_rounded_to_the_students_dtype(dtype, backend):
     """0.7512 is 0.75 in bfloat16: the whole gradient would be off by as much."""
-    leaf, teacher = torch.randn(64, 33).bfloat16().requires_grad_(), torch.randn(64, 33)
+    leaf, teacher = torch.randn(64, 33).to(dtype).requires_grad_(), torch.randn(64, 33)
     loss = distillation_loss(leaf, teacher, backend=backend)
     one, more = (
         torch.autograd.grad(loss, leaf, torch.tensor(u), retain_graph=True)[0] for u in (1.0, 0.7512)
