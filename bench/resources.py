@@ -1,0 +1,294 @@
+"""What the GPU kernels need of a GPU: registers, shared memory, and whether anything spills.
+
+No GPU is needed.  Triton's kernels are compiled as the operators launch them, for each target; CUDA C++
+kernels are read from the compiled extension.
+
+    python -m bench.resources --out bench/results/gpu-resources.json
+"""
+
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+TARGETS = (80, 90, 100)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Of one kernel, compiled once."""
+
+    operator: str
+    backend: str
+    kernel: str
+    """With what it is compiled for."""
+    target: str
+    registers: int
+    shared_bytes: int
+    stack_bytes: int
+    """Spilled registers and arrays in local memory: 0, or the kernel is wrong."""
+    warps: int | None = None
+
+
+def triton_launches() -> Iterator[tuple[str, Any]]:
+    """Operator and launch, each once, of everything in ``CASES``."""
+    from feddistill_kernels._triton import recorded
+
+    seen = set()
+    for operator, run in CASES.items():
+        with recorded() as launches:
+            run()
+        for launch in launches:
+            key = (operator, *_specialisation(launch))
+            if key not in seen:
+                seen.add(key)
+                yield operator, launch
+
+
+def _distillation() -> None:
+    from feddistill_kernels import kinds
+    from feddistill_kernels.distillation import _triton as triton
+
+    settings = {"beta": 0.5, "temperature": 2.0, "kd": 4.0}
+
+    def rows(
+        n: int, vocab: int, dtype: torch.dtype, kind: str, kept: int, labels: bool, gradient: bool
+    ) -> None:
+        student, scale = torch.empty(n, vocab, dtype=dtype), torch.ones(n)
+        teacher, ids, tail = student, None, None
+        if kept:
+            teacher, tail = torch.empty(n, kept), torch.empty(n)
+            ids = torch.empty(n, kept, dtype=torch.int32)
+        triton.rows(
+            student,
+            teacher,
+            ids,
+            tail,
+            torch.zeros(n, dtype=torch.int64) if labels else None,
+            scale,
+            torch.empty_like(student) if gradient else None,
+            vocab=vocab,
+            kind=kind,
+            ce=0.5 if labels else 0.0,
+            **settings,
+        )
+
+    many = 4096  # enough that a row is not split
+    for dtype in DTYPES:
+        for kind in kinds():
+            for kept in (0, 64):
+                rows(1, 128256, dtype, kind, kept, True, True)
+                for gradient in (True, False):
+                    rows(many, 4096 + 16, dtype, kind, kept, gradient, gradient)
+    for vocab in (2, 100, 1000, 4099):
+        rows(many, vocab, torch.float32, "forward_kl", 0, False, True)
+    x = torch.empty(2, 4096)
+    triton.scale_into(x, torch.ones(()), x)
+
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+CASES: dict[str, Callable[[], None]] = {"distillation": _distillation}
+
+
+def _specialisation(launch: Any) -> tuple[Any, ...]:
+    types = tuple(_type(x) for x in launch.arguments)
+    return launch.kernel.fn.__name__, types, tuple(sorted(launch.constants.items())), launch.warps
+
+
+def _type(argument: Any) -> tuple[str, bool]:
+    """Triton's name of an argument's type, and whether it is a multiple of 16 (or lies at one)."""
+    if isinstance(argument, torch.Tensor):
+        return f"*{_NAMES[argument.dtype]}", True
+    if isinstance(argument, float):
+        return "fp32", False
+    if argument == 1:
+        return "constexpr", False
+    return ("i32" if -(2**31) <= argument < 2**31 else "i64"), argument % 16 == 0
+
+
+_NAMES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.uint8: "u8",
+    torch.float64: "fp64",
+}
+
+
+def compiled(launch: Any, target: int) -> Any:
+    """The kernel of ``launch`` for one target, as Triton's launcher would compile it."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = launch.kernel.arg_names
+    signature, constants, attributes = {}, dict(launch.constants), {}
+    for position, argument in enumerate(launch.arguments):
+        name = names[position]
+        signature[name], even = _type(argument)
+        if signature[name] == "constexpr":
+            constants[name] = argument
+        elif even:
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    signature |= dict.fromkeys(launch.constants, "constexpr")
+    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    options = {"num_warps": launch.warps, "enable_fp_fusion": True}
+    return triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+
+
+def of_triton(workers: int = 2) -> list[Resources]:
+    """Of every launch of ``CASES``, for every target."""
+    launches = list(triton_launches())
+    context = multiprocessing.get_context(
+        "fork"
+    )  # the launches hold tensors and kernels, and stay where they are
+    with ProcessPoolExecutor(
+        workers, mp_context=context, initializer=_remember, initargs=(launches,)
+    ) as pool:
+        jobs = [(index, target) for index in range(len(launches)) for target in TARGETS]
+        return sorted(pool.map(_measured, jobs, chunksize=8), key=_order)
+
+
+_known: list[tuple[str, Any]] = []
+
+
+def _remember(launches: list[tuple[str, Any]]) -> None:
+    _known[:] = launches
+    torch.set_num_threads(1)
+
+
+def _measured(job: tuple[int, int]) -> Resources:
+    operator, launch = _known[job[0]]
+    kernel = compiled(launch, job[1])
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        (usage,) = usages(Path(file.name))
+    return Resources(
+        operator,
+        "triton",
+        f"{usage.kernel} {_described(launch)}",
+        f"sm_{job[1]}",
+        usage.registers,
+        kernel.metadata.shared,
+        usage.stack_bytes,
+        launch.warps,
+    )
+
+
+def _described(launch: Any) -> str:
+    """What a reader tells one specialisation from another by."""
+    dtypes = dict.fromkeys(_type(x)[0][1:] for x in launch.arguments if isinstance(x, torch.Tensor))
+    constants = (f"{name}={value}" for name, value in launch.constants.items())
+    uneven = "" if all(_type(x)[1] for x in launch.arguments if isinstance(x, int)) else " uneven"
+    return f"{'/'.join(dtypes)} {' '.join(constants)}{uneven}"
+
+
+def of_cuda() -> list[Resources]:
+    """Of every kernel in the compiled extension; none where it was built without CUDA."""
+    from feddistill_kernels._native import compiled as extension
+
+    module = extension()
+    if isinstance(module, str) or not module.build_info()["cuda"].startswith("yes"):
+        return []
+    return sorted(usages(Path(module.__file__)), key=_order)
+
+
+def usages(binary: Path) -> list[Resources]:
+    """What ``cuobjdump`` says of the kernels in a file."""
+    report = subprocess.run(
+        [tool("cuobjdump"), "-res-usage", binary], capture_output=True, text=True, check=True
+    )
+    found, target = [], ""
+    lines = iter(report.stdout.splitlines())
+    for line in lines:
+        if match := re.search(r"arch = (sm_\d+)", line) or re.search(r"for arch:? '?(sm_\d+)", line):
+            target = match[1]
+        elif match := re.match(r" *Function (.+):", line):
+            numbers = dict(re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", next(lines)))
+            stack = int(numbers["STACK"]) + int(numbers["LOCAL"])
+            operator, name = _place(match[1])
+            found.append(
+                Resources(operator, "cuda", name, target, int(numbers["REG"]), int(numbers["SHARED"]), stack)
+            )
+    return found
+
+
+def tool(name: str) -> str:
+    """Where a tool of the CUDA toolkit is: on the path, beside nvcc, or in Triton's wheel."""
+    homes = [os.environ.get("CUDA_HOME", "/usr/local/cuda") + "/bin"]
+    if triton := find_spec("triton"):
+        homes += [f"{home}/backends/nvidia/bin" for home in triton.submodule_search_locations or ()]
+    found = shutil.which(name) or shutil.which(name, path=os.pathsep.join(homes))
+    if found is None:
+        raise FileNotFoundError(f"{name} is neither on the path nor in {', '.join(homes)}")
+    return found
+
+
+def _place(mangled: str) -> tuple[str, str]:
+    """Operator and name of a C++ kernel."""
+    name = mangled
+    if mangled.startswith("_Z") and (filt := shutil.which("c++filt")):
+        name = subprocess.run([filt, mangled], capture_output=True, text=True, check=True).stdout.strip()
+        name = re.sub(r"\(anonymous namespace\)::|feddistill::|^void ", "", name)
+        name = re.sub(r"\((?:[^()<>]|<.*?>)*\)$", "", name)
+    return "", name
+
+
+def _order(row: Resources) -> tuple[Any, ...]:
+    return row.operator, row.backend, row.kernel, int(row.target[3:])
+
+
+def table(rows: list[Resources]) -> Iterator[str]:
+    """Lines of text."""
+    for row in rows:
+        flag = "SPILLS " if row.stack_bytes else ""
+        yield (
+            f"{flag}{row.target:6} {row.backend:6} {row.registers:3} registers {row.shared_bytes:6} B shared "
+            f"{row.stack_bytes:3} B stack  {row.operator} {row.kernel}"
+        )
+
+
+@click.command()
+@click.option("--out", type=click.Path(path_type=Path), help="JSON file to write.")
+@click.option("--workers", default=2, show_default=True)
+def main(out: Path | None, workers: int) -> None:
+    """Compile every GPU kernel for sm_80, sm_90 and sm_100, and fail where one spills."""
+    rows = of_triton(workers) + of_cuda()
+    for line in table(rows):
+        click.echo(line)
+    spilled = sum(row.stack_bytes > 0 for row in rows)
+    click.echo(f"{len(rows)} kernels, {spilled} spill")
+    if out is not None:
+        out.write_text(
+            json.dumps({"versions": versions(), "kernels": [asdict(row) for row in rows]}, indent=1) + "\n"
+        )
+    sys.exit(1 if spilled else 0)
+
+
+def versions() -> dict[str, str]:
+    """Of what compiled them."""
+    import triton
+
+    from feddistill_kernels import build_info
+
+    return {"triton": triton.__version__, "extension": build_info().get("cuda", "no")}
+
+
+if __name__ == "__main__":
+    main()
