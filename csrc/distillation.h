@@ -44,4 +44,11 @@ Refusal distillation_cpu(const Distillation& task, int threads, int set = 0);
 // out = gradient * factor, for n elements.
 void scale_cpu(const void* gradient, std::int64_t n, DType dtype, float factor, void* out, int threads, int set = 0);
 
+#ifdef FEDDISTILL_WITH_CUDA
+// Pointers are the device's; stream is a cudaStream_t, and nothing waits for it.  A row without a loss, see Refusal,
+// gets NaN.  factor points to one number on the device.
+void distillation_cuda(const Distillation& task, void* stream);
+void scale_cuda(const void* gradient, std::int64_t n, DType dtype, const float* factor, void* out, void* stream);
+#endif
+
 }  // namespace feddistill

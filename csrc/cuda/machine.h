@@ -124,6 +124,17 @@ __device__ inline void cluster_barrier() {
     __syncthreads();
 #endif
 }
+// In two halves: what the other threads wait for, and the wait.
+__device__ inline void cluster_arrive() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+__device__ inline void cluster_wait() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
 // What stands at `at` in this block's shared memory, in that of another block of the cluster.
 template <typename T>
 __device__ T* in_block(T* at, int rank) {

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -68,7 +69,7 @@ struct Thread {
     bool done = false;
     const Gate* waits_at = nullptr;
     std::uint64_t until = 0;
-    std::uint64_t exchanges = 0, votes = 0;
+    std::uint64_t exchanges = 0, votes = 0, arrival = 0;
     const char* where = "its end";
 };
 
@@ -87,17 +88,25 @@ inline int grid = 0;
 inline int shared_limit = 227 * 1024, most_in_cluster = 8, processor_count = 4, capability = 90;  // tests may set them
 inline std::mt19937 order;
 
-inline void wait(Gate& gate, const char* where) {
-    self->where = where;
+// Returns how often the gate must have opened before this thread may pass.
+inline std::uint64_t arrive(Gate& gate) {
+    const std::uint64_t until = gate.opened + 1;
     if (++gate.arrived == gate.size) {
         gate.arrived = 0;
         ++gate.opened;
-        return;
     }
+    return until;
+}
+
+inline void pass(const Gate& gate, std::uint64_t until, const char* where) {
+    if (gate.opened >= until) return;
+    self->where = where;
     self->waits_at = &gate;
-    self->until = gate.opened + 1;
+    self->until = until;
     swapcontext(&self->context, &cluster->scheduler);
 }
+
+inline void wait(Gate& gate, const char* where) { pass(gate, arrive(gate), where); }
 
 inline void enter() {
     try {
@@ -318,6 +327,10 @@ T* block_scratch() {
 inline int cluster_rank() { return emulator::self->block->rank; }
 inline int cluster_size() { return static_cast<int>(emulator::cluster->blocks.size()); }
 inline void cluster_barrier() { emulator::wait(emulator::cluster->gate, "a barrier of the cluster"); }
+inline void cluster_arrive() { emulator::self->arrival = emulator::arrive(emulator::cluster->gate); }
+inline void cluster_wait() {
+    emulator::pass(emulator::cluster->gate, emulator::self->arrival, "the other half of a barrier of the cluster");
+}
 template <typename T>
 T* in_block(T* at, int rank) {
     auto& blocks = emulator::cluster->blocks;

@@ -1,0 +1,31 @@
+"""CUDA kernels without a GPU: the sources that nvcc compiles, compiled by the C++ compiler for an emulator."""
+
+import ctypes
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory):
+    """Build ``NAME.cpp`` of this folder, once, and load it."""
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        pytest.skip(f"there is no {compiler} to compile the kernels with")
+    folder, loaded = tmp_path_factory.mktemp("emulated"), {}
+
+    def load(name):
+        if name not in loaded:
+            library = folder / f"{name}.so"
+            options = ["-std=c++20", "-O1", "-fPIC", "-shared", "-DFEDDISTILL_EMULATED", "-DFEDDISTILL_WITH_CUDA"]
+            command = [compiler, *options, "-I", HERE, HERE / f"{name}.cpp", "-o", library]
+            subprocess.run(command, check=True)
+            loaded[name] = ctypes.CDLL(str(library))
+        return loaded[name]
+
+    return load
