@@ -190,6 +190,29 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     m.def("instruction_sets", feddistill::instruction_sets);
 #ifdef FEDDISTILL_WITH_CUDA
     m.def(
+        "distillation_cuda",
+        [](std::int64_t rows, std::int64_t vocab, std::int64_t width, const MatrixOf& student, const MatrixOf& teacher,
+           const MatrixOf& ids, const MatrixOf& log_tail, std::int64_t kept, std::uintptr_t labels,
+           std::uintptr_t scale, const MatrixOf& gradient, std::uintptr_t loss, int kind, double beta,
+           double temperature, double kd, double ce, std::uintptr_t stream) {
+            feddistill::distillation_cuda(
+                {rows, vocab, width, matrix(student), matrix(teacher), matrix(ids), matrix(log_tail), kept,
+                 reinterpret_cast<const std::int64_t*>(labels), reinterpret_cast<const float*>(scale),
+                 matrix(gradient), reinterpret_cast<float*>(loss), static_cast<feddistill::Kind>(kind), beta,
+                 temperature, kd, ce},
+                reinterpret_cast<void*>(stream));
+        },
+        py::call_guard<py::gil_scoped_release>());
+    m.def(
+        "scale_cuda",
+        [](std::uintptr_t gradient, std::int64_t n, int dtype, std::uintptr_t factor, std::uintptr_t out,
+           std::uintptr_t stream) {
+            feddistill::scale_cuda(reinterpret_cast<const void*>(gradient), n, static_cast<feddistill::DType>(dtype),
+                                   reinterpret_cast<const float*>(factor), reinterpret_cast<void*>(out),
+                                   reinterpret_cast<void*>(stream));
+        },
+        py::call_guard<py::gil_scoped_release>());
+    m.def(
         "trimmed_mean_cuda",
         [](const std::vector<std::uintptr_t>& clients, std::int64_t n, int dtype, int trim, std::uintptr_t out,
            std::uintptr_t stream) {

@@ -1,5 +1,7 @@
 """The compiled module ``_C``, and what is known of it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from types import ModuleType
@@ -44,6 +46,13 @@ def cpu_only(device_type: str) -> str | None:
     if device_type != "cpu":
         return f"there is no compiled kernel for device {device_type!r}"
     return missing(device_type)
+
+
+@contextmanager
+def on_stream(x: Tensor) -> Iterator[int]:
+    """The current stream of the GPU that holds ``x``, as a number; that GPU is the current one inside."""
+    with torch.cuda.device(x.device):
+        yield torch.cuda.current_stream().cuda_stream
 
 
 def in_rows(x: Tensor) -> Tensor:

@@ -1,11 +1,10 @@
-"""The loss through ``_C``: C++ on the CPU."""
+"""The loss through ``_C``: C++ on the CPU, CUDA C++ on a GPU."""
 
 import torch
 from torch import Tensor
 
 from feddistill_kernels._check import empty_row, label_outside
-from feddistill_kernels._native import DTYPES, in_rows, library, matrix
-from feddistill_kernels._native import cpu_only as missing
+from feddistill_kernels._native import DTYPES, in_rows, library, matrix, missing, on_stream
 from feddistill_kernels.distillation._kinds import KINDS
 
 __all__ = ["missing", "rows", "scale_into"]
@@ -46,7 +45,7 @@ def rows(
     if gradient is not None:
         written = gradient if in_rows(gradient) is gradient else torch.empty_like(student)
         target = matrix(written)
-    row, reason = library().distillation_cpu(
+    task = (
         n,
         vocab,
         width,
@@ -64,8 +63,13 @@ def rows(
         temperature,
         kd,
         ce,
-        torch.get_num_threads(),
     )
+    if student.is_cuda:  # rows without a loss get NaN there: to know which would be a sync
+        with on_stream(student) as stream:
+            library().distillation_cuda(*task, stream)
+        row, reason = -1, 0
+    else:
+        row, reason = library().distillation_cpu(*task, torch.get_num_threads())
     if reason == _LABEL:
         assert labels is not None
         raise label_outside(row, int(labels[row]), vocab)
@@ -82,11 +86,10 @@ def scale_into(gradient: Tensor, upstream: Tensor, result: Tensor) -> None:
     """As in ``_reference``."""
     assert gradient.is_contiguous()
     assert result.is_contiguous()
-    library().scale_cpu(
-        gradient.data_ptr(),
-        gradient.numel(),
-        DTYPES[gradient.dtype],
-        float(upstream),
-        result.data_ptr(),
-        torch.get_num_threads(),
-    )
+    flat = gradient.data_ptr(), gradient.numel(), DTYPES[gradient.dtype]
+    if gradient.is_cuda:
+        factor = upstream.to(torch.float32)
+        with on_stream(gradient) as stream:
+            library().scale_cuda(*flat, factor.data_ptr(), result.data_ptr(), stream)
+    else:
+        library().scale_cpu(*flat, float(upstream), result.data_ptr(), torch.get_num_threads())

@@ -1,4 +1,4 @@
-"""CUDA kernels without a GPU: the sources that nvcc compiles, compiled by the C++ compiler for an emulator."""
+"""CUDA kernels without a GPU: the sources that nvcc compiles, built by the C++ compiler for an emulator."""
 
 import ctypes
 import os
@@ -22,7 +22,14 @@ def emulated(tmp_path_factory):
     def load(name):
         if name not in loaded:
             library = folder / f"{name}.so"
-            options = ["-std=c++20", "-O1", "-fPIC", "-shared", "-DFEDDISTILL_EMULATED", "-DFEDDISTILL_WITH_CUDA"]
+            options = [
+                "-std=c++20",
+                "-O1",
+                "-fPIC",
+                "-shared",
+                "-DFEDDISTILL_EMULATED",
+                "-DFEDDISTILL_WITH_CUDA",
+            ]
             command = [compiler, *options, "-I", HERE, HERE / f"{name}.cpp", "-o", library]
             subprocess.run(command, check=True)
             loaded[name] = ctypes.CDLL(str(library))

@@ -104,12 +104,31 @@ def laid_out(x, offset, extra):
     return rows
 
 
-def check(rows, student, teacher, *, kept=0, labels=None, layout=(0, 0), pad=0, inplace=False, scale=None, **settings):
+def check(
+    rows,
+    student,
+    teacher,
+    *,
+    kept=0,
+    labels=None,
+    layout=(0, 0),
+    pad=0,
+    inplace=False,
+    scale=None,
+    **settings,
+):
     """Loss and gradient against float64, and the loss without gradient; nothing else is written."""
     n, vocab = student.shape
     temperature = settings.get("temperature", 1.0)
     where = {name: settings.pop(name) for name in ("shared", "processors", "capability") if name in settings}
-    settings = {"vocab": vocab, "kind": "forward_kl", "beta": 0.3, "temperature": 1.0, "kd": 1.0, "ce": 0.0} | settings
+    settings = {
+        "vocab": vocab,
+        "kind": "forward_kl",
+        "beta": 0.3,
+        "temperature": 1.0,
+        "kd": 1.0,
+        "ce": 0.0,
+    } | settings
     scale = torch.rand(n) + 0.5 if scale is None else scale
     ids = tail = None
     given = teacher
@@ -141,7 +160,10 @@ def check(rows, student, teacher, *, kept=0, labels=None, layout=(0, 0), pad=0, 
     if alone is not None:
         torch.testing.assert_close(alone.double(), true, rtol=1e-5, atol=3e-6 * size, equal_nan=True)
     live = true.isfinite() & true_slope.isfinite().all(-1)
-    owed = torch.finfo(student.dtype).eps / 2 * true_slope[live].abs() + torch.finfo(student.dtype).smallest_normal
+    owed = (
+        torch.finfo(student.dtype).eps / 2 * true_slope[live].abs()
+        + torch.finfo(student.dtype).smallest_normal
+    )
     error = (slope[live].double() - true_slope[live]).abs()
     assert (error <= owed + 4e-6 * size).all(), float((error - owed).max())
     if layout[1]:  # what lies between rows is not written
@@ -203,13 +225,15 @@ def test_in_clusters_of_any_size_staged_or_not(mode, shared, capability, rows):
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_rows_begin_and_end_anywhere(dtype, rows):
     torch.manual_seed(2)
-    for v, layout, pad in itertools.product([1, 2, 8, 9, 31, 64, 65, 1023], [(0, 0), (1, 0), (3, 5), (8, 8)], [0, 3]):
+    for v, layout, pad in itertools.product(
+        [1, 2, 8, 9, 31, 64, 65, 1023], [(0, 0), (1, 0), (3, 5), (8, 8)], [0, 3]
+    ):
         mode = settings_of(MODES[v % len(MODES)], 2, v)
         check(rows, *pair(2, v, dtype), layout=layout, pad=pad, processors=1 + v % 9, **mode)
 
 
 def test_where_slices_meet(rows):
-    """Rows one column more or less than whole slices of 1, 2, 4 and 8 blocks; many processors call for clusters."""
+    """Rows a column more or less than whole slices of 1 to 8 blocks, which many processors call for."""
     torch.manual_seed(3)
     for v in (2047, 2048, 4095, 4096, 4097, 8200, 16391):
         check(rows, *pair(1, v), processors=132, kind="reverse_kl", kept=0)
@@ -254,9 +278,7 @@ def test_rows_of_no_weight_are_not_looked_at(rows):
     student[1], teacher[1] = NAN, NAN
     labels = torch.tensor([3, 10**9, 4])
     slope = torch.full_like(student, NAN)
-    loss = rows(
-        student, teacher, None, None, labels, torch.tensor([1.0, 0.0, 2.0]), slope, vocab=500, ce=0.5
-    )
+    loss = rows(student, teacher, None, None, labels, torch.tensor([1.0, 0.0, 2.0]), slope, vocab=500, ce=0.5)
     assert loss[1] == 0
     assert (slope[1] == 0).all()
     assert slope.isfinite().all()
@@ -265,7 +287,9 @@ def test_rows_of_no_weight_are_not_looked_at(rows):
 def test_a_label_or_an_id_outside_the_vocabulary_is_nan_in_its_row(rows):
     student, teacher = pair(3, 50)
     slope = torch.zeros_like(student)
-    loss = rows(student, teacher, None, None, torch.tensor([0, 50, -1]), torch.ones(3), slope, vocab=50, ce=0.5)
+    loss = rows(
+        student, teacher, None, None, torch.tensor([0, 50, -1]), torch.ones(3), slope, vocab=50, ce=0.5
+    )
     assert loss.isnan().tolist() == [False, True, True]
     assert slope.isnan().any(-1).tolist() == [False, True, True]
     short = topk_compress(teacher, 3)
