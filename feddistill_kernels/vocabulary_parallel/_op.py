@@ -133,27 +133,35 @@ def _place(student: Tensor, vocab: int, ids: Tensor | None, group: "ProcessGroup
     On the CPU, where looking is free, whether the ranks' shards fit together.
     """
     rows, width = student.shape
+    kept = 0 if ids is None else ids.shape[1]
     wide = student.dtype == torch.float64
     # Filled one by one: a list would be copied from the host, and waited for.
     mine = torch.stack(
-        [torch.full((), x, dtype=torch.int64, device=student.device) for x in (rows, width, vocab, wide)]
+        [
+            torch.full((), x, dtype=torch.int64, device=student.device)
+            for x in (rows, width, vocab, kept, wide)
+        ]
     )
-    shards = _gathered(mine, group)  # [R, 4]
+    shards = _gathered(mine, group)  # [R, 5]
     rank = dist.get_rank(group)
     if shards.device.type == "cpu":
-        _check_shards(shards.tolist(), ids is not None)
+        _check_shards(shards.tolist())
     whole = shards[:, 2].sum() if ids is None else shards[rank, 2]
     return shards[:rank, 1].sum(), whole
 
 
-def _check_shards(shards: list[list[int]], whole_teacher: bool) -> None:
+def _check_shards(shards: list[list[int]]) -> None:
     """Every rank raises the same: none is left waiting for another."""
-    rows, widths, vocabs, wide = zip(*shards, strict=True)
+    rows, widths, vocabs, kept, wide = zip(*shards, strict=True)
     if len(set(rows)) > 1:
         raise ValueError(f"student must have the same rows on every rank, got {list(rows)}")
     if len(set(wide)) > 1:
         raise ValueError("student must be float64 on every rank of group or on none")
-    if whole_teacher:
+    if len(set(kept)) > 1:
+        raise ValueError(
+            f"teacher keeps {list(kept)} ids a row on the ranks of group, 0 for logits: it must be alike"
+        )
+    if kept[0]:
         if len(set(vocabs)) > 1 or vocabs[0] > sum(widths):
             raise ValueError(
                 f"teacher's vocabulary is {list(vocabs)} on the ranks of group, student has {sum(widths)}"

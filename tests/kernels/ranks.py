@@ -138,6 +138,7 @@ def refusals(rank):
         "student": {"student": nothing, "teacher": teacher},
         "teacher": plain | {"teacher": nothing},
         "pad": {"student": torch.zeros(4, 20), "teacher": teacher},
+        "teachers": plain | {"teacher": kept if rank else teacher},
         "vocabulary": plain | {"teacher": topk_compress(torch.zeros(4, V + 1), 2)},
         "vocabularies": plain | {"teacher": topk_compress(torch.zeros(4, V - rank), 2)},
         "wider": plain | {"teacher": torch.zeros(4, 20)},
@@ -166,7 +167,7 @@ def _member(rank, world, folder):
     dist.destroy_process_group()
 
 
-def answers_of(world: int, folder: Path, seconds: float = 120):
+def answers_of(world: int, folder: Path, seconds: float = 240):
     """What each of ``world`` processes found."""
     context = multiprocessing.spawn(_member, (world, str(folder)), nprocs=world, join=False)
     until = time.monotonic() + seconds

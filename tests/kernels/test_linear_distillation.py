@@ -182,6 +182,20 @@ def test_rows_are_looked_for_only_where_some_may_be_masked(mask, backend, monkey
     assert len(looked) == (mask is not None)
 
 
+@pytest.mark.parametrize("teacher", ["dense", "head"])
+def test_off_the_cpu_no_number_is_looked_at(teacher):
+    """A tensor without memory has none to look at."""
+    meta = [x.detach().to("meta") for x in head()]
+    given = teachers()[teacher]
+    parts = (None, given.hidden, given.weight, given.bias) if teacher == "head" else (given, *[None] * 3)
+    dense, *projected = (x if x is None else x.to("meta") for x in parts)
+    numbers = {"vocab": V, "kind": "jsd", "beta": 0.5, "temperature": 1.0, "kd": 1.0, "ce": 0.0}
+    numbers |= {"masked": False, "workspace_bytes": 3 * V * 8}
+    scale, results = torch.ones(N, device="meta"), [torch.empty_like(x) for x in meta]
+    loss = _reference.rows(*meta, dense, None, None, *projected, None, scale, *results, **numbers)
+    assert loss.is_meta
+
+
 class _Stream:
     """A queue of a GPU, which knows what must have ended before what it does next."""
 

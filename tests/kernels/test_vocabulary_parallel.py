@@ -7,7 +7,15 @@ import torch
 import torch.distributed as dist
 from kernels import ranks
 
-from feddistill_kernels import DistillationLoss, distillation_loss, kinds, softmax_divergence, topk_compress
+from feddistill_kernels import (
+    DistillationLoss,
+    TopK,
+    distillation_loss,
+    kinds,
+    softmax_divergence,
+    topk_compress,
+)
+from feddistill_kernels.vocabulary_parallel import _op
 
 CASES = ranks.cases()
 
@@ -56,6 +64,7 @@ def test_all_ranks_together_are_one_process(world, name, worlds):
         ("student", "student row 0 is all -inf"),
         ("teacher", "teacher row 0 is all -inf"),
         ("pad", "teacher has 10 columns on rank 0, student has 20: a pad must be at the end"),
+        ("teachers", "teacher keeps [0, 2] ids a row on the ranks of group, 0 for logits"),
         ("vocabulary", "is [30, 30] on the ranks of group, student has 29 columns in all"),
         ("vocabularies", "teacher's vocabulary is [29, 28] on the ranks of group"),
         ("wider", "teacher's vocabulary is 20, student has "),
@@ -117,7 +126,37 @@ def test_ranks_speak_as_seldom_as_promised_and_of_rows_alone(
     given = topk_compress(teacher, 50) if compressed else teacher
     distillation_loss(student, given, torch.arange(5), kind=kind, kd_weight=kd_weight, group=alone)
     assert len(sizes) == collectives
-    assert sum(sizes) <= 9 * 5 + 4
+    assert sum(sizes) <= 9 * 5 + 5
+
+
+@pytest.mark.parametrize("kind", kinds())
+@pytest.mark.parametrize("compressed", [False, True], ids=["dense", "topk"])
+def test_off_the_cpu_no_number_is_looked_at(compressed, kind, alone, monkeypatch):
+    """A tensor without memory has none to look at."""
+    monkeypatch.setattr(_op, "_gathered", lambda mine, group: torch.stack([mine, mine]))
+    student = torch.empty(3, 8, device="meta", requires_grad=True)
+    teacher = torch.empty(3, 8, device="meta")
+    if compressed:
+        ids = torch.empty(3, 2, device="meta", dtype=torch.int32)
+        teacher = TopK(ids, teacher[:, :2], teacher[:, 0], 12)
+    labels = torch.empty(3, device="meta", dtype=torch.int64)
+    for reduction in ("mean", "none"):
+        loss = distillation_loss(
+            student, teacher, labels, kind=kind, kd_weight=0.5, reduction=reduction, group=alone
+        )
+        loss.sum().backward()
+    assert student.grad.is_meta
+
+
+def test_an_id_of_no_rank_shows_where_nobody_looks(alone, monkeypatch):
+    monkeypatch.setattr(_op, "_check_ids", lambda shard: None)
+    student = torch.randn(3, 8, requires_grad=True)
+    teacher = topk_compress(torch.randn(3, 8), 2)
+    teacher.ids[1, 0] = 8
+    loss = softmax_divergence(student, teacher, group=alone)
+    assert loss.isnan().tolist() == [False, True, False]
+    loss.sum().backward()
+    assert student.grad.isnan().all(-1).tolist() == [False, True, False]
 
 
 def test_under_the_compiler_a_group_is_refused(alone):
