@@ -39,7 +39,7 @@ def operators() -> tuple[str, ...]:
 
     >>> operators()
     ('aggregation', 'around_median', 'distances', 'distillation', 'linear_distillation',
-     'order_statistics', 'topk')
+     'order_statistics', 'topk', 'vocabulary_parallel')
     """
     home = str(Path(__file__).parent)
     return tuple(sorted(module.name for module in pkgutil.iter_modules([home]) if module.ispkg))

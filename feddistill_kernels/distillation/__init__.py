@@ -1,5 +1,7 @@
 """Divergences between softmaxes, and the distillation loss made of them, without holding either softmax."""
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +17,11 @@ from feddistill_kernels.distillation._settings import (
     work_dtype,
 )
 from feddistill_kernels.topk import TopK
+from feddistill_kernels.vocabulary_parallel import _op as vocabulary_parallel
+from feddistill_kernels.vocabulary_parallel._op import check_group
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["DistillationLoss", "distillation_loss", "kinds", "softmax_divergence"]
 
@@ -36,6 +43,7 @@ def softmax_divergence(
     beta: float = 0.5,
     temperature: float = 1.0,
     backend: str | None = None,
+    group: "ProcessGroup | None" = None,
 ) -> Tensor:
     """Divergence of the student from the teacher, one number per row.
 
@@ -65,6 +73,8 @@ def softmax_divergence(
         temperature: ``T > 0``.
         backend: ``"reference"``, ``"native"`` or ``"triton"``.  ``None`` takes the best for the device; a
             backend named here is never replaced by another.
+        group: A process group, each rank of which holds some columns of the logits: see
+            ``distillation_loss``.
 
     Returns:
         ``[N]`` in nats, float32 (float64 for a float64 student).  ``inf`` where the second distribution of
@@ -85,10 +95,10 @@ def softmax_divergence(
         >>> softmax_divergence(z, z.flip(1), temperature=2.0)
         tensor([0.7324])
     """
-    vocab, *teacher_tensors = _check(student, teacher, kind, beta, temperature)
+    vocab, *teacher_tensors = _check(student, teacher, kind, beta, temperature, group)
     scale = torch.ones(student.shape[0], dtype=work_dtype(student), device=student.device)
     numbers = (vocab, kind, float(beta), float(temperature), 1.0, 0.0, named(backend))
-    return each(student, *teacher_tensors, None, scale, *numbers)
+    return _each(student, (*teacher_tensors, None, scale, *numbers), group)
 
 
 def distillation_loss(
@@ -105,6 +115,7 @@ def distillation_loss(
     reduction: str = "mean",
     inplace: bool = False,
     backend: str | None = None,
+    group: "ProcessGroup | None" = None,
 ) -> Tensor:
     """Distillation loss with hard labels, mask and reduction; its gradient is made in the forward pass.
 
@@ -134,6 +145,11 @@ def distillation_loss(
             log_softmax that made them) and a second one through this loss.  Where no gradient is asked
             for, nothing is written.
         backend: See ``softmax_divergence``.
+        group: A process group over which the vocabulary is split: each rank brings its columns of the logits,
+            in the order of the ranks, as many as it likes (0 too), and with a dense teacher the same of the
+            teacher's.  A ``TopK``, labels and all else are whole and alike on every rank, ids and labels
+            those of the whole vocabulary.  Every rank has the same loss, and the gradient of its columns
+            without waiting for another.  Ranks speak three times a call, by a few numbers a row.
 
     Returns:
         A scalar, or ``[N]`` for ``"none"``; float32 (float64 for a float64 student).
@@ -142,7 +158,8 @@ def distillation_loss(
         ValueError: As in ``softmax_divergence``; ``kd_weight`` or ``reduction`` is out of range; labels are
             needed or not in the vocabulary (looked at on the CPU only); ``inplace`` with reduction
             ``"none"``, under ``torch.compile``, or with a student that is a leaf (it is yours, not ours to
-            overwrite) or whose rows share memory.
+            overwrite) or whose rows share memory; ``group`` under ``torch.compile``, before
+            ``init_process_group``, or with shards that do not fit together (looked at on the CPU only).
         BackendError: ``backend`` was named and cannot run here.
 
     Memory:
@@ -161,7 +178,7 @@ def distillation_loss(
         >>> student.grad[1]
         tensor([0., 0., 0.])
     """
-    vocab, *teacher_tensors = _check(student, teacher, kind, beta, temperature)
+    vocab, *teacher_tensors = _check(student, teacher, kind, beta, temperature, group)
     check_labels(labels, kd_weight, reduction)
     scale = row_scale(student, labels, ignore_index, row_weight, reduction == "mean")
     wants_gradient = student.requires_grad and torch.is_grad_enabled()
@@ -171,13 +188,16 @@ def distillation_loss(
     kd, ce = float(kd_weight * temperature**2), float(1 - kd_weight)
     numbers = (vocab, kind, float(beta), float(temperature), kd, ce, named(backend))
     if reduction == "none":
-        return each(student, *teacher_tensors, hard, scale, *numbers)
+        return _each(student, (*teacher_tensors, hard, scale, *numbers), group)
     if not wants_gradient:
-        return each(student, *teacher_tensors, hard, scale, *numbers).sum()
+        return _each(student, (*teacher_tensors, hard, scale, *numbers), group).sum()
     scale, divisor = lifted(student, scale)
     arguments = (*teacher_tensors, hard, scale, *numbers)
-    if inplace:
-        loss: Tensor = FusedInPlace.apply(student, arguments)  # type: ignore[no-untyped-call]  # torch types no apply
+    loss: Tensor
+    if group is not None:
+        loss = vocabulary_parallel.total(student, arguments, group, inplace)
+    elif inplace:
+        loss = FusedInPlace.apply(student, arguments)  # type: ignore[no-untyped-call]  # torch types no apply
     else:
         loss = total(student, *arguments)
     return loss if divisor is None else loss / divisor
@@ -209,6 +229,7 @@ class DistillationLoss(nn.Module):
         reduction: str = "mean",
         inplace: bool = False,
         backend: str | None = None,
+        group: "ProcessGroup | None" = None,
     ) -> None:
         super().__init__()
         self.kind = kind
@@ -219,6 +240,7 @@ class DistillationLoss(nn.Module):
         self.reduction = reduction
         self.inplace = inplace
         self.backend = backend
+        self.group = group
 
     def forward(
         self,
@@ -241,6 +263,7 @@ class DistillationLoss(nn.Module):
             reduction=self.reduction,
             inplace=self.inplace,
             backend=self.backend,
+            group=self.group,
         )
 
     def extra_repr(self) -> str:
@@ -251,15 +274,29 @@ class DistillationLoss(nn.Module):
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in shown)
 
 
+def _each(student: Tensor, arguments: tuple[Any, ...], group: "ProcessGroup | None") -> Tensor:
+    """The loss of each row, of this process's logits or of all ranks' together."""
+    return each(student, *arguments) if group is None else vocabulary_parallel.each(student, arguments, group)
+
+
 def _check(
-    student: Tensor, teacher: Tensor | TopK, kind: str, beta: float, temperature: float
+    student: Tensor,
+    teacher: Tensor | TopK,
+    kind: str,
+    beta: float,
+    temperature: float,
+    group: "ProcessGroup | None",
 ) -> tuple[int, Tensor, Tensor | None, Tensor | None]:
     """The teacher's vocabulary, and the teacher as tensors: logits, or log-probabilities, ids and tail."""
     rows, width = bind("N V", student=student)
+    if group is not None:
+        check_group(group)
     tensors: tuple[Tensor, Tensor | None, Tensor | None]
     if isinstance(teacher, TopK):
         vocab, count = teacher.vocab_size, teacher.ids.shape[0]
         tensors = (teacher.log_probs, teacher.ids, teacher.log_tail)
+        if group is not None:
+            width = vocab  # the student has the other columns on other ranks
     else:
         count, vocab = bind("N V", teacher=teacher)
         tensors = (teacher, None, None)

@@ -67,7 +67,8 @@ def linear_distillation_loss(
 
     Rows are taken a chunk at a time: logits, loss with its gradient in place of them, and from that the
     gradients of ``hidden``, ``weight`` and ``bias``, all in the forward pass.  Rows of weight 0 are dropped
-    before the first product.  (Hsu et al., "Liger Kernel", 2024, section 3.2, does so for hard labels.)
+    before the first product; to find them, where there are labels or row weights, is the one wait for a GPU.
+    (Hsu et al., "Liger Kernel", 2024, section 3.2, does so for hard labels.)
 
     Args:
         hidden: ``[N, H]``, float16, bfloat16, float32 or (reference only) float64.
@@ -97,8 +98,9 @@ def linear_distillation_loss(
 
     Memory:
         The gradients that are asked for and the workspace; where ``hidden`` is float16 or bfloat16 and there
-        are several chunks, a float32 ``[V, H]`` in which ``weight``'s gradient is summed and one product
-        of ``weight``'s size.  Logits are of ``hidden``'s dtype, as a linear layer's are.
+        are several chunks, a float32 ``[V, H]`` in which ``weight``'s gradient is summed and, but for NVIDIA
+        GPUs from torch 2.11, one product of ``weight``'s size.  Logits are of ``hidden``'s dtype, as a linear
+        layer's are.
 
     Example:
         >>> import torch
@@ -124,7 +126,8 @@ def linear_distillation_loss(
     scale = row_scale(hidden, labels, ignore_index, row_weight, reduction == "mean")
     hard = labels if kd_weight < 1 else None
     kd, ce = float(kd_weight * temperature**2), float(1 - kd_weight)
-    numbers = (vocab, kind, float(beta), float(temperature), kd, ce, workspace_bytes, named(backend))
+    masked = labels is not None or row_weight is not None
+    numbers = (vocab, kind, float(beta), float(temperature), kd, ce, masked, workspace_bytes, named(backend))
     if reduction == "none":
         return each(hidden, weight, bias, *tensors, hard, scale, *numbers)
     scale, divisor = lifted(hidden, scale)

@@ -10,7 +10,7 @@ from feddistill_kernels._backend import load
 from feddistill_kernels.distillation._op import times
 
 _TENSORS = 11  # hidden, weight, bias, six of the teacher, labels, scale
-_NUMBERS = 8
+_NUMBERS = 9
 
 
 @torch.library.custom_op("feddistill::linear_distillation", mutates_args=())
@@ -32,12 +32,13 @@ def linear_rows(
     temperature: float,
     kd: float,
     ce: float,
+    masked: bool,
     workspace_bytes: int,
     backend: str,
 ) -> Tensor:
     """The loss of each row, ``[N]``; its gradients are made when they are asked for."""
     tensors = (hidden, weight, bias, teacher, ids, log_tail, teacher_hidden, teacher_weight, teacher_bias)
-    numbers = (vocab, kind, beta, temperature, kd, ce, workspace_bytes, backend)
+    numbers = (vocab, kind, beta, temperature, kd, ce, masked, workspace_bytes, backend)
     loss: Tensor = _run((*tensors, labels, scale), numbers, [False] * 3)[0]
     return loss
 
@@ -61,20 +62,21 @@ def linear_gradients(
     temperature: float,
     kd: float,
     ce: float,
+    masked: bool,
     workspace_bytes: int,
     backend: str,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The sum of ``linear_rows``, and its gradients to hidden, weight and bias; empty where not wanted."""
     tensors = (hidden, weight, bias, teacher, ids, log_tail, teacher_hidden, teacher_weight, teacher_bias)
-    numbers = (vocab, kind, beta, temperature, kd, ce, workspace_bytes, backend)
+    numbers = (vocab, kind, beta, temperature, kd, ce, masked, workspace_bytes, backend)
     loss, *gradients = _run((*tensors, labels, scale), numbers, wanted)
     d_hidden, d_weight, d_bias = (hidden.new_empty(0) if g is None else g for g in gradients)
     return loss.sum(), d_hidden, d_weight, d_bias
 
 
 def _run(tensors: tuple[Any, ...], numbers: tuple[Any, ...], wanted: list[bool]) -> list[Any]:
-    names = ("vocab", "kind", "beta", "temperature", "kd", "ce", "workspace_bytes")
+    names = ("vocab", "kind", "beta", "temperature", "kd", "ce", "masked", "workspace_bytes")
     gradients = [
         torch.empty_like(x, memory_format=torch.contiguous_format) if want and x is not None else None
         for x, want in zip(tensors[:3], wanted, strict=True)
@@ -110,7 +112,12 @@ def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _gradient_later(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, scale = ctx.saved_tensors
     wanted = list(ctx.needs_input_grad[:3])
-    _, *gradients = linear_gradients(*tensors, scale * upstream, *ctx.numbers, wanted)
+    *numbers, masked, workspace_bytes, backend = ctx.numbers
+    # Rows that nothing above asks for are masked too; to look for them is free on a CPU.
+    masked = masked or scale.device.type == "cpu"
+    _, *gradients = linear_gradients(
+        *tensors, scale * upstream, *numbers, masked, workspace_bytes, backend, wanted
+    )
     return *_only(gradients, wanted), *_NOTHING
 
 

@@ -1,5 +1,7 @@
 """``linear_distillation_loss`` is ``distillation_loss`` of the logits, which are never all there."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from kernels import oracles
@@ -13,7 +15,8 @@ from feddistill_kernels import (
     linear_distillation_loss,
     topk_compress,
 )
-from feddistill_kernels.linear_distillation import _op
+from feddistill_kernels.distillation import _reference as _distillation
+from feddistill_kernels.linear_distillation import _op, _reference, _triton
 
 OPERATOR = "linear_distillation"
 N, H, V, PADDED = 11, 7, 53, 56
@@ -150,11 +153,156 @@ def test_no_logits_of_all_rows_are_ever_there(masked, backend):
     if masked:
         scale[::3] = 0
     tensors = (torch.randn(rows, H), torch.randn(vocab, H), None, *[None] * 3, head.hidden, head.weight, None)
-    numbers = (vocab, "jsd", 0.5, 1.0, 1.0, 0.0, workspace_bytes, backend)
+    numbers = (vocab, "jsd", 0.5, 1.0, 1.0, 0.0, masked, workspace_bytes, backend)
     with _Allocations() as made:
         _op._run((*tensors, None, scale), numbers, [True, True, False])
     largest = max(shape[0] for shape in made.shapes if shape[1:] == (vocab,))
     assert 1 <= largest <= 8  # of the student and of the teacher
+
+
+@pytest.mark.parametrize("most", [1, 2, 127, 128, 200, 300, 1 << 20])
+@pytest.mark.parametrize("rows", [0, 1, 128, 129, 700, 2048])
+def test_chunks_are_few_alike_and_of_whole_tiles(rows, most):
+    step = _reference._rows_at_once(rows, most)
+    assert 1 <= step <= most
+    if most >= 128:
+        assert step == rows or step % 128 == 0 or rows == 0
+        most -= most % 128
+    assert len(range(0, rows, step)) == len(range(0, rows, most))
+    assert rows <= most or step - rows % step < step // 2 + 128 or rows % step == 0
+
+
+@pytest.mark.parametrize("mask", ["labels", "row_weight", None])
+def test_rows_are_looked_for_only_where_some_may_be_masked(mask, backend, monkeypatch):
+    looked, nonzero = [], torch.Tensor.nonzero
+    monkeypatch.setattr(torch.Tensor, "nonzero", lambda x: looked.append(x) or nonzero(x))
+    student = head()
+    given = {"labels": {"labels": LABELS}, "row_weight": {"row_weight": torch.rand(N)}, None: {}}[mask]
+    linear_distillation_loss(*student[:2], teachers()["head"], backend=backend, **given)
+    assert len(looked) == (mask is not None)
+
+
+@pytest.mark.parametrize("teacher", ["dense", "head"])
+def test_off_the_cpu_no_number_is_looked_at(teacher):
+    """A tensor without memory has none to look at."""
+    meta = [x.detach().to("meta") for x in head()]
+    given = teachers()[teacher]
+    parts = (None, given.hidden, given.weight, given.bias) if teacher == "head" else (given, *[None] * 3)
+    dense, *projected = (x if x is None else x.to("meta") for x in parts)
+    numbers = {"vocab": V, "kind": "jsd", "beta": 0.5, "temperature": 1.0, "kd": 1.0, "ce": 0.0}
+    numbers |= {"masked": False, "workspace_bytes": 3 * V * 8}
+    scale, results = torch.ones(N, device="meta"), [torch.empty_like(x) for x in meta]
+    loss = _reference.rows(*meta, dense, None, None, *projected, None, scale, *results, **numbers)
+    assert loss.is_meta
+
+
+class _Stream:
+    """A queue of a GPU, which knows what must have ended before what it does next."""
+
+    current = None
+    device = "cuda:0"
+
+    def __init__(self):
+        self.past = set()
+
+    def wait_event(self, event):
+        self.past |= event
+
+    def wait_stream(self, other):
+        self.past |= other.past
+
+    def record_event(self):
+        return set(self.past)
+
+    def __enter__(self):
+        self.before, _Stream.current = _Stream.current, self
+
+    def __exit__(self, *error):
+        _Stream.current = self.before
+
+    @classmethod
+    def do(cls, what):
+        """Return what has ended when ``what`` begins."""
+        past = set(cls.current.past)
+        cls.current.past.add(what)
+        return past
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_teachers_products_run_beside_the_students_and_in_order(masked, fails, monkeypatch):
+    main, side, began = _Stream(), _Stream(), {}
+    monkeypatch.setattr(_reference, "_side_stream", lambda device: side)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: _Stream.current)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    given, chunk, product = teachers()["head"], 0, _reference._product
+
+    def made(hidden, weight, bias, out):
+        whose = "teacher" if weight is given.weight else "student"
+        began[whose, chunk] = _Stream.do((whose, chunk))
+        return product(hidden, weight, bias, out)
+
+    def lost(*arguments, **numbers):
+        nonlocal chunk
+        began["loss", chunk] = _Stream.do(("loss", chunk))
+        chunk += 1
+        if fails and chunk == 2:
+            raise ValueError("a bad row")
+        return torch.zeros(len(arguments[0]))
+
+    monkeypatch.setattr(_reference, "_product", made)
+    hidden, weight, _ = (x.detach() for x in head())
+    tensors = (hidden, weight, None, None, None, None, given.hidden, given.weight, None, None, torch.ones(N))
+    numbers = {"vocab": V, "kind": "jsd", "beta": 0.5, "temperature": 1.0, "kd": 1.0, "ce": 0.0}
+    numbers |= {"masked": masked, "workspace_bytes": 3 * V * 8}
+    main.past.add("inputs")
+    with main, pytest.raises(ValueError, match="a bad row") if fails else nullcontext():
+        _reference.chunked(
+            lost, *tensors, torch.empty_like(hidden), torch.empty_like(weight), None, **numbers
+        )
+    assert chunk == (2 if fails else 4)
+    for i in range(chunk):
+        assert "inputs" in began["teacher", i]
+        assert ("student", i) not in began["teacher", i]
+        assert ("teacher", i) not in began["student", i]
+        assert {("teacher", i), ("student", i)} <= began["loss", i]
+        if i:
+            assert ("loss", i - 1) in began["teacher", i]
+    assert side.past <= main.past  # so that memory may be used again
+
+
+def test_aligned_rows_of_logits_change_nothing(backend, monkeypatch):
+    student, given, results = head(), teachers()["head"], []
+    for alignment in (1, 64):
+        monkeypatch.setitem(_reference.ALIGNMENT, "cpu", alignment)
+        loss = linear_distillation_loss(*student[:2], given, workspace_bytes=4 * V * 8, backend=backend)
+        results.append([loss.detach(), *torch.autograd.grad(loss, student[:2])])
+    for plain, aligned in zip(*results, strict=True):
+        torch.testing.assert_close(aligned, plain)
+
+
+def test_a_gpu_is_asked_to_add_in_float32(monkeypatch):
+    """On tensors without memory: whether torch takes the calls."""
+    monkeypatch.setattr(_reference, "_adds_wide", lambda device: True)
+    weight = torch.empty(V, H, device="meta", dtype=torch.bfloat16)
+    sums = _reference._Sums(weight, None, V - 2, several=True)
+    with _Allocations() as made:
+        for _ in range(2):
+            sums.add(*(torch.empty(3, x, device="meta", dtype=torch.bfloat16) for x in (V - 2, H)))
+    assert (V - 2, H) not in made.shapes
+    sums.finish()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_triton_backend_is_the_same_around_tritons_loss(masked, monkeypatch):
+    asked = []
+    monkeypatch.setattr(_triton._backend, "load", lambda *which: asked.append(which[:2]) or _distillation)
+    student, given = (x.detach() for x in head()), teachers()["dense"]
+    tensors = (*student, given, *[None] * 6, torch.rand(N), *[None] * 3)
+    numbers = {"vocab": V, "kind": "jsd", "beta": 0.5, "temperature": 1.0, "kd": 1.0, "ce": 0.0}
+    numbers |= {"masked": masked, "workspace_bytes": 3 * V * 8}
+    assert torch.equal(_triton.rows(*tensors, **numbers), _reference.rows(*tensors, **numbers))
+    assert asked == [("distillation", "triton")]
 
 
 def test_masked_rows_are_not_looked_at(backend):
@@ -239,7 +387,7 @@ def test_opcheck(teacher):
         "head": (None, None, None, *(getattr(given, name, None) for name in ("hidden", "weight", "bias"))),
     }[teacher]
     tensors = *(x.detach() for x in head()), *parts, LABELS.clamp_min(0), torch.rand(N)
-    numbers = (V, "jsd", 0.3, 2.0, 1.0, 0.5, 1000, "reference")
+    numbers = (V, "jsd", 0.3, 2.0, 1.0, 0.5, True, 1000, "reference")
     torch.library.opcheck(torch.ops.feddistill.linear_distillation.default, (*tensors, *numbers))
     for wanted in ([True, True, True], [False, True, False]):
         operator = torch.ops.feddistill.linear_distillation_gradients.default
