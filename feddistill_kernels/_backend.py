@@ -1,7 +1,8 @@
 """Which implementation of an operator runs where.
 
 A backend is a module, ``feddistill_kernels/<operator>/_<backend>.py``: the file tree is the registry.
-Beside its functions it has ``missing(device_type) -> str | None``: why it cannot run there.
+Beside its functions it has ``missing(device_type) -> str | None``: why it cannot run there.  One with limits
+has ``cannot(**facts) -> str | None`` as well: why it cannot do what a call asks for.
 """
 
 import pkgutil
@@ -96,17 +97,31 @@ def named(requested: str | None) -> str:
     return requested
 
 
-def load(op: str, backend: str, like: torch.Tensor) -> ModuleType:
-    """Return the module that runs ``op`` on tensors ``like`` this; never swap a backend that was named."""
+def load(op: str, backend: str, like: torch.Tensor, **facts: int | str) -> ModuleType:
+    """Return the module that runs ``op`` on tensors ``like`` this; never swap a backend that was named.
+
+    Args:
+        op: One of ``operators()``.
+        backend: A name, or ``AUTO``.
+        like: Its device and dtype count.
+        facts: What a backend's limits are about, by the operator's names.
+    """
     device_type = like.device.type
     # float64 is there for oracles and gradcheck, and one backend with it is enough.
     wide = like.dtype == torch.float64
     if backend == AUTO:
         backend = "reference" if wide else _best(op, device_type)
-    elif reason := _missing(op, backend, device_type):
+        if facts and _cannot(op, backend, facts):
+            backend = next(
+                name for name in available_backends(op, device_type) if not _cannot(op, name, facts)
+            )
+        return _module(op, backend)
+    if reason := _missing(op, backend, device_type):
         raise BackendError(f"backend {backend!r} cannot run {op} on {device_type}: {reason}")
-    elif wide and backend != "reference":
+    if wide and backend != "reference":
         raise BackendError(f"backend {backend!r} cannot run {op}: float64 is for the reference only")
+    if reason := _cannot(op, backend, facts):
+        raise BackendError(f"backend {backend!r} cannot run this {op}: {reason}")
     return _module(op, backend)
 
 
@@ -167,6 +182,12 @@ def _best(op: str, device_type: str) -> str:
 @cache
 def _module(op: str, backend: str) -> ModuleType:
     return import_module(f"feddistill_kernels.{op}._{backend}")
+
+
+def _cannot(op: str, backend: str, facts: dict[str, int | str]) -> str | None:
+    cannot = getattr(_module(op, backend), "cannot", None)
+    reason: str | None = cannot(**facts) if cannot else None
+    return reason
 
 
 @cache

@@ -43,7 +43,7 @@ def topk_compress(
     Raises:
         ValueError: ``k`` or ``temperature`` is out of range, ``logits`` is not ``[N, V]``; on the CPU also
             for a row of nothing but ``-inf``, which elsewhere gives NaN.
-        BackendError: ``backend`` was named and cannot run here.
+        BackendError: ``backend`` was named and cannot run here; ``"triton"`` keeps at most 1024.
 
     Memory:
         The result.  Temporaries are bounded, whatever N and V are.

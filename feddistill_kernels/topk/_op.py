@@ -11,7 +11,7 @@ def compress(
     logits: Tensor, k: int, temperature: float, id_order: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Ids ``[N, k]``, log-probabilities ``[N, k]``, log of the tail's mass ``[N]``."""
-    result: tuple[Tensor, Tensor, Tensor] = load("topk", backend, logits).compress(
+    result: tuple[Tensor, Tensor, Tensor] = load("topk", backend, logits, k=k).compress(
         logits, k, temperature, id_order
     )
     return result

@@ -1,5 +1,8 @@
 """A test with a ``backend`` argument runs on every backend of its module's ``OPERATOR``."""
 
+from importlib.util import find_spec
+
+import numpy as np
 import pytest
 import torch
 
@@ -38,3 +41,29 @@ def nan_filled_memory():
     yield
     torch.use_deterministic_algorithms(False)
     torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@pytest.fixture(autouse=True, scope="session")
+def a_sort_that_ends():
+    """Triton's interpreter takes the xor of each pair of a sort in Python, number by number."""
+    if find_spec("triton") is None:
+        yield
+        return
+    from triton.language import standard
+    from triton.runtime.interpreter import ReduceOps
+
+    slow = ReduceOps.generic_reduce
+
+    def reduce(self, tensors):
+        if self.combine_fn is not standard._xor_combine or len(tensors) > 1:
+            return slow(self, tensors)
+        (x,) = tensors
+        return [
+            self.to_tensor(
+                np.bitwise_xor.reduce(x.handle.data, axis=self.axis, keepdims=self.keep_dims), x.dtype
+            )
+        ]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ReduceOps, "generic_reduce", reduce)
+        yield

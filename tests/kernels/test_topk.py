@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from feddistill_kernels import TopK, topk_compress
+from feddistill_kernels import BackendError, TopK, available_backends, topk_compress
 
 OPERATOR = "topk"
 INF = math.inf
@@ -167,3 +167,51 @@ def test_a_wrong_argument_is_named(arguments, message):
 def test_an_unknown_tail_is_refused(kept):
     with pytest.raises(ValueError, match="unknown tail 'zero'; choose from uniform, none"):
         kept.expand(tail="zero")
+
+
+@pytest.mark.parametrize("k", [1, 60, 200])
+@pytest.mark.parametrize("n", [1, 3])
+def test_rows_of_many_blocks(n, k, backend):
+    """More columns than Triton sorts at once, in parts where rows are few; ties at every border."""
+    logits = (4 * torch.randn(n, 20_011)).round()
+    logits[0, 16_383:16_385] = 99.0
+    got = topk_compress(logits, k, backend=backend)
+    true = topk_compress(logits.double(), k)
+    assert torch.equal(got.ids, true.ids)
+    torch.testing.assert_close(got.log_probs.double(), true.log_probs, rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(got.log_tail.double(), true.log_tail, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("adverse", ["one lane", "all equal", "ruled out", "nan"])
+def test_what_comes_together_is_found(adverse, backend):
+    """Triton keeps the four best groups of a lane, which has a group of 16 in 4096."""
+    logits = torch.randn(4, 6 * 4096)  # so many rows that they are not split
+    match adverse:
+        case "one lane":
+            logits[:, ::4096] += 100
+        case "all equal":
+            logits.zero_()
+        case "ruled out":
+            logits[:, 3:] = -INF
+        case "nan":
+            logits[:, 7] = math.nan
+    got = topk_compress(logits, 6, backend=backend)
+    if adverse == "nan":
+        assert got.log_probs.isnan().all()
+        assert got.log_tail.isnan().all()
+        assert len(set(got.ids[0].tolist())) == 6
+        return
+    true = topk_compress(logits.double(), 6)
+    assert torch.equal(got.ids, true.ids)
+    torch.testing.assert_close(got.log_probs.double(), true.log_probs, rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(got.log_tail.double(), true.log_tail, rtol=1e-6, atol=1e-5)
+
+
+def test_more_than_triton_sorts_is_refused_by_name_and_left_to_others():
+    backends = available_backends(OPERATOR, "cpu")
+    if "triton" not in backends:
+        pytest.skip("Triton is not here")
+    logits = torch.randn(1, 2000)
+    with pytest.raises(BackendError, match=r"cannot run this topk: it sorts at most 1024 .*, k is 1025"):
+        topk_compress(logits, 1025, backend="triton")
+    assert len(topk_compress(logits, 1025)) == 1
