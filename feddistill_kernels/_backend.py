@@ -19,13 +19,9 @@ import torch
 from torch import Tensor
 
 from feddistill_kernels._check import one_of
+from feddistill_kernels._dispatch import Entry, entries
 
 BACKENDS = ("reference", "native", "triton")
-
-# Best first.  The CUDA C++ kernels stand behind the reference until a GPU has measured them.  On a CPU Triton
-# only runs interpreted, in tests.
-_PREFERENCE = {"cpu": ("native", "reference", "triton"), "cuda": ("triton", "reference", "native")}
-_ANYWHERE = ("reference",)
 
 AUTO = "auto"
 _override = AUTO
@@ -47,7 +43,7 @@ def operators() -> tuple[str, ...]:
 
 
 def available_backends(op: str, device: str | torch.device = "cpu") -> tuple[str, ...]:
-    """Backends that run ``op`` on ``device``, the one that runs by default first.
+    """Backends that run ``op`` on ``device``, the one that runs by default first (see ``_dispatch``).
 
     Raises:
         ValueError: No such operator.
@@ -56,9 +52,8 @@ def available_backends(op: str, device: str | torch.device = "cpu") -> tuple[str
     ('native', 'reference')
     """
     one_of("operator", op, operators())
-    device_type = torch.device(device).type
-    candidates = _PREFERENCE.get(device_type, _ANYWHERE)
-    return tuple(name for name in candidates if _missing(op, name, device_type) is None)
+    choices = _choices(op, torch.device(device), None)
+    return next(backends for entry, backends in choices if entry is None)
 
 
 @contextmanager
@@ -103,19 +98,20 @@ def load(op: str, backend: str, like: torch.Tensor, **facts: int | str) -> Modul
     Args:
         op: One of ``operators()``.
         backend: A name, or ``AUTO``.
-        like: Its device and dtype count.
+        like: Its device, dtype and shape count.
         facts: What a backend's limits are about, by the operator's names.
     """
     device_type = like.device.type
     # float64 is there for oracles and gradcheck, and one backend with it is enough.
     wide = like.dtype == torch.float64
     if backend == AUTO:
-        backend = "reference" if wide else _best(op, device_type)
-        if facts and _cannot(op, backend, facts):
-            backend = next(
-                name for name in available_backends(op, device_type) if not _cannot(op, name, facts)
-            )
-        return _module(op, backend)
+        if wide:
+            return _module(op, "reference")
+        for entry, backends in _choices(op, like.device, like.dtype):
+            if entry is None or entry.fits(like.shape):
+                return _module(
+                    op, next(name for name in backends if not (facts and _cannot(op, name, facts)))
+                )
     if reason := _missing(op, backend, device_type):
         raise BackendError(f"backend {backend!r} cannot run {op} on {device_type}: {reason}")
     if wide and backend != "reference":
@@ -175,8 +171,17 @@ def operator(name: str, schema: str | None = None) -> Callable[[Callable[..., An
 
 
 @cache
-def _best(op: str, device_type: str) -> str:
-    return available_backends(op, device_type)[0]
+def _choices(
+    op: str, device: torch.device, dtype: torch.dtype | None
+) -> tuple[tuple[Entry | None, tuple[str, ...]], ...]:
+    """Entries of the table, ``None`` for one of all shapes, and which of their backends are there."""
+    return tuple(
+        (
+            None if entry.any_shape else entry,
+            tuple(name for name in entry.backends if _missing(op, name, device.type) is None),
+        )
+        for entry in entries(op, device, dtype)
+    )
 
 
 @cache

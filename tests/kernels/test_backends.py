@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import feddistill_kernels as fk
-from feddistill_kernels import _backend, _native
+from feddistill_kernels import _backend, _dispatch, _native
 
 MODULES = [
     module.name
@@ -53,6 +53,35 @@ def test_native_is_the_default_on_the_cpu_where_it_is_written():
     assert fk.available_backends("order_statistics", "cpu") == ("native", "reference")
 
 
+def test_the_table_decides_by_device_dtype_and_shape_and_never_over_a_name(monkeypatch):
+    few = _dispatch.Entry(
+        "cpu",
+        ("reference",),
+        operators=("order_statistics",),
+        dtypes=(torch.float32,),
+        rows=(0, 2),
+        columns=(9, 99),
+    )
+    monkeypatch.setattr(_dispatch, "TABLE", (few, *_dispatch.TABLE))
+    _backend._choices.cache_clear()
+    try:
+        chosen = {
+            (op, dtype, shape): _backend.load(op, "auto", torch.empty(shape, dtype=dtype)).__name__.rsplit(
+                "._"
+            )[1]
+            for op in ("order_statistics", "around_median")
+            for dtype in (torch.float32, torch.float16)
+            for shape in ((2, 9), (2, 8), (3, 9), (2, 1, 99), (2, 100))
+        }
+        by_reference = {key for key, backend in chosen.items() if backend == "reference"}
+        assert by_reference == {("order_statistics", torch.float32, shape) for shape in ((2, 9), (2, 1, 99))}
+        assert fk.available_backends("order_statistics")[0] == "native"
+        named = _backend.load("order_statistics", "native", torch.empty(2, 9))
+        assert named.__name__.endswith("._native")
+    finally:
+        _backend._choices.cache_clear()
+
+
 def test_use_backend_is_what_runs_and_ends_with_its_block():
     with fk.use_backend("triton"):
         with pytest.raises(fk.BackendError, match="'triton' cannot run order_statistics on cpu"):
@@ -93,7 +122,7 @@ def test_what_cannot_run_says_why(call, error, message):
 @pytest.fixture
 def without_compiled_module(monkeypatch):
     """As on a machine where ``_C`` was not built."""
-    caches = (_backend._missing, _backend._best, _native.compiled)
+    caches = (_backend._missing, _backend._choices, _native.compiled)
     monkeypatch.setitem(sys.modules, "feddistill_kernels._C", None)
     for cached in caches:
         cached.cache_clear()

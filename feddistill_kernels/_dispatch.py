@@ -1,0 +1,63 @@
+"""Which backend is taken where several can run a call: a table, the first entry that fits.
+
+Fastest first, where it was measured (``bench/results/``).  No GPU has measured the kernels for one yet: there
+Triton's go first, which are the same on every machine, and CUDA C++ runs when it is asked for by name.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+ANY_NUMBER = (0, float("inf"))
+
+
+@dataclass(frozen=True)
+class Entry:
+    """For these calls, these backends, best first; what an entry does not say fits everything."""
+
+    device: str
+    backends: tuple[str, ...]
+    operators: tuple[str, ...] = ()
+    dtypes: tuple[torch.dtype, ...] = ()
+    least_capability: tuple[int, int] = (0, 0)
+    """Of a GPU."""
+    rows: tuple[int, float] = ANY_NUMBER
+    """``N``, from and up to."""
+    columns: tuple[int, float] = ANY_NUMBER
+    """``V``, from and up to."""
+
+    @property
+    def any_shape(self) -> bool:
+        """Whether it says nothing of shapes."""
+        return self.rows == self.columns == ANY_NUMBER
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether calls on tensors of this shape, ``[..., V]``, are among its own."""
+        columns = shape[-1] if shape else 1
+        rows = 1
+        for size in shape[:-1]:
+            rows *= size
+        return self.rows[0] <= rows <= self.rows[1] and self.columns[0] <= columns <= self.columns[1]
+
+
+TABLE: tuple[Entry, ...] = (
+    # On a CPU Triton only runs interpreted, in tests.
+    Entry("cpu", ("native", "reference", "triton")),
+    Entry("cuda", ("triton", "reference", "native")),
+)
+
+
+def entries(op: str, device: torch.device, dtype: torch.dtype | None) -> tuple[Entry, ...]:
+    """Those that calls of ``op`` on tensors of this device and dtype may fall under, the first first."""
+    capability = (0, 0)
+    if device.type == "cuda" and torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability(device)
+    found = tuple(
+        entry
+        for entry in TABLE
+        if entry.device == device.type
+        and (not entry.operators or op in entry.operators)
+        and (not entry.dtypes or dtype in entry.dtypes)
+        and entry.least_capability <= capability
+    )
+    return found or (Entry(device.type, ("reference",)),)
