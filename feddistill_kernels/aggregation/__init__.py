@@ -91,7 +91,7 @@ def aggregate_topk(
         mix: Clients that may lie, ``0 <= 2 mix < C``: mix clients first, before any rule.  ``None`` does not.
         k: Keep the ``k`` likeliest entries of the result (equal ones by ascending id) and move the others
             into the tail.  ``None`` keeps them all.
-        backend: ``"reference"`` or ``"native"``; ``None`` takes the best for the device.
+        backend: ``"reference"``, ``"native"`` or ``"triton"``; ``None`` takes the best for the device.
 
     Returns:
         ``TopK`` with ascending ids and ``min(C K, V)`` entries a row, ``k`` at the most; float32 (float64
@@ -103,12 +103,13 @@ def aggregate_topk(
         ValueError: Clients do not fit together, or a setting does not fit the rule.  On the CPU also for a
             row in which no id is left, e.g. by ``mean_logits`` of clients that rule each other out;
             elsewhere such a row is NaN.
-        BackendError: ``backend`` was named and cannot run here.
+        BackendError: ``backend`` was named and cannot run here; ``"triton"`` takes at most 64 clients, and
+            4096 entries of all of them a row.
 
     Memory:
         The result, and nothing of size V.  ``native``: some numbers for each of the ``C K`` entries of a row,
-        and 2 KiB a client, for each thread.  ``reference``: bounded temporaries, or one row's
-        ``C * min(C K, V)`` numbers.
+        and 2 KiB a client, for each thread.  ``triton``: some 64 MiB, or one row's.
+        ``reference``: bounded temporaries, or one row's ``C * min(C K, V)`` numbers.
 
     Example:
         >>> import torch

@@ -34,9 +34,10 @@ def aggregate(
     """Ids ``[N, k]``, log-probabilities ``[N, k]``, log of the tail's mass ``[N]``."""
     widest = next((x for x in log_probs if x.dtype == torch.float64), log_probs[0])
     settings = Settings(rule, trim, keep, byzantine, tolerance, max_iterations, mix)
-    result: tuple[Tensor, Tensor, Tensor] = load("aggregation", backend, widest).aggregate(
-        ids, log_probs, missing, vocab, weights, k, settings
-    )
+    entries = sum(i.shape[1] for i in ids)
+    result: tuple[Tensor, Tensor, Tensor] = load(
+        "aggregation", backend, widest, clients=len(ids), entries=entries
+    ).aggregate(ids, log_probs, missing, vocab, weights, k, settings)
     return result
 
 
