@@ -108,8 +108,8 @@ def aggregate_topk(
 
     Memory:
         The result, and nothing of size V.  ``native``: some numbers for each of the ``C K`` entries of a row,
-        and 2 KiB a client, for each thread.  ``triton``: some 64 MiB, or one row's.  ``reference``: bounded
-        temporaries, or one row's ``C * min(C K, V)`` numbers.
+        and 2 KiB a client, for each thread.  ``triton``: some 64 MiB, or one row's.
+        ``reference``: bounded temporaries, or one row's ``C * min(C K, V)`` numbers.
 
     Example:
         >>> import torch
