@@ -16,14 +16,15 @@ namespace py = pybind11;
 namespace {
 
 feddistill::TrimmedMean trimmed_mean_task(const std::vector<std::uintptr_t>& clients, std::int64_t n, int dtype,
-                                          int trim, std::uintptr_t out) {
+                                          int trim, std::uintptr_t out, int nearest = 0) {
     static_assert(sizeof(std::uintptr_t) == sizeof(const void*));
     return {reinterpret_cast<const void* const*>(clients.data()),
             static_cast<int>(clients.size()),
             n,
             static_cast<feddistill::DType>(dtype),
             trim,
-            reinterpret_cast<void*>(out)};
+            reinterpret_cast<void*>(out),
+            nearest};
 }
 
 // (address or 0, elements from row to row, dtype)
@@ -94,6 +95,66 @@ void bind_distances(py::module_& m) {
         },
         py::arg("clients"), py::arg("byzantine"), py::arg("outs"), py::arg("threads"), py::arg("set") = 0, no_gil);
 }
+
+#ifdef FEDDISTILL_WITH_CUDA
+void* pointer(std::uintptr_t address) { return reinterpret_cast<void*>(address); }
+
+void bind_cuda(py::module_& m) {
+    const py::call_guard<py::gil_scoped_release> no_gil;
+    m.def(
+        "trimmed_mean_cuda",
+        [](const std::vector<std::uintptr_t>& clients, std::int64_t n, int dtype, int trim, std::uintptr_t out,
+           std::uintptr_t stream) {
+            feddistill::trimmed_mean_cuda(trimmed_mean_task(clients, n, dtype, trim, out), pointer(stream));
+        },
+        no_gil);
+    m.def(
+        "around_median_cuda",
+        [](const std::vector<std::uintptr_t>& clients, std::int64_t n, int dtype, int keep, std::uintptr_t out,
+           std::uintptr_t stream) {
+            feddistill::trimmed_mean_cuda(trimmed_mean_task(clients, n, dtype, 0, out, keep), pointer(stream));
+        },
+        no_gil);
+    m.def(
+        "topk_cuda",
+        [](std::int64_t rows, std::int64_t vocab, std::int64_t k, const MatrixOf& logits, double temperature,
+           bool id_order, std::uintptr_t ids, std::uintptr_t log_probs, std::uintptr_t log_tail,
+           std::uintptr_t stream) {
+            feddistill::topk_cuda(
+                {rows, vocab, k, matrix(logits), temperature, id_order, reinterpret_cast<std::int32_t*>(ids),
+                 reinterpret_cast<float*>(log_probs), reinterpret_cast<float*>(log_tail)},
+                pointer(stream));
+        },
+        no_gil);
+    m.def("distances_workspace_cuda", [](const Clients& clients, bool per_row) {
+        return feddistill::distances_workspace_cuda(clients.view(), per_row);
+    });
+    m.def(
+        "geometric_median_cuda",
+        [](const Clients& clients, bool per_row, double tolerance, int max_iterations, std::uintptr_t out,
+           std::uintptr_t workspace, std::uintptr_t stream) {
+            feddistill::geometric_median_cuda(clients.view(), per_row, tolerance, max_iterations, pointer(out),
+                                              pointer(workspace), pointer(stream));
+        },
+        no_gil);
+    m.def(
+        "krum_cuda",
+        [](const Clients& clients, int byzantine, int keep, std::uintptr_t out, std::uintptr_t workspace,
+           std::uintptr_t stream) {
+            feddistill::krum_cuda(clients.view(), byzantine, keep, pointer(out), pointer(workspace), pointer(stream));
+        },
+        no_gil);
+    m.def(
+        "nearest_neighbour_mixing_cuda",
+        [](const Clients& clients, int byzantine, const std::vector<std::uintptr_t>& outs, std::uintptr_t workspace,
+           std::uintptr_t stream) {
+            feddistill::nearest_neighbour_mixing_cuda(clients.view(), byzantine,
+                                                      reinterpret_cast<void* const*>(outs.data()), pointer(workspace),
+                                                      pointer(stream));
+        },
+        no_gil);
+}
+#endif
 
 }  // namespace
 
@@ -180,9 +241,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         "around_median_cpu",
         [](const std::vector<std::uintptr_t>& clients, std::int64_t n, int dtype, int keep, std::uintptr_t out,
            int threads, int set) {
-            feddistill::TrimmedMean task = trimmed_mean_task(clients, n, dtype, 0, out);
-            task.nearest = keep;
-            feddistill::trimmed_mean_cpu(task, threads, set);
+            feddistill::trimmed_mean_cpu(trimmed_mean_task(clients, n, dtype, 0, out, keep), threads, set);
         },
         py::arg("clients"), py::arg("n"), py::arg("dtype"), py::arg("keep"), py::arg("out"), py::arg("threads"),
         py::arg("set") = 0, py::call_guard<py::gil_scoped_release>());
@@ -212,14 +271,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
                                    reinterpret_cast<void*>(stream));
         },
         py::call_guard<py::gil_scoped_release>());
-    m.def(
-        "trimmed_mean_cuda",
-        [](const std::vector<std::uintptr_t>& clients, std::int64_t n, int dtype, int trim, std::uintptr_t out,
-           std::uintptr_t stream) {
-            feddistill::trimmed_mean_cuda(trimmed_mean_task(clients, n, dtype, trim, out),
-                                          reinterpret_cast<void*>(stream));
-        },
-        py::call_guard<py::gil_scoped_release>());
+    bind_cuda(m);
 #endif
     m.def("build_info", [] {
         py::dict info;

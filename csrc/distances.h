@@ -22,4 +22,17 @@ void krum_cpu(const Clients& clients, int byzantine, int keep, void* out, int th
 // outs: C results; 0 <= byzantine < C.
 void nearest_neighbour_mixing_cpu(const Clients& clients, int byzantine, void* const* outs, int threads, int set = 0);
 
+#ifdef FEDDISTILL_WITH_CUDA
+constexpr int kMostCudaClients = 16;
+
+// Clients and results are the device's; count <= kMostCudaClients; stream is a cudaStream_t.  workspace: so many bytes
+// on the device, of which nothing is kept.
+std::int64_t distances_workspace_cuda(const Clients& clients, bool per_row);
+void geometric_median_cuda(const Clients& clients, bool per_row, double tolerance, int max_iterations, void* out,
+                           void* workspace, void* stream);
+void krum_cuda(const Clients& clients, int byzantine, int keep, void* out, void* workspace, void* stream);
+void nearest_neighbour_mixing_cuda(const Clients& clients, int byzantine, void* const* outs, void* workspace,
+                                   void* stream);
+#endif
+
 }  // namespace feddistill

@@ -25,7 +25,7 @@ void trimmed_mean_cpu(const TrimmedMean& task, int threads, int set = 0);
 constexpr int kMostRegisters = 32;  // C up to which a column's values stay in registers
 
 #ifdef FEDDISTILL_WITH_CUDA
-// count <= kMostRegisters; pointers are the device's; stream is a cudaStream_t.
+// count <= kMostRegisters; pointers, but for the list of clients, are the device's; stream is a cudaStream_t.
 void trimmed_mean_cuda(const TrimmedMean& task, void* stream);
 #endif
 

@@ -19,4 +19,12 @@ struct TopK {
 // Returns the first row of nothing but -inf, or -1.  The result does not depend on threads.
 std::int64_t topk_cpu(const TopK& task, int threads, int set = 0);
 
+#ifdef FEDDISTILL_WITH_CUDA
+constexpr std::int64_t kMostCudaKept = 2048;  // whose candidates 64 KiB of shared memory hold
+
+// k <= kMostCudaKept, vocab < 2^31; pointers are the device's; stream is a cudaStream_t.  A row of nothing but -inf
+// gives NaN, as one with NaN does.
+void topk_cuda(const TopK& task, void* stream);
+#endif
+
 }  // namespace feddistill

@@ -1,4 +1,4 @@
-"""The distance rules through ``_C``: C++ on the CPU."""
+"""The distance rules through ``_C``: C++ on the CPU, CUDA C++ on a GPU."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,38 +6,57 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from feddistill_kernels._native import DTYPES, library
-from feddistill_kernels._native import cpu_only as missing
+from feddistill_kernels._backend import BackendError
+from feddistill_kernels._native import DTYPES, library, missing
 
 __all__ = ["geometric_median", "krum", "missing", "nearest_neighbour_mixing"]
+
+MOST_CUDA_CLIENTS = 16
+"""csrc/distances.h: kMostCudaClients."""
 
 
 def geometric_median(xs: Sequence[Tensor], per_row: bool, tolerance: float, max_iterations: int) -> Tensor:
     """Weighted mean by Weiszfeld's weights, of each row or of the whole."""
-    rows, result = _rows(xs), torch.empty_like(xs[0], memory_format=torch.contiguous_format)
-    if result.numel():
-        library().geometric_median_cpu(
-            _clients(rows), per_row, tolerance, max_iterations, result.data_ptr(), torch.get_num_threads()
-        )
+    result = torch.empty_like(xs[0], memory_format=torch.contiguous_format)
+    _run("geometric_median", xs, (per_row, tolerance, max_iterations), result.data_ptr(), per_row)
     return result
 
 
 def krum(xs: Sequence[Tensor], byzantine: int, keep: int) -> Tensor:
     """Mean of the ``keep`` clients of least score."""
-    rows, result = _rows(xs), torch.empty_like(xs[0], memory_format=torch.contiguous_format)
-    if result.numel():
-        threads = torch.get_num_threads()
-        library().krum_cpu(_clients(rows), byzantine, keep, result.data_ptr(), threads)
+    result = torch.empty_like(xs[0], memory_format=torch.contiguous_format)
+    _run("krum", xs, (byzantine, keep), result.data_ptr())
     return result
 
 
 def nearest_neighbour_mixing(xs: Sequence[Tensor], byzantine: int) -> list[Tensor]:
     """For each client the mean of its nearest."""
-    rows, results = _rows(xs), [torch.empty_like(x, memory_format=torch.contiguous_format) for x in xs]
-    if results[0].numel():
-        outs = [x.data_ptr() for x in results]
-        library().nearest_neighbour_mixing_cpu(_clients(rows), byzantine, outs, torch.get_num_threads())
+    results = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in xs]
+    _run("nearest_neighbour_mixing", xs, (byzantine,), [x.data_ptr() for x in results])
     return results
+
+
+def _run(
+    rule: str, xs: Sequence[Tensor], settings: tuple[float, ...], out: int | list[int], per_row: bool = False
+) -> None:
+    """Write the rule's result where ``out`` points."""
+    if not xs[0].numel():
+        return
+    device, rows = xs[0].device, _rows(xs)
+    clients = _clients(rows)
+    if device.type == "cpu":
+        getattr(library(), f"{rule}_cpu")(clients, *settings, out, torch.get_num_threads())
+        return
+    if len(xs) > MOST_CUDA_CLIENTS:
+        raise BackendError(
+            f"backend 'native' takes up to {MOST_CUDA_CLIENTS} clients on cuda, got {len(xs)}; "
+            "use 'reference'"
+        )
+    size = library().distances_workspace_cuda(clients, per_row)
+    workspace = torch.empty(size, dtype=torch.uint8, device=device)
+    with torch.cuda.device(device):
+        stream = torch.cuda.current_stream(device).cuda_stream
+        getattr(library(), f"{rule}_cuda")(clients, *settings, out, workspace.data_ptr(), stream)
 
 
 def _rows(xs: Sequence[Tensor]) -> list[Tensor]:

@@ -1,33 +1,34 @@
-"""Top-k of a softmax through ``_C``: C++ on the CPU."""
+"""Top-k of a softmax through ``_C``: C++ on the CPU, CUDA C++ on a GPU."""
 
 import torch
 from torch import Tensor
 
+from feddistill_kernels._backend import BackendError
 from feddistill_kernels._check import empty_row
-from feddistill_kernels._native import cpu_only as missing
-from feddistill_kernels._native import in_rows, library, matrix
+from feddistill_kernels._native import in_rows, library, matrix, missing
 
 __all__ = ["compress", "missing"]
+
+MOST_CUDA_KEPT = 2048
+"""csrc/topk.h: kMostCudaKept."""
 
 
 def compress(logits: Tensor, k: int, temperature: float, id_order: bool) -> tuple[Tensor, Tensor, Tensor]:
     """As in ``_reference``; rows are read where they lie, whatever their stride."""
     n, vocab = logits.shape
+    device = logits.device
+    if device.type == "cuda" and k > MOST_CUDA_KEPT:
+        raise BackendError(
+            f"backend 'native' keeps up to {MOST_CUDA_KEPT} entries a row on cuda, got k={k}; use 'reference'"
+        )
     logits = in_rows(logits)
-    ids = torch.empty((n, k), dtype=torch.int32)
-    log_probs, log_tail = torch.empty((n, k)), torch.empty(n)
-    row = library().topk_cpu(
-        n,
-        vocab,
-        k,
-        matrix(logits),
-        temperature,
-        id_order,
-        ids.data_ptr(),
-        log_probs.data_ptr(),
-        log_tail.data_ptr(),
-        torch.get_num_threads(),
-    )
-    if row >= 0:
+    ids = torch.empty((n, k), dtype=torch.int32, device=device)
+    log_probs, log_tail = torch.empty((n, k), device=device), torch.empty(n, device=device)
+    results = ids.data_ptr(), log_probs.data_ptr(), log_tail.data_ptr()
+    task = n, vocab, k, matrix(logits), temperature, id_order, *results
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            library().topk_cuda(*task, torch.cuda.current_stream(device).cuda_stream)
+    elif (row := library().topk_cpu(*task, torch.get_num_threads())) >= 0:
         raise empty_row("logits", row)
     return ids, log_probs, log_tail
