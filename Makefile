@@ -18,7 +18,7 @@ train: setup
 	$(BIN)/feddistill train
 
 test: setup
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .
