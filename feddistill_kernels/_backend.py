@@ -2,7 +2,7 @@
 
 A backend is a module, ``feddistill_kernels/<operator>/_<backend>.py``: the file tree is the registry.
 Beside its functions it has ``missing(device_type) -> str | None``: why it cannot run there.  One with limits
-has ``cannot(**facts) -> str | None`` as well: why it cannot do what a call asks for.
+has ``cannot(device_type, **facts) -> str | None`` as well: why it cannot do what a call asks for there.
 """
 
 import pkgutil
@@ -92,7 +92,7 @@ def named(requested: str | None) -> str:
     return requested
 
 
-def load(op: str, backend: str, like: torch.Tensor, **facts: int | str) -> ModuleType:
+def load(op: str, backend: str, like: torch.Tensor, **facts: int) -> ModuleType:
     """Return the module that runs ``op`` on tensors ``like`` this; never swap a backend that was named.
 
     Args:
@@ -110,13 +110,14 @@ def load(op: str, backend: str, like: torch.Tensor, **facts: int | str) -> Modul
         for entry, backends in _choices(op, like.device, like.dtype):
             if entry is None or entry.fits(like.shape):
                 return _module(
-                    op, next(name for name in backends if not (facts and _cannot(op, name, facts)))
+                    op,
+                    next(name for name in backends if not (facts and _cannot(op, name, device_type, facts))),
                 )
     if reason := _missing(op, backend, device_type):
         raise BackendError(f"backend {backend!r} cannot run {op} on {device_type}: {reason}")
     if wide and backend != "reference":
         raise BackendError(f"backend {backend!r} cannot run {op}: float64 is for the reference only")
-    if reason := _cannot(op, backend, facts):
+    if reason := _cannot(op, backend, device_type, facts):
         raise BackendError(f"backend {backend!r} cannot run this {op}: {reason}")
     return _module(op, backend)
 
@@ -189,9 +190,9 @@ def _module(op: str, backend: str) -> ModuleType:
     return import_module(f"feddistill_kernels.{op}._{backend}")
 
 
-def _cannot(op: str, backend: str, facts: dict[str, int | str]) -> str | None:
+def _cannot(op: str, backend: str, device_type: str, facts: dict[str, int]) -> str | None:
     cannot = getattr(_module(op, backend), "cannot", None)
-    reason: str | None = cannot(**facts) if cannot else None
+    reason: str | None = cannot(device_type, **facts) if cannot else None
     return reason
 
 

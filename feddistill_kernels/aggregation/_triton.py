@@ -28,7 +28,7 @@ TABLE = 1 << 26
 _RULES = {"median": "trimmed_mean", "krum": "mean_logits"}
 
 
-def cannot(clients: int, entries: int) -> str | None:
+def cannot(device_type: str, clients: int, entries: int) -> str | None:
     """Why it cannot do this; ``None`` where it can."""
     if clients > MOST_CLIENTS:
         return f"it takes at most {MOST_CLIENTS} clients, got {clients}"

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from feddistill_kernels._native import DTYPES, library, missing
-from feddistill_kernels.order_statistics._native import few_enough
+from feddistill_kernels._native import DTYPES, library, missing, on_stream
+from feddistill_kernels.order_statistics._native import cannot
 
-__all__ = ["around_median", "missing"]
+__all__ = ["around_median", "cannot", "missing"]
 
 
 def around_median(xs: Sequence[Tensor], keep: int) -> Tensor:
@@ -19,7 +19,6 @@ def around_median(xs: Sequence[Tensor], keep: int) -> Tensor:
     if result.device.type == "cpu":
         library().around_median_cpu(*task, torch.get_num_threads())
         return result
-    few_enough(xs)
-    with torch.cuda.device(result.device):
-        library().around_median_cuda(*task, torch.cuda.current_stream(result.device).cuda_stream)
+    with on_stream(result) as stream:
+        library().around_median_cuda(*task, stream)
     return result

@@ -11,7 +11,7 @@ from feddistill_kernels._backend import load, operator
 @operator("feddistill::mean_around_median", "(Tensor[] xs, int keep, str backend) -> Tensor")
 def around_median(xs: Sequence[Tensor], keep: int, backend: str) -> Tensor:
     """Mean of each coordinate's ``keep`` values nearest to its median."""
-    result: Tensor = load("around_median", backend, xs[0]).around_median(xs, keep)
+    result: Tensor = load("around_median", backend, xs[0], clients=len(xs)).around_median(xs, keep)
     return result
 
 

@@ -6,13 +6,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from feddistill_kernels._backend import BackendError
-from feddistill_kernels._native import DTYPES, library, missing
+from feddistill_kernels._native import DTYPES, library, missing, on_stream
 
-__all__ = ["geometric_median", "krum", "missing", "nearest_neighbour_mixing"]
+__all__ = ["cannot", "geometric_median", "krum", "missing", "nearest_neighbour_mixing"]
 
 MOST_CUDA_CLIENTS = 16
 """csrc/distances.h: kMostCudaClients."""
+
+
+def cannot(device_type: str, clients: int) -> str | None:
+    """Why it cannot do this; ``None`` where it can."""
+    if device_type != "cuda" or clients <= MOST_CUDA_CLIENTS:
+        return None
+    return f"on cuda it takes up to {MOST_CUDA_CLIENTS} clients, got {clients}"
 
 
 def geometric_median(xs: Sequence[Tensor], per_row: bool, tolerance: float, max_iterations: int) -> Tensor:
@@ -47,15 +53,9 @@ def _run(
     if device.type == "cpu":
         getattr(library(), f"{rule}_cpu")(clients, *settings, out, torch.get_num_threads())
         return
-    if len(xs) > MOST_CUDA_CLIENTS:
-        raise BackendError(
-            f"backend 'native' takes up to {MOST_CUDA_CLIENTS} clients on cuda, got {len(xs)}; "
-            "use 'reference'"
-        )
     size = library().distances_workspace_cuda(clients, per_row)
     workspace = torch.empty(size, dtype=torch.uint8, device=device)
-    with torch.cuda.device(device):
-        stream = torch.cuda.current_stream(device).cuda_stream
+    with on_stream(xs[0]) as stream:
         getattr(library(), f"{rule}_cuda")(clients, *settings, out, workspace.data_ptr(), stream)
 
 

@@ -16,7 +16,7 @@ def geometric_median(
     xs: Sequence[Tensor], per_row: bool, tolerance: float, max_iterations: int, backend: str
 ) -> Tensor:
     """The weighted mean that is nearest to all, by rows or whole."""
-    module = load("distances", backend, xs[0])
+    module = load("distances", backend, xs[0], clients=len(xs))
     result: Tensor = module.geometric_median(xs, per_row, tolerance, max_iterations)
     return result
 
@@ -29,7 +29,7 @@ def _(xs: Sequence[Tensor], per_row: bool, tolerance: float, max_iterations: int
 @operator("feddistill::krum", "(Tensor[] xs, int byzantine, int keep, str backend) -> Tensor")
 def krum(xs: Sequence[Tensor], byzantine: int, keep: int, backend: str) -> Tensor:
     """Mean of the ``keep`` clients of least score."""
-    result: Tensor = load("distances", backend, xs[0]).krum(xs, byzantine, keep)
+    result: Tensor = load("distances", backend, xs[0], clients=len(xs)).krum(xs, byzantine, keep)
     return result
 
 
@@ -41,7 +41,9 @@ def _(xs: Sequence[Tensor], byzantine: int, keep: int, backend: str) -> Tensor:
 @operator("feddistill::nearest_neighbour_mixing", "(Tensor[] xs, int byzantine, str backend) -> Tensor[]")
 def nearest_neighbour_mixing(xs: Sequence[Tensor], byzantine: int, backend: str) -> list[Tensor]:
     """Each client's mean with its nearest."""
-    result: list[Tensor] = load("distances", backend, xs[0]).nearest_neighbour_mixing(xs, byzantine)
+    result: list[Tensor] = load("distances", backend, xs[0], clients=len(xs)).nearest_neighbour_mixing(
+        xs, byzantine
+    )
     return result
 
 

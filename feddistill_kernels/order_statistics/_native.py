@@ -5,13 +5,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from feddistill_kernels._backend import BackendError
-from feddistill_kernels._native import DTYPES, library, missing
+from feddistill_kernels._native import DTYPES, library, missing, on_stream
 
-__all__ = ["few_enough", "missing", "trimmed"]
+__all__ = ["cannot", "missing", "trimmed"]
 
 MOST_CUDA_CLIENTS = 32
 """csrc/order_statistics.h: kMostRegisters."""
+
+
+def cannot(device_type: str, clients: int) -> str | None:
+    """Why it cannot do this; ``None`` where it can."""
+    if device_type != "cuda" or clients <= MOST_CUDA_CLIENTS:
+        return None
+    return f"on cuda it takes up to {MOST_CUDA_CLIENTS} clients, got {clients}"
 
 
 def trimmed(xs: Sequence[Tensor], trim: int) -> Tensor:
@@ -22,16 +28,6 @@ def trimmed(xs: Sequence[Tensor], trim: int) -> Tensor:
     if result.device.type == "cpu":
         library().trimmed_mean_cpu(*task, torch.get_num_threads())
         return result
-    few_enough(xs)
-    with torch.cuda.device(result.device):
-        library().trimmed_mean_cuda(*task, torch.cuda.current_stream(result.device).cuda_stream)
+    with on_stream(result) as stream:
+        library().trimmed_mean_cuda(*task, stream)
     return result
-
-
-def few_enough(xs: Sequence[Tensor]) -> None:
-    """Require no more clients than a thread's registers hold."""
-    if len(xs) > MOST_CUDA_CLIENTS:
-        raise BackendError(
-            f"backend 'native' takes up to {MOST_CUDA_CLIENTS} clients on cuda, got {len(xs)}; "
-            "use 'reference'"
-        )

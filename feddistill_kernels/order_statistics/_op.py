@@ -11,7 +11,7 @@ from feddistill_kernels._backend import load, operator
 @operator("feddistill::trimmed_mean", "(Tensor[] xs, int trim, str backend) -> Tensor")
 def trimmed(xs: Sequence[Tensor], trim: int, backend: str) -> Tensor:
     """Mean of each coordinate's sorted values without ``trim`` at either end."""
-    result: Tensor = load("order_statistics", backend, xs[0]).trimmed(xs, trim)
+    result: Tensor = load("order_statistics", backend, xs[0], clients=len(xs)).trimmed(xs, trim)
     return result
 
 

@@ -34,7 +34,7 @@ _DIGITS = {torch.float32: 4, torch.float16: 3, torch.bfloat16: 2}
 _GROUP_BYTES = 64
 
 
-def cannot(k: int, **_: object) -> str | None:
+def cannot(device_type: str, k: int) -> str | None:
     """Why it cannot do this; ``None`` where it can."""
     return f"it sorts at most {MOST} entries a row, k is {k}" if k > MOST else None
 

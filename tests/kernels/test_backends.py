@@ -66,9 +66,9 @@ def test_the_table_decides_by_device_dtype_and_shape_and_never_over_a_name(monke
     _backend._choices.cache_clear()
     try:
         chosen = {
-            (op, dtype, shape): _backend.load(op, "auto", torch.empty(shape, dtype=dtype)).__name__.rsplit(
-                "._"
-            )[1]
+            (op, dtype, shape): _backend.load(
+                op, "auto", torch.empty(shape, dtype=dtype), clients=1
+            ).__name__.rsplit("._")[1]
             for op in ("order_statistics", "around_median")
             for dtype in (torch.float32, torch.float16)
             for shape in ((2, 9), (2, 8), (3, 9), (2, 1, 99), (2, 100))
@@ -76,10 +76,21 @@ def test_the_table_decides_by_device_dtype_and_shape_and_never_over_a_name(monke
         by_reference = {key for key, backend in chosen.items() if backend == "reference"}
         assert by_reference == {("order_statistics", torch.float32, shape) for shape in ((2, 9), (2, 1, 99))}
         assert fk.available_backends("order_statistics")[0] == "native"
-        named = _backend.load("order_statistics", "native", torch.empty(2, 9))
+        named = _backend.load("order_statistics", "native", torch.empty(2, 9), clients=1)
         assert named.__name__.endswith("._native")
     finally:
         _backend._choices.cache_clear()
+
+
+def test_a_backend_with_limits_is_passed_by_or_says_so():
+    many = [torch.zeros(2) for _ in range(33)]
+    assert torch.equal(fk.coordinate_median(many), torch.zeros(2))
+    module = importlib.import_module("feddistill_kernels.order_statistics._native")
+    assert module.cannot("cpu", clients=33) is None
+    assert module.cannot("cuda", clients=32) is None
+    assert module.cannot("cuda", clients=33) == "on cuda it takes up to 32 clients, got 33"
+    with pytest.raises(fk.BackendError, match="backend 'triton' cannot run this topk: it sorts at most 1024"):
+        fk.topk_compress(torch.zeros(1, 2000), 1025, backend="triton")
 
 
 def test_use_backend_is_what_runs_and_ends_with_its_block():
