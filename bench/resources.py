@@ -100,7 +100,38 @@ def _distillation() -> None:
 
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-CASES: dict[str, Callable[[], None]] = {"distillation": _distillation}
+
+
+def _topk() -> None:
+    from feddistill_kernels.topk import _triton as triton
+
+    for dtype in DTYPES:
+        for vocab, k in ((100, 16), (4000, 64), (128256, 16), (128256, 64), (128256, 128), (128256, 1024)):
+            for rows in (4, 1):  # as a row a program, and as several
+                triton.compress(torch.zeros(rows, vocab, dtype=dtype), k, 2.0, True)
+    triton.compress(torch.zeros(4, 4000), 64, 2.0, False)
+    triton.compress(torch.zeros(4, 128256), 64, 2.0, False)
+
+
+def _aggregation() -> None:
+    from feddistill_kernels import rules
+    from feddistill_kernels.aggregation import _triton as triton
+    from feddistill_kernels.aggregation._rules import Settings
+
+    for clients, kept in ((5, 16), (10, 64), (64, 64)):
+        ids = [torch.zeros(2, kept, dtype=torch.int32) for _ in range(clients)]
+        log_probs, missing = [torch.zeros(2, kept)] * clients, [torch.zeros(2)] * clients
+        for rule in rules():
+            for mix in (None, 1):
+                settings = Settings(rule, trim=1, keep=2, byzantine=1, mix=mix)
+                triton.aggregate(ids, log_probs, missing, 128256, None, kept, settings)
+
+
+CASES: dict[str, Callable[[], None]] = {
+    "distillation": _distillation,
+    "topk": _topk,
+    "aggregation": _aggregation,
+}
 
 
 def _specialisation(launch: Any) -> tuple[Any, ...]:
@@ -108,8 +139,10 @@ def _specialisation(launch: Any) -> tuple[Any, ...]:
     return launch.kernel.fn.__name__, types, tuple(sorted(launch.constants.items())), launch.warps
 
 
-def _type(argument: Any) -> tuple[str, bool]:
+def _type(argument: Any) -> Any:
     """Triton's name of an argument's type, and whether it is a multiple of 16 (or lies at one)."""
+    if isinstance(argument, tuple):
+        return tuple(map(_type, argument))
     if isinstance(argument, torch.Tensor):
         return f"*{_NAMES[argument.dtype]}", True
     if isinstance(argument, float):
@@ -139,16 +172,30 @@ def compiled(launch: Any, target: int) -> Any:
     names = launch.kernel.arg_names
     signature, constants, attributes = {}, dict(launch.constants), {}
     for position, argument in enumerate(launch.arguments):
-        name = names[position]
-        signature[name], even = _type(argument)
-        if signature[name] == "constexpr":
-            constants[name] = argument
-        elif even:
-            attributes[(position,)] = [["tt.divisibility", 16]]
+        signature[names[position]] = _signature(argument)
+        for path, one in _leaves(argument, (position,)):
+            kind, even = _type(one)
+            if kind == "constexpr":
+                constants[path] = one
+            elif even:
+                attributes[path] = [["tt.divisibility", 16]]
     signature |= dict.fromkeys(launch.constants, "constexpr")
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": launch.warps, "enable_fp_fusion": True}
     return triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+
+
+def _signature(argument: Any) -> Any:
+    return tuple(map(_signature, argument)) if isinstance(argument, tuple) else _type(argument)[0]
+
+
+def _leaves(argument: Any, path: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], Any]]:
+    """What a tuple holds, and where."""
+    if not isinstance(argument, tuple):
+        yield path, argument
+        return
+    for index, part in enumerate(argument):
+        yield from _leaves(part, (*path, index))
 
 
 def of_triton(workers: int = 2) -> list[Resources]:
@@ -193,9 +240,10 @@ def _measured(job: tuple[int, int]) -> Resources:
 
 def _described(launch: Any) -> str:
     """What a reader tells one specialisation from another by."""
-    dtypes = dict.fromkeys(_type(x)[0][1:] for x in launch.arguments if isinstance(x, torch.Tensor))
+    leaves = [one for _, one in _leaves(launch.arguments, ())]
+    dtypes = dict.fromkeys(_type(x)[0][1:] for x in leaves if isinstance(x, torch.Tensor))
     constants = (f"{name}={value}" for name, value in launch.constants.items())
-    uneven = "" if all(_type(x)[1] for x in launch.arguments if isinstance(x, int)) else " uneven"
+    uneven = "" if all(_type(x)[1] for x in leaves if isinstance(x, int)) else " uneven"
     return f"{'/'.join(dtypes)} {' '.join(constants)}{uneven}"
 
 
