@@ -177,8 +177,8 @@ struct Products {
     }
 };
 
-// Means of a row's first columns: what the clients' levels differ by is not left to the products' digits.  What they are
-// off by the sums correct.
+// Means of a row's first columns: what the clients' levels differ by is not left to the products' digits.  What they
+// are off by the sums correct.
 template <DType kDType, int kWires>
 __device__ void levels_of(const Given& given, std::int64_t row, float (&level)[kWires]) {
     const int columns = static_cast<int>(min(given.v, std::int64_t{kLevelColumns}));
@@ -192,7 +192,8 @@ __device__ void levels_of(const Given& given, std::int64_t row, float (&level)[k
 }
 
 template <DType kDType, int kWires>
-__global__ void __launch_bounds__(kThreads, kWires > 8 ? 1 : 2) products_kernel(const Given given, const Cut cut, double* partials) {
+__global__ void __launch_bounds__(kThreads, kWires > 8 ? 1 : 2)
+    products_kernel(const Given given, const Cut cut, double* partials) {
     using T = Storage<kDType>;
     double* const sums = dynamic_shared<double>();     // [C], of a row
     double* const products_of_sums = sums + kWires;    // [C][C], of all rows: what their levels were off by
@@ -431,8 +432,8 @@ __global__ void __launch_bounds__(kThreads)
         packs[c] = Columns<kWires>{};
         // What has no weight does not show.
         if (c >= count || (results.count == 1 && !(weights[c] > 0))) continue;
-        packs[c] = load_columns<kDType, kWires>(static_cast<const T*>(given.data[c]) + row * given.strides[c] + at, left,
-                                        aligned);
+        const T* const from = static_cast<const T*>(given.data[c]) + row * given.strides[c] + at;
+        packs[c] = load_columns<kDType, kWires>(from, left, aligned);
     }
     for (int r = 0; r < results.count; ++r) {
         const float* const mine = weights + r * pitch(count);
@@ -461,7 +462,8 @@ __global__ void __launch_bounds__(kThreads)
             result.word[w] = pack_word<kDType>(moved);
         }
         T* const to = static_cast<T*>(results.outs[r]) + row * given.v + at;
-        store_columns<kDType, kWires>(to, result, left, reinterpret_cast<std::uintptr_t>(to) % sizeof(Columns<kWires>) == 0);
+        const bool fits = reinterpret_cast<std::uintptr_t>(to) % sizeof(Columns<kWires>) == 0;
+        store_columns<kDType, kWires>(to, result, left, fits);
     }
 }
 

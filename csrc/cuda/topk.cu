@@ -1,5 +1,6 @@
-// One block a row, and each logit is read once: what cannot be among the k largest is added to the tail as it passes, and
-// the others wait in shared memory until they are pruned to the k largest of the row so far.
+// One block a row, and each logit is read once: what cannot be among the k largest is added to the tail as it passes,
+// and the others wait in shared memory until they are pruned to the k largest of the row so far.  Which are kept does
+// not hang on the order in which threads arrive; the last bits of the sums do.
 #include "../topk.h"
 
 #include <algorithm>
