@@ -12,7 +12,7 @@ from feddistill_kernels._native import in_rows
 from feddistill_kernels._triton import launch, missing, power_of_two, processors
 from feddistill_kernels.topk import _triton_kernels as kernels
 
-__all__ = ["cannot", "compress", "missing"]
+__all__ = ["cannot", "compress", "missing", "sorting_warps"]
 
 MOST = 1024
 """Largest k: those kept are sorted in registers."""
@@ -39,6 +39,11 @@ def cannot(k: int, **_: object) -> str | None:
     return f"it sorts at most {MOST} entries a row, k is {k}" if k > MOST else None
 
 
+def sorting_warps(lanes: int) -> int:
+    """Four keys a thread: with more, a sort of 4096 spills, and takes long to compile."""
+    return max(1, lanes // 128)
+
+
 def compress(logits: Tensor, k: int, temperature: float, id_order: bool) -> tuple[Tensor, Tensor, Tensor]:
     """As in ``_reference``; rows are read where they lie, whatever their stride."""
     n, vocab = logits.shape
@@ -53,7 +58,7 @@ def compress(logits: Tensor, k: int, temperature: float, id_order: bool) -> tupl
             kernels.short,
             (n,),
             *(logits, ids, log_probs, log_tail, vocab, k, logits.stride(0), c),
-            warps=max(1, min(WARPS, width // 256)),
+            warps=sorting_warps(width),
             ID_ORDER=id_order,
             K=K,
             P=width,
@@ -101,7 +106,7 @@ def compress(logits: Tensor, k: int, temperature: float, id_order: bool) -> tupl
             kernels.merged,
             (rows,),
             *(keys, sums, ids[some], log_probs[some], log_tail[some], k, parts, slots, c),
-            warps=max(1, min(WARPS, candidates // 256)),
+            warps=sorting_warps(candidates),
             ID_ORDER=id_order,
             K=K,
             PARTS=max(2, power_of_two(parts)),
