@@ -39,9 +39,9 @@ def cannot(k: int, **_: object) -> str | None:
     return f"it sorts at most {MOST} entries a row, k is {k}" if k > MOST else None
 
 
-def sorting_warps(lanes: int) -> int:
-    """Four keys a thread: with more, a sort of 4096 spills, and takes long to compile."""
-    return max(1, lanes // 128)
+def sorting_warps(lanes: int, kept: int) -> int:
+    """Four keys a thread; 16 where so many are ``kept`` that 32 warps have too few registers for it."""
+    return max(1, lanes // 128 if kept <= MOST_IN_ONE_READ else min(8, lanes // 256))
 
 
 def compress(logits: Tensor, k: int, temperature: float, id_order: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -58,7 +58,7 @@ def compress(logits: Tensor, k: int, temperature: float, id_order: bool) -> tupl
             kernels.short,
             (n,),
             *(logits, ids, log_probs, log_tail, vocab, k, logits.stride(0), c),
-            warps=sorting_warps(width),
+            warps=sorting_warps(width, K),
             ID_ORDER=id_order,
             K=K,
             P=width,
@@ -106,7 +106,7 @@ def compress(logits: Tensor, k: int, temperature: float, id_order: bool) -> tupl
             kernels.merged,
             (rows,),
             *(keys, sums, ids[some], log_probs[some], log_tail[some], k, parts, slots, c),
-            warps=sorting_warps(candidates),
+            warps=sorting_warps(candidates, K),
             ID_ORDER=id_order,
             K=K,
             PARTS=max(2, power_of_two(parts)),
