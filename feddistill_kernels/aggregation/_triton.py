@@ -12,6 +12,7 @@ from feddistill_kernels._triton import launch, missing, power_of_two
 from feddistill_kernels.aggregation import _triton_kernels as kernels
 from feddistill_kernels.aggregation._reference import SMOOTHING, krum_weights, mixing_weights
 from feddistill_kernels.aggregation._rules import Settings
+from feddistill_kernels.topk._triton import sorting_warps
 
 __all__ = ["aggregate", "cannot", "missing"]
 
@@ -92,16 +93,12 @@ def aggregate(
             kernels.finish,
             (rows,),
             *(union, y, out_ids[part], out_log_probs[part], out_log_tail[part], width, others, k),
-            warps=_warps(lanes),
+            warps=sorting_warps(lanes, power_of_two(k) if k < width else 0),
             CUT=k < width,
             K=max(2, power_of_two(k)),
             P=lanes,
         )
     return out_ids, out_log_probs, out_log_tail
-
-
-def _warps(lanes: int) -> int:
-    return max(1, min(16, lanes // 128))
 
 
 class _Answers:
@@ -138,10 +135,10 @@ class _Answers:
                 kernels.spread,
                 (rows,),
                 *(ids, log_probs, missing, client_of, union, table, self.entries, self.width),
-                warps=_warps(lanes),
+                warps=sorting_warps(lanes, 0),
                 C=count,
                 P=lanes,
-                B=min(1024, 256 * _warps(lanes)),
+                B=1024,
             )
             if mixing is not None:
                 launch(

@@ -12,7 +12,7 @@ from feddistill_kernels._native import in_rows
 from feddistill_kernels._triton import launch, missing, power_of_two, processors
 from feddistill_kernels.topk import _triton_kernels as kernels
 
-__all__ = ["cannot", "compress", "missing"]
+__all__ = ["cannot", "compress", "missing", "sorting_warps"]
 
 MOST = 1024
 """Largest k: those kept are sorted in registers."""
@@ -39,6 +39,11 @@ def cannot(device_type: str, k: int) -> str | None:
     return f"it sorts at most {MOST} entries a row, k is {k}" if k > MOST else None
 
 
+def sorting_warps(lanes: int, kept: int) -> int:
+    """Four keys a thread; 16 where so many are ``kept`` that 32 warps have too few registers for it."""
+    return max(1, lanes // 128 if kept <= MOST_IN_ONE_READ else min(8, lanes // 256))
+
+
 def compress(logits: Tensor, k: int, temperature: float, id_order: bool) -> tuple[Tensor, Tensor, Tensor]:
     """As in ``_reference``; rows are read where they lie, whatever their stride."""
     n, vocab = logits.shape
@@ -53,7 +58,7 @@ def compress(logits: Tensor, k: int, temperature: float, id_order: bool) -> tupl
             kernels.short,
             (n,),
             *(logits, ids, log_probs, log_tail, vocab, k, logits.stride(0), c),
-            warps=max(1, min(WARPS, width // 256)),
+            warps=sorting_warps(width, K),
             ID_ORDER=id_order,
             K=K,
             P=width,
@@ -101,7 +106,7 @@ def compress(logits: Tensor, k: int, temperature: float, id_order: bool) -> tupl
             kernels.merged,
             (rows,),
             *(keys, sums, ids[some], log_probs[some], log_tail[some], k, parts, slots, c),
-            warps=max(1, min(WARPS, candidates // 256)),
+            warps=sorting_warps(candidates, K),
             ID_ORDER=id_order,
             K=K,
             PARTS=max(2, power_of_two(parts)),

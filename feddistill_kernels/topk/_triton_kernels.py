@@ -185,12 +185,8 @@ def _best_groups(
     DTYPE: tl.constexpr = tl.int32 if NARROW else tl.int64
     EMPTY: tl.constexpr = -(1 << 31) if NARROW else NOTHING
     lane = tl.arange(0, LANES)
-    # Chunks first, so that a thread holds a group: threads are dealt to the last axes.
-    offsets = (
-        (tl.arange(0, 4) * WIDTH)[:, None, None]
-        + (lane * GROUP)[None, :, None]
-        + tl.arange(0, WIDTH)[None, None, :]
-    )
+    # Four loads of 16 bytes a thread, which so has a group to itself.
+    offsets = (lane * GROUP)[:, None] + tl.arange(0, WIDTH)[None, :]
     empty = tl.full([LANES], EMPTY, DTYPE)
     k1, k2, k3, k4 = empty, empty, empty, empty
     zero = tl.zeros([LANES], tl.float32)
@@ -199,9 +195,13 @@ def _best_groups(
     total = zero
     for start in range(low, high, LANES * GROUP):
         cols = start + offsets
-        z = tl.load(row + cols, mask=cols < high, other=-INF).to(tl.float32)
-        most = tl.max(tl.max(z, 2), 0)
-        s = tl.sum(tl.sum(_power(z, c, (most * c)[None, :, None]), 2), 0)
+        za = tl.load(row + cols, mask=cols < high, other=-INF).to(tl.float32)
+        zb = tl.load(row + cols + WIDTH, mask=cols + WIDTH < high, other=-INF).to(tl.float32)
+        zc = tl.load(row + cols + 2 * WIDTH, mask=cols + 2 * WIDTH < high, other=-INF).to(tl.float32)
+        zd = tl.load(row + cols + 3 * WIDTH, mask=cols + 3 * WIDTH < high, other=-INF).to(tl.float32)
+        most = tl.max(tl.maximum(tl.maximum(za, zb), tl.maximum(zc, zd)), 1)
+        at = (most * c)[:, None]
+        s = tl.sum((_power(za, c, at) + _power(zb, c, at)) + (_power(zc, c, at) + _power(zd, c, at)), 1)
         this = _group_key(most, (start - low) // GROUP + lane, NARROW)
         b1, b2, b3, b4 = this > k1, this > k2, this > k3, this > k4
         out = _group_value(tl.where(b4, k4, this), NARROW)
