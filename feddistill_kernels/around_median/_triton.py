@@ -10,8 +10,11 @@ from feddistill_kernels.order_statistics._triton import by_columns, cannot, requ
 
 __all__ = ["around_median", "cannot", "missing"]
 
+MOST_PACKED = 8
+"""Clients; what was sorted packed is unpacked to be added, and of many clients does not fit the registers."""
+
 
 def around_median(xs: Sequence[Tensor], keep: int) -> Tensor:
     """As in ``_reference``."""
     require(xs)
-    return by_columns(kernels.mean_around_median, xs, KEEP=keep)
+    return by_columns(kernels.mean_around_median, xs, most_packed=MOST_PACKED, KEEP=keep)

@@ -13,7 +13,7 @@ def mean_around_median(
     """Of columns ``start`` to ``end``, a block a program."""
     at = start + tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
     inside = at < end
-    v = ordered(loaded(xs, at, inside, C, PACKED), C, PACKED)
+    v = ordered(loaded(xs, at, inside, C, PACKED), C, True, PACKED)
     twice_median = v[(C - 1) // 2].to(tl.float32) + v[C // 2].to(tl.float32)
     total = tl.zeros([B], tl.float32)
     # The nearest are neighbours; see _reference.  When their window leaves value i, value i + KEEP takes

@@ -16,8 +16,8 @@ MOST_CLIENTS = 32
 """Of more, a thread's registers do not hold a vector each."""
 
 WARPS = 4
-VECTOR_BYTES = 16
-"""That a thread reads of each client: of 32 clients 128 registers."""
+REGISTERS = 4
+"""That a thread has of each client: a vector of 128 bits."""
 EVEN = 16
 """What Triton has to know ``end`` to be a multiple of, to read whole vectors under a mask."""
 
@@ -39,12 +39,18 @@ def require(xs: Sequence[Tensor]) -> None:
         raise BackendError(f"backend 'triton': {reason}; use 'reference'")
 
 
-def by_columns(kernel: Any, xs: Sequence[Tensor], **constants: int) -> Tensor:
-    """Run ``kernel(out, xs, start, end, ...)`` over all columns, a block a program."""
+def by_columns(
+    kernel: Any, xs: Sequence[Tensor], *, most_packed: int = MOST_CLIENTS, **constants: int
+) -> Tensor:
+    """Run ``kernel(out, xs, start, end, ...)`` over all columns, a block a program.
+
+    Half precision is sorted packed up to ``most_packed`` clients.
+    """
     dense = tuple(x.contiguous() for x in xs)
     result = torch.empty_like(dense[0], memory_format=torch.contiguous_format)
-    n, width = result.numel(), result.element_size()
-    block = 32 * WARPS * VECTOR_BYTES // width
+    packed = result.element_size() == 2 and len(dense) <= most_packed and not interpreted()
+    block = 32 * WARPS * REGISTERS * (2 if packed else 1)
+    n = result.numel()
     even = n // EVEN * EVEN
     # A launch of their own for the last few keeps all the others in whole vectors.
     for start, end in ((0, even), (even, n)):
@@ -54,7 +60,7 @@ def by_columns(kernel: Any, xs: Sequence[Tensor], **constants: int) -> Tensor:
             *(result, dense, start, end),
             warps=WARPS,
             C=len(dense),
-            PACKED=width == 2 and not interpreted(),
+            PACKED=packed,
             B=block,
             **constants,
         )

@@ -20,10 +20,10 @@ def _partner(count, stage, merge, wire):
 
 @triton.jit
 def _pairs(NAME: tl.constexpr, a, b):
-    """``min`` or ``max`` of two numbers of half precision in a register, NaN where either is."""
-    TYPE: tl.constexpr = "bf16x2" if a.dtype == tl.bfloat16 else "f16x2"
+    """``min`` or ``max`` of two numbers of half precision in a register."""
+    TYPE: tl.constexpr = ".bf16x2" if a.dtype == tl.bfloat16 else ".f16x2"
     return tl.inline_asm_elementwise(
-        NAME + ".NaN." + TYPE + " $0, $1, $2;", "=r,r,r", [a, b], dtype=a.dtype, is_pure=True, pack=2
+        NAME + TYPE + " $0, $1, $2;", "=r,r,r", [a, b], dtype=a.dtype, is_pure=True, pack=2
     )
 
 
@@ -38,8 +38,10 @@ def loaded(xs, at, inside, C: tl.constexpr, PACKED: tl.constexpr):
 
 
 @triton.jit
-def ordered(v, C: tl.constexpr, PACKED: tl.constexpr):
-    """The tuple's ``C`` values at each column in ascending order; where one is NaN all are.
+def ordered(v, C: tl.constexpr, NAN: tl.constexpr, PACKED: tl.constexpr):
+    """The tuple's ``C`` values at each column in ascending order.
+
+    With ``NAN`` all are NaN where one is; else a NaN becomes what it is compared with.
 
     Batcher's merge exchange, as in csrc/network.h.  The compiler drops what does not reach an output that
     is used.  ``PACKED`` compares two of half precision at once, for half the registers and instructions; the
@@ -52,11 +54,14 @@ def ordered(v, C: tl.constexpr, PACKED: tl.constexpr):
                     a = v[i]
                     b = v[_partner(C, stage, merge, i)]
                     if PACKED:
-                        low = _pairs("min", a, b)
-                        high = _pairs("max", a, b)
-                    else:
+                        low = _pairs("min.NaN" if NAN else "min", a, b)
+                        high = _pairs("max.NaN" if NAN else "max", a, b)
+                    elif NAN:
                         low = tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
                         high = tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+                    else:
+                        low = tl.minimum(a, b)
+                        high = tl.maximum(a, b)
                     v = v[:i] + (low,) + v[i + 1 :]
                     v = v[: _partner(C, stage, merge, i)] + (high,) + v[_partner(C, stage, merge, i) + 1 :]
     return v
@@ -69,7 +74,7 @@ def trimmed_mean(
     """Of columns ``start`` to ``end``, a block a program."""
     at = start + tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
     inside = at < end
-    v = ordered(loaded(xs, at, inside, C, PACKED), C, PACKED)
+    v = ordered(loaded(xs, at, inside, C, PACKED), C, True, PACKED)
     if C - 2 * TRIM == 1:
         mean = v[TRIM]
     else:
