@@ -1,7 +1,7 @@
 """The distance rules as they read on paper, on the clients' inner products, in float64."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -84,7 +84,35 @@ def _equal(chosen: Tensor, count: int) -> Tensor:
     return weights.index_fill(1, chosen, 1 / len(chosen))
 
 
-def _weiszfeld(gram: Tensor, lost: Tensor, tolerance: float, max_iterations: int) -> Tensor:
+def _iterated(
+    gram: Tensor,
+    lost: Tensor,
+    weights: Tensor,
+    floor: Tensor,
+    going: Tensor,
+    tolerance: float,
+    max_iterations: int,
+) -> Tensor:
+    """Weiszfeld's steps from ``weights [G, C]``, where they are ``going [G, 1]``."""
+    for _ in range(max_iterations):
+        products = (gram @ weights[..., None])[..., 0]
+        to_mean = gram.diagonal(dim1=1, dim2=2) - 2 * products + (weights * products).sum(-1, keepdim=True)
+        new = _shares((to_mean.clamp_min(0) + floor).rsqrt(), lost)
+        change = (new - weights).abs().amax(-1, keepdim=True)
+        weights = torch.where(going, new, weights)
+        going = going & (change > tolerance)
+        if gram.device.type == "cpu" and not going.any():  # elsewhere looking would be a host sync
+            break
+    return weights
+
+
+def _weiszfeld(
+    gram: Tensor,
+    lost: Tensor,
+    tolerance: float,
+    max_iterations: int,
+    iterated: Callable[..., Tensor] = _iterated,
+) -> Tensor:
     """Weights ``[G, C]`` that add up to 1; 0 for the lost, NaN where all are."""
     squares, _ = _squared_distances(gram, lost)
     left = (~lost).sum(-1)
@@ -108,15 +136,7 @@ def _weiszfeld(gram: Tensor, lost: Tensor, tolerance: float, max_iterations: int
 
     weights = _shares(radii.rsqrt(), lost)  # outliers weigh little from the start
     going = ~kink[:, None] & (left > 0)[:, None]
-    for _ in range(max_iterations):
-        products = (gram @ weights[..., None])[..., 0]
-        to_mean = gram.diagonal(dim1=1, dim2=2) - 2 * products + (weights * products).sum(-1, keepdim=True)
-        new = _shares((to_mean.clamp_min(0) + floor).rsqrt(), lost)
-        change = (new - weights).abs().amax(-1, keepdim=True)
-        weights = torch.where(going, new, weights)
-        going = going & (change > tolerance)
-        if gram.device.type == "cpu" and not going.any():  # elsewhere looking would be a host sync
-            break
+    weights = iterated(gram, lost, weights, floor, going, tolerance, max_iterations)
     weights = torch.where(kink[:, None], _shares(near.double(), lost), weights)
     return weights.masked_fill((left == 0)[:, None], math.nan)
 

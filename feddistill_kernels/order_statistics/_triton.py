@@ -1,0 +1,67 @@
+"""The trimmed mean in Triton: a column's values sorted in registers, each read once."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from feddistill_kernels._backend import BackendError
+from feddistill_kernels._triton import interpreted, launch, missing
+from feddistill_kernels.order_statistics import _triton_kernels as kernels
+
+__all__ = ["MOST_CLIENTS", "by_columns", "cannot", "missing", "require", "trimmed"]
+
+MOST_CLIENTS = 32
+"""Of more, a thread's registers do not hold a vector each."""
+
+WARPS = 4
+REGISTERS = 4
+"""That a thread has of each client: a vector of 128 bits."""
+EVEN = 16
+"""What Triton has to know ``end`` to be a multiple of, to read whole vectors under a mask."""
+
+
+def trimmed(xs: Sequence[Tensor], trim: int) -> Tensor:
+    """As in ``_reference``."""
+    require(xs)
+    return by_columns(kernels.trimmed_mean, xs, TRIM=trim)
+
+
+def cannot(xs: Sequence[Tensor], *_: object) -> str | None:
+    """Why this backend cannot take what another can."""
+    return None if len(xs) <= MOST_CLIENTS else f"it takes up to {MOST_CLIENTS} clients, got {len(xs)}"
+
+
+def require(xs: Sequence[Tensor]) -> None:
+    """Refuse what the network does not sort."""
+    if reason := cannot(xs):
+        raise BackendError(f"backend 'triton': {reason}; use 'reference'")
+
+
+def by_columns(
+    kernel: Any, xs: Sequence[Tensor], *, most_packed: int = MOST_CLIENTS, **constants: int
+) -> Tensor:
+    """Run ``kernel(out, xs, start, end, ...)`` over all columns, a block a program.
+
+    Half precision is sorted packed up to ``most_packed`` clients.
+    """
+    dense = tuple(x.contiguous() for x in xs)
+    result = torch.empty_like(dense[0], memory_format=torch.contiguous_format)
+    packed = result.element_size() == 2 and len(dense) <= most_packed and not interpreted()
+    block = 32 * WARPS * REGISTERS * (2 if packed else 1)
+    n = result.numel()
+    even = n // EVEN * EVEN
+    # A launch of their own for the last few keeps all the others in whole vectors.
+    for start, end in ((0, even), (even, n)):
+        launch(
+            kernel,
+            (-(-(end - start) // block),),
+            *(result, dense, start, end),
+            warps=WARPS,
+            C=len(dense),
+            PACKED=packed,
+            B=block,
+            **constants,
+        )
+    return result
