@@ -6,7 +6,7 @@ import pytest
 import torch
 from kernels import oracles
 
-from feddistill_kernels import available_backends, coordinate_median, mean_around_median, trimmed_mean
+from feddistill_kernels import coordinate_median, mean_around_median, trimmed_mean
 from feddistill_kernels._native import DTYPES as DTYPE_CODES
 from feddistill_kernels._native import library
 
@@ -134,6 +134,7 @@ def test_every_half_precision_number_survives(pattern, backend):
     assert torch.equal(got[finite], numbers[finite])
 
 
+@pytest.mark.cpu("threads are a CPU's")
 @pytest.mark.parametrize("count", [5, 40])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_number_of_threads_changes_nothing(count, dtype, backend):
@@ -146,6 +147,7 @@ def test_the_number_of_threads_changes_nothing(count, dtype, backend):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.cpu("instruction sets are a CPU's")
 @pytest.mark.parametrize("count", [1, 2, 7, 32, 40])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_instruction_set_gives_the_same_bits(count, dtype):
@@ -164,10 +166,6 @@ def test_every_instruction_set_gives_the_same_bits(count, dtype):
     assert all(torch.equal(other, results[0]) for other in results)
 
 
-AROUND = pytest.mark.parametrize("around", available_backends("around_median"))
-
-
-@AROUND
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("count", [1, 2, 5, 8, 17, 32, 33, 40])
 def test_mean_around_median_agrees_with_the_oracle(count, dtype, around, nan_filled_memory):
@@ -179,7 +177,6 @@ def test_mean_around_median_agrees_with_the_oracle(count, dtype, around, nan_fil
         assert_rounded(got, truth, xs)
 
 
-@AROUND
 @pytest.mark.parametrize("n", [0, 1, 15, 33, 255, 257, 4099])
 @pytest.mark.parametrize("count", [5, 40])
 def test_mean_around_median_of_sizes_around_the_blocks(count, n, around, nan_filled_memory):
@@ -188,7 +185,6 @@ def test_mean_around_median_of_sizes_around_the_blocks(count, n, around, nan_fil
     assert_rounded(mean_around_median(xs, 3, backend=around), truth, xs)
 
 
-@AROUND
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_mean_around_median_outvotes_infinities_and_shows_nan(dtype, around):
     rows = ((1.0, 1.0), (2.0, 2.0), (4.0, 4.0), (INF, 5.0), (-INF, math.nan))
@@ -197,7 +193,6 @@ def test_mean_around_median_outvotes_infinities_and_shows_nan(dtype, around):
     assert got[1].isnan()
 
 
-@AROUND
 @pytest.mark.parametrize("count", [4, 7, 40])
 def test_around_the_median_the_order_of_clients_is_irrelevant(count, around):
     xs = clients(count, 301)
@@ -209,7 +204,10 @@ def test_around_the_median_the_order_of_clients_is_irrelevant(count, around):
     ("call", "message"),
     [
         (lambda: coordinate_median([]), "xs must hold at least one tensor"),
-        (lambda: coordinate_median([torch.zeros(3), torch.zeros(4)]), r"xs\[1\] is float32 \[4\] on cpu but"),
+        (
+            lambda: coordinate_median([torch.zeros(3), torch.zeros(4)]),
+            r"xs\[1\] is float32 \[4\] on .* but",
+        ),
         (lambda: coordinate_median([torch.zeros(3), torch.zeros(3).half()]), r"xs\[1\] is float16 \[3\]"),
         (lambda: coordinate_median([torch.zeros(3, dtype=torch.int32)]), r"xs\[0\] must be floating point"),
         (lambda: trimmed_mean([torch.zeros(3)] * 4, 2), r"trim must be in \[0, 1\] for 4 clients, got 2"),
