@@ -93,11 +93,11 @@ def one_thread_and_a_seed():
 
 
 @pytest.fixture
-def nan_filled_memory():
+def nan_filled_memory(device):
     """``torch.empty`` gives NaN, so that what is read before it is written shows."""
     fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.utils.deterministic.fill_uninitialized_memory = True
-    torch.use_deterministic_algorithms(True, warn_only=torch.get_default_device().type != "cpu")
+    torch.use_deterministic_algorithms(True, warn_only=device != "cpu")
     yield
     torch.use_deterministic_algorithms(False)
     torch.utils.deterministic.fill_uninitialized_memory = fill

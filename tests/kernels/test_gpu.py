@@ -288,9 +288,9 @@ def test_small_shapes(backend, shape):
         assert got.log_probs.isfinite().all()
 
 
-@pytest.mark.parametrize("n", [1, 9, 300])
+@pytest.mark.parametrize("n", [1, 300])
 @pytest.mark.parametrize("compressed", [False, True], ids=["dense", "topk"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", kinds())
 @pytest.mark.parametrize("backend", ["native", "triton"])
 def test_rows_of_llama_agree_with_the_oracle(backend, kind, dtype, compressed, n):
