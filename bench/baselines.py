@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from feddistill_kernels import TopK
+from feddistill_kernels import TeacherHead, TopK
 
 FAMILIES = ("eager", "compile", "liger", "cut_cross_entropy", "byzfl", "distillkit")
 """Names that ``--compare`` knows."""
@@ -78,15 +78,21 @@ def _events(kept: Tensor, tail: Tensor, teacher: TopK) -> Tensor:
 
 
 def linear_loss(
-    hidden: Tensor, weight: Tensor, teacher: Tensor | TopK, temperature: float, labels: Tensor | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    teacher: Tensor | TopK | TeacherHead,
+    temperature: float,
+    labels: Tensor | None = None,
 ) -> Tensor:
-    """The loss of ``hidden @ weight.T``; with labels, of the labels alone."""
-    logits = hidden @ weight.T
+    """The float32 loss of ``hidden @ weight.T``; with labels, of the labels alone."""
+    logits = (hidden @ weight.T).float()
     if labels is not None:
         return functional.cross_entropy(logits, labels)
     if isinstance(teacher, TopK):
         return topk_loss(logits, teacher, temperature)
-    return loss(logits, teacher, None, "forward_kl", temperature, 1.0)
+    if isinstance(teacher, TeacherHead):
+        teacher = teacher.hidden @ teacher.weight.T
+    return loss(logits, teacher.float(), None, "forward_kl", temperature, 1.0)
 
 
 # Compression.
@@ -170,6 +176,22 @@ def liger(kind: str, temperature: float, device: str) -> Callable[[Tensor, Tenso
         else:
             soft = liger_jsd(a, b, beta={"jsd": 0.5, "reverse_kl": 1.0}[kind])
         return soft * temperature**2
+
+    return run
+
+
+def liger_linear(temperature: float, device: str) -> Callable[[Tensor, Tensor, TeacherHead], Tensor] | str:
+    """liger_kernel's JSD of two linear layers; at ``jsd_beta=0`` the forward KL, without ``T**2``."""
+    if find_spec("liger_kernel") is None:
+        return "not installed"
+    if device != "cuda":
+        return "its kernels need a GPU"
+    from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD
+
+    jsd = LigerFusedLinearJSD(jsd_beta=0.0, temperature=temperature)
+
+    def run(hidden: Tensor, weight: Tensor, teacher: TeacherHead) -> Tensor:
+        return jsd(hidden, weight, teacher.hidden, teacher.weight, None) * temperature**2
 
     return run
 

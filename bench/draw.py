@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from bench.rivals import rivals
+from bench.rivals import medians, rivals
 
 WIDTH = 7.6  # inches: a README's column at 100 dots an inch
 COLOURS = ["#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb", "#222222"]
@@ -36,7 +36,8 @@ def times(results: dict[str, Any]) -> Any:
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator
 
-    cases = [case for case in results["cases"] if case["headline"]] or results["cases"]
+    measured = [case for case in results["cases"] if "ours" in medians(case)]
+    cases = [case for case in measured if case["headline"]] or measured
     names = list(dict.fromkeys(name for case in cases for name in rivals(case)))
     height = 0.9 + 0.18 * sum(len(rivals(case)) + 0.9 for case in cases)
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
@@ -83,7 +84,7 @@ def bandwidths(results: dict[str, Any]) -> Any:
     """Points: counted bytes over time, of ours and of the fastest other, under the line of the copy."""
     from matplotlib.figure import Figure
 
-    cases = [case for case in results["cases"] if case["floor"] == "copy"]
+    cases = [case for case in results["cases"] if case["floor"] == "copy" and "ours" in medians(case)]
     figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
     axes = figure.subplots()
     ops = list(dict.fromkeys(case["op"] for case in cases))

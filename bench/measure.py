@@ -1,39 +1,59 @@
 """One case: agreement first, then memory, then time."""
 
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from bench.cases import Case, Setup
+from bench.cases import FAMILY, Case, Setup
 from bench.timing import Clock, Contender, check_agreement, in_turns, peak_extra_bytes
+from feddistill_kernels import available_backends, use_backend
 
 # Relative error of what is computed in float32 and rounded to a dtype.
 TOLERANCE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 2e-2}
 
 
-def measure(case: Case, setup: Setup, tick: Clock, copy: tuple[Contender, int], box: float) -> dict[str, Any]:
+def measure(
+    case: Case, setup: Setup, tick: Clock, copy: tuple[Contender, int], box: float, go_on: bool = False
+) -> dict[str, Any]:
     """The case's entry in a result file.
 
     Raises:
-        DisagreementError: A contender does not compute what ours does.
+        DisagreementError: A contender does not compute what ours does, and ``go_on`` is not set.
     """
-    contenders = case.contenders(setup)
-    peaks = check(case.name, case.dtype, setup.device, contenders)
+    try:
+        ours, *others = case.contenders(setup)
+    except (
+        Exception
+    ) as error:  # its inputs are more than there is memory for, or a kernel that makes them fails
+        if not go_on:
+            raise
+        ours, others = Contender("ours", partial(_fail, _said(error))), []
+    contenders = [ours, *by_backend(case.op, ours, setup.device), *others]
+    failures: dict[str, str] | None = {} if go_on else None
+    peaks = check(case.name, case.dtype, setup.device, contenders, failures)
+    able = [contender for contender in contenders if contender.name in peaks]
     copying, copied = copy
-    timings = in_turns([*contenders, copying], tick, box)
+    timings = in_turns([*able, copying], tick, box)
     speed = copied / timings.pop("copy").median
-    floor = case.counted_bytes / speed if case.floor == "copy" else timings[case.floor].median
-    implementations = {
-        contender.name: {
-            "median_ms": _ms(timings[contender.name].median),
-            "quartiles_ms": [_ms(quartile) for quartile in timings[contender.name].quartiles],
-            "min_ms": _ms(timings[contender.name].least),
-            "runs": timings[contender.name].runs,
+    floor = timings[case.floor].median if case.floor in timings else case.counted_bytes / speed
+    implementations: dict[str, Any] = {}
+    for contender in contenders:
+        if failures and contender.name in failures:
+            implementations[contender.name] = {"failed": failures[contender.name]}
+            continue
+        timing = timings[contender.name]
+        implementations[contender.name] = {
+            "median_ms": _ms(timing.median),
+            "quartiles_ms": [_ms(quartile) for quartile in timing.quartiles],
+            "min_ms": _ms(timing.least),
+            "runs": timing.runs,
             "peak_extra_bytes": peaks[contender.name],
             **({"note": contender.note} if contender.note else {}),
         }
-        for contender in contenders
-    }
     return {
         "op": case.op,
         "variant": case.variant,
@@ -43,28 +63,76 @@ def measure(case: Case, setup: Setup, tick: Clock, copy: tuple[Contender, int], 
         "headline": case.headline,
         "counted_bytes": case.counted_bytes,
         "copy_gb_per_s": round(speed / 1e9, 3),
-        "floor": case.floor,
+        "floor": case.floor if case.floor in timings else "copy",
         "limit_ms": _ms(floor),
         "implementations": implementations,
     }
 
 
-def check(name: str, dtype: str, device: str, contenders: list[Contender]) -> dict[str, int | None]:
-    """Require every contender's value to be ours, or the one that it says; the extra bytes of each."""
-    ours, *others = contenders
+def by_backend(op: str, ours: Contender, device: str) -> list[Contender]:
+    """Ours on each backend of a GPU by name; the reference is written to be read."""
+    if device != "cuda":
+        return []
+    return [
+        replace(ours, name=name, run=_on(name, ours.run))
+        for name in available_backends(FAMILY[op], device)
+        if name != "reference"
+    ]
+
+
+def _on(backend: str, run: Callable[..., Any]) -> Callable[..., Any]:
+    def named(*arguments: Any) -> Any:
+        with use_backend(backend):
+            return run(*arguments)
+
+    return named
+
+
+def check(
+    name: str,
+    dtype: str,
+    device: str,
+    contenders: list[Contender],
+    failures: dict[str, str] | None = None,
+) -> dict[str, int | None]:
+    """Require every contender's value to be ours, or the one that it says; the extra bytes of each.
+
+    With ``failures`` one that fails is noted there and left out.  All are held against the first that does
+    not.
+    """
+    wanted: list[Tensor] = []
+    peaks: dict[str, int | None] = {}
     for contender in contenders:
-        contender.run(*contender.prepare())  # what a first call makes, or compiles, stays out of the bytes
-    result, extra = peak_extra_bytes(ours, device)
-    wanted, peaks = [x.clone() for x in ours.value(result)], {ours.name: extra}
-    del result
-    for other in others:
-        result, peaks[other.name] = peak_extra_bytes(other, device)
-        tolerance = TOLERANCE[dtype] if other.tolerance is None else other.tolerance
-        with torch.no_grad():
-            expected = other.expected() if other.expected else wanted
-            check_agreement(f"{name}: {other.name}", other.value(result), expected, tolerance)
-        del result
+        try:
+            contender.run(*contender.prepare())  # what a first call makes, or compiles, is not in the bytes
+            result, extra = peak_extra_bytes(contender, device)
+            with torch.no_grad():
+                if not peaks:
+                    wanted = [x.clone() for x in contender.value(result)]
+                else:
+                    tolerance = TOLERANCE[dtype] if contender.tolerance is None else contender.tolerance
+                    expected = contender.expected() if contender.expected else wanted
+                    check_agreement(f"{name}: {contender.name}", contender.value(result), expected, tolerance)
+        except Exception as error:  # whatever a contender raises is its result; the others are measured
+            if failures is None:
+                raise
+            failures[contender.name] = _said(error)
+            continue
+        finally:
+            result = expected = None
+        peaks[contender.name] = extra
     return peaks
+
+
+def _fail(why: str) -> None:
+    raise RuntimeError(why)
+
+
+def _said(error: Exception) -> str:
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return "out of memory"
+    line = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {line}"[:300]
 
 
 def _ms(seconds: float) -> float:

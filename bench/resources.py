@@ -127,10 +127,45 @@ def _aggregation() -> None:
                 triton.aggregate(ids, log_probs, missing, 128256, None, kept, settings)
 
 
+def _order_statistics() -> None:
+    from feddistill_kernels.order_statistics import _triton as triton
+
+    for clients in CLIENTS:
+        for dtype in DTYPES:
+            xs = [torch.zeros(4096, dtype=dtype)] * clients
+            for trim in {1, (clients - 1) // 2}:
+                triton.trimmed(xs, trim)
+    triton.trimmed([torch.zeros(4099)] * 5, 2)
+
+
+def _around_median() -> None:
+    from feddistill_kernels.around_median import _triton as triton
+
+    for clients in CLIENTS:
+        for dtype in DTYPES:
+            triton.around_median([torch.zeros(4096, dtype=dtype)] * clients, clients - 1)
+
+
+def _distances() -> None:
+    from feddistill_kernels.distances import _triton as triton
+
+    for clients in CLIENTS:
+        for dtype in DTYPES:
+            xs = [torch.zeros(4, 128256, dtype=dtype)] * clients
+            triton.geometric_median(xs, True, 1e-6, 4)
+            triton.krum(xs, (clients - 3) // 2, 1)
+            if clients <= 8:
+                triton.nearest_neighbour_mixing(xs, 1)
+
+
+CLIENTS = (3, 5, 8, 16, 32)
 CASES: dict[str, Callable[[], None]] = {
     "distillation": _distillation,
     "topk": _topk,
     "aggregation": _aggregation,
+    "order_statistics": _order_statistics,
+    "around_median": _around_median,
+    "distances": _distances,
 }
 
 

@@ -3,17 +3,25 @@
 from typing import Any
 
 PEERS = ("liger", "cut_cross_entropy", "byzfl", "distillkit")
-_OTHERS = {"ours", "products", "compile", *PEERS}
+BACKENDS = ("native", "triton")
+"""Ours by the name of a backend, on a GPU."""
+_OTHERS = {"ours", "products", "compile", *PEERS, *BACKENDS}
+
+
+def medians(case: dict[str, Any]) -> dict[str, float]:
+    """Median milliseconds by contender, of those that could be measured."""
+    entries = case["implementations"].items()
+    return {name: entry["median_ms"] for name, entry in entries if "median_ms" in entry}
 
 
 def written_by_hand(case: dict[str, Any]) -> list[str]:
     """Names of a case's contenders that are plain PyTorch."""
-    return [name for name in case["implementations"] if name not in _OTHERS]
+    return [name for name in medians(case) if name not in _OTHERS]
 
 
 def rivals(case: dict[str, Any]) -> dict[str, float]:
     """Median milliseconds of the others: plain PyTorch in its fastest form, the compiler, each peer."""
-    found = {name: entry["median_ms"] for name, entry in case["implementations"].items()}
+    found = medians(case)
     plain = [found[name] for name in written_by_hand(case)]
     rivals = {"PyTorch": min(plain)} if plain else {}
     if "compile" in found:

@@ -1,8 +1,10 @@
 """Results as lines of plain text, and as the README's table."""
 
+import math
 from typing import Any
 
-from bench.rivals import rivals
+from bench.bars import GPU
+from bench.rivals import medians, rivals
 
 HEAD = (
     f"{'':20} {'median ms':>10} {'quartiles ms':>19} {'x limit':>8} {'GB/s':>8} {'% copy':>7}"
@@ -15,9 +17,12 @@ def lines(case: dict[str, Any]) -> str:
 
     ``x ours`` is how many times ours' time it takes; ``extra MB`` the most memory that a call adds.
     """
-    ours = case["implementations"]["ours"]["median_ms"]
+    ours = medians(case).get("ours", math.nan)
     text = [f"{case['name']}: limit {case['limit_ms']:.4g} ms, copy {case['copy_gb_per_s']:.1f} GB/s"]
     for name, found in case["implementations"].items():
+        if "failed" in found:
+            text.append(f"  {name:18} {found['failed']}")
+            continue
         median = found["median_ms"]
         low, high = found["quartiles_ms"]
         speed = case["counted_bytes"] / median / 1e6
@@ -56,11 +61,42 @@ def readme(results: dict[str, Any]) -> str:
         quickest = min(others[key] for key in ("PyTorch", "torch.compile") if key in others)
         cells = (f"{ours:.3g}", f"{others['PyTorch']:.3g}", compiled, f"{quickest / ours:.3g}")
         lines.append(f"| {name} | {' | '.join(cells)} | {ours / case['limit_ms']:.3g} |")
-    machine, versions = results["machine"], results["versions"]
-    commit = f"commit {results['commit'][:7]}" if results["commit"] else "no commit"
+    note = f"Medians on {results['machine']['cpu']}, {results['machine']['threads']} threads, {_run(results)}"
+    return "\n".join([*lines, "", f"{note} PyTorch is the fastest of the forms measured."])
+
+
+def of_gpu(results: dict[str, Any]) -> str:
+    """A table of the cases that have a bar: milliseconds, share of the copy's speed, others' times ours."""
+    cases = {case["name"]: case for case in results["cases"]}
+    lines = [
+        "| | ours, ms | native, ms | Triton, ms | % of copy | × PyTorch | × torch.compile | × Liger |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name in GPU:
+        found = medians(cases[name]) if name in cases else {}
+        cells = [f"{found[key]:.3g}" if key in found else "–" for key in ("ours", "native", "triton")]
+        if ours := found.get("ours"):
+            case, others = cases[name], rivals(cases[name])
+            speed = case["counted_bytes"] / ours / 1e6
+            cells.append(f"{100 * speed / case['copy_gb_per_s']:.0f}" if case["floor"] == "copy" else "–")
+            for other in ("PyTorch", "torch.compile", "liger"):
+                cells.append(f"{others[other] / ours:.3g}" if other in others else "–")
+        else:
+            cells += ["–"] * 4
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    failed = [step["step"] for step in results.get("steps", []) if step["status"]]
     note = (
-        f"Medians on {machine['cpu']}, {machine['threads']} threads, torch {versions['torch']}, "
-        f"{commit}{', changed' if results['dirty'] else ''}, {results['date'][:10]}; a copy runs at "
-        f"{results['copy_gb_per_s']:.3g} GB/s there. PyTorch is the fastest of the forms measured."
+        f"Medians on {results['machine']['gpu']}, {_run(results)}" if "machine" in results else "Nothing ran."
     )
-    return "\n".join([*lines, "", note])
+    return "\n".join([*lines, "", note + (f" Steps that failed: {', '.join(failed)}." if failed else "")])
+
+
+def _run(results: dict[str, Any]) -> str:
+    versions = results["versions"]
+    commit = f"commit {results['commit'][:7]}" if results["commit"] else "no commit"
+    speed = results["copy_gb_per_s"]
+    state = f"{commit}{', changed' if results['dirty'] else ''}"
+    return (
+        f"torch {versions['torch']}, {state}, {results['date'][:10]}; "
+        f"a copy runs at {speed:{'.0f' if speed > 1000 else '.3g'}} GB/s there."
+    )

@@ -54,7 +54,24 @@ def kernels() -> str:
     return readme(json.loads((ROOT / "bench" / "results" / "cpu.json").read_text()))
 
 
-TABLES = {"README.md": {"quickstart": quickstart, "kernels": kernels}}
+def gpu() -> str:
+    """What GPUs have measured, from the files of ``bench/gpu.sh``; without one, that none has."""
+    sys.path.insert(0, str(ROOT))
+    from bench.tables import of_gpu
+
+    files = sorted((ROOT / "bench" / "results").glob("gpu-*.json"))
+    if not files:
+        return (
+            "**Not yet measured on a GPU**: there is no result file of one, and so no figure. "
+            "`bench/gpu.sh` writes one."
+        )
+    return "\n\n".join(of_gpu(json.loads(path.read_text())) for path in files)
+
+
+TABLES = {
+    "README.md": {"quickstart": quickstart, "kernels": kernels, "gpu": gpu},
+    "docs/gpu.md": {"gpu": gpu},
+}
 
 
 def main(check: bool) -> int:

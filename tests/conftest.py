@@ -5,21 +5,26 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
 sys.path.append(str(Path(__file__).parents[1]))  # bench/ is not installed; what is installed goes first
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach a network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported: its kernels run on this CPU
 
 
 def pytest_addoption(parser):
     parser.addoption("--fuzz-seed", type=int, default=0, help="Seed of the random kernel cases.")
+    parser.addoption("--device", choices=["cpu", "cuda"], default="cpu", help="Where kernel tests run.")
+    parser.addoption("--share", metavar="I/N", help="Of the kernel tests the I-th of N shares, I from 0.")
+
+
+def pytest_configure(config):
+    if config.getoption("--device") == "cpu":
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported: it runs on this CPU
 
 
 def pytest_report_header(config):
-    return f"fuzz seed: {config.getoption('--fuzz-seed')}"
+    return f"fuzz seed: {config.getoption('--fuzz-seed')}, kernels on {config.getoption('--device')}"
 
 
 @pytest.fixture
@@ -102,6 +107,8 @@ def tiny_config(tiny_settings):
 
 @pytest.fixture
 def tiny_file(tiny_settings, tmp_path):
+    import yaml
+
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(tiny_settings))
     return path

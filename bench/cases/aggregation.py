@@ -13,69 +13,98 @@ from bench import baselines
 from bench.cases.case import DTYPES, FULL, HALF, Case, Setup, always, itemsize, more
 from bench.timing import Contender
 
+REFERENCE = 8192 * 128256  # of so many numbers, from 8 clients, what is written by hand sorts for seconds
 _LONG = 1 << 22  # 17 MB a client in float32: five of them are more than a last-level cache holds
 
 
 def coordinate_median(device: str) -> Iterator[Case]:
     """Each client is read, the result is written."""
     long = _LONG * more(device)
+    if device == "cuda":
+        yield _order_case("coordinate_median", HALF, 8, long, None, True, ("torch.median", "sort", "compile"))
+        yield _order_case("coordinate_median", HALF, 8, REFERENCE, None, False, ())
+        for dtype, count, size in ((HALF, 5, long), (HALF, 16, long), (FULL, 8, long), (FULL, 5, 1000)):
+            yield _order_case("coordinate_median", dtype, count, size, None, False, ("sort",))
+        return
     grid = [(dtype, count, long) for dtype in (FULL, HALF) for count in (5, 8, 16)]
     grid += [(FULL, 3, long), (FULL, 32, long // 4), (FULL, 8, long // 4), (FULL, 5, 1000)]
     for dtype, count, size in grid:
-        yield _order_case(
-            "coordinate_median",
-            dtype,
-            count,
-            size,
-            None,
-            size == long and (count == 8 or (dtype == FULL and count in (5, 16))),
-        )
+        headline = size == long and (count == 8 or (dtype == FULL and count in (5, 16)))
+        yield _order_case("coordinate_median", dtype, count, size, None, headline)
 
 
 def trimmed_mean(device: str) -> Iterator[Case]:
     """Each client is read, the result is written."""
     long = _LONG * more(device)
+    if device == "cuda":
+        yield _order_case("trimmed_mean", HALF, 8, long, 2, True)
+        yield _order_case("trimmed_mean", HALF, 8, REFERENCE, 2, False, ())
+        return
     for dtype, (count, size) in product((FULL, HALF), ((8, long), (16, long), (8, 1000))):
         yield _order_case("trimmed_mean", dtype, count, size, count // 4, (count, size) == (8, long))
 
 
-def _order_case(op: str, dtype: str, count: int, size: int, trim: int | None, headline: bool) -> Case:
-    make = partial(median, dtype, count, size) if trim is None else partial(trimmed, dtype, count, size, trim)
+def _order_case(
+    op: str,
+    dtype: str,
+    count: int,
+    size: int,
+    trim: int | None,
+    headline: bool,
+    others: tuple[str, ...] = ("torch.median", "sort"),
+) -> Case:
+    if trim is None:
+        make = partial(median, dtype, count, size, others=others)
+    else:
+        make = partial(trimmed, dtype, count, size, trim, others=others)
     counted = (count + 1) * size * itemsize(dtype)
     return Case(op, "", dtype, {"C": count, "n": size}, counted, make, headline)
 
 
-def median(dtype: str, count: int, size: int, setup: Setup) -> list[Contender]:
+def median(
+    dtype: str,
+    count: int,
+    size: int,
+    setup: Setup,
+    others: tuple[str, ...] = ("torch.median", "sort"),
+) -> list[Contender]:
     xs = _clients(setup, dtype, count, size)
     found = [Contender("ours", partial(fk.coordinate_median, xs))]
-    if "eager" in setup.compare:
+    if "torch.median" in others and "eager" in setup.compare:
         lower = None if count % 2 else partial(_lower_median, xs)
         note = "" if count % 2 else "the lower of the middle two"
-        found += [
-            Contender("torch.median", partial(baselines.torch_median, xs), expected=lower, note=note),
-            Contender("sort", partial(baselines.sorted_median, xs)),
-        ]
-    return found + _byzfl(setup, "Median", xs)
+        plain = partial(baselines.torch_median, xs)
+        found.append(Contender("torch.median", plain, expected=lower, note=note))
+    if "sort" in others and "eager" in setup.compare:
+        found.append(Contender("sort", partial(baselines.sorted_median, xs)))
+    if "compile" in others and "compile" in setup.compare:
+        found.append(Contender("compile", partial(baselines.compiled(baselines.sorted_median), xs)))
+    return found + (_byzfl(setup, "Median", xs) if others else [])
 
 
 def _lower_median(xs: list[Tensor]) -> list[Tensor]:
     return [torch.stack(xs).sort(0).values[(len(xs) - 1) // 2]]
 
 
-def trimmed(dtype: str, count: int, size: int, trim: int, setup: Setup) -> list[Contender]:
+def trimmed(
+    dtype: str, count: int, size: int, trim: int, setup: Setup, others: tuple[str, ...] = ("sort",)
+) -> list[Contender]:
     xs = _clients(setup, dtype, count, size)
     found = [Contender("ours", partial(fk.trimmed_mean, xs, trim))]
-    if "eager" in setup.compare:
+    if "sort" in others and "eager" in setup.compare:
         found.append(Contender("sort", partial(baselines.trimmed_mean, xs, trim)))
-    return found + _byzfl(setup, "TrMean", xs, trim)
+    return found + (_byzfl(setup, "TrMean", xs, trim) if others else [])
 
 
 def distance_rule(op: str, device: str) -> Iterator[Case]:
     """Clients are read for their distances, and again for the result where rows do not stay in a cache."""
     reads, writes = (1, 1) if op == "geometric_median" else (2, 8 if op == "nearest_neighbour_mixing" else 1)
-    for dtype, (rows, width) in product(
-        (FULL, HALF), ((1024 * more(device), 4096), (32 * more(device), 128256))
-    ):
+    grid = list(product((FULL, HALF), ((1024 * more(device), 4096), (32 * more(device), 128256))))
+    if device == "cuda":
+        grid = [(HALF, (32 * more(device), 128256))]
+        if op != "nearest_neighbour_mixing":
+            grid.insert(0, (HALF, (8192, 128256)))  # where what is written by hand takes more than there is
+    for dtype, (rows, width) in grid:
         counted = (reads * 8 + writes) * rows * width * itemsize(dtype)
         make = partial(distances, op, dtype, rows, width)
         yield Case(op, "", dtype, {"C": 8, "N": rows, "V": width}, counted, make)
@@ -109,8 +138,12 @@ def _clients(setup: Setup, dtype: str, count: int, *shape: int) -> list[Tensor]:
     generator = torch.Generator(setup.device).manual_seed(0)
     draw = partial(torch.randn, shape, generator=generator, device=setup.device)
     truth = draw()
-    xs = [truth + (1 + client / 4) * draw() for client in range(count)]
-    return [(x - x.mean(-1, keepdim=True)).to(DTYPES[dtype]) for x in xs]
+
+    def client(index: int) -> Tensor:
+        x = truth + (1 + index / 4) * draw()
+        return (x - x.mean(-1, keepdim=True)).to(DTYPES[dtype])
+
+    return [client(index) for index in range(count)]
 
 
 def aggregate_topk(device: str) -> Iterator[Case]:

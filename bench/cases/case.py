@@ -14,7 +14,7 @@ from bench.timing import Contender
 TEMPERATURE = 2.0
 FULL, HALF = "float32", "bfloat16"
 # Relative error of what is computed in a dtype throughout: log-probabilities in bfloat16 have two digits.
-_ROUGH = {"bfloat16": 0.25, "float16": 0.05}
+ROUGH = {"bfloat16": 0.25, "float16": 0.05}
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -141,7 +141,7 @@ def written_by_hand(
 ) -> Iterator[Contender]:
     """A baseline in the inputs' dtype if ``narrow``, in float32 where that is another, and compiled."""
     if "eager" in setup.compare and (narrow or dtype == FULL):
-        yield Contender("eager", wrap(function), always(*tensors), value, tolerance=_ROUGH.get(dtype))
+        yield Contender("eager", wrap(function), always(*tensors), value, tolerance=ROUGH.get(dtype))
     if "eager" in setup.compare and dtype != FULL:
         yield Contender("eager float32", wrap(in_float32(function)), always(*tensors), value)
     if compiler and "compile" in setup.compare:

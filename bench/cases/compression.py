@@ -27,12 +27,17 @@ from bench.timing import Contender
 def topk_compress(device: str) -> Iterator[Case]:
     """The logits are read; what is written is not worth counting."""
     headlines = headline_shapes(device)
-    shapes = (*headlines, large_shapes(device)[1], *SMALL[2:])
-    grid = [(dtype, shape, 64) for dtype in (FULL, HALF) for shape in shapes]
-    grid += [(dtype, headlines[1], 16) for dtype in (FULL, HALF)]
-    grid += [(FULL, shape, 16) for shape in SMALL[:3]]
+    if device == "cuda":
+        grid = [(HALF, shape, 64) for shape in (*headlines, *SMALL[2:])]
+        grid += [(HALF, headlines[1], 16), (HALF, headlines[1], 128), (FULL, headlines[1], 64)]
+        grid += [(HALF, shape, 16) for shape in SMALL[:3]]
+    else:
+        shapes = (*headlines, large_shapes(device)[1], *SMALL[2:])
+        grid = [(dtype, shape, 64) for dtype in (FULL, HALF) for shape in shapes]
+        grid += [(dtype, headlines[1], 16) for dtype in (FULL, HALF)]
+        grid += [(FULL, shape, 16) for shape in SMALL[:3]]
     for dtype, (rows, vocab), k in grid:
-        headline = k == 64 and (rows, vocab) in headlines
+        headline = k == 64 and (rows, vocab) in headlines and (device != "cuda" or dtype == HALF)
         make = partial(compress, dtype, rows, vocab, k, headline)
         shape, counted = {"N": rows, "V": vocab, "K": k}, rows * vocab * itemsize(dtype)
         yield Case("topk_compress", "", dtype, shape, counted, make, headline)

@@ -18,7 +18,7 @@ from feddistill_kernels.distances._reference import (
     _squared_distances,
     _weiszfeld,
 )
-from feddistill_kernels.order_statistics._triton import by_columns, cannot, require
+from feddistill_kernels.order_statistics._triton import by_columns, cannot
 
 __all__ = ["cannot", "geometric_median", "krum", "missing", "nearest_neighbour_mixing"]
 
@@ -69,7 +69,6 @@ class _Clients:
     """Rows where they lie, and memory for a result."""
 
     def __init__(self, xs: Sequence[Tensor]) -> None:
-        require(xs)
         self.rows = tuple(in_rows(_rows(x)) for x in xs)
         self.strides = tuple(row.stride(0) for row in self.rows)
         self.count = len(xs)

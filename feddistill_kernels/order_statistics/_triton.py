@@ -6,11 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from feddistill_kernels._backend import BackendError
 from feddistill_kernels._triton import interpreted, launch, missing
 from feddistill_kernels.order_statistics import _triton_kernels as kernels
 
-__all__ = ["MOST_CLIENTS", "by_columns", "cannot", "missing", "require", "trimmed"]
+__all__ = ["MOST_CLIENTS", "by_columns", "cannot", "missing", "trimmed"]
 
 MOST_CLIENTS = 32
 """Of more, a thread's registers do not hold a vector each."""
@@ -24,19 +23,12 @@ EVEN = 16
 
 def trimmed(xs: Sequence[Tensor], trim: int) -> Tensor:
     """As in ``_reference``."""
-    require(xs)
     return by_columns(kernels.trimmed_mean, xs, TRIM=trim)
 
 
-def cannot(xs: Sequence[Tensor], *_: object) -> str | None:
-    """Why this backend cannot take what another can."""
-    return None if len(xs) <= MOST_CLIENTS else f"it takes up to {MOST_CLIENTS} clients, got {len(xs)}"
-
-
-def require(xs: Sequence[Tensor]) -> None:
-    """Refuse what the network does not sort."""
-    if reason := cannot(xs):
-        raise BackendError(f"backend 'triton': {reason}; use 'reference'")
+def cannot(device_type: str, clients: int) -> str | None:
+    """Why it cannot do this; ``None`` where it can."""
+    return None if clients <= MOST_CLIENTS else f"it takes up to {MOST_CLIENTS} clients, got {clients}"
 
 
 def by_columns(

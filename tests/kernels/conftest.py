@@ -1,25 +1,87 @@
-"""A test with a ``backend`` argument runs on every backend of its module's ``OPERATOR``."""
+"""A test with a ``backend`` argument runs on every backend of its module's ``OPERATOR``.
 
+``pytest tests/kernels --device cuda`` runs them on a GPU: tensors are made there unless a test says where.
+"""
+
+import os
 from importlib.util import find_spec
 
 import numpy as np
 import pytest
 import torch
 
-from feddistill_kernels import available_backends
+from feddistill_kernels import BackendError, available_backends
+
+ARGUMENTS = {"around": "around_median"}
+"""Arguments that stand for a backend of another operator than the module's."""
+
+PACK = 16
+"""Neighbours that stay in one share: they tend to compile the same kernels."""
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "cpu(reason): not on a GPU")
+    config.addinivalue_line("markers", "gpu: on a GPU only")
+    if config.getoption("--device") == "cpu":
+        return
+    if not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda: torch finds no GPU")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for nan_filled_memory
+    torch.set_default_device("cuda")  # before test modules are imported: they make tensors
+
+
+def pytest_unconfigure(config):
+    if config.getoption("--device") != "cpu":
+        torch.set_default_device(None)
 
 
 def pytest_generate_tests(metafunc):
-    if "backend" in metafunc.fixturenames and hasattr(metafunc.module, "OPERATOR"):
-        metafunc.parametrize("backend", available_backends(metafunc.module.OPERATOR, "cpu"))
+    operators = {"backend": getattr(metafunc.module, "OPERATOR", None), **ARGUMENTS}
+    for argument, operator in operators.items():
+        if operator and argument in metafunc.fixturenames:
+            metafunc.parametrize(
+                argument, available_backends(operator, metafunc.config.getoption("--device"))
+            )
 
 
-def pytest_collection_modifyitems(items):
-    reason = pytest.mark.skip("Triton's interpreter truncates where it should round to bfloat16")
+def pytest_collection_modifyitems(config, items):
+    on_gpu = config.getoption("--device") != "cpu"
+    rounding = pytest.mark.skip("Triton's interpreter truncates where it should round to bfloat16")
+    # The reference has operations that are deterministic on a CPU alone.
+    unsure = pytest.mark.filterwarnings("ignore:.*deterministic.*:UserWarning")
+    inductor = pytest.mark.filterwarnings("ignore::UserWarning:torch._inductor")
     for item in items:
+        if on_gpu:
+            item.add_marker(unsure)
+            item.add_marker(inductor)
+            if mark := item.get_closest_marker("cpu"):
+                item.add_marker(pytest.mark.skip(f"for a CPU: {mark.args[0]}"))
+            continue
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip("for a GPU: pytest tests/kernels --device cuda"))
         params = getattr(item, "callspec", None) and item.callspec.params
         if params and params.get("backend") == "triton" and torch.bfloat16 in params.values():
-            item.add_marker(reason)
+            item.add_marker(rounding)
+    if share := config.getoption("--share"):
+        mine, shares = map(int, share.split("/"))
+        items[:] = [item for index, item in enumerate(items) if index // PACK % shares == mine]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """A GPU backend that takes no such size says so; that another takes its place is no test of it."""
+    try:
+        return (yield)
+    except BackendError as refusal:
+        if pyfuncitem.config.getoption("--device") == "cpu":
+            raise
+        return pytest.skip(str(refusal))
+
+
+@pytest.fixture(scope="session")
+def device(request):
+    """Of the tensors: ``cpu`` or ``cuda``."""
+    return request.config.getoption("--device")
 
 
 @pytest.fixture(autouse=True)
@@ -33,11 +95,11 @@ def one_thread_and_a_seed():
 
 
 @pytest.fixture
-def nan_filled_memory():
+def nan_filled_memory(device):
     """``torch.empty`` gives NaN, so that what is read before it is written shows."""
     fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.utils.deterministic.fill_uninitialized_memory = True
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=device != "cpu")
     yield
     torch.use_deterministic_algorithms(False)
     torch.utils.deterministic.fill_uninitialized_memory = fill

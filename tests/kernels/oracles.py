@@ -90,12 +90,13 @@ def mean_around_median(stacked: Tensor, keep: int) -> Tensor:
 
 def geometric_median(stacked: Tensor, steps: int = 2000) -> Tensor:
     """Of the centred rows of ``[C, N, V]``, by Weiszfeld's iteration on vectors."""
-    points = stacked.double() - stacked.double().mean(-1, keepdim=True)
+    points = stacked.double().cpu()  # a GPU would wait for the host at each of many small steps
+    points = points - points.mean(-1, keepdim=True)
     z = points.median(0).values
     for _ in range(steps):
         weights = 1 / (points - z).norm(dim=-1, keepdim=True).clamp_min(1e-12)
         z = (weights * points).sum(0) / weights.sum(0)
-    return z
+    return z.to(stacked.device)
 
 
 def squared_distance(x: Tensor, y: Tensor) -> float:

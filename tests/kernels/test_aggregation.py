@@ -234,6 +234,7 @@ def test_more_steps_come_nearer_to_the_geometric_median(backend):
     assert torch.equal(loose.log_probs, first.log_probs)
 
 
+@pytest.mark.cpu("threads are a CPU's")
 @pytest.mark.parametrize("rule", rules())
 @pytest.mark.parametrize("mix", [None, 1])
 def test_the_number_of_threads_changes_nothing(rule, mix, backend):
@@ -248,6 +249,7 @@ def test_the_number_of_threads_changes_nothing(rule, mix, backend):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.cpu("instruction sets are a CPU's")
 @pytest.mark.parametrize("rule", rules())
 def test_every_instruction_set_agrees(rule, monkeypatch):
     """This machine runs the best it has; others run the rest."""
@@ -298,6 +300,7 @@ def test_tails_of_1e_30_survive_a_cut(backend):
     torch.testing.assert_close(got.log_tail, logits[:, 3:].logsumexp(-1) - math.log(2))
 
 
+@pytest.mark.cpu("it is about what no GPU refuses")
 @pytest.mark.parametrize("on", ["native", "triton"])
 def test_ids_out_of_range_crash_nothing(on):
     """A wrong result is the caller's; a wrong access would be everybody's."""
@@ -313,6 +316,7 @@ def test_ids_out_of_range_crash_nothing(on):
                 aggregate_topk(clients, rule, mix=1, k=3, backend=on, **settings(rule, 3))
 
 
+@pytest.mark.cpu("it names the C++ of a CPU")
 def test_one_client_of_float64_is_one_for_the_reference():
     clients = answers(3, 4, 9, 2)
     clients[1] = clients[1].to(dtype=torch.float64)
@@ -359,6 +363,7 @@ def test_a_client_of_weight_0_has_no_veto(backend):
     torch.testing.assert_close(got.expand(), other.expand())
 
 
+@pytest.mark.cpu("to look at rows would be a host sync: such a row gives NaN")
 @pytest.mark.parametrize("extra", [{}, {"mix": 0}])
 def test_clients_that_rule_each_other_out_are_refused(extra, backend):
     if backend == "triton":

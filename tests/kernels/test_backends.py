@@ -12,6 +12,8 @@ import torch
 import feddistill_kernels as fk
 from feddistill_kernels import _backend, _dispatch, _native
 
+pytestmark = pytest.mark.cpu("what it names are a CPU's backends")
+
 MODULES = [
     module.name
     for module in pkgutil.walk_packages(fk.__path__, "feddistill_kernels.")

@@ -132,7 +132,7 @@ def test_in_place_under_the_compiler_is_refused(compiled):
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # Inductor's own
 def test_the_compiler_of_this_machine_agrees_too():
-    """Once through Inductor and its C++, where the others stop at the graph."""
+    """Once through Inductor and its compiler, where the others stop at the graph."""
     torch._dynamo.reset()
     student, teacher = torch.randn(4, 11, requires_grad=True), torch.randn(4, 11)
     loss = distillation_loss(student, teacher, kind="reverse_kl")

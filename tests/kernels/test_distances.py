@@ -5,11 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from kernels import oracles
 
-from feddistill_kernels import available_backends, geometric_median, krum, nearest_neighbour_mixing
+from feddistill_kernels import geometric_median, krum, nearest_neighbour_mixing
 from feddistill_kernels._native import library
 from feddistill_kernels.distances import _native
 
@@ -289,6 +287,7 @@ def test_strides_do_not_matter(layout, rule, backend):
     assert torch.equal(got, rule([x.contiguous() for x in xs], 1, backend=backend))
 
 
+@pytest.mark.cpu("threads are a CPU's")
 @every_rule
 @pytest.mark.parametrize("shape", [(3, 70_001), (200, 999), (2, 300_000)], ids=str)
 def test_the_number_of_threads_changes_nothing(shape, rule, backend):
@@ -302,6 +301,7 @@ def test_the_number_of_threads_changes_nothing(shape, rule, backend):
     assert all(torch.equal(other, results[0]) for other in results)
 
 
+@pytest.mark.cpu("instruction sets are a CPU's")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("count", [1, 5, 8, 13])
 def test_every_instruction_set_agrees(count, dtype):
@@ -317,31 +317,14 @@ def test_every_instruction_set_agrees(count, dtype):
         torch.testing.assert_close(other, results[0], rtol=4 * torch.finfo(dtype).eps, atol=1e-5)
 
 
-@pytest.mark.skipif("native" not in available_backends("distances"), reason="nothing to compare with")
-@settings(max_examples=60, deadline=None)
-@given(
-    count=st.integers(1, 12),
-    rows=st.integers(1, 5),
-    columns=st.integers(1, 1100),
-    scale=st.sampled_from([1e-12, 1.0, 1e12]),
-    liars=st.integers(0, 5),
-    seed=st.integers(0, 2**31),
-)
-def test_backends_agree_on_anything(count, rows, columns, scale, liars, seed):
-    generator = torch.Generator().manual_seed(seed)
-    xs = [torch.randn(rows, columns, generator=generator) * scale for _ in range(count)]
-    for index in range(min(liars, (count - 1) // 2)):
-        xs[index] *= 1e4
-    for per_row in (True, False):
-        a, b = (geometric_median(xs, per_row=per_row, backend=name) for name in ("reference", "native"))
-        assert ((cost(a, xs) - cost(b, xs)).abs() <= 1e-5 * cost(a, xs) + 1e-30).all()
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda xs: geometric_median([]), "xs must hold at least one tensor"),
-        (lambda xs: krum(xs[:4] + [torch.zeros(2)], 1), r"xs\[4\] is float32 \[2\] on cpu but xs\[0\]"),
+        (
+            lambda xs: krum(xs[:4] + [torch.zeros(2)], 1),
+            r"xs\[4\] is float32 \[2\] on .* but xs\[0\]",
+        ),
         (lambda xs: geometric_median(xs, tolerance=-1.0), "tolerance must not be negative, got -1"),
         (lambda xs: geometric_median(xs, tolerance=math.nan), "tolerance must not be negative, got nan"),
         (lambda xs: geometric_median(xs, max_iterations=0), "max_iterations must be positive, got 0"),

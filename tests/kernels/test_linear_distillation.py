@@ -317,12 +317,12 @@ def test_masked_rows_are_not_looked_at(backend):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_autocast_changes_nothing(reduction, backend):
+def test_autocast_changes_nothing(reduction, backend, device):
     hidden, weight, bias = head()
     teacher = teachers()["dense"]
     results = []
     for enabled in (False, True):
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+        with torch.autocast(device, torch.bfloat16, enabled=enabled):
             loss = linear_distillation_loss(
                 hidden, weight, teacher, LABELS, bias=bias, reduction=reduction, backend=backend
             )
@@ -344,6 +344,7 @@ def test_no_row_left_costs_nothing(rows, reduction, backend, nan_filled_memory):
         assert (gradient == 0).all()
 
 
+@pytest.mark.cpu("to look at labels would be a host sync")
 def test_a_bad_row_is_named(backend):
     hidden, weight, bias = head()
     labels = torch.zeros(N, dtype=torch.int64)

@@ -153,6 +153,7 @@ def test_every_half_precision_number_survives(pattern, backend):
     assert torch.equal(got[finite], numbers[finite])
 
 
+@pytest.mark.cpu("threads are a CPU's")
 @pytest.mark.parametrize("count", [5, 40])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_number_of_threads_changes_nothing(count, dtype, backend):
@@ -167,6 +168,7 @@ def test_the_number_of_threads_changes_nothing(count, dtype, backend):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.cpu("instruction sets are a CPU's")
 @pytest.mark.parametrize("count", [1, 2, 7, 32, 40])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_instruction_set_gives_the_same_bits(count, dtype):
@@ -185,10 +187,6 @@ def test_every_instruction_set_gives_the_same_bits(count, dtype):
     assert all(torch.equal(other, results[0]) for other in results)
 
 
-AROUND = pytest.mark.parametrize("around", available_backends("around_median"))
-
-
-@AROUND
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("count", [1, 2, 5, 8, 17, 32, 33, 40])
 def test_mean_around_median_agrees_with_the_oracle(count, dtype, around, nan_filled_memory):
@@ -200,7 +198,6 @@ def test_mean_around_median_agrees_with_the_oracle(count, dtype, around, nan_fil
         assert_rounded(got, truth, xs)
 
 
-@AROUND
 @pytest.mark.parametrize("n", [0, 1, 15, 33, 255, 257, 4099])
 @pytest.mark.parametrize("count", [5, 40])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -210,7 +207,6 @@ def test_mean_around_median_of_sizes_around_the_blocks(dtype, count, n, around, 
     assert_rounded(mean_around_median(xs, 3, backend=around), truth, xs)
 
 
-@AROUND
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_mean_around_median_outvotes_infinities_and_shows_nan(dtype, around):
     rows = ((1.0, 1.0), (2.0, 2.0), (4.0, 4.0), (INF, 5.0), (-INF, math.nan))
@@ -219,7 +215,6 @@ def test_mean_around_median_outvotes_infinities_and_shows_nan(dtype, around):
     assert got[1].isnan()
 
 
-@AROUND
 @pytest.mark.parametrize("count", [4, 7, 40])
 def test_around_the_median_the_order_of_clients_is_irrelevant(count, around):
     xs = clients(count, 301)
@@ -230,7 +225,7 @@ def test_around_the_median_the_order_of_clients_is_irrelevant(count, around):
 @pytest.mark.skipif("triton" not in available_backends(OPERATOR), reason="needs triton")
 @pytest.mark.parametrize("rule", [coordinate_median, lambda xs, **k: mean_around_median(xs, 3, **k)])
 def test_triton_refuses_more_clients_than_registers_hold(rule):
-    with pytest.raises(BackendError, match="'triton': it takes up to 32 clients, got 33; use 'reference'"):
+    with pytest.raises(BackendError, match="'triton' cannot run this .*: it takes up to 32 clients, got 33"):
         rule([torch.zeros(3)] * 33, backend="triton")
 
 
@@ -238,7 +233,10 @@ def test_triton_refuses_more_clients_than_registers_hold(rule):
     ("call", "message"),
     [
         (lambda: coordinate_median([]), "xs must hold at least one tensor"),
-        (lambda: coordinate_median([torch.zeros(3), torch.zeros(4)]), r"xs\[1\] is float32 \[4\] on cpu but"),
+        (
+            lambda: coordinate_median([torch.zeros(3), torch.zeros(4)]),
+            r"xs\[1\] is float32 \[4\] on .* but",
+        ),
         (lambda: coordinate_median([torch.zeros(3), torch.zeros(3).half()]), r"xs\[1\] is float16 \[3\]"),
         (lambda: coordinate_median([torch.zeros(3, dtype=torch.int32)]), r"xs\[0\] must be floating point"),
         (lambda: trimmed_mean([torch.zeros(3)] * 4, 2), r"trim must be in \[0, 1\] for 4 clients, got 2"),

@@ -156,7 +156,11 @@ def test_what_does_not_fit_together_is_refused(change, message, kept):
         ({"k": 6}, r"k must be in \[1, 5\], the vocabulary, got 6"),
         ({"k": 2, "temperature": -1.0}, "temperature must be positive and finite, got -1.0"),
         ({"logits": torch.zeros(5), "k": 1}, r"logits must have shape \[N, V\], got \[5\]"),
-        ({"logits": torch.full((2, 5), -INF), "k": 1}, "logits row 0 is all -inf"),
+        pytest.param(
+            {"logits": torch.full((2, 5), -INF), "k": 1},
+            "logits row 0 is all -inf",
+            marks=pytest.mark.cpu("to look at rows would be a host sync: such a row gives NaN"),
+        ),
     ],
 )
 def test_a_wrong_argument_is_named(arguments, message):

@@ -1,0 +1,258 @@
+#!/usr/bin/env bash
+# Build, test and measure the kernels on one NVIDIA GPU, without a network, in less than eight minutes.
+#
+#   bench/gpu.sh                  everything; bench/results/gpu-<name of the GPU>.json
+#   bench/gpu.sh --plan           what it would do: needs no GPU and builds nothing
+#   bench/gpu.sh --quick          two cases an operator, briefly: does it work?
+#   bench/gpu.sh --out FILE       another result file
+#   bench/gpu.sh --liger WHEEL    measure Liger as well, from its wheel, where it is not installed
+#   bench/gpu.sh --commit ID      what the tree is, where it is no clone
+#   bench/gpu.sh --keep FOLDER    build there, and use what was built there before
+#
+# Python is python3, or what PYTHON names.  It needs torch, triton, numpy, pytest; cmake, ninja, pybind11, nvcc.
+# What fails is noted, the others go on, and the exit status is 1.
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+python=${PYTHON:-python3}
+plan='' quick='' out='' liger='' commit='' keep=''
+budget=470 # seconds of all: no step begins, and none goes on, after them
+
+while (($#)); do
+  case $1 in
+    --plan) plan=1 ;;
+    --quick) quick=--quick ;;
+    --out | --liger | --commit | --keep)
+      (($# > 1)) || { echo "gpu.sh: $1 needs a value" >&2 && exit 2; }
+      printf -v "${1#--}" %s "$2"
+      shift
+      ;;
+    -h | --help)
+      sed -n '2,/^set /{/^set /!s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
+      exit
+      ;;
+    *) echo "gpu.sh: unknown option $1; see --help" >&2 && exit 2 ;;
+  esac
+  shift
+done
+[[ -z $liger || -f $liger ]] || { echo "gpu.sh: --liger: there is no file $liger" >&2 && exit 2; }
+# Where it is called from is not where it works.
+for name in out liger keep; do
+  [[ -z ${!name} || ${!name} == /* ]] || printf -v "$name" %s "$PWD/${!name}"
+done
+
+work=/tmp/feddistill-gpu # what a plan shows
+if [[ -n $keep ]]; then
+  work=$keep
+elif [[ -z $plan ]]; then
+  work=$(mktemp -d)
+  trap 'rm -rf "$work"' EXIT
+fi
+site=$work/site # the package as installed: its Python, and the module compiled here
+shares=$(nproc 2>/dev/null || echo 4)
+((shares <= 10)) || shares=10
+failed=0 job=''
+
+# In a plan a command is said, not run.
+run() {
+  if [[ -n $plan ]]; then
+    echo "    $*"
+  else
+    "$@"
+  fi
+}
+
+# quietly LOG COMMAND...: its output is kept for later.
+quietly() {
+  if [[ -n $plan ]]; then
+    echo "    ${*:2}"
+  else
+    "${@:2}" >"$1" 2>&1
+  fi
+}
+
+# Where it runs, what was built goes before the tree; bench/ is in the tree alone.
+inside() { cd "$site" && PYTHONPATH=$site${liger:+:$work/liger}:$root "$@"; }
+
+# step NAME SECONDS COMMAND...: in its time, and what is left of all; notes how it ended.
+step() {
+  local name=$1 limit=$2 status=0 start=$SECONDS
+  shift 2
+  ((limit <= budget - SECONDS)) || limit=$((budget - SECONDS))
+  echo "=== $name: $* (at most $limit s)"
+  if [[ -n $plan ]]; then
+    "$@"
+    return
+  fi
+  if ((limit > 0)); then
+    within "$limit" "$@" || status=$?
+  else
+    status=124
+  fi
+  local said=''
+  [[ $status != 124 ]] || said='its time was up'
+  [[ $name != tests ]] || said="$(counted || true)${said:+; $said}"
+  note "$name" "$status" $((SECONDS - start)) "$said"
+}
+
+# `timeout` takes no functions.  The step is a process group, which ends as one.
+within() {
+  local limit=$1 watch status=0
+  shift
+  set -m
+  ("$@") &
+  job=$!
+  (sleep "$limit" && kill -KILL -- "-$job") >/dev/null 2>&1 &
+  watch=$!
+  set +m
+  wait "$job" || status=$?
+  job=''
+  kill -- "-$watch" 2>/dev/null && wait "$watch" 2>/dev/null || true
+  ((status != 137)) || status=124
+  return "$status"
+}
+trap '[[ -z $job ]] || kill -KILL -- "-$job"; exit 130' INT TERM
+
+note() {
+  [[ $2 == 0 ]] || failed=1
+  "$python" -m bench.gpu note "$1" "$2" "$3" --said "$4" --out "$out" || failed=1
+}
+
+machine() {
+  local query=name,memory.total,driver_version,compute_cap,clocks.max.sm,clocks.max.memory
+  run nvidia-smi --query-gpu="$query" --format=csv || echo "nvidia-smi tells nothing"
+  run "$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)" --version || echo "nvcc is not there"
+  run "$python" -m pip list --disable-pip-version-check || true
+  run "$python" -c 'import sys, torch, triton; print(sys.version, torch.__version__, torch.version.cuda, triton.__version__)'
+}
+
+# For this GPU alone: other architectures are compiled in CI.
+build() {
+  local capability='<capability of the GPU>'
+  if [[ -z $plan ]]; then
+    capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1 | tr -d '. ')
+  fi
+  # Without a compiled module Triton runs all the same.
+  run rm -rf "$site" && run mkdir -p "$site" && run cp -r "$root/feddistill_kernels" "$site/" || return
+  run find "$site" -name '_C*.so' -delete || return
+  if [[ -n $liger ]]; then
+    run "$python" -m zipfile -e "$liger" "$work/liger" || return
+  fi
+  run cmake -G Ninja -S "$root" -B "$work/build" -DCMAKE_BUILD_TYPE=Release -DCMAKE_INSTALL_PREFIX="$site" \
+    -DSKBUILD_PROJECT_NAME=feddistill -DSKBUILD_PROJECT_VERSION=0.1.0 \
+    -DFEDDISTILL_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES="$capability" \
+    -DPython_EXECUTABLE="$(command -v "$python")" \
+    -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir 2>/dev/null || echo '<pybind11>')" || return
+  run cmake --build "$work/build" || return
+  run cmake --install "$work/build"
+}
+
+pytest=("$python" -m pytest -c "$root/pyproject.toml" --rootdir "$root" -p no:cacheprovider -q --device cuda)
+
+# Shares of the tests side by side, for most of their time is Triton's compiler, and beside them the sanitizer.
+tests() {
+  local share jobs=() status=0
+  export TRITON_CACHE_DIR=$work/triton
+  (sanitize memcheck) &
+  if [[ -n $plan ]]; then
+    wait
+    quietly '' "${pytest[@]}" --maxfail 5 --share "I/$shares" "$root/tests/kernels"
+    return
+  fi
+  for ((share = 0; share < shares; share++)); do
+    (quietly "$work/tests-$share.log" inside "${pytest[@]}" --maxfail 5 --share "$share/$shares" "$root/tests/kernels") &
+    jobs+=($!)
+  done
+  for share in "${!jobs[@]}"; do
+    wait "${jobs[$share]}" || status=1
+  done
+  wait
+  return "$status"
+}
+
+# Of the shares that came to an end.
+counted() {
+  tail -qn 1 "$work"/tests-*.log | grep -oE '[0-9]+ (passed|failed|errors?|skipped)' |
+    awk '{ sums[$2] += $1 } END { for (kind in sums) printf "%d %s ", sums[kind], kind }'
+}
+
+# What the shares said, also of those that were ended.
+failures() {
+  [[ -n $plan ]] || grep -hE '^(FAILED|ERROR|E  )' "$work"/tests-*.log | cut -c1-300 | head -60 || true
+}
+
+# Without PyTorch's own pool of memory, which hides what is past the end of a tensor.
+sanitize() {
+  local status=0 log=$work/$1.log
+  if [[ -z $plan ]] && ! command -v compute-sanitizer >/dev/null; then
+    echo "compute-sanitizer is not there" >"$log"
+  else
+    export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+    quietly "$log" inside compute-sanitizer --tool "$1" --error-exitcode 9 --target-processes all --print-limit 5 \
+      "${pytest[@]}" -k small_shapes "$root/tests/kernels/test_gpu.py" || status=$?
+    if [[ -z $plan ]] && grep -q 'Device not supported' "$log"; then
+      echo 'compute-sanitizer cannot look into this device' >>"$log"
+      status=0
+    fi
+  fi
+  [[ -n $plan ]] || echo "$status" >"$work/$1.status"
+}
+
+sanitized() {
+  if [[ -n $plan ]]; then
+    echo "    (what compute-sanitizer said, beside the tests)"
+    return
+  fi
+  tail -n 8 "$work/$1.log"
+  [[ $(cat "$work/$1.status") == 0 ]]
+}
+
+racecheck() {
+  sanitize racecheck && sanitized racecheck
+}
+
+measure() {
+  local command=("$python" -m bench.gpu measure "$1" --out "$out" ${quick:+--quick} ${commit:+--commit "$commit"})
+  if [[ -n $plan ]]; then
+    echo "    ${command[*]}"
+    sed -n "s/^$1: /      /p" <<<"$cases"
+    return
+  fi
+  export TRITON_CACHE_DIR=$work/triton
+  inside "${command[@]}"
+}
+
+cd "$root"
+if [[ -z $out && -n $quick ]]; then
+  out=$work/gpu.json # it is not for keeping
+elif [[ -z $out && -n $plan ]]; then
+  out=$root/bench/results/gpu-'<name of the GPU>'.json
+elif [[ -z $out ]]; then
+  out=$root/bench/results/$("$python" -m bench.gpu name)
+fi
+echo "result file: $out"
+if [[ -n $plan ]]; then
+  cases=$("$python" -m bench.gpu cases $quick)
+else
+  mkdir -p "$work"
+  rm -f "$out"
+fi
+
+step machine 30 machine
+step build 180 build
+step tests 160 tests
+failures
+step memcheck 10 sanitized memcheck
+step loss 110 measure loss
+step compression 50 measure compression
+step linear 70 measure linear
+step median 60 measure median
+step distances 60 measure distances
+step answers 30 measure answers
+step racecheck 60 racecheck
+if [[ -n $plan ]]; then
+  exit
+fi
+echo "=== $out after $SECONDS s"
+"$python" -m bench.gpu bars "$out" || failed=1
+exit "$failed"
