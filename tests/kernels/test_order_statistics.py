@@ -225,7 +225,7 @@ def test_around_the_median_the_order_of_clients_is_irrelevant(count, around):
 @pytest.mark.skipif("triton" not in available_backends(OPERATOR), reason="needs triton")
 @pytest.mark.parametrize("rule", [coordinate_median, lambda xs, **k: mean_around_median(xs, 3, **k)])
 def test_triton_refuses_more_clients_than_registers_hold(rule):
-    with pytest.raises(BackendError, match="'triton' cannot run this .*: it takes up to 32 clients, got 33"):
+    with pytest.raises(BackendError, match=r"'triton' cannot run this .*: it takes up to 32 clients, got 33"):
         rule([torch.zeros(3)] * 33, backend="triton")
 
 
