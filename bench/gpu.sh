@@ -9,12 +9,15 @@
 #   bench/gpu.sh --commit ID      what the tree is, where it is no clone
 #   bench/gpu.sh --keep FOLDER    build there, and use what was built there before
 #
-# Python is python3, or what PYTHON names.  It needs torch, triton, numpy, pytest; cmake, ninja, pybind11, nvcc.
+# Python is what PYTHON names, else python3, else, where that has no torch, .venv/bin/python.  It needs torch, triton, numpy, pytest; cmake, ninja, pybind11, nvcc.
 # What fails is noted, the others go on, and the exit status is 1.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python3}
+if [[ -z ${PYTHON:-} && -x $root/.venv/bin/python ]] && ! python3 -c 'import torch' 2>/dev/null; then
+  python=$root/.venv/bin/python
+fi
 plan='' quick='' out='' liger='' commit='' keep=''
 budget=470 # seconds of all: no step begins, and none goes on, after them
 
