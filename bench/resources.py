@@ -93,20 +93,23 @@ def _distillation() -> None:
                 rows(1, 128256, dtype, kind, kept, True, True)
                 for gradient in (True, False):
                     rows(many, 4096 + 16, dtype, kind, kept, gradient, gradient)
+    rows(many, 4096 + 16, torch.float16, "forward_kl", 0, False, True)
+    rows(many, 4096 + 16, torch.bfloat16, "forward_kl", 0, False, True)
     for vocab in (2, 100, 1000, 4099):
         rows(many, vocab, torch.float32, "forward_kl", 0, False, True)
     x = torch.empty(2, 4096)
     triton.scale_into(x, torch.ones(()), x)
 
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, torch.bfloat16)
+"""float16 takes bfloat16's way but for how it is widened."""
 
 
 def _topk() -> None:
     from feddistill_kernels.topk import _triton as triton
 
     for dtype in DTYPES:
-        for vocab, k in ((100, 16), (4000, 64), (128256, 16), (128256, 64), (128256, 128), (128256, 1024)):
+        for vocab, k in ((100, 16), (4000, 64), (128256, 16), (128256, 64), (128256, 128)):
             for rows in (4, 1):  # as a row a program, and as several
                 triton.compress(torch.zeros(rows, vocab, dtype=dtype), k, 2.0, True)
     triton.compress(torch.zeros(4, 4000), 64, 2.0, False)
@@ -118,7 +121,7 @@ def _aggregation() -> None:
     from feddistill_kernels.aggregation import _triton as triton
     from feddistill_kernels.aggregation._rules import Settings
 
-    for clients, kept in ((5, 16), (10, 64), (64, 64)):
+    for clients, kept in ((5, 16), (10, 64)):
         ids = [torch.zeros(2, kept, dtype=torch.int32) for _ in range(clients)]
         log_probs, missing = [torch.zeros(2, kept)] * clients, [torch.zeros(2)] * clients
         for rule in rules():
@@ -158,7 +161,7 @@ def _distances() -> None:
                 triton.nearest_neighbour_mixing(xs, 1)
 
 
-CLIENTS = (3, 5, 8, 16, 32)
+CLIENTS = (5, 8, 16)
 CASES: dict[str, Callable[[], None]] = {
     "distillation": _distillation,
     "topk": _topk,
