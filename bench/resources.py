@@ -3,7 +3,7 @@
 No GPU is needed.  Triton's kernels are compiled as the operators launch them, for each target; CUDA C++
 kernels are read from the compiled extension.
 
-    python -m bench.resources --out bench/results/gpu-resources.json
+    python -m bench.resources --out bench/results/resources.json
 """
 
 import json
@@ -350,6 +350,26 @@ def table(rows: list[Resources]) -> Iterator[str]:
         )
 
 
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """A table of the documents: kernels, with the most that any of their specialisations takes."""
+    kernels: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        kernel = re.split(r"[ <]", row["kernel"], maxsplit=1)[0]
+        kernels.setdefault((row["backend"], row["operator"], kernel), []).append(row)
+    targets = [f"sm_{target}" for target in TARGETS]
+    head = ["backend", "operator", "kernel", "specialisations", *(f"registers, {t}" for t in targets)]
+    lines = [f"| {' | '.join([*head, 'spills'])} |", "|---" * (len(head) + 1) + "|"]
+    for (backend, operator, kernel), found in sorted(kernels.items()):
+        registers = [
+            str(max((r["registers"] for r in found if r["target"] == t), default=0)) for t in targets
+        ]
+        count = len({row["kernel"] for row in found})
+        spills = sum(row["stack_bytes"] > 0 for row in found)
+        cells = [backend, operator or "–", f"`{kernel}`", str(count), *registers, str(spills)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), help="JSON file to write.")
 @click.option("--workers", default=2, show_default=True)
@@ -361,10 +381,14 @@ def main(out: Path | None, workers: int) -> None:
     spilled = sum(row.stack_bytes > 0 for row in rows)
     click.echo(f"{len(rows)} kernels, {spilled} spill")
     if out is not None:
-        out.write_text(
-            json.dumps({"versions": versions(), "kernels": [asdict(row) for row in rows]}, indent=1) + "\n"
-        )
+        out.write_text(as_json(versions(), rows))
     sys.exit(1 if spilled else 0)
+
+
+def as_json(made_by: dict[str, str], rows: list[Resources]) -> str:
+    """A line a kernel."""
+    lines = ",\n".join(json.dumps(asdict(row)) for row in rows)
+    return f'{{"versions": {json.dumps(made_by)},\n"kernels": [\n{lines}\n]}}\n'
 
 
 def versions() -> dict[str, str]:

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("triton")
 
 ROOT = Path(__file__).parents[1]
-COMMITTED = ROOT / "bench/results/gpu-resources.json"
+COMMITTED = ROOT / "bench/results/resources.json"
 
 
 @pytest.fixture(scope="module")
