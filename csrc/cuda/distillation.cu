@@ -2,7 +2,8 @@
 // once, whatever the kind; and the gradient is written once.  Where a slice does not fit it is read again.
 //
 // A thread comes back to the columns that it copied, so only sums need barriers: the normalisers, and for a kind
-// whose psi does not add to 0 the sums of phi and psi.
+// whose psi does not add to 0 the sums of phi and psi.  These are sums of the plain formulas where they have digits
+// to spare, which few rows lack: 15 to 20 instructions a logit instead of 50 to 90.
 #include "../distillation.h"
 
 #include <algorithm>
@@ -23,6 +24,7 @@ constexpr int kBlocks = 3;  // to a multiprocessor: so many registers are left t
 constexpr int kWordBits = 32;
 constexpr int kFirstBit = 8;   // of the first pack's; those before it have the others
 constexpr float kRoom = 26;    // binary digits that a term may be above its sum's base
+constexpr int kSingle = -1;
 constexpr float kPlain = 1.0f / 16;  // nats from which on the plain sum has digits to spare
 
 enum class Mode { forward, general, truncated };
@@ -52,9 +54,12 @@ struct Statistics {
 };
 constexpr int kNumbers = sizeof(Statistics) / sizeof(float);
 
+struct Sums {
+    float phi, psi, psi_tail;
+};
 struct Slots {
     Statistics statistics;
-    float phi, psi, psi_tail;
+    Sums sums[2];  // of the plain formulas, and of the exact ones: a block may be at these while another reads those
 };
 constexpr int kSlotBytes = 64;
 static_assert(sizeof(Slots) <= kSlotBytes);
@@ -121,15 +126,23 @@ class Row {
         if constexpr (kMode == Mode::forward) {
             value = plain_sum();
             plain = value >= kPlain;
+        } else if constexpr (kMode == Mode::general) {
+            exchange_sums<Plain>(0, value, psi, tail_slope);
+            plain = has_choice() && value >= kPlain && value < kInfinity;
         }
-        if (kMode != Mode::forward || (!plain && !task_.gradient)) {
-            if (task_.kd != 0) exchange_sums(value, psi, tail_slope);
-        } else if (!plain) {
+        if (kMode == Mode::forward && !plain && task_.gradient) {
             // The last sweep, whose sum nobody waits for but the loss.
-            value = slopes<true>(weight, 0, 0);
+            value = slopes<Exact, true>(weight, 0, 0);
             own_sum(value);
+        } else {
+            if (!plain) exchange_sums<Exact>(1, value, psi, tail_slope);
+            if (task_.gradient) {
+                if constexpr (kMode == Mode::general) {
+                    if (plain) slopes<Plain, false>(weight, psi, tail_slope);
+                }
+                if (kMode != Mode::general || !plain) slopes<Exact, false>(weight, psi, tail_slope);
+            }
         }
-        if (task_.gradient && (kMode != Mode::forward || plain)) slopes<false>(weight, psi, tail_slope);
         finish(weight, value);
     }
 
@@ -181,51 +194,51 @@ class Row {
         id_is_wrong_ = barrier_or(outside);
     }
 
-    // Calls use(z, column, bits, is_pack) for each of this thread's packs, and for each single column, which stands
-    // first in a pack of tokens that are ruled out.
+    // Calls use(z, column, bits, pack) for each of this thread's packs, and, with one logit and pack kSingle, for each
+    // single column.
     template <typename Use>
     __device__ void each(Use use) const {
-        for (int i = threadIdx.x; i < packs_ + singles_; i += kThreads) {
+        for (int i = threadIdx.x; i < packs_; i += kThreads) {
+            const int column = first_ + i * kLane;
             float z[kLane];
-            const bool is_pack = i < packs_;
-            int column;
-            if (is_pack) {
-                column = first_ + i * kLane;
-                unpack<kDType>(task_.staged ? load_pack(staged_student_ + i * kPackBytes) : load_pack(student_ + column), z);
-            } else {
-                const int single = i - packs_, before = first_ - begin_;
-                column = single < before ? begin_ + single : first_ + packs_ * kLane + single - before;
-#pragma unroll
-                for (int e = 1; e < kLane; ++e) z[e] = -kInfinity;
-                z[0] = to_float<kDType>(student_[column]);
-            }
-            unsigned kept = 0;
-            if constexpr (!kDense) {
-                const int bit = column - first_ + kFirstBit;
-                kept = bits_[bit / kWordBits] >> bit % kWordBits;
-            }
-            use(z, column, kept, is_pack);
+            unpack<kDType>(task_.staged ? load_pack(staged_student_ + i * kPackBytes) : load_pack(student_ + column), z);
+            use(z, column, kept_from(column), i);
         }
+        for (int i = threadIdx.x; i < singles_; i += kThreads) {
+            const int before = first_ - begin_;
+            const int column = i < before ? begin_ + i : first_ + packs_ * kLane + i - before;
+            const float z[1] = {to_float<kDType>(student_[column])};
+            use(z, column, kept_from(column), kSingle);
+        }
+    }
+
+    // A bit for each column from this one to its pack's last: whether the teacher keeps it.
+    __device__ unsigned kept_from(int column) const {
+        if constexpr (kDense) return 0;
+        const int bit = column - first_ + kFirstBit;
+        return bits_[bit / kWordBits] >> bit % kWordBits;
     }
 
     // The teacher's logits beside them.
-    __device__ void load_teacher(float (&t)[kLane], int column, bool is_pack) const {
-        if (is_pack && paired_) {
-            const unsigned char* const from =
-                task_.staged ? staged_teacher_ + (column - first_) / kLane * kPackBytes
-                             : teacher_ + std::int64_t{column} * static_cast<int>(sizeof(Element));
-            unpack<kDType>(load_pack(from), t);
-        } else {
-#pragma unroll
-            for (int e = 0; e < kLane; ++e)
-                t[e] = e == 0 || is_pack ? load_as(teacher_, column + e, task_.teacher_dtype) : -kInfinity;
+    template <int kCount>
+    __device__ void load_teacher(float (&t)[kCount], int column, int pack) const {
+        if constexpr (kCount == kLane) {
+            if (paired_) {
+                unpack<kDType>(task_.staged ? load_pack(staged_teacher_ + pack * kPackBytes)
+                                            : load_pack(reinterpret_cast<const Element*>(teacher_) + column),
+                               t);
+                return;
+            }
         }
+#pragma unroll
+        for (int e = 0; e < kCount; ++e) t[e] = load_as(teacher_, column + e, task_.teacher_dtype);
     }
 
-    __device__ static float largest(const float (&x)[kLane]) {
+    template <int kCount>
+    __device__ static float largest(const float (&x)[kCount]) {
         float top = x[0];
 #pragma unroll
-        for (int e = 1; e < kLane; ++e) top = fmaxf(top, x[e]);
+        for (int e = 1; e < kCount; ++e) top = fmaxf(top, x[e]);
         return top;
     }
 
@@ -235,7 +248,7 @@ class Row {
         const float most = fmaxf(task_.binary, has_labels ? kLog2e : 0);
         Online s, t;
         Statistics mine{};
-        each([&](const float(&z)[kLane], int column, unsigned kept, bool is_pack) {
+        each([&]<int kCount>(const float(&z)[kCount], int column, unsigned kept, int pack) {
             const float top = largest(z);
             if (s.outgrown(top)) {
                 const float moved = s.raise(top, most);
@@ -243,35 +256,49 @@ class Row {
                 mine.s_one = rescaled(mine.s_one, moved, kLog2e);
                 mine.rest = rescaled(mine.rest, moved, task_.binary);
             }
+            float x[kCount], sum = 0;
 #pragma unroll
-            for (int e = 0; e < kLane; ++e) {
-                const float x = exp2_fast((z[e] - s.base) * task_.binary);
-                mine.s_sum += x;
-                if constexpr (!kDense) mine.rest += kept >> e & 1 ? 0 : x;
+            for (int e = 0; e < kCount; ++e) sum += x[e] = exp2_fast((z[e] - s.base) * task_.binary);
+            mine.s_sum += sum;
+            if constexpr (!kDense) {
+                if (kept % (1u << kCount) != 0) {
+                    sum = 0;
+#pragma unroll
+                    for (int e = 0; e < kCount; ++e) sum += kept >> e & 1 ? 0 : x[e];
+                }
+                mine.rest += sum;
             }
             if (has_labels && warm)
 #pragma unroll
-                for (int e = 0; e < kLane; ++e) mine.s_one += exp2_fast((z[e] - s.base) * kLog2e);
+                for (int e = 0; e < kCount; ++e) mine.s_one += exp2_fast((z[e] - s.base) * kLog2e);
             if (!kDense || !distils) return;
-            float y[kLane];
-            load_teacher(y, column, is_pack);
+            float y[kCount];
+            load_teacher(y, column, pack);
             const float above = largest(y);
             if (t.outgrown(above)) {
                 const float moved = t.raise(above, task_.binary);
                 mine.t_sum = rescaled(mine.t_sum, moved, task_.binary);
                 mine.cross = rescaled(mine.cross, moved, task_.binary);
             }
+            sum = 0;
 #pragma unroll
-            for (int e = 0; e < kLane; ++e) {
-                const float x = exp2_fast((y[e] - t.base) * task_.binary);
-                mine.t_sum += x;
-                if constexpr (kMode == Mode::forward) {
+            for (int e = 0; e < kCount; ++e) sum += x[e] = exp2_fast((y[e] - t.base) * task_.binary);
+            mine.t_sum += sum;
+            if constexpr (kMode == Mode::forward) {
+                float d[kCount], all = 0;
+#pragma unroll
+                for (int e = 0; e < kCount; ++e) all += d[e] = y[e] - z[e];
+                if (!(fabsf(all) < kInfinity)) {
                     // Finite, for 0 times infinity is NaN; NaN of two that are ruled out becomes a number too.
                     constexpr float kMost = 0x1p126f;
-                    const float d = y[e] - z[e];
-                    if (d == kInfinity) mine.ruled_out = 1;
-                    mine.cross += x * fminf(fmaxf(d, -kMost), kMost);
+#pragma unroll
+                    for (int e = 0; e < kCount; ++e) {
+                        if (d[e] == kInfinity) mine.ruled_out = 1;
+                        d[e] = fminf(fmaxf(d[e], -kMost), kMost);
+                    }
                 }
+#pragma unroll
+                for (int e = 0; e < kCount; ++e) mine.cross += x[e] * d[e];
             }
         });
         if (!warm) mine.s_one = mine.s_sum;
@@ -307,6 +334,8 @@ class Row {
         row_statistics_ = read(parts);
         log_s_ = logf(row_statistics_.s_sum);
         log_t_ = logf(row_statistics_.t_sum);
+        bits_s_ = log2f(row_statistics_.s_sum);
+        bits_t_ = log2f(row_statistics_.t_sum);
     }
 
     __device__ static void write(float* to, const Statistics& x) { *reinterpret_cast<Statistics*>(to) = x; }
@@ -327,47 +356,57 @@ class Row {
         return x;
     }
 
+    // Something is left to choose from, and nothing is NaN.
+    __device__ bool has_choice() const { return row_statistics_.s_sum > 0 && row_statistics_.t_sum > 0; }
+
     __device__ float plain_sum() const {
         const Statistics& x = row_statistics_;
         if (task_.kd == 0) return kPlain;
-        if (!(x.s_sum > 0 && x.t_sum > 0)) return kNaN;  // nothing is left to choose from, or NaN
+        if (!has_choice()) return kNaN;
         if (x.ruled_out != 0) return kInfinity;
         const float shift = x.t_base - x.s_base;
         return (x.cross / x.t_sum - shift) * task_.inverse - (log_t_ - log_s_);
     }
 
-    struct Pair {
-        float p, q, d;
-    };
+    // z and t less their bases.
     __device__ Pair pair(float z, float t) const {
-        z -= row_statistics_.s_base;
-        t -= row_statistics_.t_base;
         const bool neither = z == -kInfinity && t == -kInfinity;
-        return {exp2_fast(z * task_.binary) * s_share_(), exp2_fast(t * task_.binary) * t_share_(),
+        return {fmaf(z, task_.binary, -bits_s_), fmaf(t, task_.binary, -bits_t_),
                 neither ? 0 : (t - z) * task_.inverse - (log_t_ - log_s_)};
     }
-    __device__ float s_share_() const { return 1 / row_statistics_.s_sum; }
-    __device__ float t_share_() const { return 1 / row_statistics_.t_sum; }
+    template <typename Functions>
+    __device__ Slope slope_of(Functions, float z, float t, float& p) const {
+        const Pair x = pair(z - row_statistics_.s_base, t - row_statistics_.t_base);
+        p = exp2_fast(x.a);
+        return Functions::at(p, exp2_fast(x.b), x, task_.beta);
+    }
+    // What the student gives a logit.
+    __device__ float share(float z) const {
+        return exp2_fast(fmaf(z - row_statistics_.s_base, task_.binary, -bits_s_));
+    }
 
-    // Sums of phi and psi over the row.
-    __device__ void exchange_sums(float& value, float& psi, float& tail_slope) {
+    // Sums of phi and psi over the row, by way of the given slot.
+    template <template <Kind> typename Functions>
+    __device__ void exchange_sums(int slot, float& value, float& psi, float& tail_slope) {
         float phi_sum = 0, psi_sum = 0, psi_tail = 0;
         if constexpr (kDense) {
-            with_kind(kMode == Mode::forward ? Kind::forward_kl : task_.kind, [&](auto kind) {
-                each([&](const float(&z)[kLane], int column, unsigned, bool is_pack) {
-                    float t[kLane];
-                    load_teacher(t, column, is_pack);
+            with_kind<Functions>(kMode == Mode::forward ? Kind::forward_kl : task_.kind, [&](auto kind) {
+                each([&]<int kCount>(const float(&z)[kCount], int column, unsigned, int pack) {
+                    float t[kCount];
+                    load_teacher(t, column, pack);
 #pragma unroll
-                    for (int e = 0; e < kLane; ++e) {
-                        const Pair x = pair(z[e], t[e]);
-                        const Slope s = kind.at(x.p, x.q, x.d, task_.beta);
+                    for (int e = 0; e < kCount; ++e) {
+                        float p;
+                        const Slope s = slope_of(kind, z[e], t[e], p);
                         phi_sum += s.phi;
                         psi_sum += s.psi;
                     }
                 });
+                phi_sum *= kind.kUnit;
+                psi_sum *= kind.kUnit;
             });
         } else {
-            with_kind(task_.kind, [&](auto kind) {
+            with_kind<Functions>(task_.kind, [&](auto kind) {
                 for (int k = threadIdx.x; k <= task_.kept; k += kThreads) {
                     const bool is_tail = k == task_.kept;
                     if (is_tail ? cluster_rank() != 0 : !keeps(k)) continue;
@@ -389,13 +428,11 @@ class Row {
             float totals[3] = {};
             for (int w = 0; w < kThreads / kWarp; ++w)
                 for (int i = 0; i < 3; ++i) totals[i] += parts[3 * w + i];
-            own().phi = totals[0];
-            own().psi = totals[1];
-            own().psi_tail = totals[2];
+            own().sums[slot] = {totals[0], totals[1], totals[2]};
         }
         cluster_barrier();
         if (warp == 0) {
-            const Slots* const other = lane() < cluster_size() ? in_block(&own(), lane()) : nullptr;
+            const Sums* const other = lane() < cluster_size() ? &in_block(&own(), lane())->sums[slot] : nullptr;
             const float phi = warp_sum(other ? other->phi : 0), all = warp_sum(other ? other->psi : 0);
             const float tail = warp_sum(other ? other->psi_tail : 0);
             if (lane() == 0) parts[0] = phi, parts[1] = all, parts[2] = tail;
@@ -429,61 +466,59 @@ class Row {
             const float z = kept_[k] - x.s_base;
             a = z * task_.inverse - log_s_;
             b = load_as(teacher_, k, task_.teacher_dtype);
-            p = exp2_fast(z * task_.binary) * s_share_();
+            p = share(kept_[k]);
         }
         const float d = a == -kInfinity && b == -kInfinity ? 0 : b - a;
-        return kind.at(p, exp2_fast(b * kLog2e), d, task_.beta);
+        return kind.at(p, exp2_fast(b * kLog2e), {0, 0, d}, task_.beta);
     }
 
     // Write the gradient of the slice; of forward KL, with kPhi, return this thread's sum of phi.
-    template <bool kPhi>
+    template <template <Kind> typename Functions, bool kPhi>
     __device__ float slopes(float weight, float psi_sum, float tail_slope) {
         const Statistics& row = row_statistics_;
-        const float kd = weight * task_.kd_slope, one_share = label_is_wrong() ? kNaN : 1 / row.s_one;
-        const float ce = weight * task_.ce, s_share = s_share_(), t_share = t_share_();
+        const float kd = weight * task_.kd_slope, ce = weight * task_.ce, tail = kd * tail_slope;
+        const float bits_one = label_is_wrong() ? kNaN : log2f(row.s_one);
+        const int label = label_is_wrong() ? -1 : static_cast<int>(label_);
         float phi_sum = 0;
-        if constexpr (!kDense) keep_slopes(kd, ce, psi_sum, one_share);
+        if constexpr (!kDense) keep_slopes(kd, ce, psi_sum, bits_one);
         const auto sweep = [&](auto kind) {
-            each([&](const float(&z)[kLane], int column, unsigned, bool is_pack) {
-                float g[kLane], t[kLane];
-                if (kDense && task_.kd != 0) load_teacher(t, column, is_pack);
+            each([&]<int kCount>(const float(&z)[kCount], int column, unsigned, int pack) {
+                float g[kCount] = {};
+                [[maybe_unused]] float t[kCount];
+                if (kMode != Mode::forward || task_.kd != 0) {
+                    if constexpr (kDense) load_teacher(t, column, pack);
 #pragma unroll
-                for (int e = 0; e < kLane; ++e) {
-                    g[e] = 0;
-                    if constexpr (kMode == Mode::truncated) {
-                        if (task_.kd != 0)
-                            g[e] = kd * tail_slope * (exp2_fast((z[e] - row.s_base) * task_.binary) * s_share);
-                    } else if (task_.kd != 0) {
-                        if constexpr (kMode == Mode::forward && !kPhi) {
-                            const float p = exp2_fast((z[e] - row.s_base) * task_.binary) * s_share;
-                            g[e] = kd * (p - exp2_fast((t[e] - row.t_base) * task_.binary) * t_share);
+                    for (int e = 0; e < kCount; ++e) {
+                        if constexpr (kMode == Mode::truncated) {
+                            g[e] = tail * share(z[e]);
+                        } else if constexpr (kMode == Mode::forward && !kPhi) {
+                            const Pair x = pair(z[e] - row.s_base, t[e] - row.t_base);
+                            g[e] = kd * (exp2_fast(x.a) - exp2_fast(x.b));
                         } else {
-                            const Pair x = pair(z[e], t[e]);
-                            const Slope s = kind.at(x.p, x.q, x.d, task_.beta);
+                            float p;
+                            const Slope s = slope_of(kind, z[e], t[e], p);
                             phi_sum += s.phi;
-                            g[e] = kd * (s.psi - x.p * psi_sum);
+                            g[e] = kd * fmaf(s.psi, kind.kUnit, -p * psi_sum);
                         }
                     }
                 }
                 if (task_.ce != 0)
 #pragma unroll
-                    for (int e = 0; e < kLane; ++e) {
-                        const float p = exp2_fast((z[e] - row.s_base) * kLog2e) * one_share;
-                        g[e] += ce * (column + e == label_ ? p - 1 : p);
+                    for (int e = 0; e < kCount; ++e) {
+                        const float p = exp2_fast(fmaf(z[e] - row.s_base, kLog2e, -bits_one));
+                        g[e] += ce * (column + e == label ? p - 1 : p);
                     }
-                if (is_pack && writes_packs_) {
-                    store_pack(gradient_ + column, packed<kDType>(g));
-                } else {
-#pragma unroll
-                    for (int e = 0; e < kLane; ++e)
-                        if (e == 0 || is_pack) gradient_[column + e] = from_float<kDType>(g[e]);
+                if constexpr (kCount == kLane) {
+                    if (writes_packs_) return store_pack(gradient_ + column, packed<kDType>(g));
                 }
+#pragma unroll
+                for (int e = 0; e < kCount; ++e) gradient_[column + e] = from_float<kDType>(g[e]);
             });
         };
         if constexpr (kMode == Mode::general)
-            with_kind(task_.kind, sweep);
+            with_kind<Functions>(task_.kind, sweep);
         else
-            sweep(KindIs<Kind::forward_kl>{});
+            sweep(Functions<Kind::forward_kl>{});
         pad();
         if constexpr (!kDense) {
             barrier();  // over what the sweep wrote there
@@ -494,15 +529,16 @@ class Row {
     }
 
     // The slopes of the kept ids take the place of their logits, before the sweep may write over these.
-    __device__ void keep_slopes(float kd, float ce, float psi_sum, float one_share) {
-        with_kind(task_.kind, [&](auto kind) {
+    __device__ void keep_slopes(float kd, float ce, float psi_sum, float bits_one) {
+        with_kind<Exact>(task_.kind, [&](auto kind) {
             for (int k = threadIdx.x; k < task_.kept; k += kThreads) {
                 if (!keeps(k)) continue;
-                const float z = kept_[k] - row_statistics_.s_base, p = exp2_fast(z * task_.binary) * s_share_();
-                float g = 0;
-                if (task_.kd != 0) g = kd * (event(kind, k).psi - p * psi_sum);
-                if (task_.ce != 0)
-                    g += ce * (exp2_fast(z * kLog2e) * one_share - (id_of(k) == label_ ? 1 : 0));
+                const float p = share(kept_[k]);
+                float g = kd * (event(kind, k).psi - p * psi_sum);
+                if (task_.ce != 0) {
+                    const float one = exp2_fast(fmaf(kept_[k] - row_statistics_.s_base, kLog2e, -bits_one));
+                    g += ce * (id_of(k) == label_ ? one - 1 : one);
+                }
                 kept_[k] = g;
             }
         });
@@ -512,11 +548,11 @@ class Row {
     // The sum over the cluster of what each thread has, in rank 0.
     __device__ void own_sum(float& value) {
         const float sum = block_sum(value);
-        if (threadIdx.x == 0) own().phi = sum;
+        if (threadIdx.x == 0) own().sums[1].phi = sum;
         cluster_barrier();
         value = 0;
         if (cluster_rank() == 0 && threadIdx.x == 0)
-            for (int rank = 0; rank < cluster_size(); ++rank) value += in_block(&own(), rank)->phi;
+            for (int rank = 0; rank < cluster_size(); ++rank) value += in_block(&own(), rank)->sums[1].phi;
     }
 
     __device__ void finish(float weight, float value) {
@@ -544,7 +580,7 @@ class Row {
     int begin_, first_, end_, packs_, singles_;
     bool paired_, writes_packs_, id_is_wrong_ = false;
     Statistics row_statistics_;
-    float log_s_, log_t_;
+    float log_s_, log_t_, bits_s_, bits_t_;  // of the sums: natural and binary
 };
 
 template <DType kDType, Mode kMode>
@@ -566,7 +602,9 @@ void launch_rows(Task task, std::int64_t rows, void* stream) {
     };
     const int most = on.capability >= 90 ? 8 : 1, limit = on.shared_bytes - kScratchBytes;
     int cluster = 1;
-    while (cluster < most && bytes(cluster, true).first > limit / kBlocks) cluster *= 2;
+    // Of a multiprocessor's memory each block also has the scratch, and a kilobyte that is CUDA's.
+    const int share = (on.shared_bytes + 1024) / kBlocks - 1024 - kScratchBytes;
+    while (cluster < most && bytes(cluster, true).first > share) cluster *= 2;
     while (cluster < most && rows * cluster * 2 <= on.processors && task.vocab / cluster >= 2 * kBig) cluster *= 2;
     task.staged = bytes(cluster, true).first <= limit;
     const auto [shared, slice] = bytes(cluster, task.staged);

@@ -59,6 +59,12 @@ __device__ inline float exp2_fast(float x) {
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
+// log2(x) to 2^-22, or 2 ulp where that is more; of a subnormal number -infinity.
+__device__ inline float log2_fast(float x) {
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
 // 1/x to 1 ulp.
 __device__ inline float reciprocal(float x) {
     float y;
@@ -124,15 +130,15 @@ __device__ inline void cluster_barrier() {
     __syncthreads();
 #endif
 }
-// In two halves: what the other threads wait for, and the wait.
+// In two halves: what the other threads wait for, and the wait.  A warp may come to them thread by thread.
 __device__ inline void cluster_arrive() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.arrive.release;" ::: "memory");
 #endif
 }
 __device__ inline void cluster_wait() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 #endif
 }
 // What stands at `at` in this block's shared memory, in that of another block of the cluster.

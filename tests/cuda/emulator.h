@@ -1,14 +1,13 @@
 // csrc/cuda/machine.h on a CPU: every thread of a cluster is a coroutine, and what waits is checked.
 //
-// Between two barriers the threads run one after the other in an order drawn anew each time, so that what needs a
-// barrier and has none goes wrong.  A barrier that not all arrive at, and shared memory written past its end, end
-// the launch with an error that says so.
+// Between two barriers the threads run one after the other in an order drawn anew each time, and one block of the
+// cluster, drawn too, runs only when the others cannot go on: so what needs a barrier and has none goes wrong.  A
+// barrier that not all arrive at, and shared memory written past its end, end the launch with an error that says so.
 #pragma once
 #include <ucontext.h>
 
 #include <algorithm>
 #include <bit>
-#include <cmath>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -39,7 +38,7 @@ namespace emulator {
 
 constexpr std::size_t kStackBytes = 64 * 1024;
 constexpr std::size_t kGuardBytes = 256;
-constexpr unsigned char kGuard = 0xa5, kFresh = 0xff;  // as a float, NaN
+constexpr unsigned char kGuard = 0x7f, kFresh = 0xff;  // as floats, huge and NaN
 
 // Opens when `size` have arrived.
 struct Gate {
@@ -128,10 +127,13 @@ inline void check_guards(const Block& block) {
 inline void run_cluster(Cluster& all) {
     std::vector<Thread*> waiting;
     for (Thread& thread : all.threads) waiting.push_back(&thread);
+    const auto blocks = static_cast<unsigned>(all.blocks.size());
+    const Block* behind = nullptr;
     while (!waiting.empty()) {
         std::shuffle(waiting.begin(), waiting.end(), order);
         bool moved = false;
         for (Thread* thread : waiting) {
+            if (thread->block == behind) continue;
             if (thread->waits_at && thread->waits_at->opened < thread->until) continue;
             thread->waits_at = nullptr;
             moved = true;
@@ -140,7 +142,11 @@ inline void run_cluster(Cluster& all) {
             if (all.failure) std::rethrow_exception(all.failure);
         }
         std::erase_if(waiting, [](const Thread* thread) { return thread->done; });
-        if (moved) continue;
+        if (!moved && !behind) break;
+        if (!moved) behind = nullptr;
+        else if (!behind && blocks > 1) behind = &all.blocks[order() % blocks];
+    }
+    if (!waiting.empty()) {
         const Thread& stuck = *waiting.front();
         throw std::runtime_error("deadlock: thread " + std::to_string(stuck.index) + " of block " +
                                  std::to_string(stuck.block->index) + " waits at " + stuck.where + " with " +
@@ -270,6 +276,7 @@ inline std::uint16_t float_to_bf16(float x) {
 }
 inline float without_subnormals(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x; }
 inline float exp2_fast(float x) { return without_subnormals(std::exp2(without_subnormals(x))); }
+inline float log2_fast(float x) { return std::log2(without_subnormals(x)); }
 inline float reciprocal(float x) { return without_subnormals(1 / without_subnormals(x)); }
 
 namespace emulator {
