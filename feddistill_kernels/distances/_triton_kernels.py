@@ -1,8 +1,8 @@
 """Inner products of the clients' centred rows, Weiszfeld's steps on them, and weighted means.
 
-A program of ``moments`` takes a part of a row.  Its columns are differences to an origin near most clients, so
-that a far one does not take the digits of the others, less the mean of the part's first block, so that a level
-does not.  ``grams`` makes of the parts' sums those about the row's mean.
+A program of ``moments`` takes a part of a row.  Its columns are differences to an origin near most clients,
+so that a far one does not take the digits of the others, less the mean of the part's first block, so that a
+level does not.  ``grams`` makes of the parts' sums those about the row's mean.
 """
 
 import triton
@@ -234,9 +234,9 @@ def combined(
     R: tl.constexpr,
     B: tl.constexpr,
 ):
-    """``R`` weighted means of a block of a row: differences to the heaviest, so that equal clients give themselves.
+    """``R`` weighted means of a block of a row, of what has weight: the rest is not read.
 
-    What has no weight in any is not read.
+    Differences to the heaviest are added to it, so that equal clients give themselves.
     """
     row = (tl.program_id(0) // blocks).to(tl.int64)
     at = (tl.program_id(0) % blocks).to(tl.int64) * B + tl.arange(0, B)
