@@ -24,7 +24,7 @@ def mean_around_median(xs: Sequence[Tensor], keep: int, *, backend: str | None =
     Args:
         xs: ``C`` tensors, as in ``trimmed_mean``.  No gradient.
         keep: In ``[1, C]``.
-        backend: ``"reference"`` or ``"native"``; ``None`` takes the best for the device.
+        backend: As in ``trimmed_mean``.
 
     Returns:
         A contiguous tensor of that shape and dtype; NaN where any client has NaN.

@@ -45,7 +45,8 @@ def geometric_median(
         per_row: One median for each row, else one for the whole tensor, whose rows are centred all the same.
         tolerance: Stop when no client's share of the weight changes by more.
         max_iterations: Stop then at the latest.
-        backend: ``"reference"`` or ``"native"``; ``None`` takes the best for the device.
+        backend: ``"reference"``, ``"native"`` or ``"triton"``, which takes up to 32 clients; ``None`` takes
+            the best for the device.
 
     Returns:
         A contiguous tensor of that shape and dtype: the weighted mean of ``xs``.  A client that is infinitely
@@ -58,8 +59,9 @@ def geometric_median(
 
     Memory:
         ``native``: the result, ``C^2`` numbers for each 64 Ki entries, and a copy of each client whose rows
-        are not contiguous.  ``reference``: the result and float64 temporaries, bounded but for
-        a single row of all clients.
+        are not contiguous.  ``triton``: the same, with a few times ``C^2`` numbers for each row and, where
+        rows are few, for each part of one.  ``reference``: the result and float64 temporaries, bounded but
+        for a single row of all clients.
 
     Example:
         >>> import torch

@@ -234,9 +234,9 @@ def combined(
     R: tl.constexpr,
     B: tl.constexpr,
 ):
-    """``R`` weighted means of a block of a row.
+    """``R`` weighted means of a block of a row, of what has weight: the rest is not read.
 
-    Of differences to the heaviest, so that equal clients give themselves.  What has no weight is not read.
+    Differences to the heaviest are added to it, so that equal clients give themselves.
     """
     row = (tl.program_id(0) // blocks).to(tl.int64)
     at = (tl.program_id(0) % blocks).to(tl.int64) * B + tl.arange(0, B)

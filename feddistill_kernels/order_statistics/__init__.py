@@ -25,7 +25,8 @@ def trimmed_mean(xs: Sequence[Tensor], trim: int, *, backend: str | None = None)
         xs: ``C`` tensors of one shape, dtype (float16, bfloat16, float32 or, reference only, float64) and
             device.  No gradient: a backward pass through the result is refused.
         trim: At either end, ``0 <= 2 trim < C``.
-        backend: ``"reference"`` or ``"native"``; ``None`` takes the best for the device.
+        backend: ``"reference"``, ``"native"`` or ``"triton"``, which takes up to 32 clients; ``None`` takes
+            the best for the device.
 
     Returns:
         A contiguous tensor of that shape and dtype; sums are float32.  NaN where any client has NaN: a
@@ -36,8 +37,8 @@ def trimmed_mean(xs: Sequence[Tensor], trim: int, *, backend: str | None = None)
         BackendError: ``backend`` was named and cannot run here.
 
     Memory:
-        ``native``: the result, which does not depend on the number of threads, and a copy of each client
-        that is not contiguous.  ``reference``: the same and bounded temporaries.
+        ``native`` and ``triton``: the result, which does not depend on the number of threads, and a copy of
+        each client that is not contiguous.  ``reference``: the same and bounded temporaries.
 
     Example:
         >>> import torch
