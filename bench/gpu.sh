@@ -9,7 +9,8 @@
 #   bench/gpu.sh --commit ID      what the tree is, where it is no clone
 #   bench/gpu.sh --keep FOLDER    build there, and use what was built there before
 #
-# Python is what PYTHON names, else python3, else, where that has no torch, .venv/bin/python.  It needs torch, triton, numpy, pytest; cmake, ninja, pybind11, nvcc.
+# Python is what PYTHON names, else python3, else, where that has no torch, .venv/bin/python.
+# It needs torch, triton, numpy, pytest; cmake, ninja, pybind11, nvcc.
 # What fails is noted, the others go on, and the exit status is 1.
 set -euo pipefail
 
