@@ -94,8 +94,8 @@ step() {
     status=124
   fi
   local said=''
-  [[ $status != 124 ]] || said='its time was up'
-  [[ $name != tests ]] || said="$(counted || true)${said:+; $said}"
+  [[ $name != tests ]] || said=$(counted || true)
+  [[ $status != 124 ]] || said+='its time was up'
   note "$name" "$status" $((SECONDS - start)) "$said"
 }
 
@@ -126,7 +126,6 @@ machine() {
   local query=name,memory.total,driver_version,compute_cap,clocks.max.sm,clocks.max.memory
   run nvidia-smi --query-gpu="$query" --format=csv || echo "nvidia-smi tells nothing"
   run "$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)" --version || echo "nvcc is not there"
-  run "$python" -m pip list --disable-pip-version-check || true
   run "$python" -c 'import sys, torch, triton; print(sys.version, torch.__version__, torch.version.cuda, triton.__version__)'
 }
 
