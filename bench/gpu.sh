@@ -9,7 +9,8 @@
 #   bench/gpu.sh --commit ID      what the tree is, where it is no clone
 #   bench/gpu.sh --keep FOLDER    build there, and use what was built there before
 #
-# Python is what PYTHON names, else python3, else, where that has no torch, .venv/bin/python.  It needs torch, triton, numpy, pytest; cmake, ninja, pybind11, nvcc.
+# Python is what PYTHON names, else python3, else, where that has no torch, .venv/bin/python.
+# It needs torch, triton, numpy, pytest; cmake, ninja, pybind11, nvcc.
 # What fails is noted, the others go on, and the exit status is 1.
 set -euo pipefail
 
@@ -93,8 +94,8 @@ step() {
     status=124
   fi
   local said=''
-  [[ $status != 124 ]] || said='its time was up'
-  [[ $name != tests ]] || said="$(counted || true)${said:+; $said}"
+  [[ $name != tests ]] || said=$(counted || true)
+  [[ $status != 124 ]] || said+='its time was up'
   note "$name" "$status" $((SECONDS - start)) "$said"
 }
 
@@ -125,7 +126,6 @@ machine() {
   local query=name,memory.total,driver_version,compute_cap,clocks.max.sm,clocks.max.memory
   run nvidia-smi --query-gpu="$query" --format=csv || echo "nvidia-smi tells nothing"
   run "$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)" --version || echo "nvcc is not there"
-  run "$python" -m pip list --disable-pip-version-check || true
   run "$python" -c 'import sys, torch, triton; print(sys.version, torch.__version__, torch.version.cuda, triton.__version__)'
 }
 
@@ -150,7 +150,8 @@ build() {
   run cmake --install "$work/build"
 }
 
-pytest=("$python" -m pytest -c "$root/pyproject.toml" --rootdir "$root" -p no:cacheprovider -q --device cuda)
+# What other versions of PyTorch and Python warn of is no failure here.
+pytest=("$python" -m pytest -c "$root/pyproject.toml" --rootdir "$root" -p no:cacheprovider -q -W default --device cuda)
 
 # Shares of the tests side by side, for most of their time is Triton's compiler, and beside them the sanitizer.
 tests() {

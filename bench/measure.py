@@ -100,18 +100,19 @@ def check(
     With ``failures`` one that fails is noted there and left out.  All are held against the first that does
     not.
     """
-    wanted: list[Tensor] = []
+    wanted: list[Tensor] | None = None
     peaks: dict[str, int | None] = {}
     for contender in contenders:
         try:
             contender.run(*contender.prepare())  # what a first call makes, or compiles, is not in the bytes
             result, extra = peak_extra_bytes(contender, device)
             with torch.no_grad():
-                if not peaks:
+                if wanted is None and contender.expected is None:
                     wanted = [x.clone() for x in contender.value(result)]
                 else:
                     tolerance = TOLERANCE[dtype] if contender.tolerance is None else contender.tolerance
                     expected = contender.expected() if contender.expected else wanted
+                    assert expected is not None
                     check_agreement(f"{name}: {contender.name}", contender.value(result), expected, tolerance)
         except Exception as error:  # whatever a contender raises is its result; the others are measured
             if failures is None:

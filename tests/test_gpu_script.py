@@ -12,13 +12,14 @@ import torch
 
 from bench import record
 from bench.bars import GPU, bars
-from bench.cases import FAMILY, OPERATORS, Setup, aggregation, chosen
+from bench.cases import FAMILY, OPERATORS, Setup, aggregation, chosen, linear
 from bench.gpu import STEPS, main
-from bench.measure import check, measure
+from bench.measure import by_backend, check, measure
 from bench.run import SCHEMA
 from bench.tables import of_gpu
 from bench.timing import Contender, CpuClock, copying
 from feddistill_kernels import operators
+from feddistill_kernels._backend import named
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "bench" / "gpu.sh"
@@ -192,6 +193,25 @@ def test_what_two_steps_measured_is_joined_and_the_later_counts():
     assert [(case["name"], case["copy"]) for case in both["cases"]] == [("a", 1), ("b", 2), ("c", 2)]
     assert both["seconds"] == 4.0
     assert both["steps"] == [1]
+
+
+@pytest.mark.parametrize("of", ["logits", "TopK", "teacher head", "labels"])
+def test_a_linear_loss_in_bfloat16_is_what_is_written_by_hand(of):
+    contenders = linear.linear(of, 30, 16, 100, Setup("cpu", frozenset({"eager"})), dtype="bfloat16")
+    assert set(check(of, "bfloat16", "cpu", contenders)) == {"ours", "products", "eager"}
+
+
+def test_a_backend_by_name_is_the_one_that_runs(monkeypatch):
+    """On a GPU; here the names are asked for, and what runs says which it is."""
+    monkeypatch.setattr(
+        "bench.measure.available_backends", lambda op, device: ("triton", "native", "reference")
+    )
+    ours = Contender("ours", lambda x: (named(None), x), lambda: (3,))
+    assert by_backend("krum", ours, "cpu") == []
+    found = by_backend("krum", ours, "cuda")
+    assert [c.name for c in found] == ["triton", "native"]
+    assert [c.run(*c.prepare()) for c in found] == [("triton", 3), ("native", 3)]
+    assert named(None) == "auto"
 
 
 def failing(*_):

@@ -228,6 +228,7 @@ class _Stream:
         return past
 
 
+@pytest.mark.cpu("its streams are not the device's")
 @pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_teachers_products_run_beside_the_students_and_in_order(masked, fails, monkeypatch):
@@ -271,10 +272,10 @@ def test_the_teachers_products_run_beside_the_students_and_in_order(masked, fail
     assert side.past <= main.past  # so that memory may be used again
 
 
-def test_aligned_rows_of_logits_change_nothing(backend, monkeypatch):
+def test_aligned_rows_of_logits_change_nothing(backend, device, monkeypatch):
     student, given, results = head(), teachers()["head"], []
     for alignment in (1, 64):
-        monkeypatch.setitem(_reference.ALIGNMENT, "cpu", alignment)
+        monkeypatch.setitem(_reference.ALIGNMENT, device, alignment)
         loss = linear_distillation_loss(*student[:2], given, workspace_bytes=4 * V * 8, backend=backend)
         results.append([loss.detach(), *torch.autograd.grad(loss, student[:2])])
     for plain, aligned in zip(*results, strict=True):

@@ -212,7 +212,7 @@ def test_what_comes_together_is_found(adverse, backend):
 
 
 def test_more_than_triton_sorts_is_refused_by_name_and_left_to_others():
-    backends = available_backends(OPERATOR, "cpu")
+    backends = available_backends(OPERATOR, torch.get_default_device())
     if "triton" not in backends:
         pytest.skip("Triton is not here")
     logits = torch.randn(1, 2000)

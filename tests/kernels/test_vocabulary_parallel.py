@@ -17,6 +17,8 @@ from feddistill_kernels import (
 )
 from feddistill_kernels.vocabulary_parallel import _op
 
+pytestmark = pytest.mark.cpu("its processes meet over gloo")
+
 CASES = ranks.cases()
 
 
