@@ -15,8 +15,7 @@ from feddistill_kernels import (
     linear_distillation_loss,
     topk_compress,
 )
-from feddistill_kernels.distillation import _reference as _distillation
-from feddistill_kernels.linear_distillation import _op, _reference, _triton
+from feddistill_kernels.linear_distillation import _op, _reference
 
 OPERATOR = "linear_distillation"
 N, H, V, PADDED = 11, 7, 53, 56
@@ -292,18 +291,6 @@ def test_a_gpu_is_asked_to_add_in_float32(monkeypatch):
             sums.add(*(torch.empty(3, x, device="meta", dtype=torch.bfloat16) for x in (V - 2, H)))
     assert (V - 2, H) not in made.shapes
     sums.finish()
-
-
-@pytest.mark.parametrize("masked", [False, True])
-def test_the_triton_backend_is_the_same_around_tritons_loss(masked, monkeypatch):
-    asked = []
-    monkeypatch.setattr(_triton._backend, "load", lambda *which: asked.append(which[:2]) or _distillation)
-    student, given = (x.detach() for x in head()), teachers()["dense"]
-    tensors = (*student, given, *[None] * 6, torch.rand(N), *[None] * 3)
-    numbers = {"vocab": V, "kind": "jsd", "beta": 0.5, "temperature": 1.0, "kd": 1.0, "ce": 0.0}
-    numbers |= {"masked": masked, "workspace_bytes": 3 * V * 8}
-    assert torch.equal(_triton.rows(*tensors, **numbers), _reference.rows(*tensors, **numbers))
-    assert asked == [("distillation", "triton")]
 
 
 def test_masked_rows_are_not_looked_at(backend):
