@@ -25,6 +25,13 @@ __global__ void one_leaves(int*) {
     if (cluster_rank() != 1) cluster_barrier();
 }
 
+// It may be at its end before the other has asked.
+__global__ void leave_early(int* found) {
+    cluster_barrier();
+    for (int i = 0; i < 3; ++i) barrier();
+    if (cluster_rank() == 0) atomic_add(found, *in_block(dynamic_shared<int>(), 1) != 0);
+}
+
 __global__ void write_past_end(int*) { dynamic_shared<float>()[kThreads + threadIdx.x] = 1; }
 
 // Without a barrier between: not every thread finds what its neighbour wrote.
@@ -59,7 +66,7 @@ __global__ void right(int* found) {
 
 // Returns how many threads found what they looked for, or -1 with what went wrong in `message`.
 extern "C" int run(int which, char* message, std::size_t room) {
-    void (*const kernels[])(int*) = {some_wait,      wait_apart,     one_leaves, write_past_end,
+    void (*const kernels[])(int*) = {some_wait,      wait_apart, one_leaves, leave_early, write_past_end,
                                      miss_a_barrier, miss_a_cluster_barrier, right};
     int found = 0;
     try {

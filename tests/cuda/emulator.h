@@ -2,7 +2,8 @@
 //
 // Between two barriers the threads run one after the other in an order drawn anew each time, and one block of the
 // cluster, drawn too, runs only when the others cannot go on: so what needs a barrier and has none goes wrong.  A
-// barrier that not all arrive at, and shared memory written past its end, end the launch with an error that says so.
+// barrier that not all arrive at, shared memory written past its end, and that of a block at its own end, end the
+// launch with an error that says so.
 #pragma once
 #include <ucontext.h>
 
@@ -52,7 +53,7 @@ struct Warp {
 };
 
 struct Block {
-    int index = 0, rank = 0, threads = 0;
+    int index = 0, rank = 0, threads = 0, done = 0;
     Gate gate;
     bool any[2] = {};
     std::vector<Warp> warps;
@@ -114,6 +115,7 @@ inline void enter() {
         cluster->failure = std::current_exception();
     }
     self->done = true;
+    ++self->block->done;
     swapcontext(&self->context, &cluster->scheduler);
 }
 
@@ -341,6 +343,8 @@ inline void cluster_wait() {
 template <typename T>
 T* in_block(T* at, int rank) {
     auto& blocks = emulator::cluster->blocks;
+    if (blocks[static_cast<std::size_t>(rank)].done == blocks[static_cast<std::size_t>(rank)].threads)
+        throw std::runtime_error("the shared memory of a block that is at its end");
     const auto offset = reinterpret_cast<unsigned char*>(at) - emulator::self->block->base();
     return reinterpret_cast<T*>(blocks[static_cast<std::size_t>(rank)].base() + offset);
 }
