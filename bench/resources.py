@@ -236,7 +236,7 @@ def _leaves(argument: Any, path: tuple[int, ...]) -> Iterator[tuple[tuple[int, .
         yield from _leaves(part, (*path, index))
 
 
-def of_triton(workers: int = 2) -> list[Resources]:
+def of_triton(workers: int = 2, targets: tuple[int, ...] = TARGETS) -> list[Resources]:
     """Of every launch of ``CASES``, for every target."""
     launches = list(triton_launches())
     context = multiprocessing.get_context(
@@ -245,7 +245,7 @@ def of_triton(workers: int = 2) -> list[Resources]:
     with ProcessPoolExecutor(
         workers, mp_context=context, initializer=_remember, initargs=(launches,)
     ) as pool:
-        jobs = [(index, target) for index in range(len(launches)) for target in TARGETS]
+        jobs = [(index, target) for index in range(len(launches)) for target in targets]
         return sorted(pool.map(_measured, jobs, chunksize=8), key=_order)
 
 
@@ -350,32 +350,13 @@ def table(rows: list[Resources]) -> Iterator[str]:
         )
 
 
-def markdown(rows: list[dict[str, Any]]) -> str:
-    """A table of the documents: kernels, with the most that any of their specialisations takes."""
-    kernels: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
-    for row in rows:
-        kernel = re.split(r"[ <]", row["kernel"], maxsplit=1)[0]
-        kernels.setdefault((row["backend"], row["operator"], kernel), []).append(row)
-    targets = [f"sm_{target}" for target in TARGETS]
-    head = ["backend", "operator", "kernel", "specialisations", *(f"registers, {t}" for t in targets)]
-    lines = [f"| {' | '.join([*head, 'spills'])} |", "|---" * (len(head) + 1) + "|"]
-    for (backend, operator, kernel), found in sorted(kernels.items()):
-        registers = [
-            str(max((r["registers"] for r in found if r["target"] == t), default=0)) for t in targets
-        ]
-        count = len({row["kernel"] for row in found})
-        spills = sum(row["stack_bytes"] > 0 for row in found)
-        cells = [backend, operator or "–", f"`{kernel}`", str(count), *registers, str(spills)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), help="JSON file to write.")
 @click.option("--workers", default=2, show_default=True)
-def main(out: Path | None, workers: int) -> None:
+@click.option("--target", "targets", type=int, multiple=True, default=TARGETS, show_default=True)
+def main(out: Path | None, workers: int, targets: tuple[int, ...]) -> None:
     """Compile every GPU kernel for sm_80, sm_90 and sm_100, and fail where one spills."""
-    rows = of_triton(workers) + of_cuda()
+    rows = of_triton(workers, targets) + of_cuda()
     for line in table(rows):
         click.echo(line)
     spilled = sum(row.stack_bytes > 0 for row in rows)

@@ -69,17 +69,9 @@ def gpu() -> str:
     return "\n\n".join(of_gpu(found) for found in measured)
 
 
-def resources() -> str:
-    """What the compilers say of the GPU kernels, from ``python -m bench.resources``."""
-    sys.path.insert(0, str(ROOT))
-    from bench.resources import markdown
-
-    return markdown(json.loads((ROOT / "bench" / "results" / "resources.json").read_text())["kernels"])
-
-
 TABLES = {
     "README.md": {"quickstart": quickstart, "kernels": kernels, "gpu": gpu},
-    "docs/gpu.md": {"gpu": gpu, "resources": resources},
+    "docs/gpu.md": {"gpu": gpu},
 }
 
 
