@@ -45,7 +45,7 @@ MODULES = {
     "store": {"errors"},
     "rules": {"errors", "setting"},
     "config": {"errors", "rules", "setting"},
-    **dict.fromkeys(STAGES, BELOW_STAGES),  # stages do not import each other
+    **dict.fromkeys(sorted(STAGES), BELOW_STAGES),  # stages do not import each other
     "methods": BELOW_METHODS,
     "results": {"config", "store", "types"},
     "report": {"data", "errors", "store"},
