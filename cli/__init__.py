@@ -10,6 +10,7 @@ from feddistill.errors import FeddistillError
 
 COMMANDS = {
     "train": "Train a student on what several clients know.",
+    "plan": "Say what a run would cost, before it runs.",
     "evaluate": "Evaluate a run's student, on its own test set or on your texts.",
     "report": "Write a run's report again.",
     "inspect": "Show what a payload file says, and whether it is well-formed.",

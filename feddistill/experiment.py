@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from feddistill import config as configuration
-from feddistill import data, methods, results
+from feddistill import data, methods, planning, results
 from feddistill.accounting import peak_memory_bytes
 from feddistill.config import Config
 from feddistill.config.data import FileSource
@@ -79,6 +79,13 @@ def check(config: Config, show: Show | None = None) -> Splits:
     with show.step("build the models"):
         methods.check(config, splits)
     return splits
+
+
+def plan(config: Config, show: Show | None = None) -> Json:
+    """What ``config`` would cost; nothing is trained but a few steps, nothing is written."""
+    config = _resolve(config)
+    _prepare(config)
+    return planning.plan(config, check(config, show), show)
 
 
 def evaluate(out: Path, texts: FileSource | None = None) -> Json:

@@ -92,6 +92,11 @@ def steps_of(config: TrainingConfig, examples: int) -> int:
     return max(1, round(config.epochs * batches / config.gradient_accumulation))
 
 
+def in_batches(lengths: list[int], batch_size: int, order: torch.Generator) -> LengthGroupedSampler:
+    """Rows in the order of an epoch: texts of about one length share a batch."""
+    return LengthGroupedSampler(batch_size, lengths=lengths, generator=order)
+
+
 def fit(
     model: nn.Module,
     lessons: Lessons,
@@ -238,8 +243,5 @@ class _LessonTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         return self.optimizer
 
     def _get_train_sampler(self, *_: Any) -> LengthGroupedSampler:
-        order = torch.Generator()
-        order.manual_seed(self.args.seed)
-        return LengthGroupedSampler(
-            self.config.batch_size, lengths=[len(t) for t in self.lessons.tokens], generator=order
-        )
+        order = torch.Generator().manual_seed(self.args.seed)
+        return in_batches([len(t) for t in self.lessons.tokens], self.config.batch_size, order)

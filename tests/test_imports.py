@@ -48,8 +48,9 @@ MODULES = {
     **dict.fromkeys(sorted(STAGES), BELOW_STAGES),  # stages do not import each other
     "methods": BELOW_METHODS,
     "results": {"config", "store", "types"},
+    "planning": BELOW_METHODS | {"methods", "results"},
     "report": {"data", "errors", "store"},
-    "experiment": BELOW_METHODS | {"methods", "results"},
+    "experiment": BELOW_METHODS | {"methods", "planning", "results"},
     "__init__": set(),
 }
 

@@ -5,6 +5,9 @@ from feddistill.config import Config
 from feddistill.errors import ConfigError
 from feddistill.types import UNLABELLED, Splits
 
+DENSE_CLASSES = 256
+"""The most that the dense codec holds: where there are more, ``topk`` is smaller."""
+
 
 def check(config: Config, splits: Splits) -> None:
     """Build every model once and hold the settings against the data.
@@ -17,9 +20,10 @@ def check(config: Config, splits: Splits) -> None:
     config.aggregation.rule.check(clients)
     if (config.aggregation.quorum or 1) > clients:
         raise ConfigError(f"aggregation.quorum = {config.aggregation.quorum} exceeds the {clients} clients")
-    if config.payload.codec == "dense" and classes > 256:
+    if config.payload.codec == "dense" and classes > DENSE_CLASSES:
         raise ConfigError(
-            f"payload.codec = 'dense' holds up to 256 classes, the data have {classes}; use 'topk'"
+            f"payload.codec = 'dense' holds up to {DENSE_CLASSES} classes, "
+            f"the data have {classes}; use 'topk'"
         )
     if config.payload.codec == "topk" and config.payload.k > classes:
         raise ConfigError(f"payload.k = {config.payload.k}, but there are only {classes} classes")

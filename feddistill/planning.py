@@ -1,0 +1,316 @@
+"""What a run would cost, before anything runs: bytes exactly, operations nearly, seconds from a trial."""
+
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from feddistill import models, payload, training
+from feddistill.accounting import peak_memory_bytes
+from feddistill.aggregation import CHUNK
+from feddistill.batches import pad
+from feddistill.config import Config
+from feddistill.config.training import TrainingConfig
+from feddistill.methods.centralized import pool
+from feddistill.methods.check import DENSE_CLASSES
+from feddistill.methods.learner import Learner, Session, labels_of
+from feddistill.progress import Quiet, Show
+from feddistill.results import proxy_bytes
+from feddistill.seeds import derive
+from feddistill.store import Json, RunDirectory
+from feddistill.training import Lessons
+from feddistill.types import UNLABELLED, RoundSpec, Splits, TextSet
+
+LORA_RANK = 8
+LORA_TARGETS = ("query", "value", "q_proj", "v_proj", "q_lin", "v_lin", "c_attn")
+"""The projections that LoRA adapts by default in peft, by the names that architectures give them."""
+
+FLOAT = 4
+TRIAL_STEPS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A training or a pass of answers that the run would do ``times`` over."""
+
+    phase: str
+    learner: Learner
+    texts: Sequence[Sequence[int]]
+    steps: int | None
+    """Of training; ``None`` for a pass over ``texts``."""
+    times: int = 1
+
+
+def plan(config: Config, splits: Splits, show: Show | None = None) -> Json:
+    """The costs of ``config`` on ``splits``.
+
+    Uploads are exact: payloads are encoded, with empty answers.  Operations are counted on one text of each
+    length; seconds are those of a few steps of each model, timed here, times the steps that the run would
+    take.
+
+    Returns:
+        ``bytes``, ``flops``, ``seconds``, ``memory_bytes``, ``disk_bytes``; see ``docs/payload.md`` for what
+        the codecs are.
+    """
+    show = show or Quiet()
+    with tempfile.TemporaryDirectory() as scratch:
+        directory = RunDirectory.create(Path(scratch) / "plan", "")
+        try:
+            return _plan(Session(config, splits, directory, show))
+        finally:
+            directory.close()
+
+
+def _plan(session: Session) -> Json:
+    config, splits = session.config, session.splits
+    count = min(len(config.clients.models), len(splits.private))
+    learners = [
+        Learner(session, model, f"clients.models.{index}")
+        for index, model in enumerate(config.clients.models[:count])
+    ]
+    student = Learner(session, config.student.model, "student.model")
+    jobs = list(_jobs(session, learners, student))
+    speeds = {}
+    for learner in {id(job.learner): job.learner for job in jobs}.values():
+        with session.show.step(f"try {learner.name} for a few steps"):
+            speeds[id(learner)] = _speed(session, learner)
+    flops: dict[str, int] = {}
+    seconds: dict[str, float] = {}
+    for job in jobs:
+        operations, time_ = _cost(job, config, *speeds[id(job.learner)])
+        flops[job.phase] = flops.get(job.phase, 0) + operations * job.times
+        seconds[job.phase] = seconds.get(job.phase, 0.0) + time_ * job.times
+    sent = _bytes(session, student)
+    return {
+        "clients": len(splits.private),
+        "rounds": config.rounds,
+        "proxy_texts": len(splits.proxy),
+        "classes": len(splits.label_names),
+        "bytes": sent,
+        "flops": {**flops, "total": sum(flops.values())},
+        "seconds": {name: round(s, 1) for name, s in {**seconds, "total": sum(seconds.values())}.items()},
+        "memory_bytes": {
+            "training": peak_memory_bytes(),
+            "aggregation": 3
+            * FLOAT
+            * len(splits.private)
+            * min(CHUNK, len(splits.proxy))
+            * len(splits.label_names),
+        },
+        "disk_bytes": _disk(session, learners, student, sent["codecs"][_chosen(config)]["upload"]),
+    }
+
+
+def _jobs(session: Session, learners: list[Learner], student: Learner) -> Iterator[Job]:
+    """As the methods go about it: see ``feddistill.methods``."""
+    config, splits = session.config, session.splits
+    rounds = config.rounds
+    for position, private in enumerate(splits.private):
+        learner = learners[position % len(learners)]
+        own, proxy = learner.tokens(private), learner.tokens(splits.proxy)
+        digest = config.clients.codistillation
+        settings = config.clients.training
+        later = settings.model_copy(update={"epochs": digest.epochs if digest.enabled else settings.epochs})
+        digested = min(digest.examples or len(proxy), len(proxy)) if digest.enabled else 0
+        steps = (training.steps_of(settings, len(own)), training.steps_of(later, len(own) + digested))
+        yield Job("clients_train", learner, own, steps[0])
+        yield Job("clients_train", learner, [*own, *proxy[:digested]], steps[1], rounds - 1)
+        yield Job("clients_answer", learner, proxy, None, rounds)
+        yield from _evaluated(session, learner, rounds)
+        if "local_only" in config.baselines:
+            yield Job("baseline_local_only", learner, own, steps[1], rounds - 1)
+            yield from _evaluated(session, learner, rounds - 1)
+    proxy = student.tokens(splits.proxy)
+    steps_of_student = training.steps_of(config.student.training, len(proxy))
+    yield Job("server_train", student, proxy, steps_of_student, rounds)
+    yield from _evaluated(session, student, rounds)
+    labelled = np.flatnonzero(splits.proxy.labels != UNLABELLED)
+    sets = {"public_only": splits.proxy.select(labelled, "labelled"), "centralized": pool(splits.private)}
+    for name, texts in sets.items():
+        if name in config.baselines:
+            yield Job(f"baseline_{name}", student, student.tokens(texts), steps_of_student, rounds)
+            yield from _evaluated(session, student, rounds)
+
+
+def _evaluated(session: Session, learner: Learner, times: int) -> Iterator[Job]:
+    for texts in (session.splits.validation, session.splits.test):
+        yield Job("evaluate", learner, learner.tokens(texts), None, times)
+
+
+def _speed(session: Session, learner: Learner) -> tuple[float, float]:
+    """Seconds a training step, and seconds a token of an answer."""
+    config, texts = session.config, session.splits.proxy
+    training_config = config.student.training if learner.name == "student.model" else config.clients.training
+    need = training_config.batch_size * training_config.gradient_accumulation
+    tokens = learner.tokens(texts)
+    lessons = Lessons(tokens, labels_of(texts).clamp_min(0))
+    _fit(learner, lessons, training_config, session, 1)  # what is done once
+    one, several = (_fit(learner, lessons, training_config, session, steps) for steps in (1, 1 + TRIAL_STEPS))
+    some = TextSet("trial", texts.ids[:need], texts.texts[:need], texts.labels[:need], texts.label_names)
+    learner.answer(some)
+    start = time.perf_counter()
+    learner.answer(some)
+    answered = time.perf_counter() - start
+    learner.reset()
+    return max(several - one, 1e-6) / TRIAL_STEPS, answered / _padded(learner.tokens(some), config)
+
+
+def _fit(learner: Learner, lessons: Lessons, settings: TrainingConfig, session: Session, steps: int) -> float:
+    start = time.perf_counter()
+    learner.fit(lessons, settings, seed=0, steps=steps)
+    return time.perf_counter() - start
+
+
+def _padded(tokens: Sequence[Sequence[int]], config: Config) -> int:
+    """Tokens of all batches of a pass of answers, padding included."""
+    ordered = sorted(map(len, tokens))
+    size = config.clients.answer_batch_size
+    batches = (ordered[start : start + size] for start in range(0, len(ordered), size))
+    return sum(len(batch) * _length(batch[-1]) for batch in batches)
+
+
+def _cost(job: Job, config: Config, step_seconds: float, token_seconds: float) -> tuple[int, float]:
+    """Operations and seconds of one of the job's times."""
+    meter = job.learner.meter
+    before = meter.flops
+    if job.steps is None:
+        ordered = sorted(map(len, job.texts))
+        size = config.clients.answer_batch_size
+        for start in range(0, len(ordered), size):
+            batch = ordered[start : start + size]
+            meter.add(len(batch), _length(batch[-1]), training=False)
+        return meter.flops - before, token_seconds * _padded(job.texts, config)
+    settings = config.student.training if job.learner.name == "student.model" else config.clients.training
+    lengths = list(map(len, job.texts))
+    batches = islice(_batches(lengths, settings.batch_size), job.steps * settings.gradient_accumulation)
+    for batch in batches:
+        meter.add(len(batch), _length(max(batch)), training=True)
+    return meter.flops - before, step_seconds * job.steps
+
+
+def _batches(lengths: list[int], size: int) -> Iterator[list[int]]:
+    """Lengths in batches, epoch after epoch, in an order such as training draws."""
+    order = torch.Generator().manual_seed(0)
+    while True:
+        rows = list(training.in_batches(lengths, size, order))
+        yield from (
+            [lengths[row] for row in rows[start : start + size]] for start in range(0, len(rows), size)
+        )
+
+
+def _length(longest: int) -> int:
+    """Of a batch, padded."""
+    return int(pad([[0] * longest], 0)[0].shape[1])
+
+
+def _bytes(session: Session, student: Learner) -> Json:
+    """What travels: for each codec, and for what others would send in as many rounds."""
+    config, splits = session.config, session.splits
+    clients, rows, classes = len(splits.private), len(splits.proxy), len(splits.label_names)
+    codecs = {}
+    for codec, k in _codecs(config, classes):
+        spec = _spec(session, codec, k)
+        if codec == "dense":
+            answers: payload.Answers = payload.Dense(np.zeros((rows, classes), np.uint8))
+        else:
+            codes = np.zeros((rows, k), np.uint8)
+            answers = payload.Ranked(np.zeros((rows, k), np.int32), codes, codes[:, 0], classes)
+        content = payload.encode(answers, spec, spec.clients[0])
+        upload = len(content) + len(payload.seal(content, spec, spec.clients[0]))
+        codecs[codec if codec == "dense" else f"{codec} k={k}"] = {
+            "upload": upload,
+            "a_text": round(upload / rows, 2),
+            "all_rounds_and_clients": upload * clients * config.rounds,
+        }
+    weights = FLOAT * models.trained_count(student.model)
+    adapter = FLOAT * _lora_parameters(student.model)
+    chosen = codecs[_chosen(config)]
+    return {
+        "chosen": _chosen(config),
+        "codecs": codecs,
+        "proxy_download": proxy_bytes(splits),
+        "fedavg": {"upload": weights, "times_ours": round(weights / chosen["upload"], 1)},
+        "federated_lora": {
+            "upload": adapter,
+            "times_ours": round(adapter / chosen["upload"], 1),
+            "rank": LORA_RANK,
+        },
+        "break_even_proxy_texts": {
+            "fedavg": int(weights / chosen["a_text"]),
+            "federated_lora": int(adapter / chosen["a_text"]),
+        },
+    }
+
+
+def _chosen(config: Config) -> str:
+    return "dense" if config.payload.codec == "dense" else f"{config.payload.codec} k={config.payload.k}"
+
+
+def _codecs(config: Config, classes: int) -> list[tuple[str, int]]:
+    """The configured one and, for comparison, the others at their usual settings."""
+    found = [("dense", classes)] if classes <= DENSE_CLASSES else []
+    sizes = {k for k in (16, 64) if k <= classes}
+    if config.payload.codec != "dense":
+        sizes.add(config.payload.k)
+    return found + [("topk", k) for k in sorted(sizes)]
+
+
+def _spec(session: Session, codec: str, k: int) -> RoundSpec:
+    config, splits = session.config, session.splits
+    return RoundSpec(
+        run_id="0" * 16,
+        round=1,
+        proxy_digest=splits.proxy.digest(),
+        positions=len(splits.proxy),
+        vocab_size=len(splits.label_names),
+        vocab_fingerprint=payload.fingerprint(splits.label_names),
+        codec=codec,
+        k=k,
+        nonce=f"{derive(config.seed, 'plan'):08x}",
+        quorum=1,
+        clients=tuple(private.name for private in splits.private),
+    )
+
+
+def _lora_parameters(model: nn.Module) -> int:
+    """Of adapters on the query and value projections, and the head, which is trained whole."""
+    total = 0
+    for name, module in model.named_modules():
+        if (
+            name.rsplit(".", 1)[-1] in LORA_TARGETS
+            and (weight := getattr(module, "weight", None)) is not None
+        ):
+            total += LORA_RANK * sum(weight.shape)
+    heads = models.head_parameters(model)
+    return total + sum(p.numel() for name, p in model.named_parameters() if name in heads)
+
+
+def _disk(session: Session, learners: list[Learner], student: Learner, upload: int) -> Json:
+    """The run's directory at its largest."""
+    config, splits = session.config, session.splits
+    clients, rows, classes = len(splits.private), len(splits.proxy), len(splits.label_names)
+    whole = config.keep_checkpoints == "all"
+    rounds = config.rounds
+    kept = [learners[position % len(learners)] for position in range(clients)]
+    specialists = sum(map(_size, kept)) * (rounds if whole else min(rounds, 3))
+    students = _size(student) * (rounds if whole else min(rounds, 2))
+    baselines = _size(student) * rounds * len({"public_only", "centralized"} & set(config.baselines))
+    if "local_only" in config.baselines:
+        baselines += sum(map(_size, kept)) * (rounds - 1)
+    answers = rounds * (upload * (clients + 1) + FLOAT * rows * classes)
+    return {
+        "checkpoints": specialists + students + baselines,
+        "answers": answers,
+        "total": specialists + students + baselines + answers,
+    }
+
+
+def _size(learner: Learner) -> int:
+    """Of a checkpoint."""
+    return sum(x.numel() * x.element_size() for x in learner.model.state_dict().values())

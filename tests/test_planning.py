@@ -1,0 +1,43 @@
+"""What a run costs, foretold, is what it costs."""
+
+import pytest
+
+from feddistill import experiment
+from feddistill.config import parse
+
+
+@pytest.mark.parametrize(
+    "change", [{}, {"payload": {"codec": "topk", "k": 3}, "keep_checkpoints": "all"}], ids=str
+)
+def test_bytes_operations_and_disk_are_foretold(change, tiny_settings, tmp_path):
+    config = parse(tiny_settings | change)
+    plan = experiment.plan(config)
+    result = experiment.run(config, tmp_path / "run")
+    sent = plan["bytes"]
+    uplink = [sum(of_round["uplink"].values()) for of_round in result["bytes"]["by_round"]]
+    assert sent["codecs"][sent["chosen"]]["all_rounds_and_clients"] == sum(uplink)
+    assert sent["proxy_download"] * plan["clients"] == result["bytes"]["proxy"]
+    assert (
+        sent["fedavg"]["upload"] * plan["clients"] * plan["rounds"]
+        == result["bytes"]["fedavg_uplink_same_rounds"]
+    )
+    for phase, operations in result["flops"].items():
+        if operations:
+            assert plan["flops"][phase] == pytest.approx(operations, rel=0.05), phase
+    weights = [path.stat().st_size for path in (tmp_path / "run").rglob("*.safetensors")]
+    assert plan["disk_bytes"]["total"] >= 0.9 * sum(weights)
+
+
+def test_an_upload_breaks_even_where_it_is_as_large(tiny_settings):
+    sent = experiment.plan(parse(tiny_settings))["bytes"]
+    a_text = sent["codecs"]["dense"]["a_text"]
+    for other in ("fedavg", "federated_lora"):
+        texts = sent["break_even_proxy_texts"][other]
+        assert texts * a_text == pytest.approx(sent[other]["upload"], rel=0.01)
+
+
+def test_nothing_is_written(tiny_settings, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    experiment.plan(parse(tiny_settings))
+    assert sorted(tmp_path.rglob("*")) == before
