@@ -97,7 +97,7 @@ def test_a_backend_with_limits_is_passed_by_or_says_so():
 
 def test_use_backend_is_what_runs_and_ends_with_its_block():
     with fk.use_backend("triton"):
-        with pytest.raises(fk.BackendError, match="'triton': it takes up to 32 clients"):
+        with pytest.raises(fk.BackendError, match="run this order_statistics: it takes up to 32 clients"):
             fk.coordinate_median([torch.ones(2)] * 33)
         assert torch.equal(median(backend="reference"), torch.ones(2))  # the argument goes first
     assert torch.equal(median(), torch.ones(2))
