@@ -15,7 +15,7 @@ import safetensors.numpy
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from payload_fixtures import GOLDEN, HOSTILE, SPECS, TEXTS, answers_to, equal, log_probs, reseal, sent
+from payload_fixtures import GOLDEN, HOSTILE, NOW, SPECS, TEXTS, answers_to, equal, log_probs, reseal, sent
 
 from feddistill import payload
 from feddistill.cli.inspect import inspect
@@ -23,14 +23,24 @@ from feddistill.errors import ConfigError, DataError, PayloadError
 from feddistill.payload import refusals
 from feddistill.types import RoundSpec
 
+REFUSALS = {
+    kind
+    for kind in vars(refusals).values()
+    if isinstance(kind, type) and issubclass(kind, refusals.Refusal) and kind is not refusals.Refusal
+}
+
 
 @pytest.fixture(params=SPECS.values(), ids=SPECS.keys())
 def asked(request):
     return request.param
 
 
+def admit(envelope, content, asked, seen=frozenset()):
+    return payload.admit(envelope, content, asked, seen, now=NOW)
+
+
 def test_what_is_sent_arrives(asked):
-    assert equal(payload.admit(*sent(asked), asked, set()), answers_to(asked))
+    assert equal(admit(*sent(asked), asked), answers_to(asked))
 
 
 def test_bytes_are_golden(tmp_path, monkeypatch):
@@ -113,7 +123,7 @@ def test_hostile_payloads_are_refused_by_name(case):
     envelope, content = make()
     start = time.perf_counter()
     with pytest.raises(PayloadError) as caught:
-        payload.admit(envelope, content, asked, set())
+        admit(envelope, content, asked)
     assert time.perf_counter() - start < 1
     assert type(caught.value) is refusal, caught.value
     assert text in str(caught.value)
@@ -123,17 +133,13 @@ def test_hostile_payloads_are_refused_by_name(case):
 
 
 def test_every_refusal_has_a_hostile_file():
-    every = {c for c in vars(refusals).values() if isinstance(c, type) and issubclass(c, refusals.Refusal)}
-    tested = {refusal for _, _, refusal, _ in HOSTILE.values()} | {
-        refusals.SecondSubmission,
-        refusals.Refusal,
-    }
-    assert tested == every
+    tested = {refusal for _, _, refusal, _ in HOSTILE.values()}
+    assert tested | {refusals.SecondSubmission} == REFUSALS
 
 
 def test_a_second_submission_is_refused(asked):
     with pytest.raises(refusals.SecondSubmission, match="north, round 3"):
-        payload.admit(*sent(asked), asked, {("north", 3)})
+        admit(*sent(asked), asked, {("north", 3)})
 
 
 def test_honest_payloads_are_within_the_bound(asked):
@@ -153,12 +159,12 @@ def test_mutations_are_refused_or_equal(name, edits, cut):
         content[place % len(content)] = value
     mutated = bytes(content[:cut]) if cut < 0 else bytes(content) + b"\x00" * cut
     try:
-        got = payload.admit(*reseal(mutated, asked), asked, set())
+        got = admit(*reseal(mutated, asked), asked)
     except PayloadError:
         return
     safetensors.numpy.load(mutated)  # what is admitted, the library can read too
     again = payload.encode(got, asked, "north")
-    assert equal(payload.admit(*reseal(again, asked), asked, set()), got)
+    assert equal(admit(*reseal(again, asked), asked), got)
     assert np.isfinite(got.mass()).all()
 
 
@@ -175,7 +181,7 @@ def test_what_changes_on_the_way_is_refused_or_equal(name, part, place, value):
     }
     files[part][place % len(files[part])] = value
     try:
-        got = payload.admit(bytes(files[".json"]), bytes(files[".safetensors"]), SPECS[name], set())
+        got = admit(bytes(files[".json"]), bytes(files[".safetensors"]), SPECS[name])
     except PayloadError:
         return
     assert equal(got, answers_to(SPECS[name]))
@@ -203,16 +209,13 @@ def test_the_decoder_in_the_specification_agrees(asked):
     space = {}
     exec(code, space)
     rows = space["decode"](sent(asked)[1])
-    got = payload.admit(*sent(asked), asked, set())
-    for row in range(TEXTS):
-        if asked.codec == "dense":
-            expected = dict(enumerate(got.log_probs()[row].tolist()))
-        else:
-            expected = dict(zip(got.ids[row].tolist(), got.log_probs()[0][row].tolist(), strict=True))
-        kept, tail = rows[row]
-        assert kept == pytest.approx(expected, abs=1e-5)
-        if asked.codec == "topk" and asked.k < asked.vocab_size:
-            assert tail == pytest.approx(got.log_probs()[1][row], abs=1e-5)
+    got = admit(*sent(asked), asked)
+    dense = np.full((TEXTS, asked.vocab_size), -np.inf)
+    for row, (kept, tail) in enumerate(rows):
+        others = asked.vocab_size - len(kept)
+        dense[row] = tail - np.log(others) if others else -np.inf
+        dense[row, list(kept)] = list(kept.values())
+    np.testing.assert_allclose(payload.expand(got), dense, atol=1e-5)
 
 
 def test_reading_needs_no_request(asked):
@@ -266,7 +269,8 @@ def inspected(*arguments):
 def test_the_page_names_every_field():
     page = (Path(__file__).parents[1] / "docs" / "payload.md").read_text()
     names = {field.name for kind in (RoundSpec, payload.Envelope) for field in fields(kind)}
-    names |= set(payload.read(sent(SPECS["dense"])[1])[1])
+    names |= {name for asked in SPECS.values() for name in payload.read(sent(asked)[1])[1]}
+    names |= {refusal.__name__ for refusal in REFUSALS}
     assert not {name for name in names if f"`{name}`" not in page}
 
 
