@@ -113,10 +113,12 @@ def equal(a, b):
 
 def reseal(content, asked, client="north", **changes):
     """An envelope for ``content``, with other fields, signed again if the round wants it."""
-    said = json.loads(payload.seal(content, replace(asked, keys=()), client)) | changes
+    said = json.loads(payload.seal(content, replace(asked, keys=()), "north")) | {"client": client} | changes
     if asked.keys and "signature" not in changes:
         unsigned = {name: value for name, value in said.items() if name != "signature"}
-        said["signature"] = KEYS[client].sign(envelope.DOMAIN + canonical_json(unsigned))
+        said["signature"] = KEYS[client if client in ("south", "east") else "north"].sign(
+            envelope.DOMAIN + canonical_json(unsigned)
+        )
     return canonical_json(said), content
 
 

@@ -24,7 +24,7 @@ PACKAGES = {
     ),
     "bench": (
         "bench",
-        {"click", "feddistill_kernels", "matplotlib", "torch"}
+        {"click", "feddistill", "feddistill_kernels", "matplotlib", "numpy", "torch", "transformers"}
         | {"byzfl", "cut_cross_entropy", "distillkit", "liger_kernel"},  # peers, where they are installed
     ),
 }
