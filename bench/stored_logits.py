@@ -35,8 +35,8 @@ def reconstruct(log_probs: Tensor, settings: Settings) -> Tensor:
     """``[N, V]`` log-probabilities as they are read back, missing mass spread uniformly.
 
     Kinder than the original in two things: the curve is fitted and drawn in float64, only its coefficients
-    are float32 (in float32 throughout, rank**4 costs the recommended settings 0.05 to 0.1 nats); and where it adds
-    up to more than one, and missing ids have 1e-8 each, the row is normalised.
+    are float32 (in float32 throughout, rank**4 costs the recommended settings 0.05 to 0.1 nats); and where
+    it adds up to more than one, and missing ids have 1e-8 each, the row is normalised.
     """
     values, ids = log_probs.topk(settings.k, dim=-1)
     exact = values[:, : settings.exact].bfloat16().double()

@@ -4,6 +4,7 @@ import json
 import pickle
 import struct
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +66,7 @@ def log_probs(vocab_size, texts=TEXTS):
     return (logits - np.log(np.exp(logits).sum(1, keepdims=True))).astype(np.float32)
 
 
+@cache
 def answers_to(asked):
     full = log_probs(asked.vocab_size, asked.positions)
     if asked.codec == "dense":
