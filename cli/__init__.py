@@ -14,6 +14,7 @@ COMMANDS = {
     "evaluate": "Evaluate a run's student, on its own test set or on your texts.",
     "report": "Write a run's report again.",
     "inspect": "Show what a payload file says, and whether it is well-formed.",
+    "keys": "Make and show the key that signs a client's answers.",
     "config": "Show or check a configuration.",
     "kernels": "List the kernels and what runs them here.",
     "bench": "Measure the kernels against PyTorch and others.",

@@ -117,7 +117,17 @@ class RoundSpec:
     """Hash of the ordered classes, or of the tokenizer."""
     codec: str
     k: int
+    """Entries a row has at most; ``vocab_size`` where all are sent."""
     nonce: str
     quorum: int
     clients: tuple[str, ...] = field(default=())
     """Who may answer."""
+    compression: str = "none"
+    max_code: int = 255
+    """Codec ``threshold``: entries of larger codes are left out."""
+    draws: int = 0
+    """Codec ``sampled``: what a row's counts add up to."""
+    deadline: int | None = None
+    """When the round closes, in seconds since 1970 (UTC); ``None``: never, and nothing expires."""
+    keys: tuple[tuple[str, str], ...] = field(default=())
+    """``(client, public key)``, enrolled; empty: envelopes are unsigned, and the transport is trusted."""

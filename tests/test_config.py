@@ -58,6 +58,12 @@ def test_a_wrong_setting_is_named_as_it_was_written(override, message):
     assert "\n" not in str(caught.value)
 
 
+def test_draws_want_the_mean_of_probabilities():
+    assert load(None, ("payload.codec=sampled",)).payload.draws == 50
+    with pytest.raises(ConfigError, match=r"aggregation\.rule must be mean_probs, not median"):
+        load(None, ("payload.codec=sampled", "aggregation.rule=median"))
+
+
 def test_a_rule_can_be_named_alone():
     assert load(None, ("aggregation.rule=median",)).aggregation.rule.kind == "median"
 

@@ -240,6 +240,18 @@ def test_top_k_answers_are_smaller_than_dense_ones_of_many_classes(tiny_settings
     assert result["status"] == "complete"
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"codec": "threshold", "k": 6, "epsilon": 0.05, "compression": "zstd"},
+        {"codec": "sampled", "draws": 5},
+    ],
+)
+def test_every_codec_carries_a_run(settings, tiny_settings, tmp_path):
+    config = parse({**tiny_settings, "rounds": 1, "baselines": [], "payload": settings})
+    assert experiment.run(config, tmp_path / "run")["refused"] == {}
+
+
 @pytest.mark.parametrize("rule", ["mean_logits", "median", "trimmed_mean"])
 def test_every_rule_runs(rule, tiny_settings, tmp_path):
     settings = {**tiny_settings, "rounds": 1, "baselines": [], "aggregation": {"rule": rule}}

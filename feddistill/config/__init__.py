@@ -64,6 +64,11 @@ class Config(Setting):
                 raise ConfigError(
                     f"aggregation.quorum = {self.aggregation.quorum} exceeds the {clients} clients"
                 )
+        if self.payload.codec == "sampled" and self.aggregation.rule.kind != "mean_probs":
+            raise ConfigError(
+                "payload.codec = 'sampled' is unbiased in the mean alone: "
+                f"aggregation.rule must be mean_probs, not {self.aggregation.rule.kind}"
+            )
         if len(set(self.baselines)) < len(self.baselines):
             raise ConfigError(f"baselines names one twice: {', '.join(self.baselines)}")
         return self

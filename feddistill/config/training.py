@@ -54,10 +54,17 @@ class ClientsConfig(Setting):
 class PayloadConfig(Setting):
     """How answers are compressed for the wire (``docs/payload.md``)."""
 
-    codec: Literal["dense", "topk"] = "dense"
-    """``dense``: a byte for each of up to 256 classes. ``topk``: ids and bytes of the ``k`` likeliest."""
+    codec: Literal["dense", "topk", "threshold", "sampled"] = "dense"
+    """``dense``: a byte for each of up to 256 classes. ``topk``: ids and bytes of the ``k`` likeliest.
+    ``threshold``: of these, those of at least ``epsilon``. ``sampled``: ``draws`` random ids, for means."""
     k: int = Field(default=16, ge=1, le=4096)
-    """Entries a row of the ``topk`` codec."""
+    """Entries a row of the ``topk`` codec, and at most of ``threshold``."""
+    epsilon: float = Field(default=0.001, gt=0, lt=1)
+    """Of ``threshold``: what is less likely joins the tail; rounded as probabilities are."""
+    draws: int = Field(default=50, ge=1, le=255)
+    """Of ``sampled``: ids drawn for each row, with replacement."""
+    compression: Literal["none", "zstd"] = "none"
+    """``zstd`` needs the package zstandard."""
 
 
 def _named(value: Any) -> Any:

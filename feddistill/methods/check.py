@@ -1,5 +1,7 @@
 """What only the data and the models themselves can tell, before anything is trained or written."""
 
+from importlib.util import find_spec
+
 from feddistill import models
 from feddistill.config import Config
 from feddistill.errors import ConfigError
@@ -25,8 +27,12 @@ def check(config: Config, splits: Splits) -> None:
             f"payload.codec = 'dense' holds up to {DENSE_CLASSES} classes, "
             f"the data have {classes}; use 'topk'"
         )
-    if config.payload.codec == "topk" and config.payload.k > classes:
+    if config.payload.codec in ("topk", "threshold") and config.payload.k > classes:
         raise ConfigError(f"payload.k = {config.payload.k}, but there are only {classes} classes")
+    if config.payload.compression == "zstd" and find_spec("zstandard") is None:
+        raise ConfigError(
+            "payload.compression = 'zstd' needs the package zstandard: pip install 'feddistill[protocol]'"
+        )
     if "public_only" in config.baselines and not (splits.proxy.labels != UNLABELLED).any():
         raise ConfigError("baselines: public_only needs labels, but data.proxy.labelled is 0")
     for index, model in enumerate(config.clients.models[:clients]):

@@ -10,7 +10,7 @@ from feddistill.accounting import measure
 from feddistill.config.training import TrainingConfig
 from feddistill.methods import wire
 from feddistill.methods.learner import Learner, Session, later, lessons_of
-from feddistill.seeds import generator
+from feddistill.seeds import derive, generator
 from feddistill.store import Json
 from feddistill.training import NO_LABEL, Lessons
 from feddistill.types import ClientDescription, RoundSpec, TextSet
@@ -83,7 +83,8 @@ class Client:
         learner.restore(weights)
         before = learner.meter.flops
         with self.session.show.step(f"round {spec.round}: {self.name} answers") as tick, measure() as cost:
-            answers = wire.compress(learner.answer(self.session.splits.proxy, tick), spec)
+            log_probs = learner.answer(self.session.splits.proxy, tick)
+            answers = wire.compress(log_probs, spec, derive(self.config.seed, "draws", spec.round, self.name))
             content = payload.encode(answers, spec, self.name)
             envelope = payload.seal(content, spec, self.name)
             cost.flops = learner.meter.flops - before

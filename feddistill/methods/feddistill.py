@@ -119,19 +119,24 @@ class _Rounds:
         }
 
     def _spec(self, number: int) -> RoundSpec:
-        config, splits = self.session.config, self.splits
+        config, splits, settings = self.session.config, self.splits, self.session.config.payload
+        classes = len(splits.label_names)
+        k = {"dense": classes, "sampled": min(settings.draws, classes)}.get(settings.codec, settings.k)
         return RoundSpec(
             run_id=self.run_id,
             round=number,
             proxy_digest=splits.proxy.digest(),
             positions=len(splits.proxy),
-            vocab_size=len(splits.label_names),
+            vocab_size=classes,
             vocab_fingerprint=payload.fingerprint(splits.label_names),
-            codec=config.payload.codec,
-            k=config.payload.k if config.payload.codec == "topk" else len(splits.label_names),
+            codec=settings.codec,
+            k=k,
             nonce=f"{derive(config.seed, self.run_id, 'nonce', number):08x}",
             quorum=config.aggregation.quorum or len(splits.private),
             clients=tuple(private.name for private in splits.private),
+            compression=settings.compression,
+            max_code=payload.max_code_of(settings.epsilon) if settings.codec == "threshold" else 255,
+            draws=settings.draws if settings.codec == "sampled" else 0,
         )
 
     def _aggregate(
@@ -157,7 +162,8 @@ class _Rounds:
             diagnostics = aggregation.diagnose(list(admitted), answerers, teacher, labels, mass)
         run.write_bytes(f"{name}.safetensors", save({"log_probs": teacher}))
         back = wire.feedback_spec(spec)
-        feedback = payload.encode(wire.compress(teacher, back), back, wire.SERVER)
+        seed = derive(self.session.config.seed, "draws", number, wire.SERVER)
+        feedback = payload.encode(wire.compress(teacher, back, seed), back, wire.SERVER)
         envelope = payload.seal(feedback, back, wire.SERVER)
         run.write_bytes(f"{step}/feedback.safetensors", feedback)
         run.write_bytes(f"{step}/feedback.json", envelope)

@@ -5,7 +5,19 @@
 """
 
 from feddistill.payload.admission import admit, bound, encode, read
-from feddistill.payload.answers import Answers, Dense, Ranked, quantise_dense, quantise_topk
+from feddistill.payload.answers import (
+    Answers,
+    Dense,
+    Ranked,
+    Sampled,
+    expand,
+    max_code_of,
+    quantise_dense,
+    quantise_sampled,
+    quantise_threshold,
+    quantise_topk,
+    unigram_spread,
+)
 from feddistill.payload.envelope import VERSION, Envelope, seal
 from feddistill.payload.request import canonical, fingerprint, parse_spec, spec_digest
 
@@ -15,15 +27,21 @@ __all__ = [
     "Dense",
     "Envelope",
     "Ranked",
+    "Sampled",
     "admit",
     "bound",
     "canonical",
     "encode",
+    "expand",
     "fingerprint",
+    "max_code_of",
     "parse_spec",
     "quantise_dense",
+    "quantise_sampled",
+    "quantise_threshold",
     "quantise_topk",
     "read",
     "seal",
     "spec_digest",
+    "unigram_spread",
 ]
