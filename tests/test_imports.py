@@ -31,7 +31,7 @@ PACKAGES = {
 
 # module of feddistill: the modules of feddistill below it that it may import
 FOUNDATION = {"errors", "setting", "types"}
-BELOW_STAGES = FOUNDATION | {"accounting", "batches", "config", "rules", "seeds"}
+BELOW_STAGES = FOUNDATION | {"accounting", "attacks", "batches", "config", "rules", "seeds", "weights"}
 STAGES = {"aggregation", "answering", "data", "evaluation", "models", "payload", "training"}
 BELOW_METHODS = BELOW_STAGES | STAGES | {"progress", "store"}
 MODULES = {
@@ -44,7 +44,9 @@ MODULES = {
     "accounting": {"types"},
     "store": {"errors"},
     "rules": {"errors", "setting"},
-    "config": {"errors", "rules", "setting"},
+    "attacks": {"errors", "setting"},
+    "weights": {"types"},
+    "config": {"attacks", "errors", "rules", "setting"},
     **dict.fromkeys(STAGES, BELOW_STAGES),  # stages do not import each other
     "methods": BELOW_METHODS,
     "results": {"config", "store", "types"},

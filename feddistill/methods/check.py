@@ -1,6 +1,7 @@
 """What only the data and the models themselves can tell, before anything is trained or written."""
 
 from feddistill import models
+from feddistill.attacks import liars
 from feddistill.config import Config
 from feddistill.errors import ConfigError
 from feddistill.types import UNLABELLED, Splits
@@ -14,9 +15,8 @@ def check(config: Config, splits: Splits) -> None:
         ModelError: A model cannot be had, cut, or made to read its own tokenizer's texts.
     """
     classes, clients = len(splits.label_names), len(splits.private)
-    config.aggregation.rule.check(clients)
-    if (config.aggregation.quorum or 1) > clients:
-        raise ConfigError(f"aggregation.quorum = {config.aggregation.quorum} exceeds the {clients} clients")
+    config.aggregation.check(clients)
+    liars(config.simulate.attack, [private.name for private in splits.private])
     if config.payload.codec == "dense" and classes > 256:
         raise ConfigError(
             f"payload.codec = 'dense' holds up to 256 classes, the data have {classes}; use 'topk'"

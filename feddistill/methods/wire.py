@@ -33,6 +33,12 @@ def expand(answers: payload.Answers, start: int, stop: int) -> Tensor:
     return TopK(ids, torch.from_numpy(kept), torch.from_numpy(tail), chunk.vocab_size).expand(tail="uniform")
 
 
+def codes(answers: payload.Answers, start: int, stop: int) -> Tensor:
+    """Rows of an admitted answer as rules read them that are taken on bytes: ``uint8 [n, V]``."""
+    chunk = answers.rows(start, stop)
+    return torch.from_numpy(chunk.codes) if isinstance(chunk, payload.Dense) else expand(answers, start, stop)
+
+
 def feedback_spec(spec: RoundSpec) -> RoundSpec:
     """The same question, answered by the server: what clients check the teacher against."""
     return replace(spec, clients=(SERVER,))
