@@ -317,7 +317,9 @@ def liars(attacks: Sequence[Attack], names: Sequence[str]) -> dict[str, Attack]:
             continue
         for name in attack.clients:
             if name not in names:
-                raise ConfigError(f"simulate.attack: there is no client {name!r}; there are {', '.join(names)}")
+                raise ConfigError(
+                    f"simulate.attack: there is no client {name!r}; there are {', '.join(names)}"
+                )
             if name in taken:
                 raise ConfigError(f"simulate.attack: {name} carries out two attacks")
             taken[name] = attack

@@ -129,9 +129,7 @@ def verified(truth: Array, rows: NDArray[np.int64], domains: NDArray[np.int64]) 
     return Weights(torch.from_numpy(values), "row")
 
 
-def by_verified_counts(
-    truth: Array, descriptions: Sequence[ClientDescription], classes: int
-) -> Weights:
+def by_verified_counts(truth: Array, descriptions: Sequence[ClientDescription], classes: int) -> Weights:
     """Class counts, each client's times its verified share: who claims to know a class has to show it."""
     counts = by_class_counts(descriptions, classes).values
     shares = _by_fold(np.maximum(np.exp(truth), LEAST), np.zeros(truth.shape[1], np.int64))[-1]

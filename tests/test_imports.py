@@ -24,7 +24,7 @@ PACKAGES = {
     ),
     "bench": (
         "bench",
-        {"click", "feddistill_kernels", "matplotlib", "torch"}
+        {"click", "feddistill", "feddistill_kernels", "matplotlib", "numpy", "torch", "triton"}
         | {"byzfl", "cut_cross_entropy", "distillkit", "liger_kernel"},  # peers, where they are installed
     ),
 }
@@ -49,7 +49,7 @@ MODULES = {
     "config": {"attacks", "errors", "rules", "setting"},
     **dict.fromkeys(STAGES, BELOW_STAGES),  # stages do not import each other
     "methods": BELOW_METHODS,
-    "results": {"config", "store", "types"},
+    "results": {"attacks", "config", "rules", "store", "types"},
     "report": {"data", "errors", "store"},
     "experiment": BELOW_METHODS | {"methods", "results"},
     "__init__": set(),

@@ -5,7 +5,16 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from answers_fixtures import CLASSES, CLIENTS, TEXTS, combine, honest_answers, kept, labels_of, total_variation
+from answers_fixtures import (
+    CLASSES,
+    CLIENTS,
+    TEXTS,
+    combine,
+    honest_answers,
+    kept,
+    labels_of,
+    total_variation,
+)
 
 from feddistill.aggregation import Known, aggregate
 from feddistill.attacks import LeastLikely, SecondBest, Sight
@@ -80,7 +89,7 @@ def test_chunks_change_nothing(rule, honest, mix, monkeypatch):
 
 @pytest.mark.parametrize("mix", [None, 2])
 def test_the_same_bytes_for_any_number_of_threads(rule, mix):
-    honest = honest_answers(texts=3000)
+    honest = honest_answers(texts=1000)
     found = []
     before = torch.get_num_threads()
     try:
@@ -103,7 +112,7 @@ def test_liars_up_to_the_promise_do_not_own_the_result(rule, attack):
     mean = torch.stack(honest[liars:]).exp().mean(0).log()
     farthest = torch.stack([total_variation(answer, mean) for answer in honest[liars:]]).amax(0)
     if liars:
-        assert (total_variation(teacher, mean).mean() <= farthest.mean())
+        assert total_variation(teacher, mean).mean() <= farthest.mean()
 
 
 def test_liars_up_to_the_promise_stay_inside_the_honest_range(rule, honest):
@@ -258,9 +267,7 @@ def test_is_byzfls(name, mix, honest):
         plain = torch.stack([a.flatten() for a in answers])
     points = centred if "krum" in name else plain
     truth = torch.as_tensor(getattr(byzfl, theirs)(**settings)(points)).reshape(TEXTS, CLASSES)
-    torch.testing.assert_close(
-        combine(honest, rule, mix=mix), truth.log_softmax(-1), rtol=1e-4, atol=1e-4
-    )
+    torch.testing.assert_close(combine(honest, rule, mix=mix), truth.log_softmax(-1), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

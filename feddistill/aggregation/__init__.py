@@ -63,13 +63,15 @@ def weigh(kind: WeightKind, clients: Sequence[Answerer], positions: int, known: 
         case "class_counts":
             return weighing.by_class_counts(known.descriptions, reader.shape()[2])
         case "confidence":
-            rows = torch.stack(
+            unsure = torch.stack(
                 [
-                    torch.cat([entropy(reader.read(client, *part)) for part in reader.parts(reader.shape()[1])])
+                    torch.cat(
+                        [entropy(reader.read(client, *part)) for part in reader.parts(reader.shape()[1])]
+                    )
                     for client in clients
                 ]
             )
-            return weighing.by_confidence(rows, math.log(reader.shape()[2]))
+            return weighing.by_confidence(unsure, math.log(reader.shape()[2]))
     assert known.labels is not None, "weights by labels need some"
     truth, right, rows = _held_back(reader, known.labels)
     if kind == "validation":
@@ -128,9 +130,9 @@ def aggregate(
         mass = _sampled_mass(reader, rule, weights)
     else:
         for start, stop in reader.parts(width):
-            part, log_total = _combined(reader, rule, weights, start, stop, sharpen)
+            rows, log_total = _combined(reader, rule, weights, start, stop, sharpen)
             mass += float(log_total.exp().numpy().sum(dtype=np.float64)) / positions
-            parts.append(part)
+            parts.append(rows)
     return Aggregated(
         _joined(parts),
         mass,
@@ -221,7 +223,7 @@ def _joined(parts: list[Tensor | TopK]) -> Tensor | TopK:
 def _held_back(
     reader: Reader, labels: Tensor
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_], NDArray[np.int64]]:
-    """At the rows with a label: its log-probability and whether it is the first choice ``[C, M]``; the rows."""
+    """At the rows with a label: its log-probability, whether it is the first choice; which rows."""
     known = labels >= 0
     truth, right = [], []
     for start, stop in reader.parts(reader.shape()[1]):

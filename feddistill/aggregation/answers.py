@@ -20,8 +20,8 @@ STEPS_PER_NAT = 12
 """Of an answer in bytes: ``log p = -code / 12``."""
 
 Answerer = Callable[[int, int], Tensor | TopK]
-"""``(start, stop)`` to that client's answers to these rows: log-probabilities ``[n, V]``, their codes (uint8),
-or ``TopK``."""
+"""``(start, stop)`` to that client's answers to these rows: log-probabilities ``[n, V]``, their bytes
+(uint8), or ``TopK``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +115,8 @@ def first_choice(answer: Tensor | TopK) -> Tensor:
     if isinstance(answer, TopK):
         at = answer.log_probs.argmax(-1, keepdim=True)
         return answer.ids.gather(1, at)[:, 0].long()
-    return answer.argmax(-1)
+    choice: Tensor = answer.argmax(-1)
+    return choice
 
 
 def at_labels(answer: Tensor | TopK, labels: Tensor) -> Tensor:
@@ -129,7 +130,9 @@ def at_labels(answer: Tensor | TopK, labels: Tensor) -> Tensor:
 
 def entropy(answer: Tensor | TopK) -> Tensor:
     """``[n]``, nats."""
-    if not isinstance(answer, TopK):
-        return torch.special.entr(answer.exp()).sum(-1)
-    tail = torch.where(answer.log_tail > -math.inf, answer.log_tail.exp() * answer.missing_log_prob(), 0.0)
-    return torch.special.entr(answer.log_probs.exp()).sum(-1) - tail
+    kept = answer.log_probs if isinstance(answer, TopK) else answer
+    nats: Tensor = torch.special.entr(kept.exp()).sum(-1)
+    if isinstance(answer, TopK):
+        others = answer.log_tail.exp() * answer.missing_log_prob()
+        nats = nats - torch.where(answer.log_tail > -math.inf, others, 0.0)
+    return nats

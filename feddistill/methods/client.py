@@ -76,9 +76,7 @@ class Client:
             distill=self.config.distill,
         )
 
-    def answer(
-        self, spec: RoundSpec, weights: str, lie: Callable[[Tensor], Tensor] | None = None
-    ) -> Json:
+    def answer(self, spec: RoundSpec, weights: str, lie: Callable[[Tensor], Tensor] | None = None) -> Json:
         """Answer the proxy texts with the model in file ``weights``: the upload.
 
         ``lie``: what a simulated attacker makes of its answers before it sends them.

@@ -13,7 +13,13 @@ from feddistill.rules.order import MeanAroundMedian, Median, TrimmedMean
 from feddistill.rules.remembered import ExpGuard
 from feddistill.rules.rule import Memory, Rule, WeightKind
 
-__all__ = ["RULES", "MeanProbs", "Memory", "Rule", "WeightKind"]
+__all__ = ["ASSUMED", "RULES", "MeanProbs", "Memory", "Rule", "WeightKind"]
+
+ASSUMED = (
+    "Assumed: fewer than half of the clients lie (f < C/2), and identities are enrolled, so that nobody "
+    "enters under several names."
+)
+"""What stands in every report: no rule holds without it."""
 
 RULES: dict[str, type[Rule]] = {
     "mean_probs": MeanProbs,

@@ -49,7 +49,7 @@ class MinCe(Rule):
 
 
 class Vote(Rule):
-    """``q``: the share of clients whose first choice it is; a client of several first choices splits its vote.
+    """``q``: the share of clients whose first choice it is; who has several first choices splits its vote.
 
     Papernot et al., "Semi-supervised Knowledge Transfer for Deep Learning from Private Training Data" (PATE),
     ICLR 2017, without its noise. How sure a client is tells nothing more: a liar has one vote.

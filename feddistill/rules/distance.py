@@ -70,9 +70,7 @@ class _ByScore(Rule):
                 f"clients, there are {clients}; it can be at most {max(0, (clients - 3) // 2)}"
             )
 
-    def choose(
-        self, walk: Walk, names: tuple[str, ...], memory: Memory
-    ) -> tuple[Tensor | None, Memory]:
+    def choose(self, walk: Walk, names: tuple[str, ...], memory: Memory) -> tuple[Tensor | None, Memory]:
         """See ``Rule``."""
         import torch
 
@@ -164,9 +162,7 @@ class Cronus(Rule):
                 f"{clients} clients"
             )
 
-    def choose(
-        self, walk: Walk, names: tuple[str, ...], memory: Memory
-    ) -> tuple[Tensor | None, Memory]:
+    def choose(self, walk: Walk, names: tuple[str, ...], memory: Memory) -> tuple[Tensor | None, Memory]:
         """See ``Rule``."""
         import torch
 

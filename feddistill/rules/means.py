@@ -110,7 +110,7 @@ class EnhancedEra(Weighted):
 
 
 class PriorCorrected(Weighted):
-    """``q = sum_k w_k softmax(log p_k - strength * log prior_k)``, ``prior_k`` client k's share of each class.
+    """``q = sum_k w_k softmax(log p_k - strength * log prior_k)``, ``prior_k`` k's share of each class.
 
     What a client says because it rarely saw a class is taken back before pooling (logit adjustment: Menon
     et al., ICLR 2021). The priors are its class counts plus one.

@@ -56,9 +56,7 @@ class ExpGuard(Rule):
         """See ``Rule``."""
         self.base.check(clients)
 
-    def choose(
-        self, walk: Walk, names: tuple[str, ...], memory: Memory
-    ) -> tuple[Tensor | None, Memory]:
+    def choose(self, walk: Walk, names: tuple[str, ...], memory: Memory) -> tuple[Tensor | None, Memory]:
         """See ``Rule``."""
         import numpy as np
         import torch

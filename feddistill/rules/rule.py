@@ -77,9 +77,7 @@ class Rule(Setting):
         """
         raise NotImplementedError
 
-    def choose(
-        self, walk: Walk, names: tuple[str, ...], memory: Memory
-    ) -> tuple[Tensor | None, Memory]:
+    def choose(self, walk: Walk, names: tuple[str, ...], memory: Memory) -> tuple[Tensor | None, Memory]:
         """Look at all payloads first: weights ``[C]`` of the clients, and what to remember.
 
         Only where ``needs`` names the ``whole``; else there is nothing to see.
