@@ -197,10 +197,9 @@ def _compressed(
 
 def _sampled_mass(reader: Reader, rule: Rule, weights: Weights | None) -> float:
     """On some rows, evenly spread: a kernel does not tell it."""
-    run = min(reader.positions, SAMPLE // 8)
     total, rows = 0.0, 0
-    for start in sorted({i * (reader.positions - run) // 7 for i in range(8)}):
-        block = reader.block(start, start + run)
+    for start, stop in reader.sample(SAMPLE):
+        block = reader.block(start, stop)
         mass = block.log_mass(_combine(block, rule, weights, start)).logsumexp(-1).exp()
         total += float(mass.numpy().sum(dtype=np.float64))
         rows += len(mass)

@@ -74,6 +74,13 @@ class Reader:
         for start in range(0, self.positions, step):
             yield start, min(start + step, self.positions)
 
+    def sample(self, rows: int) -> list[tuple[int, int]]:
+        """``(start, stop)`` of up to eight runs of rows, evenly spread, ``rows`` together at the most."""
+        room = max(1, CHUNK // (self.shape()[3] * len(self.clients)))
+        run = min(self.positions, max(1, rows // 8), room)
+        starts = sorted({i * (self.positions - run) // 7 for i in range(8)})
+        return [(start, start + run) for start in starts]
+
     def blocks(self) -> Iterator[Block]:
         """All rows."""
         for start, stop in self.parts(self.shape()[3]):

@@ -36,7 +36,9 @@ def expand(answers: payload.Answers, start: int, stop: int) -> Tensor:
 def codes(answers: payload.Answers, start: int, stop: int) -> Tensor:
     """Rows of an admitted answer as rules read them that are taken on bytes: ``uint8 [n, V]``."""
     chunk = answers.rows(start, stop)
-    return torch.from_numpy(chunk.codes) if isinstance(chunk, payload.Dense) else expand(answers, start, stop)
+    if isinstance(chunk, payload.Dense):
+        return torch.from_numpy(chunk.codes.copy())  # what was admitted cannot be written to
+    return expand(answers, start, stop)
 
 
 def feedback_spec(spec: RoundSpec) -> RoundSpec:
