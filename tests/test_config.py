@@ -3,8 +3,10 @@
 import pytest
 import yaml
 
+from feddistill.attacks import ATTACKS
 from feddistill.config import digest, dump, load, parse
 from feddistill.errors import ConfigError
+from feddistill.rules import RULES
 
 
 def test_the_quickstart_survives_a_round_trip():
@@ -90,6 +92,20 @@ def test_a_rule_that_needs_labels_is_refused_without(rule, what):
     assert str(caught.value) == (
         f"aggregation.rule = {what} needs labelled proxy texts, but data.proxy.labelled is 0"
     )
+
+
+@pytest.mark.parametrize("kind", RULES)
+def test_every_rule_can_be_named_and_comes_back(kind):
+    config = load(None, (f"aggregation.rule={kind}", "data.partition.clients=5"))
+    assert config.aggregation.rule.kind == kind
+    assert parse(yaml.safe_load(dump(config))) == config
+
+
+@pytest.mark.parametrize("kind", ATTACKS)
+def test_every_attack_can_be_named_and_comes_back(kind):
+    config = load(None, (f"simulate.attack={kind}",))
+    assert config.simulate.attack[0].kind == kind
+    assert parse(yaml.safe_load(dump(config))) == config
 
 
 def test_one_attack_or_several():
