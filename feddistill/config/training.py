@@ -4,9 +4,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 from pydantic import BeforeValidator, Field
 
+from feddistill.attacks import ATTACKS, Attack
 from feddistill.config.models import ModelConfig
+from feddistill.errors import ConfigError
 from feddistill.rules import RULES, MeanProbs, Rule
-from feddistill.setting import Setting
+from feddistill.setting import Setting, named
 
 
 class TrainingConfig(Setting):
@@ -67,18 +69,19 @@ class PayloadConfig(Setting):
     """``zstd`` needs the package zstandard."""
 
 
-def _named(value: Any) -> Any:
-    """``rule: median`` is short for ``rule: {kind: median}``."""
-    return {"kind": value} if isinstance(value, str) else value
-
-
 if TYPE_CHECKING:
     AnyRule = Rule
-else:  # one of the rules in the table, told apart by its kind
+    AnyAttack = Attack
+else:  # one of those in the table, told apart by its kind
     AnyRule = Annotated[
         Union[tuple(RULES.values())],  # noqa: UP007  X | Y takes no tuple
         Field(discriminator="kind"),
-        BeforeValidator(_named),
+        BeforeValidator(named),
+    ]
+    AnyAttack = Annotated[
+        Union[tuple(ATTACKS.values())],  # noqa: UP007
+        Field(discriminator="kind"),
+        BeforeValidator(named),
     ]
 
 
@@ -88,8 +91,33 @@ class AggregationConfig(Setting):
     rule: AnyRule = MeanProbs()
     sharpen: float = Field(default=1.0, gt=0)
     """``q ~ q**sharpen`` after the rule (enhanced ERA): 1 leaves the teacher as it is."""
+    mix: int | None = Field(default=None, ge=0)
+    """Nearest-neighbour mixing before the rule: each client becomes the mean of the logits of those nearest
+    to it, all but so many (Allouah et al., AISTATS 2023). ``null`` does not mix."""
     quorum: int | None = Field(default=None, ge=1)
     """Valid answers a round needs; ``null`` for every client."""
+
+    def check(self, clients: int) -> None:
+        """Raise ``ConfigError`` where so few clients are too few."""
+        self.rule.check(clients)
+        if self.mix is not None and 2 * self.mix >= clients:
+            raise ConfigError(
+                f"aggregation.mix = {self.mix} must be fewer than half of the {clients} clients"
+            )
+        if self.quorum is not None and self.quorum > clients:
+            raise ConfigError(f"aggregation.quorum = {self.quorum} exceeds the {clients} clients")
+
+
+def _several(value: Any) -> Any:
+    """One attack, or a list of them."""
+    return value if isinstance(value, list | tuple) else [value]
+
+
+class SimulateConfig(Setting):
+    """What goes wrong on purpose, to see what comes of it. Everything else runs as it would for real."""
+
+    attack: Annotated[tuple[AnyAttack, ...], BeforeValidator(_several)] = ()
+    """Clients that lie, ``{kind: second_best, clients: 2}``, or a list of such groups."""
 
 
 class DistillConfig(Setting):

@@ -3,6 +3,7 @@
 from importlib.util import find_spec
 
 from feddistill import models
+from feddistill.attacks import liars
 from feddistill.config import Config
 from feddistill.errors import ConfigError
 from feddistill.types import UNLABELLED, Splits
@@ -19,9 +20,8 @@ def check(config: Config, splits: Splits) -> None:
         ModelError: A model cannot be had, cut, or made to read its own tokenizer's texts.
     """
     classes, clients = len(splits.label_names), len(splits.private)
-    config.aggregation.rule.check(clients)
-    if (config.aggregation.quorum or 1) > clients:
-        raise ConfigError(f"aggregation.quorum = {config.aggregation.quorum} exceeds the {clients} clients")
+    config.aggregation.check(clients)
+    liars(config.simulate.attack, [private.name for private in splits.private])
     if config.payload.codec == "dense" and classes > DENSE_CLASSES:
         raise ConfigError(
             f"payload.codec = 'dense' holds up to {DENSE_CLASSES} classes, "

@@ -1,9 +1,11 @@
 """A client: what it tells of itself, how it trains, how it answers. All that it sends is in here."""
 
+from collections.abc import Callable
 from dataclasses import asdict
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from feddistill import payload, training
 from feddistill.accounting import measure
@@ -34,8 +36,8 @@ class Client:
 
     def describe(self) -> ClientDescription:
         """What it tells of itself: no more than the rule needs."""
-        counts, kind = None, self.config.aggregation.rule.weighting()
-        if kind == "class_counts":
+        counts, needs = None, self.config.aggregation.rule.needs()
+        if "class_counts" in needs:
             exact = self.private.label_counts().astype(np.float64)
             epsilon = self.config.data.histogram_epsilon
             if epsilon is not None:  # one example changes one count by one: Laplace noise of scale 1/epsilon
@@ -43,7 +45,7 @@ class Client:
                 noise = random.laplace(0.0, 1 / epsilon, len(exact))
                 exact = np.maximum(np.round(exact + noise, 3), 0.0)
             counts = tuple(float(n) for n in exact)
-        return ClientDescription(self.name, len(self.private) if kind == "size" else None, counts)
+        return ClientDescription(self.name, len(self.private) if "size" in needs else None, counts)
 
     def train_alone(self, number: int, start: str | None) -> Json:
         """Segment ``number`` on private texts alone, from the weights in file ``start``.
@@ -74,8 +76,11 @@ class Client:
             distill=self.config.distill,
         )
 
-    def answer(self, spec: RoundSpec, weights: str) -> Json:
-        """Answer the proxy texts with the model in file ``weights``: the upload."""
+    def answer(self, spec: RoundSpec, weights: str, lie: Callable[[Tensor], Tensor] | None = None) -> Json:
+        """Answer the proxy texts with the model in file ``weights``: the upload.
+
+        ``lie``: what a simulated attacker makes of its answers before it sends them.
+        """
         run, name = self.session.run, f"rounds/{spec.round:03d}/payloads/{self.name}"
         if (record := run.done(name)) is not None:
             return record
@@ -83,8 +88,9 @@ class Client:
         learner.restore(weights)
         before = learner.meter.flops
         with self.session.show.step(f"round {spec.round}: {self.name} answers") as tick, measure() as cost:
-            log_probs = learner.answer(self.session.splits.proxy, tick)
-            answers = wire.compress(log_probs, spec, derive(self.config.seed, "draws", spec.round, self.name))
+            said = learner.answer(self.session.splits.proxy, tick)
+            seed = derive(self.config.seed, "draws", spec.round, self.name)
+            answers = wire.compress(said if lie is None else lie(said), spec, seed)
             content = payload.encode(answers, spec, self.name)
             envelope = payload.seal(content, spec, self.name)
             cost.flops = learner.meter.flops - before

@@ -5,25 +5,28 @@ teacher's answers; (2) it answers the proxy texts and uploads a payload; (3) the
 (4) trains the student and sends the teacher back. Nothing else leaves a client.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
 from statistics import fmean
 
 import torch
 from safetensors.torch import load_file, save
+from torch import Tensor
 
 from feddistill import aggregation, models, payload
 from feddistill.accounting import measure
+from feddistill.attacks import Sight, liars
 from feddistill.config import digest
 from feddistill.errors import PayloadError, RoundError
 from feddistill.methods import wire
 from feddistill.methods.client import Crew
 from feddistill.methods.learner import Learner, Session, best_of, labels_of, later
+from feddistill.rules import Memory
 from feddistill.seeds import derive
 from feddistill.store import Json
 from feddistill.training import Lessons
-from feddistill.types import RoundSpec
+from feddistill.types import RoundSpec, TextSet
 
 
 def run(session: Session) -> Json:
@@ -46,6 +49,9 @@ class _Rounds:
         self.run_id = _run_id(session)
         self.crew = Crew(session)
         self.descriptions = [client.describe() for client in self.crew.clients]
+        self.liars = liars(session.config.simulate.attack, [client.name for client in self.crew.clients])
+        self.memory: Memory = {}
+        """What the rule remembers of former rounds."""
         self._student: Learner | None = None
         self.best: Json | None = None
         self.last: Json | None = None
@@ -64,6 +70,7 @@ class _Rounds:
         if record is None:
             record = self._round(number, step)
             run.commit(step, record)
+        self.memory = record["teacher"]["memory"]
         self.last = record["student"]
         self.best = best_of(self.best, record["student"])
         self._tidy(number)
@@ -79,9 +86,11 @@ class _Rounds:
         refused: Json = {}
         seen: set[tuple[str, int]] = set()
         before = self._spec(number - 1) if number > 1 else None
-        for client in self.crew.clients:
+        # Liars last: they see what the others say.
+        for client in sorted(self.crew.clients, key=lambda client: client.name in self.liars):
             specialists[client.name] = client.train(number, before)
-            upload = uploads[client.name] = client.answer(spec, specialists[client.name]["weights"])
+            lie = self._lie(client.name, admitted, number) if client.name in self.liars else None
+            upload = uploads[client.name] = client.answer(spec, specialists[client.name]["weights"], lie)
             try:
                 admitted[client.name] = payload.admit(
                     self.session.run.read_bytes(upload["envelope"]),
@@ -98,6 +107,7 @@ class _Rounds:
             raise RoundError(
                 f"round {number}: {len(admitted)} valid answers, quorum {spec.quorum}: {reasons}"
             )
+        admitted = {name: admitted[name] for name in spec.clients if name in admitted}
         teacher = self._aggregate(admitted, number, spec, step)
         student = self._distil(teacher["log_probs"], number, step)
         downlink = len(request) + (teacher["feedback_bytes"] if number < self.session.config.rounds else 0)
@@ -139,6 +149,30 @@ class _Rounds:
             draws=settings.draws if settings.codec == "sampled" else 0,
         )
 
+    def _lie(
+        self, name: str, admitted: Mapping[str, payload.Answers], number: int
+    ) -> Callable[[Tensor], Tensor]:
+        """What the simulated attacker ``name`` makes of its own answers, knowing all honest ones."""
+        run, positions, attack = self.session.run, len(self.splits.proxy), self.liars[name]
+        honest = [
+            wire.expand(admitted[client.name], 0, positions)
+            for client in self.crew.clients
+            if client.name not in self.liars and client.name in admitted
+        ]
+        if not honest:
+            raise RoundError(f"round {number}: no honest client was admitted, so {name} has nothing to see")
+        before = teacher = None
+        if number > 1:
+            stored, first = f"rounds/001/payloads/{name}", self._spec(1)
+            sent = payload.admit(
+                run.read_bytes(f"{stored}.json"), run.read_bytes(f"{stored}.safetensors"), first, frozenset()
+            )
+            before = wire.expand(sent, 0, positions)
+            teacher = load_file(run.path(f"rounds/{number - 1:03d}/teacher.safetensors"))["log_probs"]
+        seed = derive(self.session.config.seed, "attack", number, name)
+        clients = len(self.crew.clients)
+        return lambda own: attack(Sight(own, honest, seed, clients, before, teacher))
+
     def _aggregate(
         self, admitted: Mapping[str, payload.Answers], number: int, spec: RoundSpec, step: str
     ) -> Json:
@@ -147,19 +181,33 @@ class _Rounds:
         if (record := run.done(name)) is not None:
             return record
         config = self.session.config.aggregation
-        answerers = [partial(wire.expand, answers) for answers in admitted.values()]
+        read = wire.codes if config.rule.of_codes else wire.expand
+        answerers = [partial(read, answers) for answers in admitted.values()]
+        labels = torch.from_numpy(self.splits.proxy.labels)
         # Of those who are in: where the only client that knows a class was refused, the others speak for it.
-        weights = aggregation.client_weights(
-            config.rule.weighting(),
-            [d for d in self.descriptions if d.client in admitted],
-            len(self.splits.label_names),
+        known = aggregation.Known(
+            names=tuple(admitted),
+            descriptions=tuple(d for d in self.descriptions if d.client in admitted),
+            labels=labels,
+            domains=_domains(self.splits.proxy),
+            memory=self.memory,
         )
         with self.session.show.step(f"round {number}: aggregate"), measure() as cost:
-            teacher, mass = aggregation.aggregate(
-                answerers, spec.positions, config.rule, weights, config.sharpen
+            weights = aggregation.weigh(config.rule.weighting(), answerers, spec.positions, known)
+            made = aggregation.aggregate(
+                answerers,
+                spec.positions,
+                config.rule,
+                weights,
+                sharpen=config.sharpen,
+                mix=config.mix,
+                known=known,
             )
-            labels = torch.from_numpy(self.splits.proxy.labels)
-            diagnostics = aggregation.diagnose(list(admitted), answerers, teacher, labels, mass)
+            teacher = made.teacher
+            assert isinstance(teacher, torch.Tensor), "these answers are dense"
+            diagnostics = aggregation.diagnose(
+                list(admitted), answerers, teacher, labels, made.mass, made.weights
+            )
         run.write_bytes(f"{name}.safetensors", save({"log_probs": teacher}))
         back = wire.feedback_spec(spec)
         seed = derive(self.session.config.seed, "draws", number, wire.SERVER)
@@ -172,6 +220,7 @@ class _Rounds:
             "log_probs": f"{name}.safetensors",
             "feedback_bytes": (len(feedback) + len(envelope)) if codistil else 0,
             "diagnostics": asdict(diagnostics),
+            "memory": made.memory,
             "cost": asdict(cost.cost),
         }
         return run.commit(
@@ -211,6 +260,14 @@ class _Rounds:
             student = f"rounds/{earlier:03d}/student.safetensors"
             if student not in keep:
                 run.remove(student)
+
+
+def _domains(proxy: TextSet) -> Tensor | None:
+    """Where each text is from, as small integers; ``None`` where that is not known."""
+    if proxy.sources is None:
+        return None
+    names = {name: index for index, name in enumerate(sorted(set(proxy.sources)))}
+    return torch.tensor([names[name] for name in proxy.sources])
 
 
 def _run_id(session: Session) -> str:

@@ -35,6 +35,14 @@ def expand(answers: payload.Answers, start: int, stop: int) -> Tensor:
     return torch.from_numpy(payload.expand(answers.rows(start, stop)))
 
 
+def codes(answers: payload.Answers, start: int, stop: int) -> Tensor:
+    """Rows of an admitted answer as rules read them that are taken on bytes: ``uint8 [n, V]``."""
+    chunk = answers.rows(start, stop)
+    if isinstance(chunk, payload.Dense):
+        return torch.from_numpy(chunk.codes.copy())  # what was admitted cannot be written to
+    return expand(answers, start, stop)
+
+
 def feedback_spec(spec: RoundSpec) -> RoundSpec:
     """The same question, answered by the server: what clients check the teacher against."""
     keys = tuple((name, key) for name, key in spec.keys if name == SERVER)
