@@ -25,6 +25,7 @@ import click
 import torch
 
 TARGETS = (80, 90, 100)
+SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,7 @@ def _topk() -> None:
                 triton.compress(torch.zeros(rows, vocab, dtype=dtype), k, 2.0, True)
     triton.compress(torch.zeros(4, 4000), 64, 2.0, False)
     triton.compress(torch.zeros(4, 128256), 64, 2.0, False)
+    triton.compress(torch.zeros(4, 128256, dtype=torch.bfloat16), 1024, 2.0, True)  # as many as it takes
 
 
 def _aggregation() -> None:
@@ -139,6 +141,7 @@ def _order_statistics() -> None:
             for trim in {1, (clients - 1) // 2}:
                 triton.trimmed(xs, trim)
     triton.trimmed([torch.zeros(4099)] * 5, 2)
+    triton.trimmed([torch.zeros(4096)] * 32, 15)  # as many as it takes
 
 
 def _around_median() -> None:
@@ -147,6 +150,7 @@ def _around_median() -> None:
     for clients in CLIENTS:
         for dtype in DTYPES:
             triton.around_median([torch.zeros(4096, dtype=dtype)] * clients, clients - 1)
+    triton.around_median([torch.zeros(4096)] * 32, 31)  # as many as it takes
 
 
 def _distances() -> None:
@@ -236,9 +240,13 @@ def _leaves(argument: Any, path: tuple[int, ...]) -> Iterator[tuple[tuple[int, .
         yield from _leaves(part, (*path, index))
 
 
-def of_triton(workers: int = 2, targets: tuple[int, ...] = TARGETS) -> list[Resources]:
-    """Of every launch of ``CASES``, for every target."""
+def of_triton(
+    workers: int = 2, targets: tuple[int, ...] = TARGETS, one_each: bool = False
+) -> list[Resources]:
+    """Of every launch of ``CASES``, or one of each kernel, for every target."""
     launches = list(triton_launches())
+    if one_each:
+        launches = list({launch.kernel.fn.__name__: (op, launch) for op, launch in launches}.values())
     context = multiprocessing.get_context(
         "fork"
     )  # the launches hold tensors and kernels, and stay where they are
@@ -333,7 +341,9 @@ def _place(mangled: str) -> tuple[str, str]:
         name = subprocess.run([filt, mangled], capture_output=True, text=True, check=True).stdout.strip()
         name = re.sub(r"\(anonymous namespace\)::|feddistill::|^void ", "", name)
         name = re.sub(r"\((?:[^()<>]|<.*?>)*\)$", "", name)
-    return "", name
+    kernel = base(name)
+    homes = (file.stem for file in SOURCES.glob("*.cu") if re.search(rf"\b{kernel}\(", file.read_text()))
+    return next(homes, ""), name
 
 
 def _order(row: Resources) -> tuple[Any, ...]:
@@ -350,13 +360,36 @@ def table(rows: list[Resources]) -> Iterator[str]:
         )
 
 
+def base(kernel: str) -> str:
+    """The name of a kernel without what it is compiled for."""
+    return re.split(r"[ <]", kernel, maxsplit=1)[0]
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """A table of the documents: kernels, with the most that any of their specialisations takes."""
+    kernels: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        kernels.setdefault((row["backend"], row["operator"], base(row["kernel"])), []).append(row)
+    targets = [f"sm_{target}" for target in TARGETS]
+    head = ["backend", "operator", "kernel", "compiled as", *(f"registers, {t}" for t in targets), "spills"]
+    lines = [f"| {' | '.join(head)} |", "|---|---|---|" + "--:|" * (len(head) - 3)]
+    for (backend, operator, kernel), found in sorted(kernels.items()):
+        of = {t: [row["registers"] for row in found if row["target"] == t] for t in targets}
+        count = len({row["kernel"] for row in found})
+        spills = sum(row["stack_bytes"] > 0 for row in found)
+        cells = [backend, operator, f"`{kernel}`", count, *(max(of[t]) for t in targets), spills]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), help="JSON file to write.")
 @click.option("--workers", default=2, show_default=True)
 @click.option("--target", "targets", type=int, multiple=True, default=TARGETS, show_default=True)
-def main(out: Path | None, workers: int, targets: tuple[int, ...]) -> None:
+@click.option("--one-each", is_flag=True, help="One specialisation of each Triton kernel.")
+def main(out: Path | None, workers: int, targets: tuple[int, ...], one_each: bool) -> None:
     """Compile every GPU kernel for sm_80, sm_90 and sm_100, and fail where one spills."""
-    rows = of_triton(workers, targets) + of_cuda()
+    rows = of_triton(workers, targets, one_each) + of_cuda()
     for line in table(rows):
         click.echo(line)
     spilled = sum(row.stack_bytes > 0 for row in rows)

@@ -60,13 +60,20 @@ def gpu() -> str:
     from bench.tables import of_gpu
 
     files = [json.loads(path.read_text()) for path in sorted((ROOT / "bench" / "results").glob("gpu-*.json"))]
-    measured = [found for found in files if "cases" in found]  # others say what the compilers do
-    if not measured:
+    if not files:
         return (
             "**Not yet measured on a GPU**: there is no result file of one, and so no figure. "
             "`bench/gpu.sh` writes one."
         )
-    return "\n\n".join(of_gpu(found) for found in measured)
+    return "\n\n".join(of_gpu(found) for found in files)
+
+
+def resources() -> str:
+    """What the compilers say of the GPU kernels, from ``python -m bench.resources``."""
+    sys.path.insert(0, str(ROOT))
+    from bench.resources import markdown
+
+    return markdown(json.loads((ROOT / "bench" / "results" / "resources.json").read_text())["kernels"])
 
 
 def rules() -> str:
@@ -113,7 +120,7 @@ def robustness() -> str:
 
 TABLES = {
     "README.md": {"quickstart": quickstart, "kernels": kernels, "gpu": gpu},
-    "docs/gpu.md": {"gpu": gpu},
+    "docs/gpu.md": {"gpu": gpu, "resources": resources},
     "docs/aggregation.md": {"rules": rules, "attacks": attacks, "robustness": robustness},
 }
 

@@ -1,5 +1,6 @@
 """The command line, as a person uses it: in a process of its own."""
 
+import json
 import subprocess
 import sys
 import time
@@ -70,6 +71,17 @@ def test_check_reads_the_data_and_shows_the_skew():
     assert done.returncode == 0, done.stderr
     assert "client-3" in done.stdout
     assert "non-IID" in done.stdout
+
+
+def test_plan_says_what_a_run_would_cost_and_writes_nothing(tiny_file, tmp_path):
+    there = set(tmp_path.iterdir())
+    done = feddistill("plan", tiny_file, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "FedAvg" in done.stdout
+    assert "clients_train" in done.stdout
+    assert set(tmp_path.iterdir()) == there
+    found = json.loads(feddistill("plan", tiny_file, "--json").stdout)
+    assert found["bytes"]["codecs"][found["bytes"]["chosen"]]["upload"] > 0
 
 
 def test_kernels_says_what_runs_here():

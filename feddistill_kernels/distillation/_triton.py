@@ -16,9 +16,11 @@ from feddistill_kernels.distillation import _triton_kernels as kernels
 
 __all__ = ["missing", "rows", "scale_into"]
 
-BLOCK = 2048
-"""Columns worked on at once by ``WARPS`` warps, 8 a thread: 55 registers for forward KL, where 16 take 86."""
 WARPS = 8
+"""The most of a program; a narrow row takes fewer."""
+COLUMNS = {"skew_forward_kl": 4}
+"""That a thread works on at once, by kind; else 8: 55 registers for forward KL, where 16 take 86.  Eight of
+``skew_forward_kl`` spill on sm_100."""
 
 MOST_PARTS = 64
 
@@ -122,8 +124,9 @@ def _launch_rows(
 ) -> None:
     """A program a row where rows are many, else as many programs a row as the GPU can take."""
     n, width = student.shape
-    block = min(power_of_two(width), BLOCK)
-    warps = max(1, block * WARPS // BLOCK)
+    columns = 32 * COLUMNS.get(flags["KIND"], 8)
+    block = min(power_of_two(width), columns * WARPS)
+    warps = max(1, block // columns)
     blocks = -(-vocab // block)
     parts = min(blocks, MOST_PARTS, -(-2 * processors(student) // n))
     kd, ce, kd_slope, c, beta = settings
