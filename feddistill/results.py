@@ -51,6 +51,7 @@ def summarise(
         "metrics": metrics,
         "selected_round": next(r["round"] for r in rounds if r["student"] == student),
         "student_weights": student["weights"],
+        "ledger": found["feddistill"]["ledger"],
         "by_round": by_round(found),
         "bytes": {
             "uplink": uplink,

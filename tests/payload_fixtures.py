@@ -41,6 +41,7 @@ def spec(codec, vocab_size, k, **more):
 
 ENROLLED = {
     "deadline": DEADLINE,
+    "previous": "5a" * 32,
     "keys": tuple((name, KEYS[name].public) for name in ("north", "south")),
 }
 PLAIN = {

@@ -54,6 +54,8 @@ MODULES = {
     "methods": BELOW_METHODS,
     "results": {"attacks", "config", "rules", "store", "types"},
     "planning": BELOW_METHODS | {"methods", "results"},
+    "revision": BELOW_METHODS | {"experiment", "methods"},
+    "verification": BELOW_METHODS | {"methods", "revision"},
     "report": {"data", "errors", "store"},
     "experiment": BELOW_METHODS | {"methods", "planning", "results"},
     "__init__": set(),

@@ -62,8 +62,12 @@ class Config(Setting):
     def _fits_together(self) -> Self:
         clients = getattr(self.data.partition, "clients", None)
         if clients is not None:
-            self.aggregation.check(clients)
-            liars(self.simulate.attack, [f"client-{index}" for index in range(clients)])
+            names = [f"client-{index}" for index in range(clients)]
+            present = [name for name in names if name not in self.data.absent]
+            if not present:
+                raise ConfigError("data.absent names every client")
+            self.aggregation.check(len(present))
+            liars(self.simulate.attack, present)
         rule = self.aggregation.rule
         if self.payload.codec == "sampled" and rule.kind != "mean_probs":
             raise ConfigError(

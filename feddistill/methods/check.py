@@ -35,6 +35,6 @@ def check(config: Config, splits: Splits) -> None:
         )
     if "public_only" in config.baselines and not (splits.proxy.labels != UNLABELLED).any():
         raise ConfigError("baselines: public_only needs labels, but data.proxy.labelled is 0")
-    for index, model in enumerate(config.clients.models[:clients]):
+    for index, model in enumerate(config.clients.models[: max(splits.places) + 1]):
         models.build(model, classes, 0, f"clients.models.{index}")
     models.build(config.student.model, classes, 0, "student.model")

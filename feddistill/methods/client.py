@@ -13,26 +13,26 @@ from feddistill.config.training import TrainingConfig
 from feddistill.methods import wire
 from feddistill.methods.learner import Learner, Session, later, lessons_of
 from feddistill.seeds import derive, generator
-from feddistill.store import Json
+from feddistill.store import Json, RunDirectory
 from feddistill.training import NO_LABEL, Lessons
-from feddistill.types import ClientDescription, RoundSpec, TextSet
+from feddistill.types import ClientDescription, Cost, RoundSpec, TextSet
 
 
 class Client:
     """One institution: its private texts, and the model that it works with."""
 
-    def __init__(self, session: Session, private: TextSet, crew: "Crew", position: int):
+    def __init__(self, session: Session, private: TextSet, crew: "Crew", place: int):
         self.session = session
         self.config = session.config
         self.private = private
         self.name = private.name
         self._crew = crew
-        self._position = position
+        self._place = place
 
     @property
     def learner(self) -> Learner:
         """Shared with the other clients of this architecture: one of them works at a time."""
-        return self._crew.learner(self._position)
+        return self._crew.learner(self._place)
 
     def describe(self) -> ClientDescription:
         """What it tells of itself: no more than the rule needs."""
@@ -94,15 +94,7 @@ class Client:
             content = payload.encode(answers, spec, self.name)
             envelope = payload.seal(content, spec, self.name)
             cost.flops = learner.meter.flops - before
-        run.write_bytes(f"{name}.safetensors", content)
-        run.write_bytes(f"{name}.json", envelope)
-        record = {
-            "payload": f"{name}.safetensors",
-            "envelope": f"{name}.json",
-            "bytes": len(content) + len(envelope),
-            "cost": asdict(cost.cost),
-        }
-        return run.commit(name, record, [record["payload"], record["envelope"]])
+        return store_upload(run, name, content, envelope, cost.cost)
 
     def _lessons(self, number: int, asked: RoundSpec) -> Lessons:
         """Private texts with their labels and, co-distilling, proxy texts with the last teacher's answers."""
@@ -143,6 +135,19 @@ class Client:
         return training.steps_of(self._settings(number), len(self.private) + digested)
 
 
+def store_upload(run: RunDirectory, name: str, content: bytes, envelope: bytes, cost: Cost) -> Json:
+    """Keep what a client sent as the step ``name``."""
+    run.write_bytes(f"{name}.safetensors", content)
+    run.write_bytes(f"{name}.json", envelope)
+    record: Json = {
+        "payload": f"{name}.safetensors",
+        "envelope": f"{name}.json",
+        "bytes": len(content) + len(envelope),
+        "cost": asdict(cost),
+    }
+    return run.commit(name, record, [record["payload"], record["envelope"]])
+
+
 class Crew:
     """All clients, with one model in memory for each architecture, whatever the number of clients."""
 
@@ -150,14 +155,14 @@ class Crew:
         self._session = session
         self._learners: dict[int, Learner] = {}
         self.clients = tuple(
-            Client(session, private, self, position)
-            for position, private in enumerate(session.splits.private)
+            Client(session, private, self, place)
+            for place, private in zip(session.splits.places, session.splits.private, strict=True)
         )
 
-    def learner(self, position: int) -> Learner:
-        """The model of the client at ``position``; architectures are dealt out in turn."""
+    def learner(self, place: int) -> Learner:
+        """The model of the client at ``place`` of the partition; architectures are dealt out in turn."""
         models = self._session.config.clients.models
-        index = position % len(models)
+        index = place % len(models)
         if index not in self._learners:
             self._learners[index] = Learner(self._session, models[index], f"clients.models.{index}")
         return self._learners[index]

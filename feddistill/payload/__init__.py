@@ -18,23 +18,27 @@ from feddistill.payload.answers import (
     quantise_topk,
     unigram_spread,
 )
-from feddistill.payload.envelope import VERSION, Envelope, seal
+from feddistill.payload.envelope import VERSION, Envelope, digest, seal
+from feddistill.payload.ledger import Entry, parse_entries
 from feddistill.payload.request import canonical, fingerprint, parse_spec, spec_digest
 
 __all__ = [
     "VERSION",
     "Answers",
     "Dense",
+    "Entry",
     "Envelope",
     "Ranked",
     "Sampled",
     "admit",
     "bound",
     "canonical",
+    "digest",
     "encode",
     "expand",
     "fingerprint",
     "max_code_of",
+    "parse_entries",
     "parse_spec",
     "quantise_dense",
     "quantise_sampled",
