@@ -21,7 +21,8 @@ def inspect(payload: Path, spec: Path | None, envelope: Path | None, rows: int, 
     """Show what PAYLOAD says, and refuse it where it is not well-formed.
 
     Whether it answers a certain round, the round's request says: with --spec (a run keeps it as
-    rounds/NNN/spec.json) the checks of that round's server are made, but that for a second submission.
+    rounds/NNN/spec.json) the checks of that round's server are made, but those for a second submission and
+    for the time.
     """
     import numpy as np
     from rich.console import Console
@@ -43,8 +44,9 @@ def inspect(payload: Path, spec: Path | None, envelope: Path | None, rows: int, 
     if spec is not None:
         request = payloads.parse_spec(content_of(spec))
         vouching = content_of(envelope or payload.with_suffix(".json"))
-        payloads.admit(vouching, content, request, frozenset())
-        verdict = f"well-formed, and answers round {request.round} of run {request.run_id!a}"
+        payloads.admit(vouching, content, request, frozenset(), now=0)
+        signed = "signed" if request.keys else "not signed: the round enrolled no keys"
+        verdict = f"well-formed, and answers round {request.round} of run {request.run_id!a} ({signed})"
     answers, metadata = payloads.read(content)
     console = Console(highlight=False, markup=False, emoji=False)
     size = f"{len(content)} bytes, {len(content) / len(answers):.1f} an answer"
@@ -56,13 +58,15 @@ def inspect(payload: Path, spec: Path | None, envelope: Path | None, rows: int, 
     for row in range(min(rows, len(answers))):
         one = answers.rows(row, row + 1)
         if isinstance(one, payloads.Dense):
-            kept, tail = one.log_probs()[0], None
+            kept, tail, count = one.log_probs()[0], None, one.k
             ids = np.argsort(-kept, kind="stable")[:top]
             shown = [(int(i), float(kept[i])) for i in ids]
         else:
             log_probs, tails = one.log_probs()
-            shown = list(zip(one.ids[0][:top].tolist(), log_probs[0][:top].tolist(), strict=True))
-            tail = float(tails[0])
+            count = one.k if (lengths := getattr(one, "lengths", None)) is None else int(lengths[0])
+            shown = list(zip(one.ids[0][:count].tolist(), log_probs[0][:count].tolist(), strict=True))
+            shown = sorted(shown, key=lambda entry: -entry[1])[:top]
+            tail = float(np.logaddexp.reduce([*tails, *log_probs[0][count:]]))
         entries = ", ".join(f"{i}: {np.exp(value):.3f}" for i, value in shown)
-        rest = "" if tail is None else f"; all but the {one.codes.shape[1]} kept: {np.exp(tail):.3f}"
+        rest = "" if tail is None else f"; all but the {count} kept: {np.exp(tail):.3f}"
         console.print(f"answer {row}: {entries}{rest}", soft_wrap=True)

@@ -37,12 +37,13 @@ def train(
     settings = configuration.load(out / "config.yaml" if stored and out else config, overrides)
 
     from feddistill.progress import Quiet, Terminal
+    from feddistill.store import free
 
     show = Quiet() if quiet else Terminal()
     with show.step("load torch and transformers"):  # seconds; a wrong setting has not waited for it
         from feddistill import experiment, report
 
-    out = out or _free(Path("runs") / settings.name)
+    out = out or free(Path("runs") / settings.name)
     show.say(f"run: {out}")
     result = experiment.run(settings, out, resume=resume, show=show)
     with show.step("write the report"):
@@ -50,12 +51,3 @@ def train(
     if not quiet:
         report.print_table(result)
         click.echo(f"report: {page}")
-
-
-def _free(path: Path) -> Path:
-    """``path``, or the first of ``path-2``, ``path-3``, ... that does not exist."""
-    number, candidate = 1, path
-    while candidate.exists():
-        number += 1
-        candidate = path.with_name(f"{path.name}-{number}")
-    return candidate

@@ -76,9 +76,52 @@ def resources() -> str:
     return markdown(json.loads((ROOT / "bench" / "results" / "resources.json").read_text())["kernels"])
 
 
+def rules() -> str:
+    """Every rule of the table, in its own words."""
+    sys.path.insert(0, str(ROOT))
+    from feddistill.rules import RULES
+
+    lines = [
+        "| rule | teacher | liars of ten | range | needs | secure sums |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, kind in RULES.items():
+        rule = kind()
+        words = " ".join((kind.__doc__ or "").split("\n\n")[0].replace("``", "`").split()).replace("|", "/")
+        cells = (
+            str(rule.tolerates(10)),
+            "yes" if rule.in_range else "",
+            ", ".join(sorted(rule.needs())),
+            "yes" if rule.secure_sums() else "",
+        )
+        lines.append(f"| `{name}` | {words} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def attacks() -> str:
+    """Every attack, in its own words."""
+    sys.path.insert(0, str(ROOT))
+    from feddistill.attacks import ATTACKS
+
+    lines = ["| attack | what is sent |", "|---|---|"]
+    for name, kind in ATTACKS.items():
+        words = " ".join((kind.__doc__ or "").split("\n\n")[0].replace("``", "`").split())
+        lines.append(f"| `{name}` | {words} |")
+    return "\n".join(lines)
+
+
+def robustness() -> str:
+    """Rules against attacks, from ``python -m bench.robustness``."""
+    sys.path.insert(0, str(ROOT))
+    from bench.heatmap import table
+
+    return table(json.loads((ROOT / "bench" / "results" / "robustness.json").read_text()))
+
+
 TABLES = {
     "README.md": {"quickstart": quickstart, "kernels": kernels, "gpu": gpu},
     "docs/gpu.md": {"gpu": gpu, "resources": resources},
+    "docs/aggregation.md": {"rules": rules, "attacks": attacks, "robustness": robustness},
 }
 
 

@@ -16,9 +16,10 @@ from feddistill.config import Config
 from feddistill.config.data import FileSource
 from feddistill.errors import ConfigError, RunError
 from feddistill.evaluation import classification
+from feddistill.methods import feddistill as federation
 from feddistill.methods.learner import Learner, Session
 from feddistill.progress import Quiet, Show
-from feddistill.store import CONFIG, RESULT, Json, RunDirectory
+from feddistill.store import CONFIG, PROVENANCE, RESULT, Json, RunDirectory
 from feddistill.types import Splits
 
 SKEW = "data/skew.json"
@@ -61,10 +62,26 @@ def run(config: Config, out: Path, *, resume: bool = False, show: Show | None = 
         found = {name: _method(session, name) for name in ("feddistill", *config.baselines)}
         _tidy(directory, config)
         result = results.summarise(config, splits, skew.non_iid, found, environment(config))
+        if directory.path(PROVENANCE).exists():
+            result["provenance"] = directory.read_json(PROVENANCE)
         result["seconds"]["this_process"] = round(time.perf_counter() - start, 3)
         result["peak_memory_bytes"] = max(result["peak_memory_bytes"], peak_memory_bytes())
         directory.write_json(RESULT, result)
         return directory.read_json(RESULT)
+    finally:
+        directory.close()
+
+
+def decide(out: Path, show: Show | None = None) -> list[Json]:
+    """What each round of the run in ``out`` decides, without a student: see ``methods.feddistill.decide``."""
+    show = show or Quiet()
+    config = stored_config(out)
+    directory = RunDirectory.open(out)
+    try:
+        _prepare(config)
+        splits = check(config, show)
+        _same_data(splits, directory)
+        return federation.decide(Session(config, splits, directory, show))
     finally:
         directory.close()
 

@@ -3,7 +3,7 @@
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -13,16 +13,16 @@ from torch import nn
 
 from feddistill import models, payload, training
 from feddistill.accounting import peak_memory_bytes
-from feddistill.aggregation import CHUNK
+from feddistill.aggregation.answers import CHUNK
 from feddistill.batches import pad
 from feddistill.config import Config
-from feddistill.config.training import TrainingConfig
+from feddistill.config.training import PayloadConfig, TrainingConfig
 from feddistill.methods.centralized import pool
 from feddistill.methods.check import DENSE_CLASSES
+from feddistill.methods.feddistill import request
 from feddistill.methods.learner import Learner, Session, labels_of
 from feddistill.progress import Quiet, Show
 from feddistill.results import proxy_bytes
-from feddistill.seeds import derive
 from feddistill.store import Json, RunDirectory
 from feddistill.training import Lessons
 from feddistill.types import UNLABELLED, RoundSpec, Splits, TextSet
@@ -69,7 +69,7 @@ def plan(config: Config, splits: Splits, show: Show | None = None) -> Json:
 
 def _plan(session: Session) -> Json:
     config, splits = session.config, session.splits
-    count = min(len(config.clients.models), len(splits.private))
+    count = min(len(config.clients.models), max(splits.places) + 1)
     learners = [
         Learner(session, model, f"clients.models.{index}")
         for index, model in enumerate(config.clients.models[:count])
@@ -99,9 +99,7 @@ def _plan(session: Session) -> Json:
             "training": peak_memory_bytes(),
             "aggregation": 3
             * FLOAT
-            * len(splits.private)
-            * min(CHUNK, len(splits.proxy))
-            * len(splits.label_names),
+            * min(CHUNK, len(splits.private) * len(splits.proxy) * len(splits.label_names)),
         },
         "disk_bytes": _disk(session, learners, student, sent["codecs"][_chosen(config)]["upload"]),
     }
@@ -111,8 +109,8 @@ def _jobs(session: Session, learners: list[Learner], student: Learner) -> Iterat
     """As the methods go about it: see ``feddistill.methods``."""
     config, splits = session.config, session.splits
     rounds = config.rounds
-    for position, private in enumerate(splits.private):
-        learner = learners[position % len(learners)]
+    for place, private in zip(splits.places, splits.private, strict=True):
+        learner = learners[place % len(config.clients.models)]
         own, proxy = learner.tokens(private), learner.tokens(splits.proxy)
         digest = config.clients.codistillation
         settings = config.clients.training
@@ -214,16 +212,11 @@ def _bytes(session: Session, student: Learner) -> Json:
     config, splits = session.config, session.splits
     clients, rows, classes = len(splits.private), len(splits.proxy), len(splits.label_names)
     codecs = {}
-    for codec, k in _codecs(config, classes):
-        spec = _spec(session, codec, k)
-        if codec == "dense":
-            answers: payload.Answers = payload.Dense(np.zeros((rows, classes), np.uint8))
-        else:
-            codes = np.zeros((rows, k), np.uint8)
-            answers = payload.Ranked(np.zeros((rows, k), np.int32), codes, codes[:, 0], classes)
-        content = payload.encode(answers, spec, spec.clients[0])
+    for name, settings in _codecs(config, classes).items():
+        spec = _spec(session, settings)
+        content = payload.encode(_empty(spec), spec, spec.clients[0])
         upload = len(content) + len(payload.seal(content, spec, spec.clients[0]))
-        codecs[codec if codec == "dense" else f"{codec} k={k}"] = {
+        codecs[name] = {
             "upload": upload,
             "a_text": round(upload / rows, 2),
             "all_rounds_and_clients": upload * clients * config.rounds,
@@ -248,34 +241,43 @@ def _bytes(session: Session, student: Learner) -> Json:
     }
 
 
+def _empty(spec: RoundSpec) -> payload.Answers:
+    """Answers of the size that every answer to ``spec`` has, but for what zstd takes off it."""
+    rows, k = spec.positions, spec.k
+    codes = np.zeros((rows, k), np.uint8)
+    if spec.codec == "dense":
+        return payload.Dense(codes)
+    ids = np.zeros((rows, k), np.int32)
+    if spec.codec == "sampled":
+        return payload.Sampled(ids, codes, spec.draws, spec.vocab_size)
+    lengths = np.full(rows, k, np.uint16) if spec.codec == "threshold" else None
+    return payload.Ranked(ids, codes, codes[:, 0], spec.vocab_size, lengths)
+
+
 def _chosen(config: Config) -> str:
-    return "dense" if config.payload.codec == "dense" else f"{config.payload.codec} k={config.payload.k}"
+    """What the table calls the configured codec."""
+    settings = config.payload
+    size = {"dense": "", "sampled": f" draws={settings.draws}"}.get(settings.codec, f" k={settings.k}")
+    return f"{settings.codec}{size}{', zstd: at most' if settings.compression == 'zstd' else ''}"
 
 
-def _codecs(config: Config, classes: int) -> list[tuple[str, int]]:
+def _codecs(config: Config, classes: int) -> dict[str, PayloadConfig]:
     """The configured one and, for comparison, the others at their usual settings."""
-    found = [("dense", classes)] if classes <= DENSE_CLASSES else []
-    sizes = {k for k in (16, 64) if k <= classes}
-    if config.payload.codec != "dense":
-        sizes.add(config.payload.k)
-    return found + [("topk", k) for k in sorted(sizes)]
+    usual = [PayloadConfig(codec="topk", k=k) for k in (16, 64) if k <= classes]
+    if classes <= DENSE_CLASSES:
+        usual.insert(0, PayloadConfig())
+    found = {_chosen(config): config.payload}
+    for settings in usual:
+        found.setdefault(_chosen(config.model_copy(update={"payload": settings})), settings)
+    return found
 
 
-def _spec(session: Session, codec: str, k: int) -> RoundSpec:
-    config, splits = session.config, session.splits
-    return RoundSpec(
-        run_id="0" * 16,
-        round=1,
-        proxy_digest=splits.proxy.digest(),
-        positions=len(splits.proxy),
-        vocab_size=len(splits.label_names),
-        vocab_fingerprint=payload.fingerprint(splits.label_names),
-        codec=codec,
-        k=k,
-        nonce=f"{derive(config.seed, 'plan'):08x}",
-        quorum=1,
-        clients=tuple(private.name for private in splits.private),
-    )
+def _spec(session: Session, settings: PayloadConfig) -> RoundSpec:
+    """As a run would ask, without compression: a bound then, as answers decide what it takes off."""
+    plain = settings.model_copy(update={"compression": "none"})
+    config = session.config.model_copy(update={"payload": plain})
+    quorum = config.aggregation.quorum or len(session.splits.private)
+    return request(replace(session, config=config), 1, quorum=quorum, previous="")
 
 
 def _lora_parameters(model: nn.Module) -> int:
@@ -297,7 +299,7 @@ def _disk(session: Session, learners: list[Learner], student: Learner, upload: i
     clients, rows, classes = len(splits.private), len(splits.proxy), len(splits.label_names)
     whole = config.keep_checkpoints == "all"
     rounds = config.rounds
-    kept = [learners[position % len(learners)] for position in range(clients)]
+    kept = [learners[place % len(config.clients.models)] for place in splits.places]
     specialists = sum(map(_size, kept)) * (rounds if whole else min(rounds, 3))
     students = _size(student) * (rounds if whole else min(rounds, 2))
     baselines = _size(student) * rounds * len({"public_only", "centralized"} & set(config.baselines))

@@ -4,7 +4,9 @@ import json
 from collections.abc import Iterable, Mapping
 from statistics import fmean, pstdev
 
+from feddistill.attacks import liars
 from feddistill.config import Config, digest
+from feddistill.rules import ASSUMED
 from feddistill.store import Json
 from feddistill.types import Splits
 
@@ -49,6 +51,7 @@ def summarise(
         "metrics": metrics,
         "selected_round": next(r["round"] for r in rounds if r["student"] == student),
         "student_weights": student["weights"],
+        "ledger": found["feddistill"]["ledger"],
         "by_round": by_round(found),
         "bytes": {
             "uplink": uplink,
@@ -67,6 +70,12 @@ def summarise(
         },
         "peak_memory_bytes": max(int(phase["peak_memory_bytes"]) for phase in phases.values()),
         "teacher": [{"round": r["round"], **r["teacher"]["diagnostics"]} for r in rounds],
+        "trust": trust(config, [private.name for private in splits.private]),
+        "duplicates": {
+            str(r["round"]): r["teacher"]["diagnostics"]["duplicates"]
+            for r in rounds
+            if r["teacher"]["diagnostics"]["duplicates"]
+        },
         "refused": {str(r["round"]): r["refused"] for r in rounds if r["refused"]},
         "collapsed": {
             str(r["round"]): r["teacher"]["diagnostics"]["collapsed"]
@@ -74,6 +83,24 @@ def summarise(
             if r["teacher"]["diagnostics"]["collapsed"]
         },
         "environment": environment,
+    }
+
+
+def trust(config: Config, names: list[str]) -> Json:
+    """What the aggregation assumes of the clients ``names``, and what it does not hold against."""
+    rule, lying = config.aggregation.rule, liars(config.simulate.attack, names)
+    warnings = []
+    if rule.weighting() == "confidence":
+        warnings.append("Weights by confidence are an attack vector: whoever is sure of everything leads.")
+    if rule.weighting() in ("size", "class_counts"):
+        warnings.append("Sizes and class counts are what clients say of themselves; nobody checks them.")
+    return {
+        "rule": rule.kind,
+        "clients": len(names),
+        "tolerates": rule.tolerates(len(names)),
+        "assumed": ASSUMED,
+        "warnings": warnings,
+        "simulated_attacks": {name: attack.kind for name, attack in lying.items()},
     }
 
 

@@ -36,3 +36,8 @@ class Setting(BaseModel):
                         },
                     )
         return value
+
+
+def named(value: Any) -> Any:
+    """``rule: median`` is short for ``rule: {kind: median}``."""
+    return {"kind": value} if isinstance(value, str) else value

@@ -20,6 +20,8 @@ Json = dict[str, Any]
 
 CONFIG = "config.yaml"
 RESULT = "result.json"
+PROVENANCE = "provenance.json"
+"""Of a run that was decided anew from what another one stored: which one, and what is different."""
 LOCK = ".lock"
 
 
@@ -103,20 +105,11 @@ class RunDirectory:
 
     def read_bytes(self, name: str) -> bytes:
         """Read a file of this run."""
-        try:
-            return self.path(name).read_bytes()
-        except OSError as error:
-            raise RunError(f"cannot read {self.path(name)}: {error.strerror}") from None
+        return _read(self.path(name))
 
     def read_json(self, name: str) -> Json:
         """Read a JSON object of this run."""
-        try:
-            content = json.loads(self.read_bytes(name))
-        except ValueError as error:
-            raise RunError(f"{self.path(name)} is damaged: {error}") from None
-        if not isinstance(content, dict):
-            raise RunError(f"{self.path(name)} is damaged: not a JSON object")
-        return content
+        return read_object(self.path(name))
 
     def commit(self, step: str, content: Json, files: Iterable[str] = ()) -> Json:
         """Record ``step`` as done, with what it found and the files that it vouches for."""
@@ -140,6 +133,29 @@ class RunDirectory:
                 )
         return self._content(step)
 
+    def steps(self, under: str) -> list[str]:
+        """The steps that are recorded in a folder, in the order of their names."""
+        records = self.path("records")
+        found = self.path(f"records/{under}").glob("*.json")
+        return sorted(str(path.relative_to(records).with_suffix("")) for path in found)
+
+    def adopt(self, other: "RunDirectory", step: str) -> None:
+        """Take over a step of another run, with those of its files that have not been tidied away there.
+
+        Files are linked, where the file system allows it: neither run ever writes into one.
+        """
+        record = other.read_json(_record(step))
+        there = {name: vouched for name, vouched in record["files"].items() if other.path(name).exists()}
+        for name, (size, digest) in there.items():
+            if other.path(name).stat().st_size != size or _hash(other.path(name)) != digest:
+                raise RunError(f"{other.path(name)} is damaged: it is not what {step} wrote")
+            self.adopt_file(other, name)
+        self.write_json(_record(step), {"content": record["content"], "files": there})
+
+    def adopt_file(self, other: "RunDirectory", name: str) -> None:
+        """Take over one file of another run."""
+        self.write(name, lambda partial: _link(other.path(name), partial))
+
     def _content(self, step: str) -> Json:
         content: Json = self.read_json(_record(step))["content"]
         return content
@@ -151,6 +167,44 @@ class RunDirectory:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+
+
+def free(path: Path) -> Path:
+    """``path``, or the first of ``path-2``, ``path-3``, ... that does not exist."""
+    number, candidate = 1, path
+    while candidate.exists():
+        number += 1
+        candidate = path.with_name(f"{path.name}-{number}")
+    return candidate
+
+
+def read_object(path: Path) -> Json:
+    """A JSON object that stands in a file.
+
+    Raises:
+        RunError: The file cannot be read, or holds something else.
+    """
+    try:
+        content = json.loads(_read(path))
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"{path} is damaged: {error}") from None
+    if not isinstance(content, dict):
+        raise RunError(f"{path} is damaged: not a JSON object")
+    return content
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise RunError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        target.hardlink_to(source)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(source, target)
 
 
 def _is_nothing(path: Path) -> bool:

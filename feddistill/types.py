@@ -69,6 +69,8 @@ class Splits:
     """The public texts that everyone answers. Labels: those that the server knows, else ``UNLABELLED``."""
     validation: TextSet
     test: TextSet
+    places: tuple[int, ...]
+    """Where each client stands in the partition, those counted that are absent."""
 
     @property
     def label_names(self) -> tuple[str, ...]:
@@ -117,7 +119,19 @@ class RoundSpec:
     """Hash of the ordered classes, or of the tokenizer."""
     codec: str
     k: int
+    """Entries a row has at most; ``vocab_size`` where all are sent."""
     nonce: str
     quorum: int
     clients: tuple[str, ...] = field(default=())
     """Who may answer."""
+    compression: str = "none"
+    max_code: int = 255
+    """Codec ``threshold``: entries of larger codes are left out."""
+    draws: int = 0
+    """Codec ``sampled``: what a row's counts add up to."""
+    deadline: int | None = None
+    """When the round closes, in seconds since 1970 (UTC); ``None``: never, and nothing expires."""
+    previous: str = ""
+    """Head of the ledger after the last round; nothing in the first. Who signs an answer signs it too."""
+    keys: tuple[tuple[str, str], ...] = field(default=())
+    """``(client, public key)``, enrolled; empty: envelopes are unsigned, and the transport is trusted."""

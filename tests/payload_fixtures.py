@@ -1,22 +1,28 @@
-"""Honest payloads, golden files and hostile ones, for ``test_payload.py``."""
+"""Honest payloads, golden files and hostile ones, for the tests of the payload and ``fuzz_payload.py``."""
 
 import json
+import pickle
 import struct
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 
-from feddistill import payload
-from feddistill.payload import container, refusals
+from feddistill import keys, payload
+from feddistill.payload import container, envelope, frames, refusals
+from feddistill.payload.admission import metadata_of
+from feddistill.payload.codecs import tensors_of
 from feddistill.payload.request import canonical_json
 from feddistill.types import RoundSpec
 
 GOLDEN = Path(__file__).parent / "golden"
 TEXTS = 5
+NOW, DEADLINE = 1_800_000_000, 1_800_003_600
+KEYS = {name: keys.PrivateKey(bytes([number]) * 32) for number, name in enumerate(("north", "south", "east"))}
 
 
-def spec(codec, vocab_size, k):
+def spec(codec, vocab_size, k, **more):
     return RoundSpec(
         run_id="0123456789abcdef",
         round=3,
@@ -29,14 +35,30 @@ def spec(codec, vocab_size, k):
         nonce="00c0ffee",
         quorum=2,
         clients=("north", "south"),
+        **more,
     )
 
 
-SPECS = {
+ENROLLED = {
+    "deadline": DEADLINE,
+    "previous": "5a" * 32,
+    "keys": tuple((name, KEYS[name].public) for name in ("north", "south")),
+}
+PLAIN = {
     "dense": spec("dense", 7, 7),
     "topk": spec("topk", 1000, 4),
+    "threshold": spec("threshold", 1000, 9, max_code=40),
+    "sampled": spec("sampled", 1000, 20, draws=20),
+}
+SPECS = {
+    **PLAIN,
+    **{f"{name}-zstd": replace(plain, compression="zstd") for name, plain in PLAIN.items()},
+    **{f"{name}-signed": replace(plain, **ENROLLED) for name, plain in PLAIN.items()},
     "topk-wide": spec("topk", 100_000, 4),
+    "topk-wide-zstd-signed": spec("topk", 100_000, 4, compression="zstd", **ENROLLED),
     "topk-whole": spec("topk", 7, 7),
+    "threshold-whole": spec("threshold", 7, 7, max_code=60),
+    "sampled-whole": spec("sampled", 7, 7, draws=20),
 }
 
 
@@ -45,40 +67,62 @@ def log_probs(vocab_size, texts=TEXTS):
     return (logits - np.log(np.exp(logits).sum(1, keepdims=True))).astype(np.float32)
 
 
+@cache
 def answers_to(asked):
     full = log_probs(asked.vocab_size, asked.positions)
     if asked.codec == "dense":
         return payload.quantise_dense(full)
+    if asked.codec == "sampled":
+        return drawn(asked, full)
     ids = np.argsort(-full, axis=1, kind="stable")[:, : asked.k].astype(np.int32)
     kept = np.take_along_axis(full, ids, 1)
     rest = np.exp(full.astype(np.float64)).sum(1) - np.exp(kept.astype(np.float64)).sum(1)
     with np.errstate(divide="ignore"):
         tail = np.log(np.maximum(rest, 0)).astype(np.float32)
+    if asked.codec == "threshold":
+        return payload.quantise_threshold(ids, kept, tail, asked.vocab_size, asked.max_code)
     return payload.quantise_topk(ids, kept, tail, asked.vocab_size)
+
+
+def drawn(asked, full):
+    random = np.random.default_rng(1)
+    counts = np.stack([random.multinomial(asked.draws, row / row.sum()) for row in np.exp(np.float64(full))])
+    # Those that were drawn, and the lowest others: the order that a stable sort leaves.
+    ids = np.argsort(counts == 0, axis=1, kind="stable")[:, : asked.k]
+    with np.errstate(divide="ignore"):
+        log_q = np.log(np.take_along_axis(counts, ids, 1) / asked.draws)
+    return payload.quantise_sampled(
+        ids.astype(np.int32), log_q.astype(np.float32), asked.draws, asked.vocab_size
+    )
 
 
 def sent(asked, client="north"):
     content = payload.encode(answers_to(asked), asked, client)
-    return payload.seal(content, asked, client), content
+    return payload.seal(content, asked, client, key=KEYS[client] if asked.keys else None), content
 
 
 def write_golden():
     """Makes the committed files anew: only for a new version of the format."""
     for name, asked in SPECS.items():
-        envelope, content = sent(asked)
-        (GOLDEN / f"{name}.json").write_bytes(envelope)
+        sealed, content = sent(asked)
+        (GOLDEN / f"{name}.json").write_bytes(sealed)
         (GOLDEN / f"{name}.safetensors").write_bytes(content)
 
 
 def equal(a, b):
-    if isinstance(a, payload.Dense):
-        return np.array_equal(a.codes, b.codes)
-    return all(np.array_equal(getattr(a, n), getattr(b, n)) for n in ("ids", "codes", "tail"))
+    one, other = tensors_of(a), tensors_of(b)
+    return one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
 
 
 def reseal(content, asked, client="north", **changes):
-    envelope = json.loads(payload.seal(content, asked, client))
-    return canonical_json({**envelope, **changes}), content
+    """An envelope for ``content``, with other fields, signed again if the round wants it."""
+    said = json.loads(payload.seal(content, replace(asked, keys=()), "north")) | {"client": client} | changes
+    if asked.keys and "signature" not in changes:
+        unsigned = {name: value for name, value in said.items() if name != "signature"}
+        said["signature"] = KEYS[client if client in ("south", "east") else "north"].sign(
+            envelope.DOMAIN + canonical_json(unsigned)
+        )
+    return canonical_json(said), content
 
 
 def with_header(asked, edit):
@@ -107,19 +151,54 @@ def with_tensor(name, **changes):
     return lambda: with_header(SPECS["topk"], edit)
 
 
-def packed(**tensors):
-    """A top-k payload of other tensors, otherwise honest."""
-    asked = SPECS["topk"]
-    honest = container.unpack(payload.encode(answers_to(asked), asked, "north"))
-    return lambda: reseal(container.pack({**honest[0], **tensors}, honest[1]), asked)
+def packed(asked=SPECS["topk"], **tensors):
+    """A payload of other tensors, otherwise honest; a compressed one compresses them."""
+    honest = metadata_of(asked, "north", (0, 1))
+    found = {**tensors_of(answers_to(asked)), **tensors}
+    if asked.compression == "zstd":
+        found = {"zstd": frames.compress(found)}
+    return lambda: reseal(container.pack(found, honest), asked)
 
 
-def changed(name, row, column, value):
-    array = container.unpack(payload.encode(answers_to(SPECS["topk"]), SPECS["topk"], "north"))[0][
-        name
-    ].copy()
-    array[row, column] = value
-    return packed(**{name: array})
+def changed(name, row, column, value, asked=SPECS["topk"]):
+    array = tensors_of(answers_to(asked))[name].copy()
+    array[(row, column) if array.ndim == 2 else row] = value
+    return packed(asked, **{name: array})
+
+
+def framed(frame, asked=SPECS["topk-zstd"]):
+    """A compressed payload whose only tensor is ``frame``."""
+    honest = metadata_of(asked, "north", (0, 1))
+    return lambda: reseal(container.pack({"zstd": np.frombuffer(frame, np.uint8)}, honest), asked)
+
+
+def honest_frame(asked=SPECS["topk-zstd"]):
+    return frames.compress(tensors_of(answers_to(asked))).tobytes()
+
+
+MAGIC = b"\x28\xb5\x2f\xfd"
+
+
+def bomb(declared, blocks):
+    """A frame of RLE blocks, four bytes for each 128 KiB: 32 KB are 1 GiB. 13 bytes where there are none."""
+    last = [*[0] * (blocks - 1), 1] if blocks else []
+    body = b"".join((2**17 << 3 | 1 << 1 | end).to_bytes(3, "little") + b"\x00" for end in last)
+    if not blocks:  # one segment, eight bytes of content size
+        return MAGIC + b"\xe0" + declared.to_bytes(8, "little")
+    return MAGIC + b"\xc0\x68" + declared.to_bytes(8, "little") + body  # a window of 8 MiB
+
+
+def swapped():
+    """Two ids of the same value, the higher one first."""
+    tensors = tensors_of(answers_to(SPECS["topk"]))
+    idx, val = tensors["idx"].copy(), tensors["val"].copy()
+    val[0, 1] = val[0, 0]
+    idx[0, :2] = np.sort(idx[0, :2])[::-1]
+    tail = tensors["tail"].copy()
+    tail[0] = 255
+    val[0] = np.array([8, 8, 250, 250], np.uint8)
+    idx[0, 2:] = np.sort(idx[0, 2:])
+    return packed(idx=idx, val=val, tail=tail)
 
 
 def duplicate(header):
@@ -154,11 +233,78 @@ def many(header):
     return "{" + entries + "}"
 
 
+def signed(**changes):
+    """A signed round's payload with another envelope."""
+    return lambda: reseal(sent(SPECS["topk-signed"])[1], SPECS["topk-signed"], **changes)
+
+
+def forged():
+    """Signed by another client, who is enrolled too, in this one's name."""
+    asked = SPECS["topk-signed"]
+    said = json.loads(sent(asked)[0])
+    del said["signature"]
+    return signed(signature=KEYS["south"].sign(envelope.DOMAIN + canonical_json(said)))()
+
+
+def respelt_expiry():
+    sealed, content = sent(SPECS["topk-signed"])
+    return sealed.replace(str(DEADLINE).encode(), str(DEADLINE).encode() + b".5"), content
+
+
+def backwards():
+    """The tensors in another order, and nothing between them."""
+    asked = SPECS["topk"]
+    tensors, metadata = container.unpack(sent(asked)[1])
+    header, body = {}, b""
+    for name in sorted(tensors, reverse=True):
+        start, raw_bytes = len(body), tensors[name].tobytes()
+        body += raw_bytes
+        code = {1: "U8", 2: "U16"}[tensors[name].itemsize]
+        header[name] = {"dtype": code, "shape": list(tensors[name].shape), "data_offsets": [start, len(body)]}
+    text = canonical_json({"__metadata__": metadata, **header})
+    text += b" " * (-len(text) % 8)
+    return reseal(struct.pack("<Q", len(text)) + text + body, asked)
+
+
+def longer():
+    """A row that claims one more entry than the threshold leaves it: the first of its padding."""
+    asked = SPECS["threshold"]
+    tensors = tensors_of(answers_to(asked))
+    row = int(np.flatnonzero(tensors["n"] < asked.k)[0])
+    lengths, values, ids = tensors["n"].copy(), tensors["val"].copy(), tensors["idx"].copy()
+    place = int(lengths[row])
+    lengths[row] += 1
+    values[row, place] = asked.max_code + 1
+    return packed(asked, n=lengths, val=values, idx=ids)()
+
+
+def turned():
+    idx, cnt = (tensors_of(answers_to(SPECS["sampled"]))[name].copy() for name in ("idx", "cnt"))
+    idx[0, -2:], cnt[0, -2:] = idx[0, -2:][::-1].copy(), cnt[0, -2:][::-1].copy()
+    return packed(SPECS["sampled"], idx=idx, cnt=cnt)()
+
+
+def doubled():
+    idx = tensors_of(answers_to(SPECS["sampled"]))["idx"].copy()
+    idx[0, -1] = idx[0, -2]
+    return packed(SPECS["sampled"], idx=idx)()
+
+
+def squared():
+    frame = np.frombuffer(honest_frame(), np.uint8)[None]
+    metadata = container.unpack(sent(SPECS["topk-zstd"])[1])[1]
+    return reseal(container.pack({"zstd": frame}, metadata), SPECS["topk-zstd"])
+
+
 def raw(content, asked):
     return lambda: reseal(content, asked)
 
 
-T, D = SPECS["topk"], SPECS["dense"]
+T, D, Z = SPECS["topk"], SPECS["dense"], SPECS["topk-zstd"]
+R, W, S = SPECS["threshold"], SPECS["sampled"], SPECS["topk-signed"]
+SIZE = TEXTS * 13
+"""Bytes in the frame of ``Z``."""
+LARGE = replace(Z, positions=2_000_000)
 HOSTILE = {
     "over the bound": (T, raw(b"x" * 20_000, T), refusals.TooLarge, "at most"),
     "empty": (T, raw(b"", T), refusals.Truncated, "at least 8 bytes"),
@@ -286,7 +432,12 @@ HOSTILE = {
         refusals.IdRepeated,
         "a repetition in row 2",
     ),
-    "wrong order": (T, changed("val", 3, 3, 0), refusals.NotInOrder, "row 3 is not"),
+    "wrong order": (
+        T,
+        changed("val", 3, 3, 0),
+        refusals.NotInOrder,
+        "in rank order, got another order in row 3",
+    ),
     "wrong mass, dense": (
         D,
         lambda: reseal(
@@ -342,6 +493,27 @@ HOSTILE = {
         refusals.UnknownClient,
         "letters",
     ),
+    **{
+        f"client {name!r}": (
+            T,
+            lambda name=name: reseal(sent(T)[1], T, client=name),
+            refusals.UnknownClient,
+            "letters, digits",
+        )
+        for name in (
+            "",
+            ".",
+            "..",
+            "a/b",
+            "/etc/passwd",
+            "a\\b",
+            "C:",
+            "north\x00",
+            "north ",
+            "n\u00f6rd",
+            "~",
+        )
+    },
     "client not enrolled": (
         T,
         lambda: reseal(sent(T)[1], T, client="east"),
@@ -350,6 +522,168 @@ HOSTILE = {
     ),
     "another run": (T, lambda: reseal(sent(T)[1], T, run="x"), refusals.WrongRun, "envelope, run"),
     "an old round": (T, lambda: sent(replace(T, round=2)), refusals.WrongRound, "must be 3, got 2"),
-    "a replay": (T, lambda: sent(replace(T, nonce="00")), refusals.WrongQuestion, "spec"),
+    "a replay": (T, lambda: sent(replace(T, nonce="00")), refusals.WrongNonce, "nonce"),
+    "answers to other texts": (
+        T,
+        lambda: sent(replace(T, proxy_digest="00")),
+        refusals.WrongQuestion,
+        "spec",
+    ),
+    "header respelt": (T, lambda: with_header(T, json.dumps), refusals.NotCanonical, "canonical JSON"),
+    "tensors in another order": (T, backwards, refusals.NotCanonical, "canonical JSON"),
+    "an archive": (T, raw(b"PK\x03\x04" + bytes(60), T), refusals.HeaderTooLarge, "16384"),
+    "envelope a pickle": (
+        T,
+        lambda: (pickle.dumps({"client": "north"}), sent(T)[1]),
+        refusals.MalformedEnvelope,
+        "JSON",
+    ),
+    "equal values out of order": (T, swapped(), refusals.NotInOrder, "ascending where values are equal"),
+    "tail of nothing": (
+        SPECS["topk-whole"],
+        changed("tail", 2, 0, 200, SPECS["topk-whole"]),
+        refusals.WrongPadding,
+        "255 where every id is kept, got 200 in row 2",
+    ),
+    "row of no length": (R, changed("n", 1, 0, 0, R), refusals.WrongLength, "from 1 to 9, got 0 in row 1"),
+    "row too long": (R, changed("n", 1, 0, 10, R), refusals.WrongLength, "from 1 to 9, got 10"),
+    "row longer than it is": (R, longer, refusals.BelowThreshold, "at most 40"),
+    "padding another id": (R, changed("idx", 0, 8, 999, R), refusals.WrongPadding, "lowest other ids"),
+    "padding another value": (R, changed("val", 0, 8, 254, R), refusals.WrongPadding, "code 255"),
+    "draws missing": (W, changed("cnt", 3, 19, 0, W), refusals.WrongPadding, "nothing was drawn"),
+    "draws too many": (W, changed("cnt", 3, 0, 99, W), refusals.WrongDraws, "must be 20, got"),
+    "draws out of order": (W, turned, refusals.NotInOrder, "ascending"),
+    "draws of one id twice": (W, doubled, refusals.IdRepeated, "a repetition in row 0"),
+    "draws out of range": (W, changed("idx", 1, 19, 1000, W), refusals.IdOutOfRange, "below 1000"),
+    "bomb of 13 bytes": (Z, framed(bomb(2**62, 0)), refusals.WrongContentSize, f"{SIZE} bytes"),
+    "bomb of 13 bytes, its size disguised": (
+        Z,
+        framed(bomb(SIZE, 0)),
+        refusals.MalformedFrame,
+        "whole blocks",
+    ),
+    "bomb of 32 KB": (
+        LARGE,
+        framed(bomb(2**30, 2**13), LARGE),
+        refusals.WrongContentSize,
+        f"{13 * 2_000_000} bytes, got {2**30}",
+    ),
+    "bomb of 32 KB, its size disguised": (
+        LARGE,
+        framed(bomb(13 * 2_000_000, 2**13), LARGE),
+        refusals.WrongContentSize,
+        "26000000 bytes, got more",
+    ),
+    "bomb of too few blocks": (
+        LARGE,
+        framed(bomb(13 * 2_000_000, 2), LARGE),
+        refusals.WrongContentSize,
+        "blocks of at most 262144",
+    ),
+    "frame of many blocks": (
+        Z,
+        framed(MAGIC + b"\x20\x41" + b"\x00\x00\x00" * 200 + b"\x01\x00\x00"),
+        refusals.MalformedFrame,
+        "at most 64 blocks",
+    ),
+    "frame of no size": (
+        Z,
+        framed(MAGIC + b"\x00\x58" + honest_frame()[6:]),
+        refusals.WrongContentSize,
+        "no declaration",
+    ),
+    "frame of another size": (
+        Z,
+        framed(frames.compress({"idx": np.zeros(40, np.uint8)}).tobytes()),
+        refusals.WrongContentSize,
+        f"{SIZE} bytes, got 40",
+    ),
+    "frame with a dictionary": (
+        Z,
+        framed(MAGIC + b"\x21" + honest_frame()[5:]),
+        refusals.MalformedFrame,
+        "without dictionary",
+    ),
+    "frame with a checksum": (
+        Z,
+        framed(MAGIC + b"\x24" + honest_frame()[5:] + bytes(4)),
+        refusals.MalformedFrame,
+        "checksum",
+    ),
+    "frame of a large window": (
+        LARGE,
+        framed(MAGIC + b"\x80\x70" + (13 * 2_000_000).to_bytes(4, "little") + b"\x01\x00\x00", LARGE),
+        refusals.MalformedFrame,
+        "a window of at most",
+    ),
+    "frame twice": (Z, framed(honest_frame() * 2), refusals.MalformedFrame, "nothing behind it"),
+    "frame with a rest": (Z, framed(honest_frame() + b"\x00"), refusals.MalformedFrame, "1 bytes more"),
+    "frame after one to skip": (
+        Z,
+        framed(b"\x50\x2a\x4d\x18" + bytes(4) + honest_frame()),
+        refusals.MalformedFrame,
+        "begins with 28 b5 2f fd",
+    ),
+    "frame cut": (Z, framed(honest_frame()[:-2]), refusals.MalformedFrame, "zstd frame"),
+    "frame of one byte": (Z, framed(b"\x28"), refusals.MalformedFrame, "begins with"),
+    "frame of a reserved block": (
+        Z,
+        framed(MAGIC + b"\x20\x41" + b"\x07\x00\x00"),
+        refusals.MalformedFrame,
+        "kind 3",
+    ),
+    "frame of nonsense": (
+        Z,
+        framed(MAGIC + b"\x20\x41" + (8 << 3 | 2 << 1 | 1).to_bytes(3, "little") + b"\xff" * 8),
+        refusals.MalformedFrame,
+        "what a compressor wrote",
+    ),
+    "frame of two dimensions": (Z, squared, refusals.WrongShape, "uint8 [bytes], got uint8 [1, "),
+    "not compressed": (
+        Z,
+        lambda: reseal(container.pack(tensors_of(answers_to(Z)), container.unpack(sent(Z)[1])[1]), Z),
+        refusals.WrongTensors,
+        "['zstd']",
+    ),
+    "not compressed, and says so": (
+        Z,
+        lambda: reseal(sent(T)[1], Z),
+        refusals.WrongMetadata,
+        "compression must be zstd, got none",
+    ),
+    "id out of range, compressed": (Z, changed("idx", 1, 1, 1000, Z), refusals.IdOutOfRange, "below 1000"),
+    "wrong order, compressed": (Z, changed("val", 3, 3, 0, Z), refusals.NotInOrder, "row 3"),
+    "signature missing": (S, signed(signature=None), refusals.MissingSignature, "got null"),
+    "signature of another": (S, forged, refusals.BadSignature, "made with the key"),
+    "signature of other bytes": (
+        S,
+        lambda: (sent(S)[0].replace(b'"size":', b'"size":1'), sent(S)[1]),
+        refusals.BadSignature,
+        "made with the key",
+    ),
+    "signature no hexadecimal": (S, signed(signature="x" * 128), refusals.BadSignature, "hexadecimal"),
+    "signature short": (S, signed(signature="00"), refusals.BadSignature, "128"),
+    "signature a number": (S, signed(signature=1), refusals.MalformedEnvelope, "object of"),
+    "signature that nobody checks": (
+        T,
+        lambda: reseal(sent(T)[1], T, signature="00" * 64),
+        refusals.BadSignature,
+        "enrolled no keys",
+    ),
+    "client without a key": (
+        replace(S, clients=("north", "south", "east")),
+        lambda: reseal(sent(S)[1], S, client="east"),
+        refusals.UnknownClient,
+        "key must be enrolled",
+    ),
+    "expired": (S, signed(expires=NOW - 1), refusals.Expired, f"{NOW} or later, got {NOW - 1}"),
+    "never expires": (S, signed(expires=None), refusals.MalformedEnvelope, "a time, got None"),
+    "expires in a round without an end": (
+        T,
+        lambda: reseal(sent(T)[1], T, expires=NOW + 1),
+        refusals.MalformedEnvelope,
+        "no deadline",
+    ),
+    "expires a float": (S, lambda: respelt_expiry(), refusals.MalformedEnvelope, ".5 is not an integer"),
     "another shard": (T, lambda: reseal(sent(T)[1], T, sequence=1), refusals.MalformedEnvelope, "sequence"),
 }

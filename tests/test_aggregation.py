@@ -1,102 +1,43 @@
-"""What every rule promises. A rule added to RULES is tested here without a new line."""
+"""The server's part between payloads and teacher: chunks, bytes, compressed answers, diagnostics."""
 
-import itertools
-
-import numpy as np
 import pytest
 import torch
+from answers_fixtures import CLASSES, CLIENTS, TEXTS, combine, honest_answers, kept, labels_of
 
-from feddistill.aggregation import aggregate, client_weights, diagnose
-from feddistill.errors import ConfigError
-from feddistill.rules import RULES, MeanLogits, MeanProbs, TrimmedMean
-from feddistill.types import UNLABELLED, ClientDescription
+from feddistill.aggregation import Known, aggregate, diagnose, weigh
+from feddistill.attacks import FreeRider, Sight
+from feddistill.rules import RULES, MeanProbs
+from feddistill.types import UNLABELLED
+from feddistill_kernels import TopK
 
-CLIENTS, TEXTS, CLASSES = 7, 5, 11
 
-
-@pytest.fixture(params=RULES.values(), ids=RULES.keys())
-def rule(request):
-    return request.param()
+def readers(answers):
+    return [lambda start, stop, a=a: a[start:stop] for a in answers]
 
 
 @pytest.fixture
 def honest():
-    torch.manual_seed(0)
-    return list(torch.randn(CLIENTS, TEXTS, CLASSES).log_softmax(-1))
+    return honest_answers()
 
 
-def combine(clients, rule, weights=None, sharpen=1.0):
-    answerers = [lambda start, stop, a=a: a[start:stop] for a in clients]
-    return aggregate(answerers, len(clients[0]), rule, weights, sharpen)[0]
+def codes_of(answers):
+    return [(-12 * a).round().clamp(0, 255).to(torch.uint8) for a in answers]
 
 
-def test_is_a_distribution(rule, honest):
-    torch.testing.assert_close(combine(honest, rule).exp().sum(-1), torch.ones(TEXTS))
+@pytest.mark.parametrize("clients", [CLIENTS, CLIENTS - 1])
+def test_the_median_of_bytes_is_that_of_whole_numbers(clients, honest):
+    codes = codes_of(honest[:clients])
+    ordered = torch.stack(codes).int().sort(0).values
+    middle = (ordered[(clients - 1) // 2] + ordered[clients // 2]).double() / -24
+    teacher = combine(codes, RULES["median"]())
+    assert torch.equal(teacher, middle.log_softmax(-1).float())
 
 
-def test_unanimity(rule, honest):
-    torch.testing.assert_close(combine([honest[0]] * CLIENTS, rule), honest[0])
-
-
-def test_order_of_clients_is_irrelevant(rule, honest):
-    torch.testing.assert_close(combine(honest[::-1], rule), combine(honest, rule))
-
-
-def test_liars_up_to_the_promise_stay_inside_the_honest_range(rule, honest):
-    liars = rule.tolerates(CLIENTS)
-    attacked = [torch.full_like(a, -1e6) if i < liars else a for i, a in enumerate(honest)]
-    answer, truth = rule(attacked), torch.stack(honest[liars:])
-    if liars:
-        assert (answer >= truth.amin(0)).all()
-        assert (answer <= truth.amax(0)).all()
-
-
-def test_one_liar_moves_the_mean_of_probabilities_by_its_share(honest):
-    liar = torch.full_like(honest[0], -40.0)
-    liar[:, 3] = 0.0
-    before, after = combine(honest, MeanProbs()), combine([liar, *honest[1:]], MeanProbs())
-    moved = 0.5 * (before.exp() - after.exp()).abs().sum(-1)
-    assert (moved <= 1 / CLIENTS + 1e-6).all()
-
-
-def test_chunks_change_nothing(rule, honest, monkeypatch):
-    whole = combine(honest, rule)
-    monkeypatch.setattr("feddistill.aggregation.CHUNK", 2)
-    torch.testing.assert_close(combine(honest, rule), whole)
-
-
-@pytest.mark.parametrize("kind", [MeanProbs, MeanLogits])
-def test_means_are_numpys(kind, honest):
-    weights = torch.rand(CLIENTS)
-    stack, w = torch.stack(honest).double().numpy(), (weights / weights.sum()).double().numpy()
-    if kind is MeanProbs:
-        truth = np.einsum("c,cnv->nv", w, np.exp(stack))
-    else:
-        truth = np.exp(np.einsum("c,cnv->nv", w, stack))
-    truth /= truth.sum(-1, keepdims=True)
-    np.testing.assert_allclose(combine(honest, kind(), weights).exp().numpy(), truth, rtol=1e-5)
-
-
-def test_class_counts_let_the_client_speak_that_knows_the_class():
-    knows_a = torch.tensor([[0.7, 0.2, 0.1]]).log()
-    knows_b = torch.tensor([[0.1, 0.2, 0.7]]).log()
-    crew = [ClientDescription("a", 10, (10.0, 0.0, 0.0)), ClientDescription("b", 30, (0.0, 30.0, 0.0))]
-    weights = client_weights("class_counts", crew, 3)
-    answer = combine([knows_a, knows_b], MeanProbs(weights="class_counts"), weights).exp()
-    expected = torch.tensor([[0.7, 0.2, 0.4]])  # the third class nobody has: both speak alike
-    torch.testing.assert_close(answer, expected / expected.sum())
-
-
-def test_a_class_whose_only_holder_is_gone_is_everybodys():
-    weights = client_weights("class_counts", [ClientDescription("a", None, (10.0, 0.0, 0.0))], 3)
-    answer = combine([torch.tensor([[0.7, 0.2, 0.1]]).log()], MeanProbs(weights="class_counts"), weights)
-    torch.testing.assert_close(answer.exp(), torch.tensor([[0.7, 0.2, 0.1]]))
-
-
-def test_weights_by_size():
-    crew = [ClientDescription("a", 10), ClientDescription("b", 30)]
-    assert client_weights("size", crew, 3).tolist() == [10.0, 30.0]
-    assert client_weights("uniform", crew, 3) is None
+def test_bytes_stand_for_log_probabilities(honest):
+    codes = codes_of(honest)
+    opened = [(c.double() / -12).log_softmax(-1).float() for c in codes]
+    for rule in (MeanProbs(), RULES["geometric_median"]()):
+        assert torch.equal(combine(codes, rule), combine(opened, rule))
 
 
 def test_sharpening_is_a_power(honest):
@@ -105,27 +46,113 @@ def test_sharpening_is_a_power(honest):
     torch.testing.assert_close(sharp.exp(), powered / powered.sum(-1, keepdim=True))
 
 
-def test_trimming_everybody_is_refused(honest):
-    with pytest.raises(ConfigError, match=r"trim = 4 discards all 7 clients; it can be at most 3"):
-        combine(honest, TrimmedMean(trim=4))
+@pytest.mark.parametrize("name", ["mean_probs", "vote", "min_ce"])
+def test_sharpening_compressed_answers_is_the_same_power(name, honest):
+    compressed = kept(honest, 4)
+    rule = RULES[name]()
+    opened = combine([answer.expand() for answer in compressed], rule, sharpen=2.0)
+    teacher = combine(compressed, rule, sharpen=2.0)
+    there = opened.gather(1, teacher.ids.long())
+    if name == "mean_probs":  # it is cut to k entries before, and its tail is even
+        even = combine(compressed, rule).expand()
+        there = (2 * even).log_softmax(-1).gather(1, teacher.ids.long())
+    torch.testing.assert_close(teacher.log_probs.exp(), there.exp())
 
 
-def test_the_median_lies_in_the_middle(honest):
-    rule = RULES["median"]()
-    for some in itertools.islice(itertools.combinations(honest, 4), 5):
-        middle = torch.quantile(torch.stack(some).double(), 0.5, dim=0)
-        torch.testing.assert_close(rule(list(some)).double(), middle)
+def test_a_teacher_has_as_many_entries_as_it_is_asked_for(honest):
+    assert combine(kept(honest, 4), MeanProbs()).ids.shape == (TEXTS, 4)
+    assert combine(kept(honest, 4), MeanProbs(), k=2).ids.shape == (TEXTS, 2)
+    assert combine(kept(honest, 4), RULES["vote"](), k=2).ids.shape == (TEXTS, 2)
 
 
-def test_diagnostics_see_a_client_that_has_collapsed(honest):
+def test_clients_may_keep_different_numbers_of_entries(honest):
+    mixed = [*kept(honest[:3], 3), *kept(honest[3:], 6)]
+    for rule in (RULES["median"](), RULES["vote"]()):
+        opened = combine([answer.expand() for answer in mixed], rule)
+        teacher = combine(mixed, rule)
+        torch.testing.assert_close(teacher.log_probs, opened.gather(1, teacher.ids.long()))
+
+
+def test_compressed_and_open_answers_do_not_mix(honest):
+    with pytest.raises(ValueError, match="some clients answer compressed"):
+        combine([*honest[:3], *kept(honest[3:])], MeanProbs())
+
+
+def test_vocabularies_must_agree(honest):
+    with pytest.raises(ValueError, match=r"different vocabularies: \[10, 11\]"):
+        combine([honest[0], honest[1][:, 1:]], MeanProbs())
+
+
+def test_a_missing_id_counts_as_its_clients_own_tail():
+    """One liar of eleven that alone names an id does not own it."""
+    honest = TopK(torch.tensor([[0, 1]]).int(), torch.tensor([[-0.2, -2.0]]), torch.tensor([-3.0]), 1000)
+    liar = TopK(torch.tensor([[7, 8]]).int(), torch.tensor([[-0.01, -6.0]]), torch.tensor([-6.0]), 1000)
+    everyone = [honest] * 10
+    median = combine([*everyone, liar], RULES["median"](), k=2).expand().exp()
+    mean = combine([*everyone, liar], MeanProbs(), k=2).expand().exp()
+    assert median[0, 7] < 1e-4
+    assert mean[0, 7] < 1 / 11
+
+
+def test_the_mass_tells_of_consensus(honest):
+    def mass(answers):
+        return aggregate(readers(answers), TEXTS, RULES["median"]()).mass
+
+    agreeing = mass([honest[0]] * CLIENTS)
+    assert agreeing == pytest.approx(1.0, abs=1e-5)
+    assert mass(honest) < 0.9
+    assert mass(kept(honest, 4)) < 0.9
+    assert mass(kept([honest[0]] * CLIENTS, 4)) == pytest.approx(1.0, abs=1e-5)
+
+
+def diagnosed(answers, teacher, labels, names=None):
+    names = names or [f"client-{index}" for index in range(len(answers))]
+    return diagnose(names, readers(answers), teacher, labels, 1.0, [1 / len(answers)] * len(answers))
+
+
+@pytest.mark.parametrize("k", [None, 4])
+def test_diagnostics_see_a_client_that_has_collapsed(honest, k):
     collapsed = torch.full((TEXTS, CLASSES), -30.0)
     collapsed[:, 2] = 0.0
-    clients = [honest[0], collapsed]
-    teacher = honest[0]
+    clients, teacher = [honest[0], collapsed], honest[0]
     labels = teacher.argmax(-1).clone()
     labels[0] = UNLABELLED
-    answerers = [lambda start, stop, a=a: a[start:stop] for a in clients]
-    found = diagnose(["fine", "stuck"], answerers, teacher, labels, 1.0)
+    if k is not None:
+        clients, teacher = kept(clients, k), kept([teacher], k)[0]
+    found = diagnosed(clients, teacher, labels, ["fine", "stuck"])
     assert found.collapsed == ("stuck",)
     assert found.teacher_accuracy == 1.0
+    assert found.teacher_cross_entropy == pytest.approx(-float(honest[0].amax(-1)[1:].mean()), abs=1e-4)
     assert found.agreement["fine"] == 1.0
+    assert found.effective_classes["stuck"] == pytest.approx(1.0, abs=1e-3)
+
+
+@pytest.mark.parametrize("k", [None, 4])
+def test_diagnostics_name_who_sends_what_another_sends(honest, k):
+    copied = FreeRider(noise=0.01)(Sight(honest[0], honest, teacher=honest[3]))
+    answers = [copied, *honest[1:]]
+    if k is not None:
+        answers = kept(answers, k)
+    found = diagnosed(answers, combine(answers, MeanProbs()), labels_of())
+    assert found.duplicates == (("client-0", "client-3"),)
+
+
+def test_honest_clients_are_no_duplicates(honest):
+    assert diagnosed(honest, honest[0], labels_of()).duplicates == ()
+
+
+def test_without_labels_there_is_no_accuracy(honest):
+    found = diagnosed(honest, honest[0], torch.full((TEXTS,), UNLABELLED))
+    assert (found.teacher_accuracy, found.teacher_cross_entropy) == (None, None)
+
+
+@pytest.mark.parametrize("kind", ["validation", "confidence", "verified"])
+def test_weights_of_compressed_answers_are_those_of_what_they_stand_for(kind, honest):
+    known = Known(labels=labels_of())
+    compressed = kept(honest, CLASSES)
+    a = weigh(kind, readers(compressed), TEXTS, known)
+    b = weigh(kind, readers([answer.expand() for answer in compressed]), TEXTS, known)
+    torch.testing.assert_close(a.values, b.values, rtol=1e-4, atol=1e-5)
+    rule = MeanProbs(weights=kind)
+    left = combine(compressed, rule, a).expand()
+    torch.testing.assert_close(left, combine(honest, rule, b), rtol=1e-3, atol=1e-4)

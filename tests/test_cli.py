@@ -44,6 +44,10 @@ def test_every_command_explains_itself(command):
         (["train", "--resume", "--out", "nowhere"], "nowhere"),
         (["evaluate", "nowhere"], "nowhere is not a run"),
         (["report", "nowhere"], "nowhere is not a run"),
+        (["aggregate", "nowhere", "--rule", "median"], "nowhere is not a run"),
+        (["distill", "nowhere"], "nowhere is not a run"),
+        (["forget", "nowhere", "--client", "client-0"], "nowhere is not a run"),
+        (["verify", "nowhere"], "nowhere is not a run"),
         (["inspect", "nowhere"], "nowhere"),
         (
             ["config", "check", "--set", "rounds=0"],
@@ -117,6 +121,23 @@ def test_a_run_from_the_first_command_to_the_last(tiny_file, tmp_path):
     shown = feddistill("inspect", next(iter(sorted(out.glob("rounds/001/payloads/*.safetensors")))))
     assert shown.returncode == 0, shown.stderr
     assert "client-0" in shown.stdout
+
+    anew = feddistill("aggregate", out, "--rule", "median")
+    assert anew.returncode == 0, anew.stderr
+    assert "teacher's accuracy" in anew.stdout
+    learned = feddistill("distill", tmp_path / "run-aggregated", "--out", tmp_path / "learned")
+    assert learned.returncode == 0, learned.stderr
+    assert "median" in (tmp_path / "learned/report.html").read_text()
+    without = feddistill("forget", out, "--client", "client-1")
+    assert without.returncode == 0, without.stderr
+    verified = feddistill("verify", tmp_path / "run-without-client-1", "--recompute")
+    assert verified.returncode == 0, verified.stdout + verified.stderr
+    assert "WRONG" not in verified.stdout
+    damaged = out / "rounds/001/teacher.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    wrong = feddistill("verify", out, "--quiet")
+    assert wrong.returncode == 1
+    assert wrong.stdout.splitlines() == ["WRONG round 1: the teacher is whole"]
 
     again = feddistill("train", tiny_file, "--out", out)
     assert again.returncode == 2

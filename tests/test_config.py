@@ -3,8 +3,10 @@
 import pytest
 import yaml
 
+from feddistill.attacks import ATTACKS
 from feddistill.config import digest, dump, load, parse
 from feddistill.errors import ConfigError
+from feddistill.rules import RULES
 
 
 def test_the_quickstart_survives_a_round_trip():
@@ -39,6 +41,20 @@ def test_the_digest_sees_every_setting():
             "aggregation.rule.trim = 2 discards all 4 clients",
         ),
         ("aggregation.quorum=5", "aggregation.quorum = 5 exceeds the 4 clients"),
+        ("aggregation.mix=2", "aggregation.mix = 2 must be fewer than half of the 4 clients"),
+        (
+            "aggregation.rule={kind: krum, byzantine: 1}",
+            "aggregation.rule.byzantine = 1 needs at least 5 clients, there are 4",
+        ),
+        ("aggregation.rule={kind: median, weights: size}", "aggregation.rule.weights is not a setting"),
+        (
+            "aggregation.rule={kind: expguard, base: {kind: trimmed_mean, trim: 2}}",
+            "aggregation.rule.trim = 2 discards all 4 clients",
+        ),
+        ("aggregation.rule={kind: expguard, base: vote}", "aggregation.rule.base.kind = 'vote'"),
+        ("simulate.attack=secondbest", "did you mean 'second_best'?"),
+        ("simulate.attack={kind: ipm, clients: 4}", "all 4 clients lie; at least one has to be honest"),
+        ("simulate.attack={kind: ipm, clients: [client-7]}", "there is no client 'client-7'"),
         ("clients.models.0.hed=auto", "did you mean clients.models.0.head?"),
         ("clients.models.3.head=auto", "clients.models.3: needs an index from 0 to 0, got '3'"),
         ("data.source={kind: files}", "data.source.path is missing"),
@@ -58,8 +74,51 @@ def test_a_wrong_setting_is_named_as_it_was_written(override, message):
     assert "\n" not in str(caught.value)
 
 
+def test_draws_want_the_mean_of_probabilities():
+    assert load(None, ("payload.codec=sampled",)).payload.draws == 50
+    with pytest.raises(ConfigError, match=r"aggregation\.rule must be mean_probs, not median"):
+        load(None, ("payload.codec=sampled", "aggregation.rule=median"))
+
+
 def test_a_rule_can_be_named_alone():
     assert load(None, ("aggregation.rule=median",)).aggregation.rule.kind == "median"
+
+
+@pytest.mark.parametrize(
+    ("rule", "what"),
+    [
+        ("min_ce", "min_ce"),
+        ("{kind: mean_probs, weights: validation}", "mean_probs, weights: validation"),
+        ("{kind: mean_logits, weights: verified}", "mean_logits, weights: verified"),
+    ],
+)
+def test_a_rule_that_needs_labels_is_refused_without(rule, what):
+    with pytest.raises(ConfigError) as caught:
+        load(None, (f"aggregation.rule={rule}", "data.proxy.labelled=0"))
+    assert str(caught.value) == (
+        f"aggregation.rule = {what} needs labelled proxy texts, but data.proxy.labelled is 0"
+    )
+
+
+@pytest.mark.parametrize("kind", RULES)
+def test_every_rule_can_be_named_and_comes_back(kind):
+    config = load(None, (f"aggregation.rule={kind}", "data.partition.clients=5"))
+    assert config.aggregation.rule.kind == kind
+    assert parse(yaml.safe_load(dump(config))) == config
+
+
+@pytest.mark.parametrize("kind", ATTACKS)
+def test_every_attack_can_be_named_and_comes_back(kind):
+    config = load(None, (f"simulate.attack={kind}",))
+    assert config.simulate.attack[0].kind == kind
+    assert parse(yaml.safe_load(dump(config))) == config
+
+
+def test_one_attack_or_several():
+    one = load(None, ("simulate.attack=hips",)).simulate.attack
+    several = load(None, ("simulate.attack=[hips, {kind: alie, clients: [client-3]}]",)).simulate.attack
+    assert [attack.kind for attack in one] == ["hips"]
+    assert [attack.kind for attack in several] == ["hips", "alie"]
 
 
 def test_a_missing_file_is_named(tmp_path):

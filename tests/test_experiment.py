@@ -151,10 +151,10 @@ def corrupting(victim):
     """Uploads of ``victim`` arrive with one byte changed."""
     original = payload.admit
 
-    def admit(envelope, content, spec, seen):
+    def admit(envelope, content, spec, seen, **more):
         if victim.encode() in envelope:
             content = content[:-1] + bytes([content[-1] ^ 1])
-        return original(envelope, content, spec, seen)
+        return original(envelope, content, spec, seen, **more)
 
     return admit
 
@@ -238,6 +238,18 @@ def test_top_k_answers_are_smaller_than_dense_ones_of_many_classes(tiny_settings
     config = parse({**tiny_settings, "baselines": [], "payload": {"codec": "topk", "k": 3}})
     result = experiment.run(config, tmp_path / "run")
     assert result["status"] == "complete"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"codec": "threshold", "k": 6, "epsilon": 0.05, "compression": "zstd"},
+        {"codec": "sampled", "draws": 5},
+    ],
+)
+def test_every_codec_carries_a_run(settings, tiny_settings, tmp_path):
+    config = parse({**tiny_settings, "rounds": 1, "baselines": [], "payload": settings})
+    assert experiment.run(config, tmp_path / "run")["refused"] == {}
 
 
 @pytest.mark.parametrize("rule", ["mean_logits", "median", "trimmed_mean"])

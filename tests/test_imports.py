@@ -14,9 +14,9 @@ PACKAGES = {
     "feddistill_kernels": ("feddistill_kernels", {"torch", "triton"}),
     "feddistill": (
         "feddistill",
-        {"datasets", "feddistill_kernels", "flwr_datasets", "jinja2", "matplotlib", "numpy", "pandas"}
-        | {"pyarrow", "pydantic", "pydantic_core", "rich", "safetensors", "sklearn", "torch", "transformers"}
-        | {"yaml"},
+        {"cryptography", "datasets", "feddistill_kernels", "flwr_datasets", "jinja2", "matplotlib"}
+        | {"numpy", "pandas", "pyarrow", "pydantic", "pydantic_core", "rich", "safetensors", "sklearn"}
+        | {"torch", "transformers", "yaml", "zstandard"},
     ),
     "feddistill.cli": (
         "cli",
@@ -24,14 +24,16 @@ PACKAGES = {
     ),
     "bench": (
         "bench",
-        {"click", "feddistill_kernels", "matplotlib", "torch", "triton"}
+        {"click", "feddistill", "feddistill_kernels", "matplotlib", "numpy", "torch"}
+        | {"transformers", "triton"}
         | {"byzfl", "cut_cross_entropy", "distillkit", "liger_kernel"},  # peers, where they are installed
     ),
 }
 
 # module of feddistill: the modules of feddistill below it that it may import
 FOUNDATION = {"errors", "setting", "types"}
-BELOW_STAGES = FOUNDATION | {"accounting", "batches", "config", "rules", "seeds"}
+BELOW_STAGES = FOUNDATION | {"accounting", "attacks", "batches", "config", "keys", "rules", "seeds"}
+BELOW_STAGES |= {"weights"}
 STAGES = {"aggregation", "answering", "data", "evaluation", "models", "payload", "training"}
 BELOW_METHODS = BELOW_STAGES | STAGES | {"progress", "store"}
 MODULES = {
@@ -42,13 +44,18 @@ MODULES = {
     "batches": set(),
     "progress": {"types"},
     "accounting": {"types"},
+    "keys": {"errors"},
     "store": {"errors"},
     "rules": {"errors", "setting"},
-    "config": {"errors", "rules", "setting"},
+    "attacks": {"errors", "setting"},
+    "weights": {"types"},
+    "config": {"attacks", "errors", "rules", "setting"},
     **dict.fromkeys(sorted(STAGES), BELOW_STAGES),  # stages do not import each other
     "methods": BELOW_METHODS,
-    "results": {"config", "store", "types"},
+    "results": {"attacks", "config", "rules", "store", "types"},
     "planning": BELOW_METHODS | {"methods", "results"},
+    "revision": BELOW_METHODS | {"experiment", "methods"},
+    "verification": BELOW_METHODS | {"methods", "revision"},
     "report": {"data", "errors", "store"},
     "experiment": BELOW_METHODS | {"methods", "planning", "results"},
     "__init__": set(),

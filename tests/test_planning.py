@@ -7,7 +7,14 @@ from feddistill.config import parse
 
 
 @pytest.mark.parametrize(
-    "change", [{}, {"payload": {"codec": "topk", "k": 3}, "keep_checkpoints": "all"}], ids=str
+    "change",
+    [
+        {},
+        {"payload": {"codec": "topk", "k": 3}, "keep_checkpoints": "all"},
+        {"payload": {"codec": "threshold", "k": 3}, "baselines": []},
+        {"payload": {"codec": "sampled", "draws": 9}, "baselines": []},
+    ],
+    ids=str,
 )
 def test_bytes_operations_and_disk_are_foretold(change, tiny_settings, tmp_path):
     config = parse(tiny_settings | change)
@@ -26,6 +33,14 @@ def test_bytes_operations_and_disk_are_foretold(change, tiny_settings, tmp_path)
             assert plan["flops"][phase] == pytest.approx(operations, rel=0.05), phase
     weights = [path.stat().st_size for path in (tmp_path / "run").rglob("*.safetensors")]
     assert plan["disk_bytes"]["total"] >= 0.9 * sum(weights)
+
+
+def test_what_zstd_will_take_off_is_not_foretold(tiny_settings, tmp_path):
+    config = parse(tiny_settings | {"payload": {"compression": "zstd"}, "baselines": [], "rounds": 1})
+    sent = experiment.plan(config)["bytes"]
+    assert sent["chosen"] == "dense, zstd: at most"
+    uplink = experiment.run(config, tmp_path / "run")["bytes"]["by_round"][0]["uplink"]
+    assert all(size <= sent["codecs"][sent["chosen"]]["upload"] + 600 for size in uplink.values())
 
 
 def test_an_upload_breaks_even_where_it_is_as_large(tiny_settings):

@@ -13,12 +13,14 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from feddistill.attacks import liars
 from feddistill.config.data import DataConfig
 from feddistill.config.training import (
     AggregationConfig,
     ClientsConfig,
     DistillConfig,
     PayloadConfig,
+    SimulateConfig,
     StudentConfig,
 )
 from feddistill.errors import ConfigError
@@ -50,6 +52,7 @@ class Config(Setting):
     aggregation: AggregationConfig = AggregationConfig()
     student: StudentConfig = StudentConfig()
     distill: DistillConfig = DistillConfig()
+    simulate: SimulateConfig = SimulateConfig()
     baselines: tuple[Baseline, ...] = ()
     """What the student is compared with in the same run."""
     keep_checkpoints: Literal["last", "all"] = "last"
@@ -59,11 +62,23 @@ class Config(Setting):
     def _fits_together(self) -> Self:
         clients = getattr(self.data.partition, "clients", None)
         if clients is not None:
-            self.aggregation.rule.check(clients)
-            if self.aggregation.quorum is not None and self.aggregation.quorum > clients:
-                raise ConfigError(
-                    f"aggregation.quorum = {self.aggregation.quorum} exceeds the {clients} clients"
-                )
+            names = [f"client-{index}" for index in range(clients)]
+            present = [name for name in names if name not in self.data.absent]
+            if not present:
+                raise ConfigError("data.absent names every client")
+            self.aggregation.check(len(present))
+            liars(self.simulate.attack, present)
+        rule = self.aggregation.rule
+        if self.payload.codec == "sampled" and rule.kind != "mean_probs":
+            raise ConfigError(
+                "payload.codec = 'sampled' is unbiased in the mean alone: "
+                f"aggregation.rule must be mean_probs, not {rule.kind}"
+            )
+        if "labels" in rule.needs() and not self.data.proxy.labelled:
+            what = rule.kind if rule.weighting() == "uniform" else f"{rule.kind}, weights: {rule.weighting()}"
+            raise ConfigError(
+                f"aggregation.rule = {what} needs labelled proxy texts, but data.proxy.labelled is 0"
+            )
         if len(set(self.baselines)) < len(self.baselines):
             raise ConfigError(f"baselines names one twice: {', '.join(self.baselines)}")
         return self

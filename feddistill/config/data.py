@@ -127,6 +127,9 @@ class DataConfig(Setting):
     validation: Part = Part()
     test: Part = Part()
     partition: Partition = DirichletPartition()
+    absent: tuple[str, ...] = ()
+    """Clients of the partition that take no part, as ``client-2``; the others' texts are the same as with
+    them."""
     histogram_epsilon: float | None = Field(default=None, gt=0)
     """Laplace noise of scale ``1/epsilon`` on the class counts that clients report; ``null`` for none.
     In a simulation the noise is drawn from the run's seed, which the server knows: it shows the effect on

@@ -4,9 +4,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 from pydantic import BeforeValidator, Field
 
+from feddistill.attacks import ATTACKS, Attack
 from feddistill.config.models import ModelConfig
+from feddistill.errors import ConfigError
 from feddistill.rules import RULES, MeanProbs, Rule
-from feddistill.setting import Setting
+from feddistill.setting import Setting, named
 
 
 class TrainingConfig(Setting):
@@ -54,24 +56,32 @@ class ClientsConfig(Setting):
 class PayloadConfig(Setting):
     """How answers are compressed for the wire (``docs/payload.md``)."""
 
-    codec: Literal["dense", "topk"] = "dense"
-    """``dense``: a byte for each of up to 256 classes. ``topk``: ids and bytes of the ``k`` likeliest."""
+    codec: Literal["dense", "topk", "threshold", "sampled"] = "dense"
+    """``dense``: a byte for each of up to 256 classes. ``topk``: ids and bytes of the ``k`` likeliest.
+    ``threshold``: of these, those of at least ``epsilon``. ``sampled``: ``draws`` random ids, for means."""
     k: int = Field(default=16, ge=1, le=4096)
-    """Entries a row of the ``topk`` codec."""
-
-
-def _named(value: Any) -> Any:
-    """``rule: median`` is short for ``rule: {kind: median}``."""
-    return {"kind": value} if isinstance(value, str) else value
+    """Entries a row of the ``topk`` codec, and at most of ``threshold``."""
+    epsilon: float = Field(default=0.001, gt=0, lt=1)
+    """Of ``threshold``: what is less likely joins the tail; rounded as probabilities are."""
+    draws: int = Field(default=50, ge=1, le=255)
+    """Of ``sampled``: ids drawn for each row, with replacement."""
+    compression: Literal["none", "zstd"] = "none"
+    """``zstd`` needs the package zstandard."""
 
 
 if TYPE_CHECKING:
     AnyRule = Rule
-else:  # one of the rules in the table, told apart by its kind
+    AnyAttack = Attack
+else:  # one of those in the table, told apart by its kind
     AnyRule = Annotated[
         Union[tuple(RULES.values())],  # noqa: UP007  X | Y takes no tuple
         Field(discriminator="kind"),
-        BeforeValidator(_named),
+        BeforeValidator(named),
+    ]
+    AnyAttack = Annotated[
+        Union[tuple(ATTACKS.values())],  # noqa: UP007
+        Field(discriminator="kind"),
+        BeforeValidator(named),
     ]
 
 
@@ -81,8 +91,33 @@ class AggregationConfig(Setting):
     rule: AnyRule = MeanProbs()
     sharpen: float = Field(default=1.0, gt=0)
     """``q ~ q**sharpen`` after the rule (enhanced ERA): 1 leaves the teacher as it is."""
+    mix: int | None = Field(default=None, ge=0)
+    """Nearest-neighbour mixing before the rule: each client becomes the mean of the logits of those nearest
+    to it, all but so many (Allouah et al., AISTATS 2023). ``null`` does not mix."""
     quorum: int | None = Field(default=None, ge=1)
     """Valid answers a round needs; ``null`` for every client."""
+
+    def check(self, clients: int) -> None:
+        """Raise ``ConfigError`` where so few clients are too few."""
+        self.rule.check(clients)
+        if self.mix is not None and 2 * self.mix >= clients:
+            raise ConfigError(
+                f"aggregation.mix = {self.mix} must be fewer than half of the {clients} clients"
+            )
+        if self.quorum is not None and self.quorum > clients:
+            raise ConfigError(f"aggregation.quorum = {self.quorum} exceeds the {clients} clients")
+
+
+def _several(value: Any) -> Any:
+    """One attack, or a list of them."""
+    return value if isinstance(value, list | tuple) else [value]
+
+
+class SimulateConfig(Setting):
+    """What goes wrong on purpose, to see what comes of it. Everything else runs as it would for real."""
+
+    attack: Annotated[tuple[AnyAttack, ...], BeforeValidator(_several)] = ()
+    """Clients that lie, ``{kind: second_best, clients: 2}``, or a list of such groups."""
 
 
 class DistillConfig(Setting):

@@ -58,11 +58,13 @@ def load(config: DataConfig, seed: int) -> Splits:
     else:
         private = partition(sets["private"], config.partition, seed)
     _every_class_has_a_teacher(private, labels)
+    places = _present(private, config.absent)
     return Splits(
-        private=private,
+        private=tuple(private[place] for place in places),
         proxy=_hide_labels(sets["proxy"], config.proxy.labelled, seed),
         validation=sets["validation"],
         test=sets["test"],
+        places=places,
     )
 
 
@@ -131,6 +133,16 @@ def _hide_labels(proxy: TextSet, labelled: int, seed: int) -> TextSet:
     labels = np.full(len(proxy), UNLABELLED, np.int64)
     labels[kept] = proxy.labels[kept]
     return TextSet("data.proxy", proxy.ids, proxy.texts, labels, proxy.label_names, proxy.sources)
+
+
+def _present(private: tuple[TextSet, ...], absent: tuple[str, ...]) -> tuple[int, ...]:
+    names = [client.name for client in private]
+    if unknown := sorted(set(absent) - set(names)):
+        raise ConfigError(f"data.absent names {', '.join(unknown)}; the clients are {', '.join(names)}")
+    places = tuple(place for place, name in enumerate(names) if name not in absent)
+    if not places:
+        raise ConfigError("data.absent names every client")
+    return places
 
 
 def _every_class_has_a_teacher(private: tuple[TextSet, ...], labels: tuple[str, ...]) -> None:

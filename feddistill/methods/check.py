@@ -1,6 +1,9 @@
 """What only the data and the models themselves can tell, before anything is trained or written."""
 
+from importlib.util import find_spec
+
 from feddistill import models
+from feddistill.attacks import liars
 from feddistill.config import Config
 from feddistill.errors import ConfigError
 from feddistill.types import UNLABELLED, Splits
@@ -17,18 +20,21 @@ def check(config: Config, splits: Splits) -> None:
         ModelError: A model cannot be had, cut, or made to read its own tokenizer's texts.
     """
     classes, clients = len(splits.label_names), len(splits.private)
-    config.aggregation.rule.check(clients)
-    if (config.aggregation.quorum or 1) > clients:
-        raise ConfigError(f"aggregation.quorum = {config.aggregation.quorum} exceeds the {clients} clients")
+    config.aggregation.check(clients)
+    liars(config.simulate.attack, [private.name for private in splits.private])
     if config.payload.codec == "dense" and classes > DENSE_CLASSES:
         raise ConfigError(
             f"payload.codec = 'dense' holds up to {DENSE_CLASSES} classes, "
             f"the data have {classes}; use 'topk'"
         )
-    if config.payload.codec == "topk" and config.payload.k > classes:
+    if config.payload.codec in ("topk", "threshold") and config.payload.k > classes:
         raise ConfigError(f"payload.k = {config.payload.k}, but there are only {classes} classes")
+    if config.payload.compression == "zstd" and find_spec("zstandard") is None:
+        raise ConfigError(
+            "payload.compression = 'zstd' needs the package zstandard: pip install 'feddistill[protocol]'"
+        )
     if "public_only" in config.baselines and not (splits.proxy.labels != UNLABELLED).any():
         raise ConfigError("baselines: public_only needs labels, but data.proxy.labelled is 0")
-    for index, model in enumerate(config.clients.models[:clients]):
+    for index, model in enumerate(config.clients.models[: max(splits.places) + 1]):
         models.build(model, classes, 0, f"clients.models.{index}")
     models.build(config.student.model, classes, 0, "student.model")

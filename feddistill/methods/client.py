@@ -1,41 +1,43 @@
 """A client: what it tells of itself, how it trains, how it answers. All that it sends is in here."""
 
+from collections.abc import Callable
 from dataclasses import asdict
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from feddistill import payload, training
 from feddistill.accounting import measure
 from feddistill.config.training import TrainingConfig
 from feddistill.methods import wire
 from feddistill.methods.learner import Learner, Session, later, lessons_of
-from feddistill.seeds import generator
-from feddistill.store import Json
+from feddistill.seeds import derive, generator
+from feddistill.store import Json, RunDirectory
 from feddistill.training import NO_LABEL, Lessons
-from feddistill.types import ClientDescription, RoundSpec, TextSet
+from feddistill.types import ClientDescription, Cost, RoundSpec, TextSet
 
 
 class Client:
     """One institution: its private texts, and the model that it works with."""
 
-    def __init__(self, session: Session, private: TextSet, crew: "Crew", position: int):
+    def __init__(self, session: Session, private: TextSet, crew: "Crew", place: int):
         self.session = session
         self.config = session.config
         self.private = private
         self.name = private.name
         self._crew = crew
-        self._position = position
+        self._place = place
 
     @property
     def learner(self) -> Learner:
         """Shared with the other clients of this architecture: one of them works at a time."""
-        return self._crew.learner(self._position)
+        return self._crew.learner(self._place)
 
     def describe(self) -> ClientDescription:
         """What it tells of itself: no more than the rule needs."""
-        counts, kind = None, self.config.aggregation.rule.weighting()
-        if kind == "class_counts":
+        counts, needs = None, self.config.aggregation.rule.needs()
+        if "class_counts" in needs:
             exact = self.private.label_counts().astype(np.float64)
             epsilon = self.config.data.histogram_epsilon
             if epsilon is not None:  # one example changes one count by one: Laplace noise of scale 1/epsilon
@@ -43,7 +45,7 @@ class Client:
                 noise = random.laplace(0.0, 1 / epsilon, len(exact))
                 exact = np.maximum(np.round(exact + noise, 3), 0.0)
             counts = tuple(float(n) for n in exact)
-        return ClientDescription(self.name, len(self.private) if kind == "size" else None, counts)
+        return ClientDescription(self.name, len(self.private) if "size" in needs else None, counts)
 
     def train_alone(self, number: int, start: str | None) -> Json:
         """Segment ``number`` on private texts alone, from the weights in file ``start``.
@@ -74,8 +76,11 @@ class Client:
             distill=self.config.distill,
         )
 
-    def answer(self, spec: RoundSpec, weights: str) -> Json:
-        """Answer the proxy texts with the model in file ``weights``: the upload."""
+    def answer(self, spec: RoundSpec, weights: str, lie: Callable[[Tensor], Tensor] | None = None) -> Json:
+        """Answer the proxy texts with the model in file ``weights``: the upload.
+
+        ``lie``: what a simulated attacker makes of its answers before it sends them.
+        """
         run, name = self.session.run, f"rounds/{spec.round:03d}/payloads/{self.name}"
         if (record := run.done(name)) is not None:
             return record
@@ -83,19 +88,13 @@ class Client:
         learner.restore(weights)
         before = learner.meter.flops
         with self.session.show.step(f"round {spec.round}: {self.name} answers") as tick, measure() as cost:
-            answers = wire.compress(learner.answer(self.session.splits.proxy, tick), spec)
+            said = learner.answer(self.session.splits.proxy, tick)
+            seed = derive(self.config.seed, "draws", spec.round, self.name)
+            answers = wire.compress(said if lie is None else lie(said), spec, seed)
             content = payload.encode(answers, spec, self.name)
             envelope = payload.seal(content, spec, self.name)
             cost.flops = learner.meter.flops - before
-        run.write_bytes(f"{name}.safetensors", content)
-        run.write_bytes(f"{name}.json", envelope)
-        record = {
-            "payload": f"{name}.safetensors",
-            "envelope": f"{name}.json",
-            "bytes": len(content) + len(envelope),
-            "cost": asdict(cost.cost),
-        }
-        return run.commit(name, record, [record["payload"], record["envelope"]])
+        return store_upload(run, name, content, envelope, cost.cost)
 
     def _lessons(self, number: int, asked: RoundSpec) -> Lessons:
         """Private texts with their labels and, co-distilling, proxy texts with the last teacher's answers."""
@@ -136,6 +135,19 @@ class Client:
         return training.steps_of(self._settings(number), len(self.private) + digested)
 
 
+def store_upload(run: RunDirectory, name: str, content: bytes, envelope: bytes, cost: Cost) -> Json:
+    """Keep what a client sent as the step ``name``."""
+    run.write_bytes(f"{name}.safetensors", content)
+    run.write_bytes(f"{name}.json", envelope)
+    record: Json = {
+        "payload": f"{name}.safetensors",
+        "envelope": f"{name}.json",
+        "bytes": len(content) + len(envelope),
+        "cost": asdict(cost),
+    }
+    return run.commit(name, record, [record["payload"], record["envelope"]])
+
+
 class Crew:
     """All clients, with one model in memory for each architecture, whatever the number of clients."""
 
@@ -143,14 +155,14 @@ class Crew:
         self._session = session
         self._learners: dict[int, Learner] = {}
         self.clients = tuple(
-            Client(session, private, self, position)
-            for position, private in enumerate(session.splits.private)
+            Client(session, private, self, place)
+            for place, private in zip(session.splits.places, session.splits.private, strict=True)
         )
 
-    def learner(self, position: int) -> Learner:
-        """The model of the client at ``position``; architectures are dealt out in turn."""
+    def learner(self, place: int) -> Learner:
+        """The model of the client at ``place`` of the partition; architectures are dealt out in turn."""
         models = self._session.config.clients.models
-        index = position % len(models)
+        index = place % len(models)
         if index not in self._learners:
             self._learners[index] = Learner(self._session, models[index], f"clients.models.{index}")
         return self._learners[index]

@@ -5,25 +5,30 @@ teacher's answers; (2) it answers the proxy texts and uploads a payload; (3) the
 (4) trains the student and sends the teacher back. Nothing else leaves a client.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
 from statistics import fmean
 
 import torch
 from safetensors.torch import load_file, save
+from torch import Tensor
 
 from feddistill import aggregation, models, payload
 from feddistill.accounting import measure
+from feddistill.attacks import Sight, liars
 from feddistill.config import digest
 from feddistill.errors import PayloadError, RoundError
 from feddistill.methods import wire
 from feddistill.methods.client import Crew
 from feddistill.methods.learner import Learner, Session, best_of, labels_of, later
+from feddistill.rules import Memory
 from feddistill.seeds import derive
 from feddistill.store import Json
 from feddistill.training import Lessons
-from feddistill.types import RoundSpec
+from feddistill.types import RoundSpec, TextSet
+
+LEDGER = "ledger.json"
 
 
 def run(session: Session) -> Json:
@@ -32,9 +37,16 @@ def run(session: Session) -> Json:
     records = [rounds.run(number) for number in range(1, session.config.rounds + 1)]
     return {
         "rounds": records,
+        "ledger": rounds.head,
         "description_bytes": sum(len(payload.canonical(d)) for d in rounds.descriptions),
         "student_bytes": 4 * models.trained_count(rounds.student.model),
     }
+
+
+def decide(session: Session) -> list[Json]:
+    """All rounds without the student: one teacher each, of answers that the run has or that clients give."""
+    rounds = _Rounds(session)
+    return [rounds.decide(number) for number in range(1, session.config.rounds + 1)]
 
 
 class _Rounds:
@@ -43,9 +55,17 @@ class _Rounds:
     def __init__(self, session: Session):
         self.session = session
         self.splits = session.splits
-        self.run_id = _run_id(session)
         self.crew = Crew(session)
         self.descriptions = [client.describe() for client in self.crew.clients]
+        self.liars = liars(session.config.simulate.attack, [client.name for client in self.crew.clients])
+        self.quorum = session.config.aggregation.quorum or len(self.splits.private)
+        self.memory: Memory = {}
+        """What the rule remembers of former rounds."""
+        self.ledger: list[payload.Entry] = []
+        published = session.run.read_json(LEDGER) if session.run.path(LEDGER).exists() else {}
+        self.asked_in: Json | None = published.get("from")
+        """The ledger of the run in which answers were asked for, where that was another one."""
+        self.specs: dict[int, RoundSpec] = {}
         self._student: Learner | None = None
         self.best: Json | None = None
         self.last: Json | None = None
@@ -57,60 +77,37 @@ class _Rounds:
             self._student = Learner(self.session, self.session.config.student.model, "student.model")
         return self._student
 
+    @property
+    def head(self) -> str:
+        """Of the ledger so far."""
+        return self.ledger[-1].head() if self.ledger else ""
+
     def run(self, number: int) -> Json:
         """Round ``number``, or what is still to do of it."""
         run, step = self.session.run, f"rounds/{number:03d}"
         record = run.done(step, verify=False)
         if record is None:
-            record = self._round(number, step)
-            run.commit(step, record)
+            record = run.commit(step, self._round(number, step))
+        else:
+            self._asked(number)
+            self._enter(record)
         self.last = record["student"]
         self.best = best_of(self.best, record["student"])
         self._tidy(number)
         return record
 
     def _round(self, number: int, step: str) -> Json:
-        spec = self._spec(number)
-        request = payload.canonical(spec)
-        self.session.run.write_bytes(f"{step}/spec.json", request)
-        specialists: Json = {}
-        uploads: Json = {}
-        admitted: dict[str, payload.Answers] = {}
-        refused: Json = {}
-        seen: set[tuple[str, int]] = set()
-        before = self._spec(number - 1) if number > 1 else None
-        for client in self.crew.clients:
-            specialists[client.name] = client.train(number, before)
-            upload = uploads[client.name] = client.answer(spec, specialists[client.name]["weights"])
-            try:
-                admitted[client.name] = payload.admit(
-                    self.session.run.read_bytes(upload["envelope"]),
-                    self.session.run.read_bytes(upload["payload"]),
-                    spec,
-                    seen,
-                )
-            except PayloadError as error:  # the round goes on without this client
-                refused[client.name] = str(error)
-            else:
-                seen.add((client.name, number))
-        if len(admitted) < spec.quorum:
-            reasons = "; ".join(refused.values())
-            raise RoundError(
-                f"round {number}: {len(admitted)} valid answers, quorum {spec.quorum}: {reasons}"
-            )
-        teacher = self._aggregate(admitted, number, spec, step)
+        decided = self.decide(number)
+        teacher, uploads = decided["teacher"], decided["uploads"]
         student = self._distil(teacher["log_probs"], number, step)
+        request = payload.canonical(self.specs[number])
         downlink = len(request) + (teacher["feedback_bytes"] if number < self.session.config.rounds else 0)
-        clients, own = _mean_accuracy(specialists), student["validation"]["accuracy"]
+        clients, own = _mean_accuracy(decided["specialists"]), student["validation"]["accuracy"]
         self.session.show.say(
             f"round {number}: accuracy on validation: clients {clients:.3f}, student {own:.3f}"
         )
         return {
-            "round": number,
-            "specialists": specialists,
-            "uploads": uploads,
-            "refused": refused,
-            "teacher": teacher,
+            **decided,
             "student": student,
             "bytes": {
                 "uplink": {name: upload["bytes"] for name, upload in uploads.items()},
@@ -118,21 +115,97 @@ class _Rounds:
             },
         }
 
-    def _spec(self, number: int) -> RoundSpec:
-        config, splits = self.session.config, self.splits
-        return RoundSpec(
-            run_id=self.run_id,
+    def decide(self, number: int) -> Json:
+        """Everything of a round before the student: clients train and answer, one teacher is made."""
+        spec, step = self._asked(number), f"rounds/{number:03d}"
+        run = self.session.run
+        specialists: Json = {}
+        uploads: Json = {}
+        admitted: dict[str, payload.Answers] = {}
+        refused: dict[str, PayloadError] = {}
+        seen: set[tuple[str, int]] = set()
+        # Liars last: they see what the others say.
+        for client in sorted(self.crew.clients, key=lambda client: client.name in self.liars):
+            specialists[client.name] = client.train(number, self.specs.get(number - 1))
+            lie = self._lie(client.name, admitted, number) if client.name in self.liars else None
+            upload = uploads[client.name] = client.answer(spec, specialists[client.name]["weights"], lie)
+            try:
+                envelope, content = (run.read_bytes(upload[part]) for part in ("envelope", "payload"))
+                admitted[client.name] = payload.admit(envelope, content, spec, seen, now=spec.deadline)
+            except PayloadError as error:  # the round goes on without this client
+                refused[client.name] = error
+            else:
+                seen.add((client.name, number))
+        if len(admitted) < self.quorum:
+            reasons = "; ".join(map(str, refused.values()))
+            raise RoundError(
+                f"round {number}: {len(admitted)} valid answers, quorum {self.quorum}: {reasons}"
+            )
+        admitted = {name: admitted[name] for name in spec.clients if name in admitted}
+        teacher = self._aggregate(admitted, number, spec, step)
+        files = {name: payload.digest(run.read_bytes(uploads[name]["payload"])) for name in admitted}
+        entry = payload.Entry(
             round=number,
-            proxy_digest=splits.proxy.digest(),
-            positions=len(splits.proxy),
-            vocab_size=len(splits.label_names),
-            vocab_fingerprint=payload.fingerprint(splits.label_names),
-            codec=config.payload.codec,
-            k=config.payload.k if config.payload.codec == "topk" else len(splits.label_names),
-            nonce=f"{derive(config.seed, self.run_id, 'nonce', number):08x}",
-            quorum=config.aggregation.quorum or len(splits.private),
-            clients=tuple(private.name for private in splits.private),
+            previous=self.head,
+            request=payload.digest(payload.canonical(spec)),
+            payloads=files,
+            refused={name: type(error).__name__ for name, error in refused.items()},
+            teacher=payload.digest(run.read_bytes(teacher["log_probs"])),
+            feedback=payload.digest(run.read_bytes(f"{step}/feedback.safetensors")),
         )
+        decided: Json = {
+            "round": number,
+            "specialists": specialists,
+            "uploads": uploads,
+            "refused": {name: str(error) for name, error in refused.items()},
+            "teacher": teacher,
+            "ledger": asdict(entry),
+        }
+        self._enter(decided)
+        return decided
+
+    def _enter(self, decided: Json) -> None:
+        """Publish the round, and remember what the next one needs of it."""
+        self.memory = decided["teacher"]["memory"]
+        self.ledger.append(payload.Entry(**decided["ledger"]))
+        entries = [asdict(entry) for entry in self.ledger]
+        other = {} if self.asked_in is None else {"from": self.asked_in}
+        self.session.run.write_json(LEDGER, {"head": self.head, "rounds": entries, **other})
+
+    def _asked(self, number: int) -> RoundSpec:
+        """The request of a round: the stored one, where it was sent before this process began."""
+        run, name = self.session.run, f"rounds/{number:03d}/spec.json"
+        if run.path(name).exists():
+            spec = payload.parse_spec(run.read_bytes(name))
+        else:
+            spec = request(self.session, number, quorum=self.quorum, previous=self.head)
+            run.write_bytes(name, payload.canonical(spec))
+        self.specs[number] = spec
+        return spec
+
+    def _lie(
+        self, name: str, admitted: Mapping[str, payload.Answers], number: int
+    ) -> Callable[[Tensor], Tensor]:
+        """What the simulated attacker ``name`` makes of its own answers, knowing all honest ones."""
+        run, positions, attack = self.session.run, len(self.splits.proxy), self.liars[name]
+        honest = [
+            wire.expand(admitted[client.name], 0, positions)
+            for client in self.crew.clients
+            if client.name not in self.liars and client.name in admitted
+        ]
+        if not honest:
+            raise RoundError(f"round {number}: no honest client was admitted, so {name} has nothing to see")
+        before = teacher = None
+        if number > 1:
+            stored, first = f"rounds/001/payloads/{name}", self.specs[1]
+            sent = payload.admit(
+                run.read_bytes(f"{stored}.json"), run.read_bytes(f"{stored}.safetensors"), first, frozenset()
+            )
+            before = wire.expand(sent, 0, positions)
+            teacher = load_file(run.path(f"rounds/{number - 1:03d}/teacher.safetensors"))["log_probs"]
+        seed = derive(self.session.config.seed, "attack", number, name)
+        clients = len(self.crew.clients)
+        return lambda own: attack(Sight(own, honest, seed, clients, before, teacher))
 
     def _aggregate(
         self, admitted: Mapping[str, payload.Answers], number: int, spec: RoundSpec, step: str
@@ -142,22 +215,37 @@ class _Rounds:
         if (record := run.done(name)) is not None:
             return record
         config = self.session.config.aggregation
-        answerers = [partial(wire.expand, answers) for answers in admitted.values()]
+        read = wire.codes if config.rule.of_codes else wire.expand
+        answerers = [partial(read, answers) for answers in admitted.values()]
+        labels = torch.from_numpy(self.splits.proxy.labels)
         # Of those who are in: where the only client that knows a class was refused, the others speak for it.
-        weights = aggregation.client_weights(
-            config.rule.weighting(),
-            [d for d in self.descriptions if d.client in admitted],
-            len(self.splits.label_names),
+        known = aggregation.Known(
+            names=tuple(admitted),
+            descriptions=tuple(d for d in self.descriptions if d.client in admitted),
+            labels=labels,
+            domains=_domains(self.splits.proxy),
+            memory=self.memory,
         )
         with self.session.show.step(f"round {number}: aggregate"), measure() as cost:
-            teacher, mass = aggregation.aggregate(
-                answerers, spec.positions, config.rule, weights, config.sharpen
+            weights = aggregation.weigh(config.rule.weighting(), answerers, spec.positions, known)
+            made = aggregation.aggregate(
+                answerers,
+                spec.positions,
+                config.rule,
+                weights,
+                sharpen=config.sharpen,
+                mix=config.mix,
+                known=known,
             )
-            labels = torch.from_numpy(self.splits.proxy.labels)
-            diagnostics = aggregation.diagnose(list(admitted), answerers, teacher, labels, mass)
+            teacher = made.teacher
+            assert isinstance(teacher, torch.Tensor), "these answers are dense"
+            diagnostics = aggregation.diagnose(
+                list(admitted), answerers, teacher, labels, made.mass, made.weights
+            )
         run.write_bytes(f"{name}.safetensors", save({"log_probs": teacher}))
         back = wire.feedback_spec(spec)
-        feedback = payload.encode(wire.compress(teacher, back), back, wire.SERVER)
+        seed = derive(self.session.config.seed, "draws", number, wire.SERVER)
+        feedback = payload.encode(wire.compress(teacher, back, seed), back, wire.SERVER)
         envelope = payload.seal(feedback, back, wire.SERVER)
         run.write_bytes(f"{step}/feedback.safetensors", feedback)
         run.write_bytes(f"{step}/feedback.json", envelope)
@@ -166,6 +254,7 @@ class _Rounds:
             "log_probs": f"{name}.safetensors",
             "feedback_bytes": (len(feedback) + len(envelope)) if codistil else 0,
             "diagnostics": asdict(diagnostics),
+            "memory": made.memory,
             "cost": asdict(cost.cost),
         }
         return run.commit(
@@ -207,9 +296,40 @@ class _Rounds:
                 run.remove(student)
 
 
-def _run_id(session: Session) -> str:
-    """The same for the same settings: payloads of equal runs are equal to the byte."""
-    return digest(session.config)[:16]
+def request(session: Session, number: int, *, quorum: int, previous: str) -> RoundSpec:
+    """What a round asks of the clients; ``previous`` is the head of the ledger.
+
+    A run has the same id as another with the same settings: payloads of equal runs are equal to the byte.
+    """
+    config, splits, settings = session.config, session.splits, session.config.payload
+    classes = len(splits.label_names)
+    k = {"dense": classes, "sampled": min(settings.draws, classes)}.get(settings.codec, settings.k)
+    run_id = digest(config)[:16]
+    return RoundSpec(
+        run_id=run_id,
+        round=number,
+        proxy_digest=splits.proxy.digest(),
+        positions=len(splits.proxy),
+        vocab_size=classes,
+        vocab_fingerprint=payload.fingerprint(splits.label_names),
+        codec=settings.codec,
+        k=k,
+        nonce=f"{derive(config.seed, run_id, 'nonce', number):08x}",
+        quorum=quorum,
+        clients=tuple(private.name for private in splits.private),
+        compression=settings.compression,
+        max_code=payload.max_code_of(settings.epsilon) if settings.codec == "threshold" else 255,
+        draws=settings.draws if settings.codec == "sampled" else 0,
+        previous=previous,
+    )
+
+
+def _domains(proxy: TextSet) -> Tensor | None:
+    """Where each text is from, as small integers; ``None`` where that is not known."""
+    if proxy.sources is None:
+        return None
+    names = {name: index for index, name in enumerate(sorted(set(proxy.sources)))}
+    return torch.tensor([names[name] for name in proxy.sources])
 
 
 def _mean_accuracy(specialists: Json) -> float:

@@ -7,32 +7,43 @@ from torch import Tensor
 
 from feddistill import payload
 from feddistill.types import RoundSpec
-from feddistill_kernels import TopK, topk_compress
+from feddistill_kernels import topk_compress, topk_sample
 
 SERVER = "server"
 """Who sends the teacher back to the clients."""
 
 
-def compress(log_probs: Tensor, spec: RoundSpec) -> payload.Answers:
-    """``[N, V]`` as the codec of ``spec`` wants them."""
+def compress(log_probs: Tensor, spec: RoundSpec, seed: int) -> payload.Answers:
+    """``[N, V]`` as the codec of ``spec`` wants them; ``seed`` is that of the ``sampled`` codec's draws."""
     if spec.codec == "dense":
         return payload.quantise_dense(log_probs.numpy())
+    if spec.codec == "sampled":
+        random = torch.Generator().manual_seed(seed)
+        drawn = topk_sample(log_probs, spec.draws, generator=random)
+        return payload.quantise_sampled(
+            drawn.ids.numpy(), drawn.log_probs.numpy(), spec.draws, spec.vocab_size
+        )
     kept = topk_compress(log_probs, spec.k)
-    return payload.quantise_topk(
-        kept.ids.numpy(), kept.log_probs.numpy(), kept.log_tail.numpy(), spec.vocab_size
-    )
+    rows = kept.ids.numpy(), kept.log_probs.numpy(), kept.log_tail.numpy()
+    if spec.codec == "threshold":
+        return payload.quantise_threshold(*rows, spec.vocab_size, spec.max_code)
+    return payload.quantise_topk(*rows, spec.vocab_size)
 
 
 def expand(answers: payload.Answers, start: int, stop: int) -> Tensor:
     """Rows of an admitted answer as log-probabilities ``[n, V]``; a missing id has its share of the tail."""
+    return torch.from_numpy(payload.expand(answers.rows(start, stop)))
+
+
+def codes(answers: payload.Answers, start: int, stop: int) -> Tensor:
+    """Rows of an admitted answer as rules read them that are taken on bytes: ``uint8 [n, V]``."""
     chunk = answers.rows(start, stop)
     if isinstance(chunk, payload.Dense):
-        return torch.from_numpy(chunk.log_probs())
-    kept, tail = chunk.log_probs()
-    ids = torch.from_numpy(chunk.ids)
-    return TopK(ids, torch.from_numpy(kept), torch.from_numpy(tail), chunk.vocab_size).expand(tail="uniform")
+        return torch.from_numpy(chunk.codes.copy())  # what was admitted cannot be written to
+    return expand(answers, start, stop)
 
 
 def feedback_spec(spec: RoundSpec) -> RoundSpec:
     """The same question, answered by the server: what clients check the teacher against."""
-    return replace(spec, clients=(SERVER,))
+    keys = tuple((name, key) for name, key in spec.keys if name == SERVER)
+    return replace(spec, clients=(SERVER,), keys=keys)

@@ -1,27 +1,34 @@
 """What travels and what is let in.
 
 Checks come in an order in which nothing is parsed before its size is bounded by the server's own request,
-and nothing is believed before it is checked: envelope, size, digest, container, metadata, tensors, values.
+and nothing is believed before it is checked: envelope, size, digest, container, metadata, tensors, frame,
+values, and last that the bytes are the only ones that say this.
 """
 
 import re
 from collections.abc import Set
-from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from feddistill.payload import container, refusals
-from feddistill.payload.answers import STEPS_PER_NAT, Answers, Dense, Ranked
+from feddistill.errors import DataError
+from feddistill.payload import container, frames, refusals
+from feddistill.payload.answers import STEPS_PER_NAT, Answers, Sampled
+from feddistill.payload.codecs import (
+    CODECS,
+    COMPRESSIONS,
+    U8,
+    Checks,
+    Tensors,
+    answers_of,
+    check_request,
+    layout,
+    row_bytes,
+    tensors_of,
+)
 from feddistill.payload.envelope import CLIENT_NAME, FORMAT, VERSION, Envelope, digest, parse_envelope
 from feddistill.payload.request import spec_digest
 from feddistill.types import RoundSpec
 
-WIDE = 65_536
-"""A vocabulary above this needs a third byte an id."""
-MASS = (0.9, 1.1)
-BLOCK = 1 << 20
-"""Entries checked at a time: the float64 copies that the checks make stay below 10 MiB each."""
+FRAME = "zstd"
+"""The only tensor of a compressed payload."""
 
 REASONS: dict[str, type[refusals.Refusal]] = {
     "truncated": refusals.Truncated,
@@ -30,6 +37,8 @@ REASONS: dict[str, type[refusals.Refusal]] = {
     "malformed header": refusals.MalformedHeader,
     "wrong tensors": refusals.WrongTensors,
     "wrong shape": refusals.WrongShape,
+    "malformed frame": refusals.MalformedFrame,
+    "wrong content size": refusals.WrongContentSize,
 }
 METADATA_REASONS: dict[str, type[refusals.Refusal]] = {
     "vocab_size": refusals.WrongVocabulary,
@@ -44,54 +53,59 @@ METADATA_REASONS: dict[str, type[refusals.Refusal]] = {
 def encode(answers: Answers, spec: RoundSpec, client: str, shard: tuple[int, int] = (0, 1)) -> bytes:
     """Answers to ``spec`` as the bytes of a payload; equal arguments give equal bytes.
 
+    With ``compression: zstd`` they are equal for equal versions of the library.
+
     Raises:
         ValueError: The answers have another codec or shape than the request.
+        ConfigError: The package zstandard is needed and not there.
     """
-    given = (answers.codec, *answers.codes.shape, answers.vocab_size)
+    given = (answers.codec, len(answers), answers.k, answers.vocab_size)
     asked = (spec.codec, spec.positions, spec.k, spec.vocab_size)
     if given != asked:
         raise ValueError(f"answers must be (codec, T, k, V) = {asked}, got {given}")
-    tensors: dict[str, NDArray[Any]]
-    if isinstance(answers, Dense):
-        tensors = {"dense": answers.codes}
-    else:
-        tensors = {
-            "idx": (answers.ids & 0xFFFF).astype("<u2"),
-            "val": answers.codes,
-            "tail": answers.tail,
-        }
-        if answers.vocab_size > WIDE:
-            tensors["idx_hi"] = (answers.ids >> 16).astype(np.uint8)
-    return container.pack(tensors, _metadata(spec, client, shard))
+    if isinstance(answers, Sampled) and answers.draws != spec.draws:
+        raise ValueError(f"answers must have {spec.draws} draws, got {answers.draws}")
+    tensors = tensors_of(answers)
+    if spec.compression == "zstd":
+        tensors = {FRAME: frames.compress(tensors)}
+    return container.pack(tensors, metadata_of(spec, client, shard))
 
 
 def bound(spec: RoundSpec) -> int:
     """The most bytes that an honest payload can have, from the request alone."""
-    id_bytes = 3 if spec.vocab_size > WIDE else 2
-    row = spec.vocab_size if spec.codec == "dense" else spec.k * (id_bytes + 1) + 1
-    return 8 + container.HEADER_LIMIT + spec.positions * row
+    content = spec.positions * row_bytes(spec)
+    return 8 + container.HEADER_LIMIT + (frames.largest(content) if spec.compression == "zstd" else content)
 
 
 def admit(
     envelope: bytes,
-    content: bytes,
+    content: bytes | memoryview,
     spec: RoundSpec,
     seen: Set[tuple[str, int]],
     shard: tuple[int, int] = (0, 1),
+    *,
+    now: int | None = None,
 ) -> Answers:
     """The answers in a payload, after every check.
 
     Args:
         envelope: What ``seal`` made.
-        content: What ``encode`` made.
+        content: What ``encode`` made; the answers are views of it where it is not compressed.
         spec: The request that they must answer.
         seen: ``(client, round)`` of what has been admitted.
         shard: Which part of the proxy set, of how many.
+        now: Seconds since 1970 (UTC), by the server's clock; needed where the round has a deadline.
 
     Raises:
         Refusal: A subclass for each reason. Nothing has been kept.
+        ValueError: ``now`` is missing.
+
+    Memory:
+        The answers where they were compressed, and some 20 MiB, whatever arrives.
     """
-    vouched = parse_envelope(envelope, spec, shard[0])
+    if spec.deadline is not None and now is None:
+        raise ValueError("a round with a deadline needs the time: now")
+    vouched = parse_envelope(envelope, spec, shard[0], now)
     client = vouched.client
     if (client, spec.round) in seen:
         required = "the first of this round"
@@ -99,15 +113,7 @@ def admit(
     if len(content) > bound(spec):
         raise refusals.TooLarge(client, spec.round, "payload", f"at most {bound(spec)} bytes", len(content))
     _check_bytes(content, vouched)
-    try:
-        tensors, metadata = container.unpack(content)
-    except container.Malformed as error:
-        reason = REASONS[error.reason]
-        raise reason(client, spec.round, error.field, error.required, error.given) from None
-    _check_metadata(metadata, _metadata(spec, client, shard), client, spec.round)
-    answers = _assemble(tensors, spec, client)
-    _check_values(answers, client, spec.round)
-    return answers
+    return _decode(content, spec, client, metadata_of(spec, client, shard))
 
 
 def read(content: bytes) -> tuple[Answers, dict[str, str]]:
@@ -116,16 +122,51 @@ def read(content: bytes) -> tuple[Answers, dict[str, str]]:
     Raises:
         Refusal: It is not well-formed.
     """
+    metadata = _unpack(content, "?", 0)[1]
+    spec = _spec_of(metadata)
+    if not CLIENT_NAME.fullmatch(metadata["client"]):
+        required = "1 to 64 letters, digits, '_' and '-'"
+        raise refusals.UnknownClient("?", 0, "client", required, metadata["client"])
+    return _decode(content, spec, "?", metadata), metadata
+
+
+def _decode(content: bytes | memoryview, spec: RoundSpec, client: str, expected: dict[str, str]) -> Answers:
+    tensors, metadata = _unpack(content, client, spec.round)
+    _check_metadata(metadata, expected, client, spec.round)
+    head = container.head(tensors, expected)
     try:
-        tensors, metadata = container.unpack(content)
+        answers = answers_of(_assemble(tensors, spec, client), spec)
     except container.Malformed as error:
-        raise REASONS[error.reason]("?", 0, error.field, error.required, error.given) from None
-    known = set(_metadata(_ANY, "", (0, 1)))
+        raise REASONS[error.reason](client, spec.round, error.field, error.required, error.given) from None
+    Checks(spec, client)(answers)
+    if head != bytes(content[: len(head)]):
+        required = "canonical JSON, tensors in the order of their names"
+        raise refusals.NotCanonical(client, spec.round, "header", required, "another form of it")
+    return answers
+
+
+def _unpack(content: bytes | memoryview, client: str, round_: int) -> tuple[Tensors, dict[str, str]]:
+    try:
+        return container.unpack(content)
+    except container.Malformed as error:
+        raise REASONS[error.reason](client, round_, error.field, error.required, error.given) from None
+
+
+def _spec_of(metadata: dict[str, str]) -> RoundSpec:
+    """A request that a payload with this metadata could answer."""
+    codec, compression = metadata.get("codec", ""), metadata.get("compression", "")
+    if codec not in CODECS:
+        raise refusals.WrongMetadata("?", 0, "codec", f"one of {', '.join(CODECS)}", codec)
+    if compression not in COMPRESSIONS:
+        required = f"one of {', '.join(COMPRESSIONS)}"
+        raise refusals.WrongMetadata("?", 0, "compression", required, compression)
+    known = set(metadata_of(RoundSpec("", 0, "", 1, 1, "", codec, 1, "", 1), "", (0, 1)))
     if set(metadata) != known:
         raise refusals.WrongMetadata("?", 0, "metadata", f"{sorted(known)}", f"{sorted(metadata)}")
-    if metadata["format"] != FORMAT or metadata["version"] != VERSION:
-        given = f"{metadata['format']} {metadata['version']}"
-        raise refusals.WrongMetadata("?", 0, "format", f"{FORMAT} {VERSION}", given)
+    step = f"1/{STEPS_PER_NAT}"
+    for key, value in {"format": FORMAT, "version": VERSION, "step": step, "temperature": "1"}.items():
+        if metadata[key] != value:
+            raise refusals.WrongMetadata("?", 0, key, value, metadata[key])
     try:
         spec = RoundSpec(
             run_id=metadata["run"],
@@ -134,26 +175,21 @@ def read(content: bytes) -> tuple[Answers, dict[str, str]]:
             positions=_number(metadata["tokens"]),
             vocab_size=_number(metadata["vocab_size"]),
             vocab_fingerprint=metadata["vocab_fingerprint"],
-            codec=metadata["codec"],
+            codec=codec,
             k=_number(metadata["k"]),
             nonce=metadata["nonce"],
             quorum=1,
+            compression=compression,
+            max_code=_number(metadata.get("max_code", "255")),
+            draws=_number(metadata.get("draws", "0")),
         )
     except ValueError as error:
         raise refusals.WrongMetadata("?", 0, "metadata", "decimal numbers", str(error)) from None
-    if spec.codec not in ("dense", "topk"):
-        raise refusals.WrongMetadata("?", 0, "codec", "dense or topk", spec.codec)
-    if spec.codec == "dense" and spec.k != spec.vocab_size:
-        raise refusals.WrongMetadata("?", 0, "k", f"{spec.vocab_size}, as there are classes", spec.k)
-    if not CLIENT_NAME.fullmatch(metadata["client"]):
-        required = "1 to 64 letters, digits, '_' and '-'"
-        raise refusals.UnknownClient("?", 0, "client", required, metadata["client"])
-    answers = _assemble(tensors, spec, "?")
-    _check_values(answers, "?", spec.round)
-    return answers, metadata
-
-
-_ANY = RoundSpec("", 0, "", 1, 1, "", "dense", 1, "", 1)
+    try:
+        check_request(spec)
+    except DataError as error:
+        raise refusals.WrongMetadata("?", 0, "metadata", "of a possible request", str(error)) from None
+    return spec
 
 
 def _number(text: str) -> int:
@@ -162,11 +198,14 @@ def _number(text: str) -> int:
     return int(text)
 
 
-def _metadata(spec: RoundSpec, client: str, shard: tuple[int, int]) -> dict[str, str]:
+def metadata_of(spec: RoundSpec, client: str, shard: tuple[int, int]) -> dict[str, str]:
+    """What a payload must say of itself."""
+    own = {"threshold": {"max_code": str(spec.max_code)}, "sampled": {"draws": str(spec.draws)}}
     return {
         "format": FORMAT,
         "version": VERSION,
         "codec": spec.codec,
+        "compression": spec.compression,
         "vocab_size": str(spec.vocab_size),
         "vocab_fingerprint": spec.vocab_fingerprint,
         "k": str(spec.k),
@@ -177,12 +216,13 @@ def _metadata(spec: RoundSpec, client: str, shard: tuple[int, int]) -> dict[str,
         "client": client,
         "shard": f"{shard[0]}/{shard[1]}",
         "tokens": str(spec.positions),
+        "nonce": spec.nonce,  # before the digest, which holds it too: a replay is called one
         "spec": spec_digest(spec),
-        "nonce": spec.nonce,
+        **own.get(spec.codec, {}),
     }
 
 
-def _check_bytes(content: bytes, vouched: Envelope) -> None:
+def _check_bytes(content: bytes | memoryview, vouched: Envelope) -> None:
     client, round_, size = vouched.client, vouched.round, len(content)
     if vouched.size != size:
         kind = refusals.Truncated if size < vouched.size else refusals.ExtraBytes
@@ -201,57 +241,21 @@ def _check_metadata(found: dict[str, str], expected: dict[str, str], client: str
             raise METADATA_REASONS.get(key, refusals.WrongMetadata)(client, round_, key, value, found[key])
 
 
-def _assemble(tensors: dict[str, NDArray[Any]], spec: RoundSpec, client: str) -> Answers:
+def _assemble(tensors: Tensors, spec: RoundSpec, client: str) -> Tensors:
     """The tensors that the codec asks for, in their types and shapes."""
-    rows, k = spec.positions, spec.k
-    if spec.codec == "dense":
-        wanted: dict[str, tuple[str, tuple[int, ...]]] = {"dense": ("uint8", (rows, spec.vocab_size))}
-    else:
-        wanted = {"idx": ("uint16", (rows, k)), "val": ("uint8", (rows, k)), "tail": ("uint8", (rows,))}
-        if spec.vocab_size > WIDE:
-            wanted["idx_hi"] = ("uint8", (rows, k))
-    if set(tensors) != set(wanted):
-        raise refusals.WrongTensors(client, spec.round, "tensors", sorted(wanted), sorted(tensors))
-    for name, (dtype, shape) in wanted.items():
-        given = tensors[name]
-        if given.dtype != np.dtype(dtype) or given.shape != shape:
-            required = f"{dtype} {list(shape)}"
-            raise refusals.WrongShape(
-                client, spec.round, name, required, f"{given.dtype} {list(given.shape)}"
-            )
-    if spec.codec == "dense":
-        return Dense(tensors["dense"])
-    ids = tensors["idx"].astype(np.int32)
-    if "idx_hi" in tensors:
-        ids |= tensors["idx_hi"].astype(np.int32) << 16
-    return Ranked(ids, tensors["val"], tensors["tail"], spec.vocab_size)
-
-
-def _check_values(answers: Answers, client: str, round_: int) -> None:
-    rows = max(1, BLOCK // answers.codes.shape[1])
-    for start in range(0, len(answers), rows):
-        _check_block(answers.rows(start, start + rows), start, client, round_)
-
-
-def _check_block(answers: Answers, start: int, client: str, round_: int) -> None:
-    """Some of the answers, of which the first is answer ``start``."""
-    if isinstance(answers, Ranked):
-        if int(answers.ids.max()) >= answers.vocab_size:
-            required = f"below {answers.vocab_size}"
-            raise refusals.IdOutOfRange(client, round_, "idx", required, int(answers.ids.max()))
-        ordered = np.sort(answers.ids, axis=1)
-        if wrong := _where((ordered[:, 1:] == ordered[:, :-1]).any(1)):
-            given = f"a repetition in row {start + wrong[0]}"
-            raise refusals.IdRepeated(client, round_, "idx", "distinct in each row", given)
-        if wrong := _where((answers.codes[:, 1:] < answers.codes[:, :-1]).any(1)):
-            given = f"row {start + wrong[0]} is not"
-            raise refusals.NotInOrder(client, round_, "val", "in rank order", given)
-    mass = answers.mass()
-    if wrong := _where(np.logical_or(mass < MASS[0], mass > MASS[1])):
-        given = f"{mass[wrong[0]]:.3f} in row {start + wrong[0]}"
-        raise refusals.WrongMass(client, round_, "sum of probabilities", f"within {list(MASS)}", given)
-
-
-def _where(wrong: Any) -> list[int]:
-    """The first row that is wrong, if there is one."""
-    return [int(wrong.argmax())] if wrong.any() else []
+    wanted = layout(spec)
+    names = [FRAME] if spec.compression == "zstd" else list(wanted)
+    if sorted(tensors) != names:
+        raise refusals.WrongTensors(client, spec.round, "tensors", names, sorted(tensors))
+    if spec.compression == "zstd":
+        frame = tensors[FRAME]
+        if frame.dtype != U8 or frame.ndim != 1:
+            shape = f"{frame.dtype} {list(frame.shape)}"
+            raise refusals.WrongShape(client, spec.round, FRAME, "uint8 [bytes]", shape)
+        return frames.decompress(frame.data, wanted)
+    for name, (dtype, sizes) in wanted.items():
+        found = tensors[name]
+        if found.dtype != dtype or found.shape != sizes:
+            given = f"{found.dtype} {list(found.shape)}"
+            raise refusals.WrongShape(client, spec.round, name, f"{dtype} {list(sizes)}", given)
+    return tensors

@@ -12,8 +12,11 @@ from numpy.typing import NDArray
 
 STEPS_PER_NAT = 12
 CODES = 256
+FLOOR = CODES - 1
+"""The code of everything that is too unlikely for another one."""
 
 Codes = NDArray[np.uint8]
+Ids = NDArray[np.uint16] | NDArray[np.int32]
 LogProbs = NDArray[np.float32]
 _LOG_P: NDArray[np.float64] = -np.arange(CODES, dtype=np.float64) / STEPS_PER_NAT
 _P: NDArray[np.float64] = np.exp(_LOG_P)
@@ -36,6 +39,11 @@ class Dense:
         """``V``."""
         return int(self.codes.shape[1])
 
+    @property
+    def k(self) -> int:
+        """``V``: nothing is left out."""
+        return self.vocab_size
+
     def rows(self, start: int, stop: int) -> "Dense":
         """Some of the answers."""
         return Dense(self.codes[start:stop])
@@ -52,46 +60,166 @@ class Dense:
 
 @dataclass(frozen=True, slots=True)
 class Ranked:
-    """The ``k`` likeliest ids, likeliest first, their bytes, and a byte for the mass of all others."""
+    """The likeliest ids, likeliest first, their bytes, and a byte for the mass of all others.
 
-    ids: NDArray[np.int32]
-    """``[T, k]``."""
+    A row keeps ``k`` ids, or as many as ``lengths`` says: then the lowest ids that it does not keep fill it
+    up. So the ids of a row are distinct in any case.
+    """
+
+    stored: Ids
+    """``[T, k]`` ids, in two bytes each where the vocabulary allows it."""
     codes: Codes
-    """``[T, k]``, not decreasing along a row."""
+    """``[T, k]``, not decreasing along a row; ``FLOOR`` behind its length."""
     tail: Codes
     """``[T]``."""
     vocab_size: int
-
-    codec = "topk"
+    lengths: NDArray[np.uint16] | None = None
+    """``[T]`` ids that a row keeps, from 1 to ``k``; ``None`` where all keep ``k``."""
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.stored)
+
+    @property
+    def codec(self) -> str:
+        """Which codec writes such answers."""
+        return "topk" if self.lengths is None else "threshold"
+
+    @property
+    def k(self) -> int:
+        """The most ids that a row keeps."""
+        return int(self.stored.shape[1])
+
+    @property
+    def ids(self) -> NDArray[np.int32]:
+        """``[T, k]``, widened: take some ``rows`` first where memory matters."""
+        return self.stored.astype(np.int32, copy=False)
 
     def rows(self, start: int, stop: int) -> "Ranked":
         """Some of the answers."""
         part = slice(start, stop)
-        return Ranked(self.ids[part], self.codes[part], self.tail[part], self.vocab_size)
+        lengths = None if self.lengths is None else self.lengths[part]
+        return Ranked(self.stored[part], self.codes[part], self.tail[part], self.vocab_size, lengths)
+
+    def kept(self) -> NDArray[np.bool_] | None:
+        """``[T, k]``, which entries a row keeps; ``None`` where all are."""
+        return None if self.lengths is None else np.arange(self.k) < self.lengths[:, None]
+
+    def whole(self) -> NDArray[np.bool_]:
+        """``[T]``, which rows keep every id: then there are no others."""
+        if self.lengths is None:
+            return np.full(len(self), self.k == self.vocab_size)
+        return np.asarray(self.lengths == self.vocab_size)
 
     def mass(self) -> NDArray[np.float64]:
         """``[T]`` sum of the probabilities as they are written, tail included."""
-        total: NDArray[np.float64] = _P[self.codes].sum(1)
-        if not self._whole:
-            total += _P[self.tail]
-        return total
+        kept = self.kept()
+        probs = _P[self.codes] if kept is None else np.where(kept, _P[self.codes], 0.0)
+        return np.asarray(probs.sum(1) + np.where(self.whole(), 0.0, _P[self.tail]))
 
     def log_probs(self) -> tuple[LogProbs, LogProbs]:
-        """``[T, k]`` of the ids and ``[T]`` of all others together, renormalised in float64."""
-        norm = np.log(self.mass())
-        tail = np.full(len(self), -np.inf) if self._whole else _LOG_P[self.tail] - norm
-        return np.asarray(_LOG_P[self.codes] - norm[:, None], np.float32), np.asarray(tail, np.float32)
+        """``[T, k]`` of the ids and ``[T]`` of all others together, renormalised in float64.
+
+        Ids that fill a row up have what each of the others has where they are all alike, and the others the
+        rest: who reads rows of ``k`` ids and spreads the tail uniformly reads the same distribution.
+        """
+        kept, whole, norm = self.kept(), self.whole(), np.log(self.mass())
+        log_probs = _LOG_P[self.codes] - norm[:, None]
+        tail = np.where(whole, -np.inf, _LOG_P[self.tail] - norm)
+        if kept is not None and self.lengths is not None:
+            others = self.vocab_size - self.lengths.astype(np.float64)
+            log_probs = np.where(kept, log_probs, (tail - np.log(np.maximum(others, 1)))[:, None])
+            with np.errstate(divide="ignore"):
+                tail = tail + np.log((self.vocab_size - self.k) / np.maximum(others, 1))
+        return np.asarray(log_probs, np.float32), np.asarray(tail, np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """How often each of some ids was drawn: ``q = count / draws`` has the mean ``p``, so means stay unbiased.
+
+    What was not drawn is zero here and now, and not on average: only means of such answers are meaningful.
+    """
+
+    stored: Ids
+    """``[T, k]``, ascending; the lowest ids that were not drawn fill a row up."""
+    counts: NDArray[np.uint8]
+    """``[T, k]``."""
+    draws: int
+    vocab_size: int
+
+    codec = "sampled"
+
+    def __len__(self) -> int:
+        return len(self.stored)
 
     @property
-    def _whole(self) -> bool:
-        """Whether every id is kept: then there are no others, whatever the tail's byte says."""
-        return int(self.ids.shape[1]) == self.vocab_size
+    def k(self) -> int:
+        """Ids a row, drawn or not."""
+        return int(self.stored.shape[1])
+
+    @property
+    def ids(self) -> NDArray[np.int32]:
+        """``[T, k]``, widened: take some ``rows`` first where memory matters."""
+        return self.stored.astype(np.int32, copy=False)
+
+    def rows(self, start: int, stop: int) -> "Sampled":
+        """Some of the answers."""
+        part = slice(start, stop)
+        return Sampled(self.stored[part], self.counts[part], self.draws, self.vocab_size)
+
+    def mass(self) -> NDArray[np.float64]:
+        """``[T]`` of ones, exactly."""
+        return np.asarray(self.counts.sum(1, dtype=np.int64) / self.draws)
+
+    def log_probs(self) -> tuple[LogProbs, LogProbs]:
+        """``[T, k]`` of the ids and ``[T]`` of all others: ``-inf``."""
+        with np.errstate(divide="ignore"):
+            kept = np.log(self.counts / np.float64(self.draws))
+        return np.asarray(kept, np.float32), np.full(len(self), -np.inf, np.float32)
 
 
-Answers = Dense | Ranked
+Answers = Dense | Ranked | Sampled
+
+
+def expand(answers: Answers, spread: NDArray[np.float64] | None = None) -> LogProbs:
+    """Log-probabilities ``[T, V]``: a missing id has a share of its row's tail, never zero unless drawn so.
+
+    Args:
+        answers: Of any codec.
+        spread: ``[V]``, positive: the shares are in proportion to it, as ``unigram_spread`` makes it;
+            ``None`` for equal ones.
+    """
+    if isinstance(answers, Dense):
+        return answers.log_probs()
+    kept, tail = answers.log_probs()
+    ids = answers.ids.astype(np.int64)
+    if spread is None or isinstance(answers, Sampled):
+        others = answers.vocab_size - answers.k
+        share = tail - np.float32(np.log(others)) if others else tail
+        dense = np.repeat(share[:, None], answers.vocab_size, axis=1)
+    else:
+        entries = answers.kept()
+        listed = spread[ids] if entries is None else np.where(entries, spread[ids], 0.0)
+        rest = np.maximum(spread.sum() - listed.sum(1), np.finfo(np.float64).tiny)  # 0 where all are kept
+        norm = np.log(answers.mass())
+        log_tail = np.where(answers.whole(), -np.inf, _LOG_P[answers.tail] - norm)
+        dense = np.asarray((log_tail - np.log(rest))[:, None] + np.log(spread), np.float32)
+        if entries is not None:  # ids that fill a row up are missing ones
+            kept = np.where(entries, kept, np.take_along_axis(dense, ids, 1))
+    np.put_along_axis(dense, ids, kept, 1)
+    return np.asarray(dense, np.float32)
+
+
+def unigram_spread(counts: NDArray[np.int64]) -> NDArray[np.float64]:
+    """``[V]`` by which a tail is spread: the square root of how often each token stands in the public texts.
+
+    Everybody who has the public texts has it, so it costs nothing to send. The likeliest tokens are the ones
+    that are kept, and the rest is flatter than the whole: hence the root. A tenth is added to each count.
+
+    >>> unigram_spread(np.array([90, 0, 10])).round(2)
+    array([9.49, 0.32, 3.18])
+    """
+    return np.asarray(np.sqrt(counts + 0.1), np.float64)
 
 
 def quantise_dense(log_probs: LogProbs) -> Dense:
@@ -115,29 +243,113 @@ def quantise_topk(ids: NDArray[np.int32], log_probs: LogProbs, log_tail: LogProb
     Raises:
         ValueError: A row is no distribution, or an id is not below ``vocab_size`` or stands twice in it.
     """
-    ordered = np.sort(ids, axis=1)
-    if ids.min(initial=0) < 0 or ids.max(initial=0) >= vocab_size:
-        raise ValueError(f"ids must be within 0..{vocab_size - 1}, got {ids.min()}..{ids.max()}")
-    if (ordered[:, 1:] == ordered[:, :-1]).any():
-        raise ValueError("ids must be distinct in each row")
+    _check_ids(ids, vocab_size)
     _check_mass(_probability(log_probs).sum(1) + _probability(log_tail))
     codes = _code(log_probs)
     order = np.lexsort((ids, codes), axis=1)
+    tail = _code(log_tail) if ids.shape[1] < vocab_size else np.full(len(ids), FLOOR, np.uint8)
     return Ranked(
-        ids=np.take_along_axis(ids, order, 1).astype(np.int32),
+        stored=_narrow(np.take_along_axis(ids, order, 1), vocab_size),
         codes=np.take_along_axis(codes, order, 1),
-        tail=_code(log_tail),
+        tail=tail,
         vocab_size=vocab_size,
     )
 
 
-def _code(log_probs: LogProbs) -> Codes:
-    return np.clip(np.rint(-STEPS_PER_NAT * log_probs.astype(np.float64)), 0, CODES - 1).astype(np.uint8)
+def quantise_threshold(
+    ids: NDArray[np.int32], log_probs: LogProbs, log_tail: LogProbs, vocab_size: int, max_code: int
+) -> Ranked:
+    """As ``quantise_topk``, but entries of codes above ``max_code`` join the tail; the likeliest one stays.
+
+    Raises:
+        ValueError: As ``quantise_topk``.
+
+    >>> row = np.log(np.array([[0.6, 0.3, 0.06]], np.float32)), np.log(np.array([0.04], np.float32))
+    >>> kept = quantise_threshold(np.array([[7, 8, 9]], np.int32), *row, 100, max_code_of(0.1))
+    >>> kept.lengths, kept.ids, kept.codes, kept.tail
+    (array([2], dtype=uint16), array([[7, 8, 0]], dtype=int32), array([[  6,  14, 255]], dtype=uint8),
+     array([28], dtype=uint8))
+    """
+    full = quantise_topk(ids, log_probs, log_tail, vocab_size)
+    lengths = np.maximum((full.codes <= max_code).sum(1), 1).astype(np.uint16)
+    kept = np.arange(full.k) < lengths[:, None]
+    # The tail is summed from what is in it: which entries these are, their order by codes has said.
+    order = np.lexsort((ids, _code(log_probs)), axis=1)
+    dropped = np.where(kept, 0.0, np.take_along_axis(_probability(log_probs), order, 1)).sum(1)
+    with np.errstate(divide="ignore"):
+        log_rest = np.log(dropped + _probability(log_tail))
+    return Ranked(
+        stored=_narrow(np.where(kept, full.ids, fill_ids(full.stored, kept)), vocab_size),
+        codes=np.where(kept, full.codes, FLOOR).astype(np.uint8),
+        tail=np.where(lengths == vocab_size, FLOOR, _code(log_rest)).astype(np.uint8),
+        vocab_size=vocab_size,
+        lengths=lengths,
+    )
+
+
+def quantise_sampled(ids: NDArray[np.int32], log_probs: LogProbs, draws: int, vocab_size: int) -> Sampled:
+    """What ``topk_sample`` drew, ids ``[T, k]`` in any order and ``log(count / draws)``, to counts.
+
+    Raises:
+        ValueError: A row's counts are no integers that add up to ``draws``, or the ids that were not drawn
+            are not the lowest ones.
+    """
+    _check_ids(ids, vocab_size)
+    exact = _probability(log_probs) * draws
+    if draws >= CODES or (np.abs(exact - np.rint(exact)) > 1e-3).any() or (np.rint(exact) > draws).any():
+        raise ValueError(f"counts must be integers of at most {draws} draws, and draws at most {CODES - 1}")
+    order = np.argsort(ids, axis=1)
+    counts = np.take_along_axis(np.rint(exact), order, 1)
+    if wrong := np.flatnonzero(counts.sum(1) != draws).tolist():
+        raise ValueError(f"row {wrong[0]} has {counts[wrong[0]].sum():.0f} draws, not {draws}")
+    ordered = np.take_along_axis(ids, order, 1)
+    if ((counts == 0) & (ordered != np.arange(ids.shape[1]))).any():
+        raise ValueError("ids that were not drawn must be the lowest ones")
+    return Sampled(_narrow(ordered, vocab_size), counts.astype(np.uint8), draws, vocab_size)
+
+
+def max_code_of(epsilon: float) -> int:
+    """The largest code that a probability of ``epsilon`` or more has.
+
+    >>> max_code_of(0.001)
+    83
+    """
+    return int(np.clip(np.rint(-STEPS_PER_NAT * np.log(epsilon)), 0, FLOOR - 1))
+
+
+def fill_ids(ids: Ids, kept: NDArray[np.bool_]) -> NDArray[np.int32]:
+    """``[T, k]``: behind the kept ids, the lowest that are not among them, ascending; 0 elsewhere.
+
+    A row lacks at most ``k`` of the ids below ``k``, so these are enough.
+    """
+    rows, k = ids.shape
+    free = np.ones((rows, k), np.bool_)
+    row, column = np.nonzero(kept & (ids < k))
+    free[row, ids[row, column]] = False
+    ordered = np.argsort(~free, axis=1, kind="stable").astype(np.int32)
+    place = np.arange(k, dtype=np.int32) - kept.sum(1, dtype=np.int32)[:, None]
+    return np.where(kept, 0, np.take_along_axis(ordered, np.maximum(place, 0), 1)).astype(np.int32)
+
+
+def _narrow(ids: NDArray[np.int32], vocab_size: int) -> Ids:
+    return ids.astype(np.uint16) if vocab_size <= 2**16 else ids.astype(np.int32)
+
+
+def _code(log_probs: LogProbs | NDArray[np.float64]) -> Codes:
+    return np.clip(np.rint(-STEPS_PER_NAT * log_probs.astype(np.float64)), 0, FLOOR).astype(np.uint8)
 
 
 def _probability(log_probs: LogProbs) -> NDArray[np.float64]:
     with np.errstate(over="ignore"):  # infinite, and so no distribution
         return np.asarray(np.exp(log_probs.astype(np.float64)), np.float64)
+
+
+def _check_ids(ids: NDArray[np.int32], vocab_size: int) -> None:
+    ordered = np.sort(ids, axis=1)
+    if ids.min(initial=0) < 0 or ids.max(initial=0) >= vocab_size:
+        raise ValueError(f"ids must be within 0..{vocab_size - 1}, got {ids.min()}..{ids.max()}")
+    if (ordered[:, 1:] == ordered[:, :-1]).any():
+        raise ValueError("ids must be distinct in each row")
 
 
 def _check_mass(mass: NDArray[np.float64]) -> None:

@@ -26,28 +26,37 @@ class Malformed(Exception):
 
 def pack(tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> bytes:
     """Unsigned tensors and string metadata to one file; equal arguments give equal bytes."""
+    arrays = [np.ascontiguousarray(tensors[name]) for name in sorted(tensors)]
+    return head(tensors, metadata) + b"".join(
+        array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes() for array in arrays
+    )
+
+
+def head(tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> bytes:
+    """Everything before the tensors' bytes: the one header that says this."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    chunks, offset = [], 0
+    offset = 0
     for name in sorted(tensors):
-        array = np.ascontiguousarray(tensors[name])
-        dtype = next(code for code, dt in DTYPES.items() if dt == array.dtype)
+        array = tensors[name]
         header[name] = {
-            "dtype": dtype,
+            "dtype": next(code for code, dtype in DTYPES.items() if dtype == array.dtype),
             "shape": list(array.shape),
             "data_offsets": [offset, offset + array.nbytes],
         }
-        chunks.append(array.astype(DTYPES[dtype], copy=False).tobytes())
         offset += array.nbytes
     raw = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode("ascii")
     raw += b" " * (-len(raw) % 8)
-    return struct.pack("<Q", len(raw)) + raw + b"".join(chunks)
+    return struct.pack("<Q", len(raw)) + raw
 
 
-def unpack(content: bytes) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
+def unpack(content: bytes | memoryview) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
     """Tensors and metadata of a file, views of ``content``.
 
+    Whether the header is the one that ``head`` writes is not looked at: a reader compares it at the end, so
+    that whatever else is wrong is named first.
+
     Raises:
-        Malformed: Anything but the one way in which ``pack`` could have written it (order aside).
+        Malformed: It is no safetensors file of unsigned integers, or says something twice or ambiguously.
     """
     if len(content) < 8:
         raise Malformed("truncated", "file", "at least 8 bytes", len(content))
@@ -56,9 +65,10 @@ def unpack(content: bytes) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
         raise Malformed("header too large", "header", f"at most {HEADER_LIMIT} bytes", size)
     if len(content) < 8 + size:
         raise Malformed("truncated", "header", f"{size} bytes", len(content) - 8)
-    header = parse_object(content[8 : 8 + size], "header")
-    if content[8:9] != b"{":  # the library asks for this
-        raise Malformed("malformed header", "header", "a JSON object without space before it", content[8:9])
+    raw = bytes(content[8 : 8 + size])
+    header = parse_object(raw, "header")
+    if raw[:1] != b"{":  # the library asks for this
+        raise Malformed("malformed header", "header", "a JSON object without space before it", raw[:1])
     metadata = header.pop("__metadata__", None)
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise Malformed("malformed header", "__metadata__", "an object of strings", metadata)

@@ -2,8 +2,10 @@
 
 import hashlib
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
 
+from feddistill.keys import SIGNATURE, PrivateKey, verify
 from feddistill.payload import refusals
 from feddistill.payload.container import Malformed, parse_object
 from feddistill.payload.request import canonical_json
@@ -13,6 +15,8 @@ FORMAT = "feddistill-payload"
 VERSION = "1"
 ENVELOPE_LIMIT = 4096
 CLIENT_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+DOMAIN = b"feddistill-envelope-1\n"
+"""Stands before what is signed, so that no signature made for anything else fits an envelope."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,26 +34,67 @@ class Envelope:
     """Of the payload, in bytes."""
     blake2b: str
     """Of the payload: 256 bits in hexadecimal."""
+    expires: int | None
+    """Seconds since 1970 (UTC) after which nobody may use it; ``None`` in a round without a deadline."""
+    signature: str | None
+    """Ed25519 in hexadecimal; ``None`` in a round without keys."""
 
     def to_json(self) -> bytes:
         """The only bytes that say this."""
         return canonical_json(asdict(self))
 
+    def signed(self) -> bytes:
+        """What is signed: everything but the signature, and what it is that is signed."""
+        said = asdict(self)
+        del said["signature"]
+        return DOMAIN + canonical_json(said)
 
-def digest(content: bytes) -> str:
+
+def digest(content: bytes | memoryview) -> str:
     """The hash by which an envelope knows its payload."""
     return hashlib.blake2b(content, digest_size=32).hexdigest()
 
 
-def seal(content: bytes, spec: RoundSpec, client: str, sequence: int = 0) -> bytes:
-    """The envelope of a payload: who sends what, for which round, and the hash of its bytes."""
-    return Envelope(
-        FORMAT, VERSION, spec.run_id, spec.round, client, sequence, len(content), digest(content)
-    ).to_json()
+def seal(
+    content: bytes,
+    spec: RoundSpec,
+    client: str,
+    sequence: int = 0,
+    *,
+    key: PrivateKey | None = None,
+    expires: int | None = None,
+) -> bytes:
+    """The envelope of a payload: who sends what, for which round, and the hash of its bytes.
+
+    Args:
+        content: What ``encode`` made.
+        spec: The request that it answers.
+        client: Who answers.
+        sequence: Which shard.
+        key: The client's, where the round enrolled keys.
+        expires: When the answer may no longer be used; by default at the round's deadline.
+
+    Raises:
+        ValueError: ``key`` is not the one that the round enrolled, or ``expires`` is given in a round
+            without a deadline.
+    """
+    if spec.deadline is None and expires is not None:
+        raise ValueError("expires needs a round with a deadline")
+    expires = spec.deadline if expires is None else expires
+    run, size = spec.run_id, len(content)
+    envelope = Envelope(
+        FORMAT, VERSION, run, spec.round, client, sequence, size, digest(content), expires, None
+    )
+    if spec.keys:
+        enrolled = dict(spec.keys).get(client)
+        if key is None or key.public != enrolled:
+            raise ValueError(f"the round enrolled key {enrolled} for {client}")
+        envelope = replace(envelope, signature=key.sign(envelope.signed()))
+    return envelope.to_json()
 
 
-def parse_envelope(raw: bytes, spec: RoundSpec, sequence: int) -> Envelope:
-    """The envelope, if it is well-formed and for this round.
+def parse_envelope(raw: bytes, spec: RoundSpec, sequence: int, now: int | None) -> Envelope:
+    """The envelope, if it is well-formed, its client's, and for this round.
 
     Until the client is known to be enrolled there is no name to use: messages say ``?``.
 
@@ -60,27 +105,36 @@ def parse_envelope(raw: bytes, spec: RoundSpec, sequence: int) -> Envelope:
         given, required = f"{len(raw)} bytes", f"at most {ENVELOPE_LIMIT} bytes"
         raise refusals.MalformedEnvelope("?", spec.round, "envelope", required, given)
     try:
-        found = parse_object(raw, "envelope")
+        found = parse_object(bytes(raw), "envelope")
     except Malformed as error:
         raise refusals.MalformedEnvelope("?", spec.round, "envelope", error.required, error.given) from None
-    kinds = {field.name: field.type for field in fields(Envelope)}
-    if set(found) != set(kinds) or any(type(found[key]) is not kind for key, kind in kinds.items()):
-        raise refusals.MalformedEnvelope("?", spec.round, "envelope", f"an object of {sorted(kinds)}", found)
+    if not _has_the_fields(found):
+        names = sorted(field.name for field in fields(Envelope))
+        raise refusals.MalformedEnvelope("?", spec.round, "envelope", f"an object of {names}", found)
     envelope = Envelope(**found)
     if envelope.to_json() != raw:
         raise refusals.MalformedEnvelope("?", spec.round, "envelope", "canonical JSON", "another form of it")
     _check_client(envelope.client, spec)
-    expected: dict[str, tuple[type[refusals.Refusal], object]] = {
-        "format": (refusals.MalformedEnvelope, FORMAT),
-        "version": (refusals.MalformedEnvelope, VERSION),
-        "run": (refusals.WrongRun, spec.run_id),
-        "round": (refusals.WrongRound, spec.round),
-        "sequence": (refusals.MalformedEnvelope, sequence),
-    }
-    for key, (refusal, value) in expected.items():
-        if found[key] != value:
-            raise refusal(envelope.client, spec.round, f"envelope, {key}", value, found[key])
+    for key, value in {"format": FORMAT, "version": VERSION}.items():
+        _same(envelope, spec, key, value, refusals.MalformedEnvelope)
+    _check_signature(envelope, spec)
+    _same(envelope, spec, "run", spec.run_id, refusals.WrongRun)
+    _same(envelope, spec, "round", spec.round, refusals.WrongRound)
+    _same(envelope, spec, "sequence", sequence, refusals.MalformedEnvelope)
+    _check_expiry(envelope, spec, now)
     return envelope
+
+
+def _has_the_fields(found: dict[str, Any]) -> bool:
+    kinds: dict[str, tuple[type, ...]] = {field.name: (str,) for field in fields(Envelope)}
+    kinds |= dict.fromkeys(("round", "sequence", "size"), (int,))
+    kinds |= {"expires": (int, type(None)), "signature": (str, type(None))}
+    return set(found) == set(kinds) and all(type(found[key]) in kind for key, kind in kinds.items())
+
+
+def _same(envelope: Envelope, spec: RoundSpec, key: str, value: object, kind: type[refusals.Refusal]) -> None:
+    if (given := getattr(envelope, key)) != value:
+        raise kind(envelope.client, spec.round, f"envelope, {key}", value, given)
 
 
 def _check_client(client: str, spec: RoundSpec) -> None:
@@ -89,3 +143,31 @@ def _check_client(client: str, spec: RoundSpec) -> None:
         raise refusals.UnknownClient("?", spec.round, "client", required, client)
     if client not in spec.clients:
         raise refusals.UnknownClient("?", spec.round, "client", "enrolled in this round", client)
+
+
+def _check_signature(envelope: Envelope, spec: RoundSpec) -> None:
+    client, signature, field = envelope.client, envelope.signature, "envelope, signature"
+    if not spec.keys:
+        if signature is not None:  # nothing would check it, and nobody should think that something did
+            required = "null: this round enrolled no keys"
+            raise refusals.BadSignature(client, spec.round, field, required, signature)
+        return
+    enrolled = dict(spec.keys).get(client)
+    if enrolled is None:
+        raise refusals.UnknownClient(client, spec.round, "key", "enrolled in this round", "none")
+    required = f"made with the key {enrolled[:16]}..."
+    if signature is None:
+        raise refusals.MissingSignature(client, spec.round, field, required, "null")
+    if not SIGNATURE.fullmatch(signature):
+        raise refusals.BadSignature(client, spec.round, field, "128 hexadecimal digits", signature)
+    if not verify(enrolled, signature, envelope.signed()):
+        raise refusals.BadSignature(client, spec.round, field, required, signature)
+
+
+def _check_expiry(envelope: Envelope, spec: RoundSpec, now: int | None) -> None:
+    expires, field = envelope.expires, "envelope, expires"
+    if (expires is None) != (spec.deadline is None):
+        required = "null: this round has no deadline" if spec.deadline is None else "a time"
+        raise refusals.MalformedEnvelope(envelope.client, spec.round, field, required, expires)
+    if expires is not None and now is not None and now > expires:
+        raise refusals.Expired(envelope.client, spec.round, field, f"{now} or later", expires)

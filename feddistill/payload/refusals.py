@@ -29,6 +29,18 @@ class UnknownClient(Refusal):
     """The client's name is not a name, or the round does not know it."""
 
 
+class MissingSignature(Refusal):
+    """The round enrolled keys, and the envelope is not signed."""
+
+
+class BadSignature(Refusal):
+    """The envelope is not signed with the key that the round enrolled for its client."""
+
+
+class Expired(Refusal):
+    """The envelope may not be used any more."""
+
+
 class WrongRun(Refusal):
     """Made for another run."""
 
@@ -69,6 +81,18 @@ class WrongShape(Refusal):
     """A tensor has another type or shape than the round asks for."""
 
 
+class MalformedFrame(Refusal):
+    """What should be a zstd frame is none, is several, or asks for more than a reader has to give."""
+
+
+class WrongContentSize(Refusal):
+    """A zstd frame declares, or holds, another size than the round asks for: a bomb, for one."""
+
+
+class NotCanonical(Refusal):
+    """The file says what it should in other bytes than the one encoding's."""
+
+
 class WrongMetadata(Refusal):
     """A metadata field is missing, unknown or not what the round asks for."""
 
@@ -82,7 +106,7 @@ class WrongQuestion(WrongMetadata):
 
 
 class WrongNonce(WrongMetadata):
-    """Made before this round's request was sent."""
+    """Made before this round's request was sent: a replay."""
 
 
 class IdOutOfRange(Refusal):
@@ -95,6 +119,22 @@ class IdRepeated(Refusal):
 
 class NotInOrder(Refusal):
     """Values are not in rank order, likeliest first."""
+
+
+class WrongLength(Refusal):
+    """A row keeps no id, or more than there is room for."""
+
+
+class BelowThreshold(Refusal):
+    """A row keeps an id that is less likely than the round asks for."""
+
+
+class WrongPadding(Refusal):
+    """What fills a row up is not what the format says."""
+
+
+class WrongDraws(Refusal):
+    """A row's counts do not add up to the draws."""
 
 
 class WrongMass(Refusal):

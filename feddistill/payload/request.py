@@ -8,6 +8,8 @@ from dataclasses import asdict
 from pydantic import TypeAdapter, ValidationError
 
 from feddistill.errors import DataError
+from feddistill.keys import PUBLIC_KEY
+from feddistill.payload.codecs import check_request
 from feddistill.types import ClientDescription, RoundSpec
 
 
@@ -25,7 +27,7 @@ def parse_spec(raw: bytes) -> RoundSpec:
     """The request that ``canonical`` wrote.
 
     Raises:
-        DataError: It is anything else; equal requests must have equal digests.
+        DataError: It is anything else, or no answer could meet it; equal requests must have equal digests.
     """
     try:
         spec = TypeAdapter(RoundSpec).validate_json(raw, strict=True)
@@ -35,6 +37,12 @@ def parse_spec(raw: bytes) -> RoundSpec:
         raise DataError(f"{place[:60]!a}: {first['msg'][:120]}: not the JSON of a request") from None
     if canonical(spec) != raw:
         raise DataError("request must be canonical JSON: sorted keys, no spaces, ASCII, no other fields")
+    check_request(spec)
+    for client, key in spec.keys:
+        if not PUBLIC_KEY.fullmatch(key):
+            raise DataError(f"request: the key of {client!a} must be 64 hexadecimal digits, got {key[:80]!a}")
+    if len(dict(spec.keys)) < len(spec.keys):
+        raise DataError("request: keys must name each client once")
     return spec
 
 

@@ -1,0 +1,161 @@
+"""``python -m bench.aggregation``: how fast the server merges stored answers, and in how much memory.
+
+Answers lie on disk as a payload holds them (two bytes an id, one a probability) and are read, decoded and
+merged chunk by chunk. Speed: rows a second of ten clients. Memory: the peak of a process of its own that
+merges 64 clients x 100,000 rows x 64 entries, and nothing else, teacher included.
+"""
+
+import json
+import multiprocessing
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+
+from bench import machine
+from feddistill.aggregation import aggregate
+from feddistill.payload import Ranked, quantise_topk
+from feddistill.rules import RULES
+from feddistill_kernels import TopK, topk_compress
+
+SCHEMA = 1
+RESULT = Path(__file__).parent / "results" / "aggregation.json"
+VOCAB = 49_152
+TILE = 500  # rows that are made; a file repeats them
+RULES_MERGED = ("mean_probs", "median")
+ENOUGH_ROWS_PER_S = 50_000
+ENOUGH_BYTES = 1.5 * 2**30
+
+
+def store(folder: Path, clients: int, rows: int, k: int) -> None:
+    """Files of ``clients``: ids (uint16), codes (uint8) and tails (uint8) of ``rows`` rows."""
+    generator = torch.Generator().manual_seed(0)
+    candidates = 4 * k  # clients agree on what is likely at all
+    ids = torch.stack([torch.randperm(VOCAB, generator=generator)[:candidates] for _ in range(TILE)]).int()
+    truth = 3 * torch.randn(TILE, candidates, generator=generator)
+    for client in range(clients):
+        said = topk_compress(truth + torch.randn(TILE, candidates, generator=generator), k)
+        kept = ids.gather(1, said.ids.long())
+        made = quantise_topk(
+            kept.numpy(), said.log_probs.numpy(), said.log_tail.clamp_min(-21.0).numpy(), VOCAB
+        )
+        times = rows // TILE
+        for name, array in (("ids", made.ids.astype(np.uint16)), ("codes", made.codes), ("tail", made.tail)):
+            with (folder / f"{client}.{name}").open("wb") as file:
+                for _ in range(times):
+                    file.write(array.tobytes())
+
+
+def reader(folder: Path, client: int, k: int) -> Callable[[int, int], TopK]:
+    """Rows of a stored answer; reads no more than is asked for."""
+    files = {name: os.open(folder / f"{client}.{name}", os.O_RDONLY) for name in ("ids", "codes", "tail")}
+
+    def read(name: str, dtype: type[np.generic], width: int, start: int, stop: int) -> Any:
+        size = np.dtype(dtype).itemsize * width
+        return np.frombuffer(os.pread(files[name], (stop - start) * size, start * size), dtype)
+
+    def answer(start: int, stop: int) -> TopK:
+        ids = read("ids", np.uint16, k, start, stop).reshape(-1, k).astype(np.int32)
+        codes = read("codes", np.uint8, k, start, stop).reshape(-1, k)
+        kept, tail = Ranked(ids, codes, read("tail", np.uint8, 1, start, stop), VOCAB).log_probs()
+        return TopK(torch.from_numpy(ids), torch.from_numpy(kept), torch.from_numpy(tail), VOCAB)
+
+    return answer
+
+
+def merge(folder: Path, clients: int, rows: int, k: int, rule: str) -> tuple[float, float]:
+    """Seconds by the clock, and of all processors."""
+    answers = [reader(folder, client, k) for client in range(clients)]
+    start, used = time.perf_counter(), time.process_time()
+    made = aggregate(answers, rows, RULES[rule]())
+    assert len(made.teacher) == rows
+    return time.perf_counter() - start, time.process_time() - used
+
+
+def peak(folder: Path, clients: int, rows: int, k: int, rule: str, queue: Any) -> None:
+    """In a process of its own: what it had before, its peak, and seconds."""
+    before = high_water()
+    seconds, _ = merge(folder, clients, rows, k, rule)
+    queue.put((before, high_water(), seconds))
+
+
+def high_water() -> int:
+    """Most bytes this process ever held; ``ru_maxrss`` would count its parent's as well."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    (line,) = (line for line in lines if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write what was measured here.")
+@click.option(
+    "--rows", default=100_000, show_default=True, help="Of the 64 clients whose memory is measured."
+)
+@click.option("--repeats", default=3, show_default=True)
+@click.option("--threads", type=int, help="Of torch; its own choice by default.")
+def main(out: Path | None, rows: int, repeats: int, threads: int | None) -> None:
+    """Measure the merging of stored answers; exit status 1 where a bar is missed."""
+    if threads:
+        torch.set_num_threads(threads)
+    cases: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for k in (16, 64):
+            store(folder, 10, 20_000, k)
+            for rule in RULES_MERGED:
+                seconds, used = zip(
+                    *(merge(folder, 10, 20_000, k, rule) for _ in range(repeats)), strict=True
+                )
+                speeds = {
+                    "rows_per_s": round(20_000 / statistics.median(seconds)),
+                    "best": round(20_000 / min(seconds)),
+                    "rows_per_cpu_s": round(20_000 / min(used)),
+                }
+                cases.append({"clients": 10, "k": k, "rule": rule, **speeds})
+                click.echo(
+                    f"10 clients, k={k}, {rule}: {speeds['rows_per_s']:,} rows/s, at best "
+                    f"{speeds['best']:,}; {speeds['rows_per_cpu_s']:,} a second of one processor"
+                )
+        store(folder, 64, rows, 64)
+        spawn = multiprocessing.get_context("spawn")
+        for rule in RULES_MERGED:
+            queue = spawn.Queue()
+            child = spawn.Process(target=peak, args=(folder, 64, rows, 64, rule, queue))
+            child.start()
+            before, most, took = queue.get()
+            child.join()
+            cases.append(
+                {
+                    "clients": 64,
+                    "k": 64,
+                    "rule": rule,
+                    "rows": rows,
+                    "peak_bytes": most,
+                    "imports_bytes": before,
+                    "seconds": round(took, 1),
+                }
+            )
+            click.echo(
+                f"64 clients x {rows:,} rows x k=64, {rule}: peak {most / 2**30:.2f} GiB, "
+                f"{before / 2**30:.2f} of it imports; {took:.0f} s"
+            )
+    slow = [case for case in cases if case.get("best", ENOUGH_ROWS_PER_S) < ENOUGH_ROWS_PER_S]
+    large = [case for case in cases if case.get("peak_bytes", 0) > ENOUGH_BYTES]
+    for case in (*slow, *large):
+        click.echo(f"missed: {case}")
+    if out:
+        found = {"schema": SCHEMA, **machine.describe("cpu"), "vocab": VOCAB, "cases": cases}
+        out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if slow or large:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m bench.aggregation")
