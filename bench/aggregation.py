@@ -93,6 +93,24 @@ def high_water() -> int:
     return int(line.split()[1]) * 1024
 
 
+def table(found: dict[str, Any]) -> str:
+    """For a document."""
+    lines = ["| merged | rule | rows a second | peak memory, GiB |", "|---|---|--:|--:|"]
+    for case in found["cases"]:
+        rows = case.get("rows")
+        what = f"{case['clients']} clients, k = {case['k']}{f', {rows:,} rows' if rows else ''}"
+        speed = case["rows_per_s"] if rows is None else rows / case["seconds"]
+        memory = f"{case['peak_bytes'] / 2**30:.2f}" if rows else "–"
+        lines.append(f"| {what} | `{case['rule']}` | {speed:,.0f} | {memory} |")
+    machine_ = found["machine"]
+    note = (
+        f"{machine_['cpu']}, {machine_['threads']} threads, V = {found['vocab']:,}, answers read from disk; "
+        f"{found['cases'][-1]['imports_bytes'] / 2**30:.2f} GiB of the peak are imports. "
+        f"Commit {found['commit'][:7]}."
+    )
+    return "\n".join([*lines, "", note])
+
+
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write what was measured here.")
 @click.option(

@@ -144,6 +144,26 @@ def misses(found: dict[str, Any]) -> list[str]:
     return missed
 
 
+def table(found: dict[str, Any]) -> str:
+    """For a document: sizes, and what is lost for each way to spread the tail."""
+    spreads = list(found["ours"][0]["kl"])
+    columns = ["", "bytes a token", "with zstd", *(f"KL, tail by {name}" for name in spreads)]
+    lines = [f"| {' | '.join(columns)} |", "|---|" + "--:|" * (len(columns) - 1)]
+    for row in found["ours"]:
+        kl = " | ".join(f"{row['kl'][name]:.4f}" for name in spreads)
+        lines.append(f"| `topk`, k = {row['k']} | {row['bytes']:.1f} | {row['bytes_zstd']:.1f} | {kl} |")
+    for name, row in found["distillkit"].items():
+        rest = " | ".join(["–"] * (len(spreads) - 1))
+        lines.append(
+            f"| DistillKit, {name}, k = {row['k']} | {row['bytes']:.1f} | – | {row['kl']:.4f} | {rest} |"
+        )
+    note = (
+        f"{found['positions']} tokens of {found['model']}, V = {found['vocabulary']:,}; bytes as they "
+        f"travel, envelope included; KL(model ‖ what a reader gets) in nats. Commit {found['commit'][:7]}."
+    )
+    return "\n".join([*lines, "", note])
+
+
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--positions", type=click.IntRange(1), default=4096, show_default=True)
 @click.option(

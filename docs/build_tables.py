@@ -118,10 +118,27 @@ def robustness() -> str:
     return table(json.loads((ROOT / "bench" / "results" / "robustness.json").read_text()))
 
 
+def sizes() -> str:
+    """Bytes of payloads, from ``python -m bench.payload``."""
+    sys.path.insert(0, str(ROOT))
+    from bench.payload import table
+
+    return table(json.loads((ROOT / "bench" / "results" / "payload.json").read_text()))
+
+
+def merging() -> str:
+    """Speed and memory of the server, from ``python -m bench.aggregation``."""
+    sys.path.insert(0, str(ROOT))
+    from bench.aggregation import table
+
+    return table(json.loads((ROOT / "bench" / "results" / "aggregation.json").read_text()))
+
+
 TABLES = {
     "README.md": {"quickstart": quickstart, "kernels": kernels, "gpu": gpu},
     "docs/gpu.md": {"gpu": gpu, "resources": resources},
-    "docs/aggregation.md": {"rules": rules, "attacks": attacks, "robustness": robustness},
+    "docs/aggregation.md": {"rules": rules, "attacks": attacks, "robustness": robustness, "merging": merging},
+    "docs/payload.md": {"sizes": sizes},
 }
 
 
