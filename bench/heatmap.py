@@ -61,10 +61,11 @@ def draw(found: dict[str, Any], path: Path) -> Path:
         ):
             columns = [(HONEST, "0"), *((name, count) for name in attacks)]
             grid = [[100 * fmean(teachers[name][f][key]) for name, f in columns] for key in keys]
-            axes.imshow(grid, cmap="RdYlGn", vmin=0, vmax=80, aspect="auto")
+            axes.imshow(grid, cmap="cividis", vmin=0, vmax=80, aspect="auto")  # in any eye, and in grey
             for y, row in enumerate(grid):
                 for x, value in enumerate(row):
-                    axes.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=6)
+                    ink = "white" if value < 40 else "black"
+                    axes.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=6, color=ink)
             labels = [name for name, _ in columns]
             axes.set_xticks(range(len(columns)), labels, rotation=60, ha="right", fontsize=7)
             axes.set_title(f"{count} liars of ten: teacher's accuracy, %", fontsize=9)
