@@ -31,6 +31,8 @@ LORA_RANK = 8
 LORA_TARGETS = ("query", "value", "q_proj", "v_proj", "q_lin", "v_lin", "c_attn")
 """The projections that LoRA adapts by default in peft, by the names that architectures give them."""
 
+COUNTED = ("public_only", "local_only", "centralized")
+"""Baselines whose costs are foretold."""
 FLOAT = 4
 TRIAL_STEPS = 3
 
@@ -92,6 +94,7 @@ def _plan(session: Session) -> Json:
         "rounds": config.rounds,
         "proxy_texts": len(splits.proxy),
         "classes": len(splits.label_names),
+        "not_counted": [name for name in config.baselines if name not in COUNTED],
         "bytes": sent,
         "flops": {**flops, "total": sum(flops.values())},
         "seconds": {name: round(s, 1) for name, s in {**seconds, "total": sum(seconds.values())}.items()},

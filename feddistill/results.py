@@ -26,12 +26,12 @@ def summarise(
             "after": _spread([s["test"] for s in rounds[-1]["specialists"].values()]),
         },
     }
-    for name in ("public_only", "centralized"):
-        if name in found:
+    for name in baselines(found):
+        if "rounds" in found[name]:
             metrics[name] = best(found[name]["rounds"])["test"]
-    if "local_only" in found:
-        chosen = {client: best(records) for client, records in found["local_only"]["clients"].items()}
-        metrics["local_only"] = {
+            continue
+        chosen = {client: best(records) for client, records in found[name]["clients"].items()}
+        metrics[name] = {
             **_spread([record["test"] for record in chosen.values()]),
             "best": best(chosen.values())["test"],
             "clients": {client: record["test"] for client, record in chosen.items()},
@@ -59,6 +59,7 @@ def summarise(
             "proxy": proxy,
             "descriptions": found["feddistill"]["description_bytes"],
             "by_round": [r["bytes"] for r in rounds],
+            "baselines": {name: _traffic(found[name]) for name in baselines(found)},
             "fedavg_uplink_same_rounds": found["feddistill"]["student_bytes"]
             * len(splits.private)
             * config.rounds,
@@ -104,6 +105,19 @@ def trust(config: Config, names: list[str]) -> Json:
     }
 
 
+def baselines(found: Mapping[str, Json]) -> list[str]:
+    """The methods that the student is compared with: all but the method itself."""
+    return [name for name in found if name != "feddistill"]
+
+
+def _traffic(found: Json) -> Json:
+    """Bytes that a baseline sends in all rounds, all clients together."""
+    sent = [record.get("bytes", {}) for record in found.get("rounds", ())]
+    if "clients" in found:
+        sent = [found.get("bytes", {})] * max(len(records) for records in found["clients"].values())
+    return {way: sum(one.get(way, 0) for one in sent) for way in ("uplink", "downlink")}
+
+
 def best(records: Iterable[Json]) -> Json:
     """The first of those that are best on validation."""
     return max(records, key=lambda record: record["validation"]["accuracy"])
@@ -127,12 +141,12 @@ def by_round(found: Mapping[str, Json]) -> list[Json]:
         add("student", entry["round"], entry["student"])
         for client, record in entry["specialists"].items():
             add(f"client {client}", entry["round"], record)
-    for name in ("public_only", "centralized"):
-        for number, record in enumerate(found.get(name, {}).get("rounds", []), 1):
+    for name in baselines(found):
+        for number, record in enumerate(found[name].get("rounds", []), 1):
             add(name, number, record)
-    for client, records in found.get("local_only", {}).get("clients", {}).items():
-        for number, record in enumerate(records, 1):
-            add(f"local_only {client}", number, record)
+        for client, records in found[name].get("clients", {}).items():
+            for number, record in enumerate(records, 1):
+                add(f"{name} {client}", number, record)
     return rows
 
 
@@ -163,8 +177,8 @@ def _phases(found: Mapping[str, Json]) -> dict[str, Json]:
         total["peak_memory_bytes"] = max(total["peak_memory_bytes"], cost["peak_memory_bytes"])
 
     def add_training(phase: str, record: Json) -> None:
-        add(phase, record["costs"]["train"])
-        add("evaluate", record["costs"]["evaluate"])
+        for what, cost in record["costs"].items():
+            add("evaluate" if what == "evaluate" else phase, cost)
 
     for entry in found["feddistill"]["rounds"]:
         for record in entry["specialists"].values():
@@ -173,10 +187,11 @@ def _phases(found: Mapping[str, Json]) -> dict[str, Json]:
             add("clients_answer", upload["cost"])
         add("server_aggregate", entry["teacher"]["cost"])
         add_training("server_train", entry["student"])
-    for name in ("public_only", "centralized"):
-        for record in found.get(name, {}).get("rounds", []):
+    for name in baselines(found):
+        for record in found[name].get("rounds", []):
             add_training(f"baseline_{name}", record)
-    for records in found.get("local_only", {}).get("clients", {}).values():
-        for record in records[1:]:  # the first segment is the federation's own first round
-            add_training("baseline_local_only", record)
+        for records in found[name].get("clients", {}).values():
+            # A client alone: its first segment is the federation's own first round.
+            for record in records[1:] if name == "local_only" else records:
+                add_training(f"baseline_{name}", record)
     return phases

@@ -73,17 +73,26 @@ def lesson_loss(
     kd_rows = torch.where(labels == NO_LABEL, 1.0, distill.kd_weight)
     if taught is not None:
         kd_rows = torch.where(taught, kd_rows, 0.0)
-    divergence = distillation_loss(
-        logits,
-        teacher,
-        kind=distill.kind,
-        beta=distill.beta,
-        temperature=distill.temperature,
-        row_weight=kd_rows,
-        reduction="sum",
-    )
+    if distill.kind == "mae":
+        apart = _centred(logits.float()) - _centred(teacher)
+        divergence = (kd_rows * apart.abs().mean(-1)).sum()
+    else:
+        divergence = distillation_loss(
+            logits,
+            teacher,
+            kind=distill.kind,
+            beta=distill.beta,
+            temperature=distill.temperature,
+            row_weight=kd_rows,
+            reduction="sum",
+        )
     ce = functional.cross_entropy(logits.float(), labels, ignore_index=NO_LABEL, reduction="none")
     return (divergence + ((1.0 - kd_rows) * ce).sum()) / len(labels)
+
+
+def _centred(scores: Tensor) -> Tensor:
+    """Logits are defined up to a constant a row, and log-probabilities are logits: both alike from here."""
+    return scores - scores.mean(-1, keepdim=True)
 
 
 def steps_of(config: TrainingConfig, examples: int) -> int:
@@ -109,6 +118,7 @@ def fit(
     meter: FlopMeter,
     steps: int | None = None,
     distill: DistillConfig | None = None,
+    proximal: float = 0.0,
     tick: Tick | None = None,
 ) -> Trained:
     """Train ``model`` in place.
@@ -124,6 +134,8 @@ def fit(
         meter: Counts the operations.
         steps: Optimiser steps; ``None`` for ``config.epochs``.
         distill: The loss, where lessons have a teacher.
+        proximal: Adds ``proximal / 2 * |w - w_0|**2`` to the loss, ``w_0`` the weights as they are now
+            (FedProx: Li et al., MLSys 2020, equation 2).
         tick: Told of every step.
     """
     total = steps or steps_of(config, len(lessons.tokens))
@@ -158,7 +170,7 @@ def fit(
             callbacks=[_Ticker(tick)] if tick else None,
         )
         trainer.remove_callback(PrinterCallback)  # its lines of numbers; ours go to the records
-        trainer.teach(lessons, config, distill, head, meter)
+        trainer.teach(lessons, config, distill, head, meter, proximal)
         trainer.train()
     curve = [(int(e["step"]), float(e["loss"])) for e in trainer.state.log_history if "loss" in e]
     tail = [loss for _, loss in curve[-max(1, len(curve) // 10) :]]
@@ -202,6 +214,7 @@ class _LessonTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         distill: DistillConfig | None,
         head: set[str],
         meter: FlopMeter,
+        proximal: float,
     ) -> None:
         device = self.args.device
         self.lessons, self.config, self.distill, self.head, self.meter = lessons, config, distill, head, meter
@@ -209,6 +222,8 @@ class _LessonTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         self.labels = lessons.labels.to(device)
         self.teacher = None if lessons.teacher is None else lessons.teacher.to(device)
         self.taught = None if lessons.taught is None else lessons.taught.to(device)
+        self.proximal = proximal
+        self.start = [p.detach().clone() for p in self._trained()] if proximal else []
         self.model_accepts_loss_kwargs = False  # our loss is a mean: Trainer divides by accumulated batches
 
     def compute_loss(
@@ -223,8 +238,13 @@ class _LessonTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         teacher = None if self.teacher is None else self.teacher[rows]
         taught = None if self.taught is None else self.taught[rows]
         loss = lesson_loss(outputs.logits, self.labels[rows], teacher, taught, self.distill)
+        for now, then in zip(self._trained(), self.start, strict=False):
+            loss = loss + 0.5 * self.proximal * (now - then).square().sum()
         self.meter.add(*inputs["input_ids"].shape, training=True)
         return (loss, outputs) if return_outputs else loss
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [p for p in self.model.parameters() if p.requires_grad]
 
     def create_optimizer(self, *_: Any) -> Any:
         if self.optimizer is None:

@@ -19,6 +19,8 @@ from feddistill.config.training import (
     AggregationConfig,
     ClientsConfig,
     DistillConfig,
+    FedAvgConfig,
+    FedMdConfig,
     PayloadConfig,
     SimulateConfig,
     StudentConfig,
@@ -31,7 +33,9 @@ __all__ = ["QUICKSTART", "Config", "digest", "dump", "load"]
 QUICKSTART = Path(__file__).with_name("quickstart.yaml")
 """The configuration of the embedded default; ``examples/quickstart.yaml`` is a link to it."""
 
-Baseline = Literal["public_only", "local_only", "centralized"]
+Baseline = Literal[
+    "public_only", "local_only", "centralized", "centralized_distillation", "fedavg", "feddf", "fedmd"
+]
 
 
 class Config(Setting):
@@ -55,6 +59,8 @@ class Config(Setting):
     simulate: SimulateConfig = SimulateConfig()
     baselines: tuple[Baseline, ...] = ()
     """What the student is compared with in the same run."""
+    fedavg: FedAvgConfig = FedAvgConfig()
+    fedmd: FedMdConfig = FedMdConfig()
     keep_checkpoints: Literal["last", "all"] = "last"
     """Whether the specialists of earlier rounds stay on disk."""
 

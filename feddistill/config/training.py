@@ -123,9 +123,10 @@ class SimulateConfig(Setting):
 class DistillConfig(Setting):
     """The student's loss, ``kd_weight * T**2 * D(teacher, student) + (1 - kd_weight) * CE(labels)``."""
 
-    kind: Literal["forward_kl", "reverse_kl", "jsd", "tvd", "skew_forward_kl", "skew_reverse_kl"] = (
+    kind: Literal["forward_kl", "reverse_kl", "jsd", "tvd", "skew_forward_kl", "skew_reverse_kl", "mae"] = (
         "forward_kl"
     )
+    """``mae``: mean absolute difference of centred logits, without a temperature (FedMD)."""
     beta: float = Field(default=0.5, ge=0, le=1)
     """Of ``jsd``: 0 is forward, 1 reverse KL."""
     temperature: float = Field(default=2.0, gt=0)
@@ -133,6 +134,24 @@ class DistillConfig(Setting):
     """Weight of the divergence where a proxy text has a label; where it has none the weight is 1."""
     accept: Literal["improve", "always"] = "improve"
     """Whether a round that makes the student worse on validation is rolled back before the next."""
+
+
+class FedAvgConfig(Setting):
+    """Of the baselines ``fedavg`` and ``feddf``, in which clients train the student's architecture."""
+
+    epochs: float | None = Field(default=None, gt=0)
+    """Of each client in each round; ``null`` for ``clients.training.epochs``."""
+    proximal: float = Field(default=0.0, ge=0)
+    """FedProx: weight of the squared distance from the round's first weights, halved."""
+
+
+class FedMdConfig(Setting):
+    """Of the baseline ``fedmd``."""
+
+    digest_epochs: float = Field(default=1.0, gt=0)
+    """Over the proxy texts, by the consensus, in each round."""
+    revisit_epochs: float = Field(default=1.0, gt=0)
+    """Over the private texts, in each round."""
 
 
 class StudentConfig(Setting):

@@ -12,7 +12,12 @@ if TYPE_CHECKING:
 
 __all__ = ["METHODS", "check", "load"]
 
-METHODS = ("feddistill", "public_only", "local_only", "centralized")
+METHODS = ("feddistill", "public_only", "local_only", "centralized") + (
+    "centralized_distillation",
+    "fedavg",
+    "feddf",
+    "fedmd",
+)
 """Modules of this package with a ``run(session)``."""
 
 

@@ -18,7 +18,7 @@ from feddistill.progress import Show
 from feddistill.seeds import derive
 from feddistill.store import Json, RunDirectory
 from feddistill.training import NO_LABEL, Lessons
-from feddistill.types import UNLABELLED, Splits, TextSet, Tick
+from feddistill.types import UNLABELLED, Cost, Splits, TextSet, Tick
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +58,10 @@ class Learner:
     def restore(self, weights: str) -> None:
         """Take up the weights that a step left, if they are still what it wrote."""
         self.session.run.done(weights.removesuffix(".safetensors"))
+        self.load(weights)
+
+    def load(self, weights: str) -> None:
+        """Take up weights that this step has written itself."""
         models.restore(self.model, self.session.run.path(weights))
 
     def tokens(self, texts: TextSet) -> list[list[int]]:
@@ -92,6 +96,7 @@ class Learner:
         seed: int,
         steps: int | None = None,
         distill: DistillConfig | None = None,
+        proximal: float = 0.0,
         tick: Tick | None = None,
     ) -> training.Trained:
         """Train on ``lessons`` from the weights as they are."""
@@ -106,6 +111,7 @@ class Learner:
             meter=self.meter,
             steps=steps,
             distill=distill,
+            proximal=proximal,
             tick=tick,
         )
 
@@ -128,10 +134,13 @@ class Learner:
         *,
         steps: int | None = None,
         distill: DistillConfig | None = None,
+        proximal: float = 0.0,
+        evaluate: bool = True,
     ) -> Json:
         """Train from the weights in file ``start`` (``None``: anew), evaluate, save; once in a run.
 
-        Returns the record: ``weights`` (a file of the run), ``validation``, ``test``, ``trained``, ``costs``.
+        Returns the record: ``weights`` (a file of the run), ``trained``, ``costs`` and, where it was
+        evaluated, ``validation`` and ``test``.
         """
         run = self.session.run
         if (record := run.done(name)) is not None:
@@ -148,24 +157,30 @@ class Learner:
                 seed=derive(self.session.config.seed, name),
                 steps=steps,
                 distill=distill,
+                proximal=proximal,
                 tick=tick,
             )
             train.flops = self.meter.flops - before
         if not math.isfinite(trained.loss):
             raise ModelError(f"{label}: training diverged, loss {trained.loss}; lower the learning rate")
-        before = self.meter.flops
-        with self.session.show.step(f"{label}: evaluate") as tick, measure() as evaluated:
-            figures = self.evaluate(tick)
-            evaluated.flops = self.meter.flops - before
+        figures, cost = self.measured(label) if evaluate else ({}, Cost())
         weights = f"{name}.safetensors"
         run.write(weights, lambda path: models.save(self.model, path))
         content = {
             "weights": weights,
             **figures,
             "trained": asdict(trained),
-            "costs": {"train": asdict(train.cost), "evaluate": asdict(evaluated.cost)},
+            "costs": {"train": asdict(train.cost), "evaluate": asdict(cost)},
         }
         return run.commit(name, content, [weights])
+
+    def measured(self, label: str) -> tuple[dict[str, dict[str, float]], Cost]:
+        """``evaluate``, and what that took."""
+        before = self.meter.flops
+        with self.session.show.step(f"{label}: evaluate") as tick, measure() as evaluated:
+            figures = self.evaluate(tick)
+            evaluated.flops = self.meter.flops - before
+        return figures, evaluated.cost
 
 
 def lessons_of(learner: Learner, texts: TextSet, teacher: Tensor | None = None) -> Lessons:

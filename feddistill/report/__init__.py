@@ -25,6 +25,11 @@ NAMES = {
     "local_only_mean": "each client alone (mean)",
     "local_only_best": "each client alone (best)",
     "centralized": "centralized, same steps",
+    "centralized_distillation": "centralized distillation",
+    "fedavg": "FedAvg",
+    "feddf": "FedDF",
+    "fedmd_mean": "FedMD, clients (mean)",
+    "fedmd_best": "FedMD, clients (best)",
 }
 
 
@@ -73,13 +78,12 @@ def metric_rows(result: Json) -> list[tuple[str, Json]]:
         ("clients_before", metrics["clients"]["before"]["mean"]),
         ("clients_after", metrics["clients"]["after"]["mean"]),
     ]
-    if "public_only" in metrics:
-        rows.append(("public_only", metrics["public_only"]))
-    if "local_only" in metrics:
-        rows.append(("local_only_mean", metrics["local_only"]["mean"]))
-        rows.append(("local_only_best", metrics["local_only"]["best"]))
-    if "centralized" in metrics:
-        rows.append(("centralized", metrics["centralized"]))
+    for who in NAMES:
+        name, _, which = who.rpartition("_")
+        if which in ("mean", "best") and name in metrics:
+            rows.append((who, metrics[name][which]))
+        elif who in metrics and who != "student":
+            rows.append((who, metrics[who]))
     return rows
 
 

@@ -29,6 +29,9 @@ CLIENTS: dict[str, Any] = {"color": "#999999", "marker": ".", "linewidth": 1.0, 
 BASELINES: dict[str, dict[str, Any]] = {
     "public_only": {"color": "#D55E00", "marker": "s", "linestyle": "--"},
     "centralized": {"color": "#009E73", "marker": "^", "linestyle": "-."},
+    "centralized_distillation": {"color": "#009E73", "marker": "v", "linestyle": ":"},
+    "fedavg": {"color": "#CC79A7", "marker": "D", "linestyle": "--"},
+    "feddf": {"color": "#E69F00", "marker": "P", "linestyle": "-."},
 }
 
 

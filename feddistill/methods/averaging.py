@@ -1,0 +1,96 @@
+"""Federated averaging of the student's weights: what ``fedavg`` and ``feddf`` have in common."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from feddistill import models, training
+from feddistill.accounting import measure
+from feddistill.methods.learner import Learner, Session, later, lessons_of
+from feddistill.store import Json
+from feddistill.types import Cost
+
+Server = Callable[[Learner, int, str, list[str]], Json]
+"""``(learner, round, averaged weights, clients' weights)`` to a record that takes the average's place."""
+
+
+def rounds(session: Session, name: str, server: Server | None = None) -> list[Json]:
+    """Every round each client trains the student's architecture from the last average, on its own texts.
+
+    The average is weighted by the clients' numbers of texts. Clients take ``fedavg.epochs`` a round.
+    """
+    learner = Learner(session, session.config.student.model, "student.model")
+    records: list[Json] = []
+    for number in range(1, session.config.rounds + 1):
+        step = f"baselines/{name}/{number:03d}"
+        if (record := session.run.done(step, verify=False)) is None:
+            start = records[-1]["weights"] if records else None
+            record = _round(session, learner, name, number, start, server)
+            session.run.remove(f"{step}/clients")
+        records.append(record)
+    return records
+
+
+def averaged(states: list[dict[str, Tensor]], examples: list[int]) -> dict[str, Tensor]:
+    """``sum_k n_k w_k / sum_k n_k`` of every tensor, in float64.
+
+    McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data", AISTATS
+    2017, algorithm 1; Flower's ``FedAvg`` computes the same in float32.
+    """
+    total = sum(examples)
+
+    def mean(name: str) -> Tensor:
+        first = states[0][name]
+        if not first.is_floating_point():
+            return first
+        weighted = (state[name].double() * (n / total) for state, n in zip(states, examples, strict=True))
+        return torch.stack(list(weighted)).sum(0).to(first.dtype)
+
+    return {name: mean(name) for name in states[0]}
+
+
+def _round(
+    session: Session, learner: Learner, name: str, number: int, start: str | None, server: Server | None
+) -> Json:
+    config, run, step = session.config, session.run, f"baselines/{name}/{number:03d}"
+    settings = config.clients.training
+    if config.fedavg.epochs is not None:
+        settings = settings.model_copy(update={"epochs": config.fedavg.epochs})
+    if number > 1:
+        settings = later(settings, None, config.clients.codistillation.head_learning_rate)
+    trained = []
+    for private in session.splits.private:
+        lessons = lessons_of(learner, private)
+        trained.append(
+            learner.step(
+                f"{step}/clients/{private.name}",
+                f"{name}: round {number}: {private.name} learns",
+                start,
+                lambda lessons=lessons: lessons,  # type: ignore[misc]
+                settings,
+                steps=training.steps_of(settings, len(private)),
+                proximal=config.fedavg.proximal,
+                evaluate=False,
+            )
+        )
+    files = [record["weights"] for record in trained]
+    cost = sum((Cost(**record["costs"]["train"]) for record in trained), Cost())
+    with measure() as averaging:
+        states = [load_file(run.path(file)) for file in files]
+        learner.model.load_state_dict(averaged(states, [len(p) for p in session.splits.private]))
+        weights = f"{step}.safetensors"
+        run.write(weights, lambda path: models.save(learner.model, path))
+    content: Json = {"weights": weights, "costs": {}}
+    if server is None:
+        figures, evaluated = learner.measured(f"{name}: round {number}")
+        content |= {**figures, "costs": {"evaluate": asdict(evaluated)}}
+    else:
+        content |= server(learner, number, weights, files)
+        cost += Cost(**content["costs"].get("train", {}))
+    content["costs"]["train"] = asdict(cost + averaging.cost)
+    sent = 4 * models.trained_count(learner.model) * len(session.splits.private)
+    content["bytes"] = {"uplink": sent, "downlink": sent}
+    return run.commit(step, content, [content["weights"]])

@@ -1,0 +1,61 @@
+"""Baseline: a client's architecture taught by all private texts in one place, distilled to the student.
+
+What distillation could do if nobody had to share answers instead of texts: an upper bound of the method.
+"""
+
+from functools import partial
+
+from feddistill import training
+from feddistill.methods.centralized import pool
+from feddistill.methods.learner import Learner, Session, best_of, labels_of, later, lessons_of
+from feddistill.store import Json
+from feddistill.training import Lessons
+
+
+def run(session: Session) -> Json:
+    """As many segments as there are rounds: the teacher goes on learning, the student learns from it.
+
+    In a round the teacher takes as many steps as the clients take together, over the pool of their texts, and
+    the student those that it takes in the federation.
+    """
+    config, proxy = session.config, session.splits.proxy
+    teacher = Learner(session, config.clients.models[0], "clients.models.0")
+    student = Learner(session, config.student.model, "student.model")
+    texts = pool(session.splits.private)
+    records: list[Json] = []
+    best: Json | None = None
+    taught: str | None = None
+    for number in range(1, config.rounds + 1):
+        step = f"baselines/centralized_distillation/{number:03d}"
+        settings, ours = config.clients.training, config.student.training
+        if number > 1:
+            settings = later(settings, None, config.clients.codistillation.head_learning_rate)
+            ours = later(ours, None, config.student.later_head_learning_rate)
+        teaching = teacher.step(
+            f"{step}/teacher",
+            f"centralized_distillation: segment {number}: the teacher learns",
+            taught,
+            partial(lessons_of, teacher, texts),
+            settings,
+            steps=sum(training.steps_of(settings, len(private)) for private in session.splits.private),
+            evaluate=False,
+        )
+        taught = teaching["weights"]
+
+        def lessons(weights: str = taught) -> Lessons:
+            teacher.restore(weights)
+            return Lessons(student.tokens(proxy), labels_of(proxy), teacher.answer(proxy))
+
+        start = records[-1] if config.distill.accept == "always" and records else best
+        record = student.step(
+            f"{step}/student",
+            f"centralized_distillation: segment {number}: the student learns",
+            start["weights"] if start else None,
+            lessons,
+            ours,
+            distill=config.distill,
+        )
+        costs = {**record["costs"], "teach": teaching["costs"]["train"]}
+        records.append({**record, "costs": costs})
+        best = best_of(best, record)
+    return {"rounds": records}

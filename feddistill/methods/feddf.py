@@ -1,0 +1,44 @@
+"""Baseline: federated averaging, then distillation of the clients' ensemble at the server.
+
+Lin et al., "Ensemble Distillation for Robust Model Fusion in Federated Learning", NeurIPS 2020, algorithm 1:
+the teacher is the softmax of the mean of the clients' logits. Weights travel, so the server has every model.
+"""
+
+import torch
+
+from feddistill import training
+from feddistill.methods.averaging import rounds
+from feddistill.methods.learner import Learner, Session, labels_of, later
+from feddistill.store import Json
+from feddistill.training import Lessons
+
+
+def run(session: Session) -> Json:
+    """Averaging as ``fedavg`` does it; the average then takes the student's steps on the proxy texts."""
+    config, proxy = session.config, session.splits.proxy
+
+    def distil(learner: Learner, number: int, average: str, clients: list[str]) -> Json:
+        settings = config.student.training
+        if number > 1:
+            settings = later(settings, None, config.student.later_head_learning_rate)
+
+        def lessons() -> Lessons:
+            said = []
+            for weights in clients:
+                learner.restore(weights)
+                said.append(learner.answer(proxy))
+            teacher = torch.stack(said).mean(0).log_softmax(-1)
+            learner.load(average)
+            return Lessons(learner.tokens(proxy), labels_of(proxy), teacher)
+
+        return learner.step(
+            f"baselines/feddf/{number:03d}/distilled",
+            f"feddf: round {number}: the average learns from the ensemble",
+            None,
+            lessons,
+            settings,
+            steps=training.steps_of(config.student.training, len(proxy)),
+            distill=config.distill,
+        )
+
+    return {"rounds": rounds(session, "feddf", distil)}

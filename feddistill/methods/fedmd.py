@@ -1,0 +1,125 @@
+"""Baseline: FedMD (Li and Wang, "FedMD: Heterogenous Federated Learning via Model Distillation", 2019).
+
+Clients of any architecture learn the labelled public texts, then their own; in each round they send scores of
+the public texts, digest the mean of all scores, and revisit their own texts. There is no student.
+"""
+
+from dataclasses import asdict
+from functools import partial
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from feddistill.accounting import measure
+from feddistill.config.training import DistillConfig
+from feddistill.methods.client import Client, Crew
+from feddistill.methods.learner import Session, later, lessons_of
+from feddistill.store import Json
+from feddistill.training import NO_LABEL, Lessons
+from feddistill.types import UNLABELLED, Cost
+
+DIGEST = DistillConfig(kind="mae", kd_weight=1.0)
+FLOAT = 4
+"""Bytes of a score, as FedMD sends them."""
+
+
+def run(session: Session) -> Json:
+    """As many rounds as the federation has; the result is the clients' own models."""
+    crew = Crew(session)
+    clients: dict[str, list[Json]] = {client.name: [] for client in crew.clients}
+    pretrained = {client.name: _pretrain(session, client) for client in crew.clients}
+    for number in range(1, session.config.rounds + 1):
+        consensus, costs = _consensus(session, crew, number)
+        for client in crew.clients:
+            record = _digest(session, client, number, consensus)
+            first = {"pretrain": pretrained[client.name]} if number == 1 else {}
+            costs_of = {**record["costs"], "answer": costs[client.name], **first}
+            clients[client.name].append({**record, "costs": costs_of})
+    rows, classes = len(session.splits.proxy), len(session.splits.label_names)
+    sent = FLOAT * rows * classes * len(crew.clients)
+    return {"clients": clients, "bytes": {"uplink": sent, "downlink": sent}}
+
+
+def _pretrain(session: Session, client: Client) -> Json:
+    """Public texts that have labels, then private ones: FedMD's transfer learning; returns its cost."""
+    proxy = session.splits.proxy
+    known = np.flatnonzero(proxy.labels != UNLABELLED)
+    sets = {"private": client.private}
+    if len(known):
+        sets = {"public": proxy.select(known, "data.proxy (labelled)"), **sets}
+    start, cost = None, Cost()
+    for what, texts in sets.items():
+        record = client.learner.step(
+            f"baselines/fedmd/000/{what}/{client.name}",
+            f"fedmd: {client.name} learns {what} texts",
+            start,
+            partial(lessons_of, client.learner, texts),
+            session.config.clients.training,
+            evaluate=False,
+        )
+        start = record["weights"]
+        cost += Cost(**record["costs"]["train"])
+    return asdict(cost)
+
+
+def _last(number: int, client: Client) -> str:
+    """The weights that a client has before round ``number``."""
+    what = "private" if number == 1 else "revisit"
+    return f"baselines/fedmd/{number - 1:03d}/{what}/{client.name}.safetensors"
+
+
+def _consensus(session: Session, crew: Crew, number: int) -> tuple[str, dict[str, Json]]:
+    """The mean of the clients' scores, as a file, and what answering took of each."""
+    run, name = session.run, f"baselines/fedmd/{number:03d}/consensus"
+    if (record := run.done(name)) is None:
+        scores: list[Tensor] = []
+        costs: dict[str, Json] = {}
+        for client in crew.clients:
+            learner = client.learner
+            learner.restore(_last(number, client))
+            before = learner.meter.flops
+            with (
+                session.show.step(f"fedmd: round {number}: {client.name} answers") as tick,
+                measure() as cost,
+            ):
+                said = learner.answer(session.splits.proxy, tick)
+                cost.flops = learner.meter.flops - before
+            scores.append(said - said.mean(-1, keepdim=True))
+            costs[client.name] = asdict(cost.cost)
+        run.write_bytes(f"{name}.safetensors", save({"scores": torch.stack(scores).mean(0)}))
+        record = run.commit(name, {"file": f"{name}.safetensors", "costs": costs}, [f"{name}.safetensors"])
+    return record["file"], record["costs"]
+
+
+def _digest(session: Session, client: Client, number: int, consensus: str) -> Json:
+    """A client learns the consensus, then its own texts again; the record is that of both."""
+    settings, learner, proxy = session.config.fedmd, client.learner, session.splits.proxy
+    head = session.config.clients.codistillation.head_learning_rate
+    training = session.config.clients.training
+
+    def lessons() -> Lessons:
+        scores = load_file(session.run.path(consensus))["scores"]
+        nothing = torch.full((len(proxy),), NO_LABEL)
+        return Lessons(learner.tokens(proxy), nothing, scores)
+
+    step = f"baselines/fedmd/{number:03d}"
+    digested = learner.step(
+        f"{step}/digest/{client.name}",
+        f"fedmd: round {number}: {client.name} digests",
+        _last(number, client),
+        lessons,
+        later(training, settings.digest_epochs, head),
+        distill=DIGEST,
+        evaluate=False,
+    )
+    record = learner.step(
+        f"{step}/revisit/{client.name}",
+        f"fedmd: round {number}: {client.name} revisits its own texts",
+        digested["weights"],
+        partial(lessons_of, learner, client.private),
+        later(training, settings.revisit_epochs, head),
+    )
+    cost = Cost(**digested["costs"]["train"]) + Cost(**record["costs"]["train"])
+    return {**record, "costs": {**record["costs"], "train": asdict(cost)}}

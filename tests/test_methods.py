@@ -1,0 +1,133 @@
+"""The methods that the student is compared with: what they compute, what they send, that they go on."""
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from feddistill import experiment
+from feddistill.config import parse
+from feddistill.config.training import DistillConfig
+from feddistill.errors import RunError
+from feddistill.methods.averaging import averaged
+from feddistill.store import RunDirectory
+from feddistill.training import NO_LABEL, lesson_loss
+
+METHODS = ("centralized_distillation", "fedavg", "feddf", "fedmd")
+
+
+def settings(tiny_settings, *baselines, **changes):
+    return parse({**tiny_settings, "baselines": list(baselines), **changes})
+
+
+@pytest.fixture(scope="module")
+def runs():
+    return {}
+
+
+@pytest.fixture
+def finished(runs, tiny_settings, tmp_path_factory):
+    if not runs:
+        out = tmp_path_factory.mktemp("methods") / "run"
+        config = settings(tiny_settings, *METHODS, keep_checkpoints="all")
+        runs["result"], runs["out"] = experiment.run(config, out), out
+    return runs
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_has_figures_costs_and_a_line_for_each_round(name, finished):
+    result = finished["result"]
+    figures = result["metrics"][name]
+    figures = figures["mean"] if name == "fedmd" else figures
+    assert 0 <= figures["accuracy"] <= 1
+    assert result["flops"][f"baseline_{name}"] > 0
+    assert result["seconds"][f"baseline_{name}"] > 0
+    rows = [row for row in result["by_round"] if row["series"].startswith(name)]
+    assert {row["round"] for row in rows} == {1, 2}
+
+
+def test_what_is_sent_is_counted(finished):
+    sent = finished["result"]["bytes"]
+    for name in ("fedavg", "feddf"):
+        assert sent["baselines"][name]["uplink"] == sent["fedavg_uplink_same_rounds"]
+        assert sent["baselines"][name]["downlink"] == sent["fedavg_uplink_same_rounds"]
+    scores = 4 * 120 * 10  # bytes a score, proxy texts, classes
+    assert sent["baselines"]["fedmd"] == {"uplink": 2 * 3 * scores, "downlink": 2 * 3 * scores}
+    assert sent["baselines"]["centralized_distillation"] == {"uplink": 0, "downlink": 0}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_run_that_is_cut_goes_on_to_the_same_figures(name, finished, tiny_settings, tmp_path):
+    config = settings(tiny_settings, name)
+    commit = RunDirectory.commit
+
+    def cut(self, step, content, files=()):
+        done = commit(self, step, content, files)
+        if step.startswith(f"baselines/{name}/002"):
+            raise RunError("cut")
+        return done
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(RunDirectory, "commit", cut)
+        with pytest.raises(RunError, match="cut"):
+            experiment.run(config, tmp_path / "run")
+    result = experiment.run(config, tmp_path / "run", resume=True)
+    assert result["metrics"][name] == finished["result"]["metrics"][name]
+
+
+def test_averages_are_weighted_by_examples():
+    states = [{"w": torch.full((2, 2), value), "n": torch.tensor(3)} for value in (1.0, 4.0)]
+    mean = averaged(states, [1, 3])
+    assert torch.equal(mean["w"], torch.full((2, 2), 3.25))
+    assert mean["n"] == 3
+
+
+def test_averages_are_flowers():
+    flwr = pytest.importorskip("flwr.serverapp.strategy.strategy_utils")
+    from flwr.app import ArrayRecord, MetricRecord, RecordDict
+
+    random = torch.Generator().manual_seed(0)
+    states = [{"w": torch.randn(5, 7, generator=random)} for _ in range(3)]
+    examples = [10, 25, 3]
+    records = [
+        RecordDict({"arrays": ArrayRecord(state), "metrics": MetricRecord({"num-examples": n})})
+        for state, n in zip(states, examples, strict=True)
+    ]
+    theirs = flwr.aggregate_arrayrecords(records, "num-examples").to_torch_state_dict()
+    torch.testing.assert_close(averaged(states, examples)["w"], theirs["w"], rtol=1e-6, atol=1e-6)
+
+
+def trained(out, name):
+    return load_file(out / f"baselines/{name}.safetensors")
+
+
+def distance(a, b):
+    return float(sum((a[name].double() - b[name].double()).square().sum() for name in a)) ** 0.5
+
+
+def test_a_proximal_term_keeps_the_average_near_its_start(finished, tiny_settings, tmp_path):
+    config = settings(tiny_settings, "fedavg", fedavg={"proximal": 1000.0}, keep_checkpoints="all")
+    experiment.run(config, tmp_path / "prox")
+    free = distance(*(trained(finished["out"], f"fedavg/{n}") for n in ("001", "002")))
+    held = distance(*(trained(tmp_path / "prox", f"fedavg/{n}") for n in ("001", "002")))
+    assert held < 0.2 * free
+
+
+def test_feddf_starts_from_the_average(tiny_settings, tmp_path):
+    still = {"learning_rate": 1e-12, "head_learning_rate": 1e-12}
+    student = {**tiny_settings["student"], "training": still}
+    experiment.run(
+        settings(tiny_settings, "feddf", rounds=1, student=student, keep_checkpoints="all"), tmp_path / "run"
+    )
+    average = load_file(tmp_path / "run/baselines/feddf/001.safetensors")
+    assert distance(average, trained(tmp_path / "run", "feddf/001/distilled")) < 1e-4
+
+
+def test_fedmds_loss_is_the_mean_absolute_difference_of_centred_scores():
+    random = np.random.default_rng(0)
+    student, teacher = (torch.from_numpy(random.normal(size=(4, 5))).float() for _ in range(2))
+    nothing = torch.full((4,), NO_LABEL)
+    loss = lesson_loss(student + 3, nothing, teacher - 7, None, DistillConfig(kind="mae"))
+    a, b = (x.numpy().astype(np.float64) for x in (student, teacher))
+    expected = np.abs(a - a.mean(1, keepdims=True) - b + b.mean(1, keepdims=True)).mean()
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
