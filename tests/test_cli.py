@@ -6,8 +6,9 @@ import sys
 import time
 
 import pytest
+from click.testing import CliRunner
 
-from feddistill.cli import COMMANDS
+from feddistill.cli import COMMANDS, main
 
 
 def feddistill(*arguments, cwd=None):
@@ -18,6 +19,14 @@ def feddistill(*arguments, cwd=None):
         check=False,
         cwd=cwd,
     )
+
+
+def here(*arguments):
+    """The same in this process, which has imported everything already."""
+    done = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return done
 
 
 def test_help_names_every_command_and_is_quick():
@@ -55,9 +64,10 @@ def test_every_command_explains_itself(command):
         ),
     ],
 )
-def test_a_mistake_is_one_line_and_status_2(arguments, line, tmp_path):
-    done = feddistill(*arguments, cwd=tmp_path)
-    assert done.returncode == 2, done.stderr
+def test_a_mistake_is_one_line_and_status_2(arguments, line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = here(*arguments)
+    assert done.exit_code == 2, done.stderr
     assert line in done.stderr
     assert "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
@@ -114,32 +124,32 @@ def test_a_run_from_the_first_command_to_the_last(tiny_file, tmp_path):
     assert "://" not in page.replace("http://www.w3.org/", ""), "the page needs nothing from elsewhere"
     assert "student (feddistill)" in page
 
-    evaluated = feddistill("evaluate", out)
-    assert evaluated.returncode == 0, evaluated.stderr
+    evaluated = here("evaluate", out)
+    assert evaluated.exit_code == 0, evaluated.stderr
     assert "accuracy" in evaluated.stdout
 
-    shown = feddistill("inspect", next(iter(sorted(out.glob("rounds/001/payloads/*.safetensors")))))
-    assert shown.returncode == 0, shown.stderr
+    shown = here("inspect", next(iter(sorted(out.glob("rounds/001/payloads/*.safetensors")))))
+    assert shown.exit_code == 0, shown.stderr
     assert "client-0" in shown.stdout
 
-    anew = feddistill("aggregate", out, "--rule", "median")
-    assert anew.returncode == 0, anew.stderr
+    anew = here("aggregate", out, "--rule", "median")
+    assert anew.exit_code == 0, anew.stderr
     assert "teacher's accuracy" in anew.stdout
-    learned = feddistill("distill", tmp_path / "run-aggregated", "--out", tmp_path / "learned")
-    assert learned.returncode == 0, learned.stderr
+    learned = here("distill", tmp_path / "run-aggregated", "--out", tmp_path / "learned")
+    assert learned.exit_code == 0, learned.stderr
     assert "median" in (tmp_path / "learned/report.html").read_text()
-    without = feddistill("forget", out, "--client", "client-1")
-    assert without.returncode == 0, without.stderr
-    verified = feddistill("verify", tmp_path / "run-without-client-1", "--recompute")
-    assert verified.returncode == 0, verified.stdout + verified.stderr
+    without = here("forget", out, "--client", "client-1")
+    assert without.exit_code == 0, without.stderr
+    verified = here("verify", tmp_path / "run-without-client-1", "--recompute")
+    assert verified.exit_code == 0, verified.stdout + verified.stderr
     assert "WRONG" not in verified.stdout
     damaged = out / "rounds/001/teacher.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1])
-    wrong = feddistill("verify", out, "--quiet")
-    assert wrong.returncode == 1
+    wrong = here("verify", out, "--quiet")
+    assert wrong.exit_code == 1
     assert wrong.stdout.splitlines() == ["WRONG round 1: the teacher is whole"]
 
-    again = feddistill("train", tiny_file, "--out", out)
-    assert again.returncode == 2
+    again = here("train", tiny_file, "--out", out)
+    assert again.exit_code == 2
     assert "already exists; go on with --resume" in again.stderr
-    assert feddistill("train", "--resume", "--out", out).returncode == 0
+    assert here("train", "--resume", "--out", out).exit_code == 0
