@@ -8,7 +8,12 @@ import click
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
 def report(run: Path) -> None:
-    """Write RUN's report again: report.html, the tables as CSV, the figures as SVG, TensorBoard logs."""
-    from feddistill import report as reports
+    """Write RUN's report again: report.html, the tables as CSV, the figures as SVG, TensorBoard logs.
 
-    click.echo(f"report: {reports.write(run)}")
+    Of a study's folder: study.html, runs.csv, summary.csv, table.tex, figures.
+    """
+    from feddistill import report as reports
+    from feddistill.report import studies
+
+    write = studies.write if (run / "study.yaml").is_file() else reports.write
+    click.echo(f"report: {write(run)}")

@@ -56,7 +56,8 @@ MODULES = {
     "planning": BELOW_METHODS | {"methods", "results"},
     "revision": BELOW_METHODS | {"experiment", "methods"},
     "verification": BELOW_METHODS | {"methods", "revision"},
-    "report": {"data", "errors", "store"},
+    "study": {"config", "errors", "experiment", "progress", "setting", "store"},
+    "report": {"config", "data", "errors", "store", "study"},
     "experiment": BELOW_METHODS | {"methods", "planning", "results"},
     "__init__": set(),
 }

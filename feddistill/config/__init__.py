@@ -108,8 +108,8 @@ def load(path: Path | None = None, overrides: tuple[str, ...] = ()) -> Config:
         raw = {}
     if not isinstance(raw, dict):
         raise ConfigError(f"{source} must be a mapping of settings, got {type(raw).__name__}")
-    for override in overrides:
-        _override(raw, override)
+    for text in overrides:
+        override(raw, text)
     return parse(raw)
 
 
@@ -133,7 +133,7 @@ def digest(config: Config) -> str:
     return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()
 
 
-def _override(raw: dict[str, Any], text: str) -> None:
+def override(raw: dict[str, Any], text: str) -> None:
     """Set ``a.b.0.c`` in nested mappings and lists; groups left out of the file are made."""
     dotted, equals, value_text = text.partition("=")
     if not equals or not dotted:

@@ -14,7 +14,7 @@ from feddistill.errors import RunError
 from feddistill.report import figures
 from feddistill.store import CONFIG, RESULT, Json, RunDirectory
 
-__all__ = ["print_table", "skew_lines", "write"]
+__all__ = ["NAMES", "as_csv", "metric_rows", "print_table", "size", "skew_lines", "write"]
 
 PAGE = "report.html"
 NAMES = {
@@ -47,8 +47,8 @@ def write(out: Path) -> Path:
         drawn = figures.draw(result, skew)
         for name, svg in drawn.items():
             run.write_text(f"figures/{name}.svg", svg)
-        run.write_text("rounds.csv", _csv(result["by_round"]))
-        run.write_text("metrics.csv", _csv([{"who": who, **m} for who, m in metric_rows(result)]))
+        run.write_text("rounds.csv", as_csv(result["by_round"]))
+        run.write_text("metrics.csv", as_csv([{"who": who, **m} for who, m in metric_rows(result)]))
         _tensorboard(run, result)
         template = files("feddistill.report").joinpath("page.html").read_text(encoding="utf-8")
         page = Environment(autoescape=True, undefined=StrictUndefined).from_string(template)
@@ -176,7 +176,8 @@ def _skew(stored: Json) -> Skew:
     return Skew(**{**stored, **lists, "counts": tuple(map(tuple, stored["counts"]))})
 
 
-def _csv(rows: list[Json]) -> str:
+def as_csv(rows: list[Json]) -> str:
+    """Rows with the same keys, as CSV."""
     out = io.StringIO()
     writer = csv.DictWriter(out, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()

@@ -48,11 +48,12 @@ def draw(result: Json, skew: Skew) -> dict[str, str]:
 
 
 @contextmanager
-def _figure(width: float, height: float, into: list[str]) -> Iterator[Axes]:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    yield figure.add_subplot()
+def figure(width: float, height: float, into: list[str]) -> Iterator[Axes]:
+    """Axes to draw on; the drawing is added to ``into`` as SVG."""
+    drawing = Figure(figsize=(width, height), layout="constrained")
+    yield drawing.add_subplot()
     out = io.StringIO()
-    figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+    drawing.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
     # Into a page goes the drawing: no XML prologue, no block of licence vocabulary.
     into.append(re.sub(r"^.*?(?=<svg)|<metadata>.*?</metadata>", "", out.getvalue(), flags=re.DOTALL))
 
@@ -66,7 +67,7 @@ def _series(result: Json) -> dict[str, list[tuple[int, float]]]:
 
 def _accuracy(result: Json) -> str:
     svg: list[str] = []
-    with _figure(8, 4.2, svg) as axes:
+    with figure(8, 4.2, svg) as axes:
         first = True
         for name, points in _series(result).items():
             if name.startswith("client "):
@@ -94,7 +95,7 @@ def _accuracy(result: Json) -> str:
 def _skew(skew: Skew) -> str:
     svg: list[str] = []
     clients = len(skew.clients)
-    with _figure(8, 1.6 + 0.36 * clients, svg) as axes:
+    with figure(8, 1.6 + 0.36 * clients, svg) as axes:
         axes.grid(visible=False)
         axes.imshow(skew.counts, cmap="Blues", aspect="auto", vmin=0)
         peak = max(max(row) for row in skew.counts)
@@ -119,7 +120,7 @@ def _traffic(result: Json) -> str:
         "FedAvg up, same rounds": b["fedavg_uplink_same_rounds"],
     }
     svg: list[str] = []
-    with _figure(8, 2.2, svg) as axes:
+    with figure(8, 2.2, svg) as axes:
         axes.barh(list(sizes), [max(v, 1) / 1e6 for v in sizes.values()], color="#56B4E9", edgecolor="black")
         axes.set_xscale("log")
         axes.invert_yaxis()
@@ -129,7 +130,7 @@ def _traffic(result: Json) -> str:
 
 def _bars(values: dict[str, float], unit: str) -> str:
     svg: list[str] = []
-    with _figure(8, 0.9 + 0.32 * len(values), svg) as axes:
+    with figure(8, 0.9 + 0.32 * len(values), svg) as axes:
         names = [name.replace("_", " ") for name in values]
         bars = axes.barh(names, list(values.values()), color="#E69F00", edgecolor="black")
         axes.bar_label(bars, fmt="%.3g", padding=3)

@@ -1,0 +1,49 @@
+"""``feddistill sweep``."""
+
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("study", type=click.Path(path_type=Path))
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change the study: seeds=[0], grid.KEY=[...].",
+)
+@click.option(
+    "--out", type=click.Path(file_okay=False, path_type=Path), help="Its folder.  [default: runs/NAME]"
+)
+@click.option("--jobs", default=1, show_default=True, help="Runs at a time, each in a process of its own.")
+@click.option("--list", "only_list", is_flag=True, help="Print the runs and do nothing.")
+def sweep(study: Path, overrides: tuple[str, ...], out: Path | None, jobs: int, only_list: bool) -> None:
+    """Run STUDY: a grid of settings and seeds. What is done is skipped, so that it goes on after any kill.
+
+    \b
+    Example:
+      feddistill sweep examples/studies/methods.yaml --set seeds=[0]
+    """
+    from feddistill import study as studies
+
+    chosen = studies.load(study, overrides)
+    if only_list:
+        for cell in studies.cells(chosen):
+            click.echo(cell.name)
+        return
+    from feddistill.progress import Terminal
+
+    show = Terminal()
+    with show.step("load torch and transformers"):
+        from feddistill import report
+        from feddistill.report import studies as pages
+
+    out = out or Path("runs") / chosen.name
+    failed = studies.sweep(chosen, out, jobs=jobs, show=show, after=report.write)
+    if len(failed) < len(studies.cells(chosen)):
+        click.echo(f"report: {pages.write(out)}")
+    if failed:
+        click.echo(f"{len(failed)} runs failed: {', '.join(failed)}", err=True)
+        raise click.exceptions.Exit(1)

@@ -1,0 +1,57 @@
+"""Several runs side by side: their figures, what they cost, and in which settings they differ."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from feddistill import config as configuration
+from feddistill.report import NAMES, metric_rows
+from feddistill.store import CONFIG, RESULT, Json, read_object
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """One of several runs."""
+
+    run: str
+    settings: Json
+    """By dotted name, those that are not the same in all of the runs; missing ones are ``None``."""
+    accuracy: dict[str, float]
+    """On the test set, by whose it is."""
+    uplink: int
+    """Bytes that all clients sent in all rounds."""
+    seconds: float
+
+
+def side_by_side(runs: Iterable[Path]) -> list[Compared]:
+    """Read complete runs.
+
+    Raises:
+        RunError: One has no result.
+    """
+    found = [
+        (str(run), read_object(run / RESULT), configuration.load(run / CONFIG).model_dump(mode="json"))
+        for run in runs
+    ]
+    settings = [_leaves(config) for _, _, config in found]
+    keys = dict.fromkeys(key for one in settings for key in one)
+    differ = [key for key in keys if len({json.dumps(one.get(key)) for one in settings}) > 1]
+    return [
+        Compared(
+            name,
+            {key: one.get(key) for key in differ},
+            {NAMES[who]: figures["accuracy"] for who, figures in metric_rows(result)},
+            result["bytes"]["uplink"],
+            result["seconds"]["total"],
+        )
+        for (name, result, _), one in zip(found, settings, strict=True)
+    ]
+
+
+def _leaves(group: Json, prefix: str = "") -> Json:
+    found: Json = {}
+    for key, value in group.items():
+        dotted = f"{prefix}.{key}" if prefix else key
+        found |= _leaves(value, dotted) if isinstance(value, dict) else {dotted: value}
+    return found

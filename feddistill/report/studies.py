@@ -1,0 +1,226 @@
+"""The report of a study: mean and standard deviation over seeds, drawn and in tables to take along."""
+
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import matplotlib
+from jinja2 import Environment, StrictUndefined
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+
+from feddistill.report import NAMES, as_csv, metric_rows, size
+from feddistill.report.figures import STYLE, figure
+from feddistill.store import Json
+from feddistill.study import CELLS, STUDY, collect, groups
+
+PAGE = "study.html"
+MARKS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999", "#F0E442")
+MANY = 8
+"""Values of an axis from which lines tell less than a heat map."""
+
+
+def write(out: Path) -> Path:
+    """Write the report of a study into its folder: page, figures, CSV, LaTeX; returns the page.
+
+    Raises:
+        RunError: No run of it is done.
+    """
+    study, found = collect(out)
+    rows = [
+        {**cell.labels, "seed": cell.seed, "who": who, **figures, **_costs(result, who)}
+        for cell, result in found
+        for who, figures in metric_rows(result)
+    ]
+    (out / "runs.csv").write_text(as_csv(rows), encoding="utf-8")
+    summary = [row for labels, results in groups(found) for row in _summary(labels, results)]
+    (out / "summary.csv").write_text(as_csv(summary), encoding="utf-8")
+    (out / "table.tex").write_text(latex(summary), encoding="utf-8")
+    drawn = draw([(labels, results) for labels, results in groups(found)])
+    (out / "figures").mkdir(exist_ok=True)
+    for name, svg in drawn.items():
+        (out / "figures" / f"{name}.svg").write_text(svg, encoding="utf-8")
+    template = files("feddistill.report").joinpath("study.html").read_text(encoding="utf-8")
+    page = Environment(autoescape=True, undefined=StrictUndefined).from_string(template)
+    path = out / PAGE
+    total = len(study.seeds) * len(list(groups(found)))
+    path.write_text(
+        page.render(
+            study=study,
+            summary=summary,
+            names=NAMES,
+            figures=drawn,
+            done=len(found),
+            total=total,
+            cells=[(cell.name, f"{CELLS}/{cell.name}") for cell, _ in found],
+            environment=found[0][1]["environment"],
+            source=(out / STUDY).read_text(encoding="utf-8"),
+            size=size,
+        ),
+        encoding="utf-8",
+    )
+    return path
+
+
+def _costs(result: Json, who: str) -> Json:
+    """What it took to get there: bytes up, floating-point operations."""
+    if who == "student":
+        ours = sum(f for name, f in result["flops"].items() if not name.startswith("baseline_"))
+        return {"uplink": result["bytes"]["uplink"], "flops": ours - result["flops"].get("evaluate", 0)}
+    name = who.removesuffix("_mean").removesuffix("_best")
+    sent = result["bytes"]["baselines"].get(name, {}).get("uplink")
+    return {"uplink": sent, "flops": result["flops"].get(f"baseline_{name}")}
+
+
+def _summary(labels: Mapping[str, Any], results: Sequence[Json]) -> list[Json]:
+    """A row for each method: mean and sample standard deviation over seeds."""
+    rows = []
+    for who, _ in metric_rows(results[0]):
+        of = [dict(metric_rows(result))[who] for result in results]
+        row: Json = {**labels, "who": who, "seeds": len(results)}
+        for metric in ("accuracy", "macro_f1", "mcc", "ece"):
+            values = [figures[metric] for figures in of]
+            row[metric] = round(fmean(values), 6)
+            row[f"{metric}_std"] = round(stdev(values), 6) if len(values) > 1 else None
+        costs = [_costs(result, who) for result in results]
+        for cost in ("uplink", "flops"):
+            known = [c[cost] for c in costs if c[cost] is not None]
+            row[cost] = round(fmean(known)) if known else None
+        rows.append(row)
+    return rows
+
+
+def latex(summary: Sequence[Json]) -> str:
+    """A ``tabular`` of accuracy, in per cent, one row for each cell and method."""
+    labels = [key for key in summary[0] if key in _labels(summary)]
+    head = " & ".join([*map(_tex, labels), "method", "accuracy", "uplink"])
+    lines = [rf"\begin{{tabular}}{{{'l' * (len(labels) + 1)}rr}}", r"\toprule", head + r" \\", r"\midrule"]
+    for row in summary:
+        spread = "" if row["accuracy_std"] is None else rf" $\pm$ {100 * row['accuracy_std']:.1f}"
+        sent = "--" if row["uplink"] is None else size(row["uplink"])
+        cells = [*(_tex(str(row[key])) for key in labels), _tex(NAMES[row["who"]])]
+        lines.append(" & ".join([*cells, f"{100 * row['accuracy']:.1f}{spread}", sent]) + r" \\")
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
+
+
+def _labels(summary: Sequence[Json]) -> list[str]:
+    return list(summary[0])[: list(summary[0]).index("who")]
+
+
+def _tex(text: str) -> str:
+    for char in "&%_#":
+        text = text.replace(char, f"\\{char}")
+    return text
+
+
+def draw(found: Sequence[tuple[Mapping[str, Any], list[Json]]]) -> dict[str, str]:
+    """Name to SVG: accuracy over the grid, by round, and against what it costs."""
+    with matplotlib.rc_context(rc=STYLE):  # type: ignore[arg-type]
+        drawn = {"rounds": _by_round(found), "bytes": _against(found, "uplink", "MB up, all rounds", 1e6)}
+        drawn["flops"] = _against(found, "flops", "TFLOP", 1e12)
+        axes = list(found[0][0])
+        if axes and len(found) > 1:
+            drawn["grid"] = _grid(found, axes)
+    return drawn
+
+
+def _mean(results: Sequence[Json], who: str) -> tuple[float, float]:
+    values = [100 * dict(metric_rows(result))[who]["accuracy"] for result in results]
+    return fmean(values), stdev(values) if len(values) > 1 else 0.0
+
+
+def _style(index: int) -> dict[str, Any]:
+    return {"color": COLOURS[index % len(COLOURS)], "marker": MARKS[index % len(MARKS)]}
+
+
+def _grid(found: Sequence[tuple[Mapping[str, Any], list[Json]]], axes: list[str]) -> str:
+    """Accuracy over the first axis; a line for each method or, of several axes, for each of the others."""
+    first, rest = axes[0], axes[1:]
+    values = list(dict.fromkeys(str(labels[first]) for labels, _ in found))
+    lines: dict[str, dict[str, tuple[float, float]]] = {}
+    for labels, results in found:
+        if rest:
+            name = ", ".join(str(labels[key]) for key in rest)
+            lines.setdefault(name, {})[str(labels[first])] = _mean(results, "student")
+        else:
+            for who, _ in metric_rows(results[0]):
+                lines.setdefault(NAMES[who], {})[str(labels[first])] = _mean(results, who)
+    into: list[str] = []
+    with figure(8, 4.4, into) as plot:
+        if len(lines) > MANY:
+            _heat(plot, lines, values)
+        else:
+            _lines(plot, lines, values)
+            plot.set_ylabel(f"accuracy on the test set, %{' (student)' if rest else ''}")
+        plot.set_xlabel(first)
+    return into[0]
+
+
+def _lines(plot: Axes, lines: Mapping[str, Mapping[str, tuple[float, float]]], values: list[str]) -> None:
+    for index, (name, points) in enumerate(lines.items()):
+        places = [values.index(value) for value in points]
+        means, spreads = zip(*points.values(), strict=True)
+        plot.errorbar(places, means, yerr=spreads, label=name, capsize=3, linewidth=1.2, **_style(index))
+    plot.set_xticks(range(len(values)), values)
+    plot.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+
+
+def _heat(plot: Axes, lines: Mapping[str, Mapping[str, tuple[float, float]]], values: list[str]) -> None:
+    grid = [[points.get(value, (float("nan"), 0.0))[0] for value in values] for points in lines.values()]
+    known = [value for row in grid for value in row if value == value]
+    low, high = min(known), max(known)
+    plot.grid(visible=False)
+    plot.imshow(grid, cmap="cividis", aspect="auto", vmin=low, vmax=high)
+    for y, row in enumerate(grid):
+        for x, value in enumerate(row):
+            ink = "white" if value < (low + high) / 2 else "black"
+            plot.text(x, y, f"{value:.1f}", ha="center", va="center", color=ink, fontsize=8)
+    plot.set_xticks(range(len(values)), values)
+    plot.set_yticks(range(len(lines)), list(lines))
+    plot.set_title("student's accuracy on the test set, %", fontsize=10)
+
+
+def _by_round(found: Sequence[tuple[Mapping[str, Any], list[Json]]]) -> str:
+    """The student's test accuracy after each round, a line a cell; other methods' where there is one cell."""
+    lines: dict[str, dict[int, list[float]]] = {}
+    for labels, results in found:
+        cell = ", ".join(f"{key} {value}" for key, value in labels.items())
+        for result in results:
+            for row in result["by_round"]:
+                if row["series"] == "student" or (len(found) == 1 and row["series"] in NAMES):
+                    name = NAMES[row["series"]] if len(found) == 1 else cell
+                    lines.setdefault(name, {}).setdefault(row["round"], []).append(100 * row["test_accuracy"])
+    into: list[str] = []
+    with figure(8, 4.2, into) as plot:
+        for index, (name, points) in enumerate(lines.items()):
+            plot.plot(list(points), [fmean(v) for v in points.values()], label=name, **_style(index))
+        plot.set_xlabel("round")
+        plot.set_ylabel("accuracy on the test set, %")
+        plot.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if 1 < len(lines) <= 2 * MANY:
+            plot.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    return into[0]
+
+
+def _against(
+    found: Sequence[tuple[Mapping[str, Any], list[Json]]], cost: str, unit: str, scale: float
+) -> str:
+    """Accuracy against a cost on a logarithmic axis: a mark for each method, a point for each cell."""
+    points: dict[str, list[tuple[float, float]]] = {}
+    for labels, results in found:
+        for row in _summary(labels, results):
+            if row[cost]:
+                points.setdefault(row["who"], []).append((row[cost] / scale, 100 * row["accuracy"]))
+    into: list[str] = []
+    with figure(8, 4.2, into) as plot:
+        for index, (who, places) in enumerate(points.items()):
+            across, up = zip(*places, strict=True)
+            plot.scatter(across, up, label=NAMES[who], s=36, alpha=0.85, **_style(index))
+        plot.set_xscale("log")
+        plot.set_xlabel(f"{unit} (logarithmic)")
+        plot.set_ylabel("accuracy on the test set, %")
+        plot.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    return into[0]
