@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+from feddistill import study
 from feddistill.cli import COMMANDS
 from feddistill.config import load, parse
 
@@ -41,8 +42,17 @@ def test_paths_in_the_pages_exist(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_settings_in_the_pages_are_real(page):
-    for override in re.findall(r"--set '?([a-z][a-z0-9_.]*=[^\s'`]+)", page.read_text()):
-        load(None, (override,))
+    for line in page.read_text().splitlines():
+        overrides = re.findall(r"--set '?([a-z][a-z0-9_.]*=[^\s'`]+)", line)
+        if swept := re.search(r"feddistill sweep (\S+\.yaml)", line):
+            assert study.cells(study.load(ROOT / swept[1], overrides))
+        else:
+            load(None, tuple(overrides))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples/studies").glob("*.yaml")), ids=lambda p: p.name)
+def test_studies_mean_something(path):
+    assert study.load(path).question
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
