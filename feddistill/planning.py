@@ -28,9 +28,6 @@ from feddistill.training import Lessons
 from feddistill.types import UNLABELLED, RoundSpec, Splits, TextSet
 
 LORA_RANK = 8
-LORA_TARGETS = ("query", "value", "q_proj", "v_proj", "q_lin", "v_lin", "c_attn")
-"""The projections that LoRA adapts by default in peft, by the names that architectures give them."""
-
 COUNTED = ("public_only", "local_only", "centralized")
 """Baselines whose costs are foretold."""
 FLOAT = 4
@@ -288,7 +285,7 @@ def _lora_parameters(model: nn.Module) -> int:
     total = 0
     for name, module in model.named_modules():
         if (
-            name.rsplit(".", 1)[-1] in LORA_TARGETS
+            name.rsplit(".", 1)[-1] in models.PROJECTIONS
             and (weight := getattr(module, "weight", None)) is not None
         ):
             total += LORA_RANK * sum(weight.shape)

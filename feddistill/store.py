@@ -68,6 +68,10 @@ class RunDirectory:
             left_over.unlink()
         return run
 
+    def within(self, folder: str) -> "RunDirectory":
+        """A folder of this run as a run of its own, under this one's lock."""
+        return RunDirectory(self.root / folder, self._lock)
+
     def close(self) -> None:
         """Give the lock back."""
         self._lock.close()

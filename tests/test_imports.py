@@ -14,7 +14,7 @@ PACKAGES = {
     "feddistill_kernels": ("feddistill_kernels", {"torch", "triton"}),
     "feddistill": (
         "feddistill",
-        {"cryptography", "datasets", "feddistill_kernels", "flwr_datasets", "jinja2", "matplotlib"}
+        {"cryptography", "datasets", "feddistill_kernels", "flwr_datasets", "jinja2", "matplotlib", "peft"}
         | {"numpy", "pandas", "pyarrow", "pydantic", "pydantic_core", "rich", "safetensors", "sklearn"}
         | {"torch", "transformers", "yaml", "zstandard"},
     ),

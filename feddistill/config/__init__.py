@@ -20,6 +20,8 @@ from feddistill.config.training import (
     ClientsConfig,
     DistillConfig,
     FedAvgConfig,
+    FedFedConfig,
+    FedLoraConfig,
     FedMdConfig,
     PayloadConfig,
     SimulateConfig,
@@ -34,7 +36,16 @@ QUICKSTART = Path(__file__).with_name("quickstart.yaml")
 """The configuration of the embedded default; ``examples/quickstart.yaml`` is a link to it."""
 
 Baseline = Literal[
-    "public_only", "local_only", "centralized", "centralized_distillation", "fedavg", "feddf", "fedmd"
+    "public_only",
+    "local_only",
+    "centralized",
+    "centralized_distillation",
+    "fedavg",
+    "feddf",
+    "fedlora",
+    "fedmd",
+    "fedmkt",
+    "fedfed",
 ]
 
 
@@ -61,6 +72,8 @@ class Config(Setting):
     """What the student is compared with in the same run."""
     fedavg: FedAvgConfig = FedAvgConfig()
     fedmd: FedMdConfig = FedMdConfig()
+    fedlora: FedLoraConfig = FedLoraConfig()
+    fedfed: FedFedConfig = FedFedConfig()
     keep_checkpoints: Literal["last", "all"] = "last"
     """Whether the specialists of earlier rounds stay on disk."""
 

@@ -154,6 +154,23 @@ class FedMdConfig(Setting):
     """Over the private texts, in each round."""
 
 
+class FedLoraConfig(Setting):
+    """Of the baseline ``fedlora``."""
+
+    rank: int = Field(default=8, ge=1)
+    alpha: float = Field(default=16.0, gt=0)
+    """Adapters are scaled by ``alpha / rank``."""
+
+
+class FedFedConfig(Setting):
+    """Of the baseline ``fedfed``."""
+
+    share: float = Field(default=0.3, gt=0, le=1)
+    """Of each private text's tokens, the most sensitive ones, that all clients are given."""
+    noise: float = Field(default=0.1, ge=0, le=1)
+    """Share of these that are replaced by random tokens."""
+
+
 class StudentConfig(Setting):
     """The student: its model, and how it learns in each round."""
 

@@ -16,7 +16,10 @@ METHODS = ("feddistill", "public_only", "local_only", "centralized") + (
     "centralized_distillation",
     "fedavg",
     "feddf",
+    "fedlora",
     "fedmd",
+    "fedmkt",
+    "fedfed",
 )
 """Modules of this package with a ``run(session)``."""
 

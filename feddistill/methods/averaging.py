@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 
 import torch
 from safetensors.torch import load_file
@@ -11,24 +12,41 @@ from feddistill import models, training
 from feddistill.accounting import measure
 from feddistill.methods.learner import Learner, Session, later, lessons_of
 from feddistill.store import Json
-from feddistill.types import Cost
+from feddistill.training import Lessons
+from feddistill.types import Cost, TextSet
 
 Server = Callable[[Learner, int, str, list[str]], Json]
 """``(learner, round, averaged weights, clients' weights)`` to a record that takes the average's place."""
 
 
-def rounds(session: Session, name: str, server: Server | None = None) -> list[Json]:
+def rounds(
+    session: Session,
+    name: str,
+    server: Server | None = None,
+    *,
+    learner: Learner | None = None,
+    lessons: Callable[[TextSet], Lessons] | None = None,
+) -> list[Json]:
     """Every round each client trains the student's architecture from the last average, on its own texts.
 
     The average is weighted by the clients' numbers of texts. Clients take ``fedavg.epochs`` a round.
+
+    Args:
+        session: What the method works with.
+        name: Of the method.
+        server: What the server does with the average.
+        learner: The student's architecture, or what takes its place.
+        lessons: What a client learns; its private texts by default.
     """
-    learner = Learner(session, session.config.student.model, "student.model")
+    if learner is None:
+        learner = Learner(session, session.config.student.model, "student.model")
+    taught = lessons or partial(lessons_of, learner)
     records: list[Json] = []
     for number in range(1, session.config.rounds + 1):
         step = f"baselines/{name}/{number:03d}"
         if (record := session.run.done(step, verify=False)) is None:
             start = records[-1]["weights"] if records else None
-            record = _round(session, learner, name, number, start, server)
+            record = _round(session, learner, name, number, start, server, taught)
             session.run.remove(f"{step}/clients")
         records.append(record)
     return records
@@ -53,7 +71,13 @@ def averaged(states: list[dict[str, Tensor]], examples: list[int]) -> dict[str, 
 
 
 def _round(
-    session: Session, learner: Learner, name: str, number: int, start: str | None, server: Server | None
+    session: Session,
+    learner: Learner,
+    name: str,
+    number: int,
+    start: str | None,
+    server: Server | None,
+    taught: Callable[[TextSet], Lessons],
 ) -> Json:
     config, run, step = session.config, session.run, f"baselines/{name}/{number:03d}"
     settings = config.clients.training
@@ -63,7 +87,7 @@ def _round(
         settings = later(settings, None, config.clients.codistillation.head_learning_rate)
     trained = []
     for private in session.splits.private:
-        lessons = lessons_of(learner, private)
+        lessons = taught(private)
         trained.append(
             learner.step(
                 f"{step}/clients/{private.name}",
@@ -71,7 +95,7 @@ def _round(
                 start,
                 lambda lessons=lessons: lessons,  # type: ignore[misc]
                 settings,
-                steps=training.steps_of(settings, len(private)),
+                steps=training.steps_of(settings, len(lessons.tokens)),
                 proximal=config.fedavg.proximal,
                 evaluate=False,
             )

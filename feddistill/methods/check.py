@@ -33,7 +33,12 @@ def check(config: Config, splits: Splits) -> None:
         raise ConfigError(
             "payload.compression = 'zstd' needs the package zstandard: pip install 'feddistill[protocol]'"
         )
-    if "public_only" in config.baselines and not (splits.proxy.labels != UNLABELLED).any():
+    if "fedlora" in config.baselines and find_spec("peft") is None:
+        raise ConfigError("baselines: fedlora needs the package peft: pip install 'feddistill[lora]'")
+    labelled = (splits.proxy.labels != UNLABELLED).any()
+    if "fedmkt" in config.baselines and not labelled:
+        raise ConfigError("baselines: fedmkt needs labels, but data.proxy.labelled is 0")
+    if "public_only" in config.baselines and not labelled:
         raise ConfigError("baselines: public_only needs labels, but data.proxy.labelled is 0")
     for index, model in enumerate(config.clients.models[: max(splits.places) + 1]):
         models.build(model, classes, 0, f"clients.models.{index}")

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from feddistill import answering, evaluation, models, training
 from feddistill.accounting import FlopMeter, measure
@@ -39,12 +39,24 @@ class Session:
 class Learner:
     """One architecture, whose weights are put back, trained and saved. Holds two copies of the weights."""
 
-    def __init__(self, session: Session, config: ModelConfig, name: str):
+    def __init__(
+        self,
+        session: Session,
+        config: ModelConfig,
+        name: str,
+        *,
+        adapt: Callable[[nn.Module], None] | None = None,
+    ):
+        """``adapt`` changes the model in place before anything is done with it."""
         self.session = session
         self.name = name
         self.classes = len(session.splits.label_names)
         self.specialist = models.build(config, self.classes, derive(session.config.seed, "init", name), name)
         self.model = self.specialist.model
+        if adapt is not None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(derive(session.config.seed, "adapt", name))
+                adapt(self.model)
         if torch.cuda.is_available():
             self.model.cuda()
         self.meter = FlopMeter(self.model)

@@ -28,6 +28,9 @@ NAMES = {
     "centralized_distillation": "centralized distillation",
     "fedavg": "FedAvg",
     "feddf": "FedDF",
+    "fedlora": "federated LoRA",
+    "fedmkt": "FedMKT (min-CE)",
+    "fedfed": "FedFed, for text",
     "fedmd_mean": "FedMD, clients (mean)",
     "fedmd_best": "FedMD, clients (best)",
 }

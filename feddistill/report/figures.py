@@ -32,6 +32,9 @@ BASELINES: dict[str, dict[str, Any]] = {
     "centralized_distillation": {"color": "#009E73", "marker": "v", "linestyle": ":"},
     "fedavg": {"color": "#CC79A7", "marker": "D", "linestyle": "--"},
     "feddf": {"color": "#E69F00", "marker": "P", "linestyle": "-."},
+    "fedlora": {"color": "#56B4E9", "marker": "X", "linestyle": "--"},
+    "fedmkt": {"color": "#000000", "marker": "*", "linestyle": ":"},
+    "fedfed": {"color": "#999999", "marker": "<", "linestyle": "--"},
 }
 
 

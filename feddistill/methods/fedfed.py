@@ -1,0 +1,98 @@
+"""Baseline: FedFed, adapted to text (after Yang et al., "FedFed: Feature Distillation against Data
+Heterogeneity in Federated Learning", NeurIPS 2023).
+
+The original shares the performance-sensitive part of each image's features, with noise, and every client
+trains on everybody's. Of a text we take the tokens that the label's loss is most sensitive to, and replace
+some of them at random as noise. **It is an adaptation, and it leaks more than the other methods: words of
+private texts leave the client.**
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from feddistill import models
+from feddistill.batches import pad
+from feddistill.methods.averaging import rounds
+from feddistill.methods.learner import Learner, Session, labels_of, lessons_of
+from feddistill.seeds import generator
+from feddistill.store import Json
+from feddistill.training import Lessons
+from feddistill.types import TextSet
+
+BYTES = 4
+"""Of a token or a label that is shared."""
+
+
+def run(session: Session) -> Json:
+    """Share sensitive tokens once, then average weights as ``fedavg`` does, over private and shared texts."""
+    learner = Learner(session, session.config.student.model, "student.model")
+    shared = {private.name: share(session, learner, private) for private in session.splits.private}
+    tokens = [text for texts, _ in shared.values() for text in texts]
+    labels = torch.cat([labels for _, labels in shared.values()])
+
+    def lessons(private: TextSet) -> Lessons:
+        own = lessons_of(learner, private)
+        return Lessons([*own.tokens, *tokens], torch.cat([own.labels, labels]))
+
+    records = rounds(session, "fedfed", learner=learner, lessons=lessons)
+    sent = BYTES * (sum(map(len, tokens)) + len(labels))
+    first = dict(records[0]["bytes"])
+    first["uplink"] += sent
+    first["downlink"] += sent * len(shared)
+    return {"rounds": [{**records[0], "bytes": first}, *records[1:]]}
+
+
+def share(session: Session, learner: Learner, private: TextSet) -> tuple[list[list[int]], Tensor]:
+    """The sensitive tokens of each private text, noised, in their order; and the labels."""
+    config = session.config
+    record = learner.step(
+        f"baselines/fedfed/000/{private.name}",
+        f"fedfed: {private.name} learns what matters in its texts",
+        None,
+        lambda: lessons_of(learner, private),
+        config.clients.training,
+        evaluate=False,
+    )
+    learner.restore(record["weights"])
+    random = generator(config.seed, "fedfed", private.name)
+    size = models.embeddings(learner.model).num_embeddings
+    tokens, kept = learner.tokens(private), []
+    for text, scores in zip(tokens, sensitivity(learner, tokens, labels_of(private)), strict=True):
+        count = max(1, round(config.fedfed.share * len(text)))
+        chosen = np.sort(np.argsort(-scores, kind="stable")[:count])
+        picked = [text[place] for place in chosen]
+        noised = random.random(count) < config.fedfed.noise
+        others = random.integers(0, size, count)
+        kept.append([int(o) if n else t for t, n, o in zip(picked, noised, others, strict=True)])
+    return kept, labels_of(private)
+
+
+def sensitivity(learner: Learner, tokens: Sequence[Sequence[int]], labels: Tensor) -> list[np.ndarray]:
+    """Of each token, ``|<gradient of the label's loss, embedding>|``: how much the loss would miss it."""
+    found: list[np.ndarray] = []
+    taken: list[Tensor] = []
+
+    def keep(module: nn.Module, given: object, embedded: Tensor) -> Tensor:
+        taken[:] = [embedded.detach().requires_grad_()]
+        return taken[0]
+
+    handle = models.embeddings(learner.model).register_forward_hook(keep)
+    learner.model.eval()
+    size = learner.session.config.clients.answer_batch_size
+    try:
+        for start in range(0, len(tokens), size):
+            batch = tokens[start : start + size]
+            ids, mask = pad(batch, learner.specialist.pad_id)
+            logits = learner.model(input_ids=ids, attention_mask=mask).logits
+            loss = functional.cross_entropy(logits.float(), labels[start : start + size], reduction="sum")
+            (gradient,) = torch.autograd.grad(loss, taken[0])
+            scores = (gradient * taken[0]).sum(-1).abs().detach().numpy()
+            found += [row[: len(text)] for row, text in zip(scores, batch, strict=True)]
+            learner.meter.add(*ids.shape, training=True)
+    finally:
+        handle.remove()
+    return found

@@ -1,0 +1,52 @@
+"""Baseline: FedMKT's exchange in this task (Fan et al., COLING 2025): the best single answer to each text.
+
+For a labelled public text the teacher is the client of least cross-entropy; others have the mixture. Clients
+digest the whole distribution; the temperature is 1 and answers keep 128 entries. Its alignment of tokenizers
+has nothing to do where answers are over classes.
+"""
+
+from dataclasses import asdict, replace
+
+from feddistill.config import Config
+from feddistill.config.training import PayloadConfig
+from feddistill.methods import feddistill
+from feddistill.methods.learner import Session
+from feddistill.rules.choice import MinCe
+from feddistill.store import Json
+from feddistill.types import Cost
+
+KEPT = 128
+
+
+def run(session: Session) -> Json:
+    """The rounds of the method itself under these settings, in a folder of their own."""
+    inner = replace(session, config=settings(session), run=session.run.within("baselines/fedmkt"))
+    for step in session.run.steps("alone/001"):  # the first round is the same: private texts alone
+        inner.run.adopt(session.run, step)
+    found = feddistill.run(inner)
+    return {"rounds": [_record(one) for one in found["rounds"]]}
+
+
+def settings(session: Session) -> Config:
+    """The run's own but for what FedMKT does otherwise."""
+    config, classes = session.config, len(session.splits.label_names)
+    codistillation = config.clients.codistillation.model_copy(update={"enabled": True, "target": "soft"})
+    payload = PayloadConfig(codec="topk", k=KEPT) if classes > KEPT else config.payload
+    aggregation = config.aggregation.model_copy(update={"rule": MinCe(), "sharpen": 1.0, "mix": None})
+    return config.model_copy(
+        update={
+            "aggregation": aggregation,
+            "clients": config.clients.model_copy(update={"codistillation": codistillation}),
+            "distill": config.distill.model_copy(update={"temperature": 1.0}),
+            "payload": payload,
+        }
+    )
+
+
+def _record(one: Json) -> Json:
+    """A round's student, with what the clients' part of it took."""
+    costs = [record["costs"]["train"] for record in one["specialists"].values()]
+    costs += [upload["cost"] for upload in one["uploads"].values()]
+    clients = sum((Cost(**cost) for cost in costs), Cost())
+    sent = {way: sum(one["bytes"][way].values()) for way in ("uplink", "downlink")}
+    return {**one["student"], "costs": {**one["student"]["costs"], "clients": asdict(clients)}, "bytes": sent}
