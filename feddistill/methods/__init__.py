@@ -2,8 +2,9 @@
 
 from collections.abc import Callable
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
+from feddistill.config import Baseline
 from feddistill.methods.check import check
 
 if TYPE_CHECKING:
@@ -12,15 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["METHODS", "check", "load"]
 
-METHODS = ("feddistill", "public_only", "local_only", "centralized") + (
-    "centralized_distillation",
-    "fedavg",
-    "feddf",
-    "fedlora",
-    "fedmd",
-    "fedmkt",
-    "fedfed",
-)
+METHODS = ("feddistill", *get_args(Baseline))
 """Modules of this package with a ``run(session)``."""
 
 

@@ -14,7 +14,7 @@ from feddistill.errors import RunError
 from feddistill.report import figures
 from feddistill.store import CONFIG, RESULT, Json, RunDirectory
 
-__all__ = ["NAMES", "as_csv", "metric_rows", "print_table", "size", "skew_lines", "write"]
+__all__ = ["NAMES", "as_csv", "metric_rows", "print_table", "rendered", "size", "skew_lines", "write"]
 
 PAGE = "report.html"
 NAMES = {
@@ -53,11 +53,10 @@ def write(out: Path) -> Path:
         run.write_text("rounds.csv", as_csv(result["by_round"]))
         run.write_text("metrics.csv", as_csv([{"who": who, **m} for who, m in metric_rows(result)]))
         _tensorboard(run, result)
-        template = files("feddistill.report").joinpath("page.html").read_text(encoding="utf-8")
-        page = Environment(autoescape=True, undefined=StrictUndefined).from_string(template)
         return run.write_text(
             PAGE,
-            page.render(
+            rendered(
+                "page.html",
                 result=result,
                 rows=[(NAMES[who], m) for who, m in metric_rows(result)],
                 skew=skew,
@@ -71,6 +70,14 @@ def write(out: Path) -> Path:
         )
     finally:
         run.close()
+
+
+def rendered(template: str, **facts: object) -> str:
+    """A page that needs nothing else, from a template of this package."""
+    folder = files("feddistill.report")
+    text, style = (folder.joinpath(name).read_text(encoding="utf-8") for name in (template, "style.css"))
+    page = Environment(autoescape=True, undefined=StrictUndefined).from_string(text)
+    return page.render(style=style, **facts)
 
 
 def metric_rows(result: Json) -> list[tuple[str, Json]]:

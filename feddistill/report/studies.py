@@ -1,17 +1,15 @@
 """The report of a study: mean and standard deviation over seeds, drawn and in tables to take along."""
 
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 import matplotlib
-from jinja2 import Environment, StrictUndefined
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from feddistill.report import NAMES, as_csv, metric_rows, size
+from feddistill.report import NAMES, as_csv, metric_rows, rendered, size
 from feddistill.report.figures import STYLE, figure
 from feddistill.store import Json
 from feddistill.study import CELLS, STUDY, collect, groups
@@ -43,12 +41,11 @@ def write(out: Path) -> Path:
     (out / "figures").mkdir(exist_ok=True)
     for name, svg in drawn.items():
         (out / "figures" / f"{name}.svg").write_text(svg, encoding="utf-8")
-    template = files("feddistill.report").joinpath("study.html").read_text(encoding="utf-8")
-    page = Environment(autoescape=True, undefined=StrictUndefined).from_string(template)
     path = out / PAGE
     total = len(study.seeds) * len(list(groups(found)))
     path.write_text(
-        page.render(
+        rendered(
+            "study.html",
             study=study,
             summary=summary,
             names=NAMES,
