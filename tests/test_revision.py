@@ -83,8 +83,7 @@ def test_another_student_learns_from_the_same_teachers(source, tmp_path):
     assert wrong(verification.run(out)) == []
 
 
-@pytest.mark.parametrize("codistil", [True, False])
-@pytest.mark.parametrize("keep", ["last", "all"])
+@pytest.mark.parametrize(("codistil", "keep"), [(True, "last"), (True, "all"), (False, "last")])
 def test_forget_equals_a_run_that_never_had_the_client(codistil, keep, tiny_settings, tmp_path):
     clients = {**tiny_settings["clients"], "codistillation": {"enabled": codistil}}
     settings = settings_of(tiny_settings, clients=clients, keep_checkpoints=keep)

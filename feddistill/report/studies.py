@@ -196,7 +196,9 @@ def _by_round(found: Sequence[tuple[Mapping[str, Any], list[Json]]]) -> str:
             plot.plot(list(points), [fmean(v) for v in points.values()], label=name, **_style(index))
         plot.set_xlabel("round")
         plot.set_ylabel("accuracy on the test set, %")
-        plot.xaxis.set_major_locator(MaxNLocator(integer=True))
+        last = max(max(points) for points in lines.values())
+        plot.set_xlim(0.5, last + 0.5)
+        plot.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         if 1 < len(lines) <= 2 * MANY:
             plot.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     return into[0]
