@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from feddistill_kernels._native import drop_pages
+
 SLICE = 0.02  # seconds of one contender before the next has its turn
 ROUNDS = (3, 50)  # at least, unless `PATIENCE` times the box is spent; at most, however quick they are
 PATIENCE = 5
@@ -145,6 +147,7 @@ def peak_extra_bytes(contender: Contender, device: str) -> tuple[Any, int | None
         return result, torch.cuda.max_memory_allocated() - allocated
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         trim(0)  # else the call is served from memory that an earlier one gave back, and nothing grows
+    drop_pages()
     before = _resident_bytes("VmRSS", reset_peak=True)
     result = contender.run(*arguments)
     peak = _resident_bytes("VmHWM")

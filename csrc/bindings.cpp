@@ -2,10 +2,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <memory>
+#include <new>
 #include <tuple>
 
 #include "aggregation.h"
 #include "cpu/instruction_sets.h"
+#include "cpu/pages.h"
 #include "distances.h"
 #include "distillation.h"
 #include "order_statistics.h"
@@ -160,6 +163,17 @@ void bind_cuda(py::module_& m) {
 
 // Callers are feddistill_kernels/*/_native.py, which check what they pass.
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
+    m.attr("keeps_pages") = feddistill::Pages::possible();
+    m.def("drop_pages", feddistill::Pages::drop);
+    py::class_<feddistill::Pages>(m, "Pages", py::buffer_protocol())
+        .def(py::init([](std::int64_t bytes) {
+            auto pages = std::make_unique<feddistill::Pages>(bytes);
+            if (!pages->at()) throw std::bad_alloc();
+            return pages;
+        }))
+        .def_buffer([](feddistill::Pages& pages) {
+            return py::buffer_info(static_cast<std::uint8_t*>(pages.at()), pages.bytes());
+        });
     m.def(
         "trimmed_mean_cpu",
         [](const std::vector<std::uintptr_t>& clients, std::int64_t n, int dtype, int trim, std::uintptr_t out,

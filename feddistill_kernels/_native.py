@@ -55,6 +55,29 @@ def on_stream(x: Tensor) -> Iterator[int]:
         yield torch.cuda.current_stream().cuda_stream
 
 
+_LARGE = 1 << 23  # bytes: below, the allocator keeps what it gave anyway
+
+
+def empty_like(x: Tensor) -> Tensor:
+    """A contiguous tensor like ``x``; a large one on the CPU in memory that an earlier one gave back.
+
+    What is given back stays mapped, for the system to take when it needs it (``csrc/cpu/pages.h``).
+    """
+    module = compiled()
+    if x.device.type != "cpu" or x.nbytes < _LARGE or isinstance(module, str) or not module.keeps_pages:
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+    memory = torch.frombuffer(module.Pages(x.nbytes), dtype=x.dtype).untyped_storage()
+    strides = torch.empty(x.shape, device="meta").stride()
+    return torch.empty(0, dtype=x.dtype).set_(memory, 0, x.shape, strides)
+
+
+def drop_pages() -> None:
+    """Give the system at once what ``empty_like`` keeps."""
+    module = compiled()
+    if not isinstance(module, str):
+        module.drop_pages()
+
+
 def in_rows(x: Tensor) -> Tensor:
     """``x [N, V]`` with neighbours in a row neighbours in memory: a copy where they are not."""
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()

@@ -169,14 +169,23 @@ FEDDISTILL_INLINE Normaliser normalise(std::int64_t n, float factor, const Block
         Floats largest;
         const auto part = [&] {
             const Normaliser fixed = by;
-            Floats total{}, seen = all(-kInf);
-            sweep<kDType>(z, columns, [&](int lanes, Floats v, Floats) __attribute__((always_inline)) {
+            Floats even{}, odd{}, seen = all(-kInf);  // two sums: one addition need not wait for another
+            const auto term = [&](Floats v) __attribute__((always_inline)) {
                 if constexpr (kMaxima) seen = larger(seen, v);
                 const Floats y = fixed.exponent(v);
-                total += keep_lanes(kFinite ? fma(y, 0.0f, exp2(y)) : exp2(y), lanes, 0);
+                return kFinite ? fma(y, 0.0f, exp2(y)) : exp2(y);
+            };
+            std::int64_t j = 0;
+            for (; j + 2 * kLanes <= columns; j += 2 * kLanes) {
+                const Two v = load_two<kDType>(z + j);
+                even += term(v.first);
+                odd += term(v.second);
+            }
+            over<kDType>(z, j, columns, [&](std::int64_t, int lanes, Floats v) __attribute__((always_inline)) {
+                even += keep_lanes(term(v), lanes, 0);
             });
             largest = seen;
-            return sum(total);
+            return sum(even + odd);
         };
         if (by.offset == -kInf) {
             by.raise(largest_of<kDType>(z, columns));

@@ -50,6 +50,20 @@ float kth_largest(const float* values, std::int64_t n, std::int64_t k, std::int6
     return float_of(static_cast<std::int32_t>(low));
 }
 
+// The place of each of n values in falling order, equal ones as they come: each is held against all others, which for
+// few takes less than a sort's wrong guesses.
+constexpr std::int64_t kFew = 512;
+void rank(const float* values, std::int64_t n, std::int32_t* places) {
+    over<DType::f32>(values, 0, n, [&](std::int64_t begin, int lanes, Floats v) __attribute__((always_inline)) {
+        Ints before{}, lane;  // before: counted down
+        for (int i = 0; i < kLanes; ++i) lane[i] = i;
+        for (std::int64_t j = 0; j < begin; ++j) before += all(values[j]) >= v;
+        for (int j = 0; j < lanes; ++j) before += (all(v[j]) > v) | ((all(v[j]) == v) & (lane > j));
+        for (std::int64_t j = begin + lanes; j < n; ++j) before += all(values[j]) > v;
+        for (int i = 0; i < lanes; ++i) places[begin + i] = -before[i];
+    });
+}
+
 // Candidates in the order of their ids, of which the k best are sure to be among those of a row so far.
 struct Candidates {
     std::int64_t count = 0, room, k;
@@ -69,6 +83,18 @@ struct Candidates {
         }
         count = to;
         return least;
+    }
+
+    // The same of a few, and their places in falling order.
+    void keep(std::int32_t* places) {
+        rank(values, count, places);
+        std::int64_t to = 0;
+        for (std::int64_t i = 0; i < count; ++i) {
+            const std::int32_t place = places[i];
+            values[to] = values[i], ids[to] = ids[i], places[to] = place;
+            to += place < k;
+        }
+        count = to;
     }
 };
 
@@ -90,21 +116,38 @@ FEDDISTILL_INLINE void append(Candidates& c, Floats v, Ints mask, std::int64_t j
 #endif
 }
 
+constexpr std::int64_t kGroup = 2 * kLanes, kSpan = 2048;  // columns
+
+// Lists the groups that hold a value above.  They are few, and which they are is not to be foretold: no branch.
+template <DType kDType>
+[[gnu::noinline]] std::int64_t groups_above(const Element<kDType>* z, std::int64_t groups, float above,
+                                            std::int32_t* found) {
+    std::int64_t count = 0;
+    for (std::int64_t j = 0; j < groups * kGroup; j += kGroup) {
+        const Two pair = load_two<kDType>(z + j);
+        found[count] = static_cast<std::int32_t>(j);
+        count += any_above(larger(pair.first, pair.second), above);
+    }
+    return count;
+}
+
 // The candidates for the k largest of a row: what is above, where k columns are.
 template <DType kDType>
 void collect(const Element<kDType>* z, std::int64_t n, float above, Candidates& c) {
     const auto look = [&](std::int64_t j, int lanes, Floats v) __attribute__((always_inline)) {
         const Floats in_row = keep_lanes(v, lanes, -kInf);
-        if (!any(in_row > above)) return;
         if (c.count + kLanes > c.room) above = c.prune();
-        append(c, v, in_row > above, j);
+        append(c, in_row, in_row > above, j);
     };
+    std::int32_t found[kSpan / kGroup];
     std::int64_t j = 0;
-    for (; j + 2 * kLanes <= n; j += 2 * kLanes) {
-        const Two pair = load_two<kDType>(z + j);
-        if (!any(larger(pair.first, pair.second) > above)) continue;
-        look(j, kLanes, load<kDType>(z + j));
-        look(j + kLanes, kLanes, load<kDType>(z + j + kLanes));
+    while (j + kGroup <= n) {
+        const std::int64_t groups = std::min(n - j, kSpan) / kGroup;
+        const std::int64_t count = groups_above<kDType>(z + j, groups, above, found);
+        for (std::int64_t i = 0; i < count; ++i)
+            for (std::int64_t at = j + found[i]; at < j + found[i] + kGroup; at += kLanes)
+                look(at, kLanes, load<kDType>(z + at));
+        j += groups * kGroup;
     }
     over<kDType>(z, j, n, look);
 }
@@ -132,7 +175,10 @@ bool compress(const TopK& task, std::int64_t row, const TopKScratch& scratch) {
     // k groups have their largest from here on, so k columns have.
     const float least = groups < 2 * k ? -kInf : kth_largest(scratch.group_maxima, groups, k, k + k / 8);
     collect<kDType>(z, n, least == -kInf ? least : float_of(key_of(least == 0 ? -0.0f : least) - 1), c);
-    if (c.count > k) c.prune();
+    std::int32_t places[kFew];
+    bool ranked = false;
+    if (c.count > kFew) c.prune();
+    if (c.count > k) ranked = true, c.keep(places);
     if (c.count < k) {  // the rest are ruled out, and the lowest ids of those are as good as others
         std::int64_t at = 0, fill = k - c.count;
         for (std::int64_t j = 0, next = 0; at < k; ++j) {
@@ -158,16 +204,24 @@ bool compress(const TopK& task, std::int64_t row, const TopKScratch& scratch) {
     const double log2_whole = whole.log2();
     task.log_tail[row] = static_cast<float>((log2_tail - log2_whole) * kLn2);
     if (!task.id_order) {
-        std::int32_t* const order = scratch.ids;
-        for (std::int64_t i = 0; i < k; ++i) order[i] = static_cast<std::int32_t>(i);
-        std::sort(order, order + k, [&](std::int32_t x, std::int32_t y) {
-            return log_probs[x] > log_probs[y] || (log_probs[x] == log_probs[y] && x < y);
-        });
         std::copy_n(log_probs, k, scratch.values);
-        std::copy_n(ids, k, scratch.ids + k);
-        for (std::int64_t i = 0; i < k; ++i) {
-            log_probs[i] = scratch.values[order[i]];
-            ids[i] = (scratch.ids + k)[order[i]];
+        std::copy_n(ids, k, scratch.ids);
+        if (k <= kFew) {
+            if (!ranked) rank(scratch.values, k, places);
+            for (std::int64_t i = 0; i < k; ++i) {
+                log_probs[places[i]] = scratch.values[i];
+                ids[places[i]] = scratch.ids[i];
+            }
+        } else {
+            std::int32_t* const order = scratch.ids + k;
+            for (std::int64_t i = 0; i < k; ++i) order[i] = static_cast<std::int32_t>(i);
+            std::sort(order, order + k, [&](std::int32_t x, std::int32_t y) {
+                return scratch.values[x] > scratch.values[y] || (scratch.values[x] == scratch.values[y] && x < y);
+            });
+            for (std::int64_t i = 0; i < k; ++i) {
+                log_probs[i] = scratch.values[order[i]];
+                ids[i] = scratch.ids[order[i]];
+            }
         }
     }
     for (std::int64_t i = 0; i < k; ++i)

@@ -251,11 +251,22 @@ FEDDISTILL_INLINE void store_part(Element<kDType>* to, Floats v, int n) {
 
 // In one order on every machine with this many lanes: a tree.
 FEDDISTILL_INLINE float sum(Floats v) {
+#if defined(__AVX__)
+#if defined(__AVX512F__)
+    const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256((__m512)v), _mm512_extractf32x8_ps((__m512)v, 1));
+#else
+    const __m256 eight = (__m256)v;
+#endif
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+#else
     float lane[kLanes];
     __builtin_memcpy(lane, &v, sizeof v);
     for (int half = kLanes / 2; half > 0; half /= 2)
         for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
     return lane[0];
+#endif
 }
 
 FEDDISTILL_INLINE float maximum(Floats v) {
@@ -273,6 +284,15 @@ FEDDISTILL_INLINE bool any(Ints mask) {
     std::int32_t seen = 0;
     for (int i = 0; i < kLanes; ++i) seen |= mask[i];
     return seen != 0;
+#endif
+}
+
+// Whether any lane is above the bound; NaN is not.
+FEDDISTILL_INLINE bool any_above(Floats v, float bound) {
+#if defined(__AVX512F__)
+    return _mm512_cmp_ps_mask((__m512)v, (__m512)all(bound), _CMP_GT_OQ) != 0;
+#else
+    return any(v > bound);
 #endif
 }
 

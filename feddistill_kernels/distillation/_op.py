@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from feddistill_kernels._backend import load, watched
+from feddistill_kernels._native import empty_like
 
 # The operators take what `rows` of a backend takes, as plain tensors and numbers; see `_reference.py`.
 
@@ -49,7 +50,7 @@ def gradient_rows(
     backend: str,
 ) -> Tensor:
     """The gradient of the sum of ``loss_rows``, ``[N, V]``."""
-    gradient = torch.empty_like(student, memory_format=torch.contiguous_format)
+    gradient = empty_like(student)
     _rows(
         gradient,
         student,
@@ -86,7 +87,7 @@ def fused(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """The sum of ``loss_rows``, and its gradient ``[N, V]`` made in the same sweep."""
-    gradient = torch.empty_like(student, memory_format=torch.contiguous_format)
+    gradient = empty_like(student)
     loss = _rows(
         gradient,
         student,
@@ -145,7 +146,7 @@ def fused_(
 @torch.library.custom_op("feddistill::distillation_scaled", mutates_args=())
 def scaled(gradient: Tensor, upstream: Tensor, backend: str) -> Tensor:
     """``gradient [N, V]`` times the scalar ``upstream``."""
-    result = torch.empty_like(gradient)
+    result = empty_like(gradient)
     load("distillation", backend, gradient).scale_into(gradient, upstream, result)
     return result
 
@@ -283,7 +284,7 @@ class _Each(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         student, teacher, ids, log_tail, labels, scale = ctx.saved_tensors
-        gradient = torch.empty_like(student, memory_format=torch.contiguous_format)
+        gradient = empty_like(student)
         _rows(gradient, student, teacher, ids, log_tail, labels, scale * upstream, *ctx.numbers)
         return gradient, None
 
@@ -291,7 +292,7 @@ class _Each(torch.autograd.Function):
 class _Total(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student: Tensor, rest: tuple[Any, ...]) -> Tensor:
-        gradient = torch.empty_like(student, memory_format=torch.contiguous_format)
+        gradient = empty_like(student)
         loss = _rows(gradient, student, *rest)
         ctx.save_for_backward(gradient)
         ctx.backend = rest[-1]
@@ -311,7 +312,7 @@ def times(gradient: Tensor, upstream: Tensor, backend: str) -> Tensor:
     # On a GPU to look at it would be a sync; here it saves a pass over the gradient.
     if upstream.device.type == "cpu" and float(upstream) == 1:
         return gradient
-    result = torch.empty_like(gradient)
+    result = empty_like(gradient)
     load("distillation", backend, gradient).scale_into(gradient, upstream, result)
     return result
 
