@@ -25,8 +25,16 @@ struct Pair {
     }
 };
 
+// Whether a row is so short that a cache of 1 MiB holds it, the teacher's, the gradient's and the next two.
 template <DType kDType>
-Pair normalise_both(const Element<kDType>* s, const Element<kDType>* t, std::int64_t n, float factor) {
+bool leaves_room(std::int64_t n) {
+    return n * std::int64_t{sizeof(Element<kDType>)} < 3 << 16;
+}
+
+// g: where the gradient will be written, fetched meanwhile; may be nothing.
+template <DType kDType>
+Pair normalise_both(const Element<kDType>* s, const Element<kDType>* t, std::int64_t n, float factor,
+                    const Element<kDType>* g) {
     struct Part {
         float student, teacher, cross;
     };
@@ -36,8 +44,10 @@ Pair normalise_both(const Element<kDType>* s, const Element<kDType>* t, std::int
         const auto part = [&]() -> Part {
             const Pair fixed = by;
             Floats students{}, teachers{}, cross{};
+            const Element<kDType>* to = g ? g + begin : nullptr;
             sweep<kDType>(s + begin, t + begin, columns,
                           [&](int lanes, Floats zs, Floats zt) __attribute__((always_inline)) {
+                if (to) __builtin_prefetch(to, 1, 2), to += kLanes;
                 const Floats x = fixed.student.exponent(zs), y = fixed.teacher.exponent(zt);
                 const Floats term = keep_lanes(exp2(y), lanes, 0);
                 students += keep_lanes(exp2(x), lanes, 0);
@@ -135,9 +145,8 @@ double dense_row(const Frame& frame, const Element<kDType>* s, const Element<kDT
 template <DType kDType>
 void forward_kl_slope(const Frame& frame, const Element<kDType>* s, const Element<kDType>* t, std::int64_t n,
                       Element<kDType>* g) {
-    constexpr std::int64_t kFetched = 3 << 17;  // bytes of two rows that leave room for these two in 1 MiB
     const Frame f = frame;
-    const std::int64_t size = n * std::int64_t{sizeof(*s)}, ahead = 2 * size < kFetched ? f.next : 0;
+    const std::int64_t ahead = leaves_room<kDType>(n) ? f.next : 0;
     const float p_share = f.soft * f.p_scale, q_share = -f.soft * f.q_scale;
     const auto slope = [&](Floats zs, Floats zt) __attribute__((always_inline)) {
         const Floats term = f.student.term(zs);
@@ -206,7 +215,7 @@ Outcome dense(const Distillation& task, Frame f, const Element<kDType>* s, const
     double divergence = kNaN;
     if (soft) {
         if (kind == Kind::forward_kl) {
-            const Pair both = normalise_both<kDType>(s, t, n, factor);
+            const Pair both = normalise_both<kDType>(s, t, n, factor, leaves_room<kDType>(n) ? g : nullptr);
             f.student = both.student, f.teacher = both.teacher;
             divergence = both.plain();
             careful = !std::isfinite(both.cross);
