@@ -65,7 +65,7 @@ SETTINGS: dict[str, Rule] = {
     "multi_krum": MultiKrum(byzantine=3),
     "cronus": Cronus(byzantine=4),
 }
-RECOMMENDED = "prior_corrected, verified_counts"
+RECOMMENDED = "stacked"
 DEFENCES: dict[str, Defence] = {
     **{name: Defence(SETTINGS.get(name, rule())) for name, rule in RULES.items()},
     "mean_probs, class_counts": Defence(MeanProbs(weights="class_counts")),
@@ -74,7 +74,7 @@ DEFENCES: dict[str, Defence] = {
     "mean_probs, verified": Defence(MeanProbs(weights="verified")),
     "mean_probs, verified_counts": Defence(MeanProbs(weights="verified_counts")),
     "mean_logits, verified": Defence(MeanLogits(weights="verified")),
-    RECOMMENDED: Defence(PriorCorrected(weights="verified_counts")),
+    "prior_corrected, verified_counts": Defence(PriorCorrected(weights="verified_counts")),
     "median, mix 4": Defence(Median(), 4),
     "geometric_median, mix 4": Defence(GeometricMedian(), 4),
     "expguard of median": Defence(ExpGuard(base=Median())),
@@ -85,6 +85,7 @@ STUDENTS = {
     "mean_probs": (HONEST, LYING),
     "mean_probs, class_counts": (LYING,),
     "mean_probs, verified": (LYING,),
+    "prior_corrected, verified_counts": (HONEST, ALONE, LYING),
     RECOMMENDED: (HONEST, ALONE, LYING),
 }
 

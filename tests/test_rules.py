@@ -134,6 +134,7 @@ def test_which_rules_promise_what():
         "enhanced_era",
         "vote",
         "prior_corrected",
+        "stacked",
     }
     assert {name for name, rule in made.items() if rule.tolerates(7)} == {
         "median",
@@ -337,6 +338,93 @@ def test_what_a_client_rarely_saw_is_taken_back():
     known = Known(descriptions=tuple(ClientDescription(str(i), None, c) for i, c in enumerate(counts)))
     rule = PriorCorrected(strength=1.0, weights="uniform")
     torch.testing.assert_close(combine(answers, rule, known=known).exp(), truth)
+
+
+class TestStacked:
+    """Fitted to labels: 300 texts in five classes, four honest clients, labels of 120 texts."""
+
+    TEXTS, CLASSES, LABELLED = 300, 5, 120
+    COUNTS = (10.0,) * 5
+
+    def world(self, seed=0):
+        random = torch.Generator().manual_seed(seed)
+        truth = torch.randint(self.CLASSES, (self.TEXTS,), generator=random)
+        answers = []
+        for _ in range(6):
+            scores = 1.5 * torch.randn(self.TEXTS, self.CLASSES, generator=random)
+            scores[torch.arange(self.TEXTS), truth] += 2.5
+            answers.append(scores.log_softmax(-1))
+        labels = torch.where(torch.arange(self.TEXTS) < self.LABELLED, truth, -1)
+        names = tuple("abcdef")
+        known = Known(names, tuple(ClientDescription(n, None, self.COUNTS) for n in names), labels)
+        return answers, truth, known
+
+    def right(self, teacher, truth):
+        return (teacher.argmax(-1) == truth)[self.LABELLED :].float().mean().item()
+
+    @pytest.mark.parametrize("attack", [SecondBest(), LeastLikely()], ids=lambda attack: attack.kind)
+    def test_half_of_the_clients_may_lie_alike(self, attack):
+        answers, truth, known = self.world()
+        honest = self.right(combine(answers[3:], RULES["mean_probs"]()), truth)
+        lies = [attack(Sight(own, answers[3:])) for own in answers[:3]]
+        said = [*lies, *answers[3:]]
+        assert self.right(combine(said, RULES["stacked"](), known=known), truth) > honest - 0.02
+        assert self.right(combine(said, RULES["mean_probs"]()), truth) < honest - 0.1
+
+    def test_a_liars_own_knowledge_is_used(self):
+        """Everybody swaps the two best: what is second is right."""
+        answers, truth, known = self.world()
+        swapped = []
+        for own in answers:
+            best = own.topk(2, dim=-1)
+            swapped.append(own.scatter(-1, best.indices, best.values.flip(-1)))
+        assert self.right(combine(swapped, RULES["mean_probs"]()), truth) < 0.6
+        assert self.right(combine(swapped, RULES["stacked"](), known=known), truth) > 0.75
+
+    def test_it_is_the_least_of_a_penalised_cross_entropy(self):
+        """The same fit by another optimiser, in torch."""
+        answers, _, known = self.world()
+        rule = RULES["stacked"](penalties=(2.0,), strength=0.0)
+        stack = torch.stack(answers).double()
+        first = torch.zeros_like(stack).scatter_(-1, stack.argmax(-1, keepdim=True), 1.0)
+        here = known.labels >= 0
+        w, u, b = (torch.zeros(n, dtype=torch.float64, requires_grad=True) for n in (6, 6, self.CLASSES))
+        optimiser = torch.optim.LBFGS(
+            [w, u, b], max_iter=500, tolerance_grad=1e-10, line_search_fn="strong_wolfe"
+        )
+
+        def scores():
+            return torch.einsum("c,cnv->nv", w + 1 / 6, stack) + torch.einsum("c,cnv->nv", u, first) + b
+
+        def closure():
+            optimiser.zero_grad()
+            cost = torch.nn.functional.cross_entropy(scores()[here], known.labels[here], reduction="sum")
+            cost = cost + 2.0 * sum(x.square().sum() for x in (w, u, b))
+            cost.backward()
+            return cost
+
+        optimiser.step(closure)
+        wanted = scores().detach().log_softmax(-1).float()
+        torch.testing.assert_close(combine(answers, rule, known=known), wanted, atol=1e-4, rtol=1e-4)
+
+    def test_clients_may_come_in_any_order(self):
+        answers, _, known = self.world()
+        order = [3, 1, 5, 0, 2, 4]
+        moved = Known(
+            tuple(known.names[i] for i in order), tuple(known.descriptions[i] for i in order), known.labels
+        )
+        made = combine(answers, RULES["stacked"](), known=known)
+        again = combine([answers[i] for i in order], RULES["stacked"](), known=moved)
+        torch.testing.assert_close(made, again, atol=1e-5, rtol=1e-5)
+
+    def test_a_few_labels_are_enough_to_go_on_and_none_to_begin(self):
+        answers, truth, known = self.world()
+        few = torch.where(torch.arange(self.TEXTS) < 4, truth, -1)
+        for labels in (few, torch.full_like(few, -1), None):
+            told = Known(known.names, known.descriptions, labels)
+            teacher = combine(answers, RULES["stacked"](), known=told)
+            assert self.right(teacher, truth) > 0.9
+            torch.testing.assert_close(teacher.exp().sum(-1), torch.ones(self.TEXTS))
 
 
 def test_era_flattens_and_sharpens_by_its_temperature(honest):

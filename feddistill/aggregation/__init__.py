@@ -115,6 +115,7 @@ def aggregate(
     names = known.names or tuple(map(str, range(len(clients))))
     if mix is not None:
         reader = replace(reader, mixing=mixing_shares(squared_distances(reader.blocks()), mix))
+    rule = rule.fit(reader.blocks)
     memory = known.memory
     if "whole" in rule.needs():
         chosen, memory = rule.choose(reader.blocks, names, memory)

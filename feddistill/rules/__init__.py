@@ -12,6 +12,7 @@ from feddistill.rules.means import EnhancedEra, Era, MeanLogits, MeanProbs, Prio
 from feddistill.rules.order import MeanAroundMedian, Median, TrimmedMean
 from feddistill.rules.remembered import ExpGuard
 from feddistill.rules.rule import Memory, Rule, WeightKind
+from feddistill.rules.stacked import Stacked
 
 __all__ = ["ASSUMED", "RULES", "MeanProbs", "Memory", "Rule", "WeightKind"]
 
@@ -37,5 +38,6 @@ RULES: dict[str, type[Rule]] = {
     "vote": Vote,
     "selective": Selective,
     "prior_corrected": PriorCorrected,
+    "stacked": Stacked,
     "expguard": ExpGuard,
 }

@@ -77,6 +77,10 @@ class Rule(Setting):
         """
         raise NotImplementedError
 
+    def fit(self, walk: Walk) -> Rule:
+        """This rule with what it learns of the answers to texts whose label is known; itself if nothing."""
+        return self
+
     def choose(self, walk: Walk, names: tuple[str, ...], memory: Memory) -> tuple[Tensor | None, Memory]:
         """Look at all payloads first: weights ``[C]`` of the clients, and what to remember.
 
