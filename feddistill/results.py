@@ -1,9 +1,9 @@
 """From what the methods found to ``result.json``: a stable interface, and tables for a report."""
 
-import json
 from collections.abc import Iterable, Mapping
 from statistics import fmean, pstdev
 
+from feddistill import data
 from feddistill.attacks import liars
 from feddistill.config import Config, digest
 from feddistill.rules import ASSUMED
@@ -152,11 +152,7 @@ def by_round(found: Mapping[str, Json]) -> list[Json]:
 
 def proxy_bytes(splits: Splits) -> int:
     """The proxy set as each client downloads it, once: JSON lines of id and text."""
-    lines = (
-        json.dumps({"id": i, "text": text}, ensure_ascii=False, separators=(",", ":"))
-        for i, text in zip(splits.proxy.ids, splits.proxy.texts, strict=True)
-    )
-    return sum(len(line.encode()) + 1 for line in lines)
+    return sum(map(len, data.lines(splits.proxy)))
 
 
 def _spread(figures: list[Json]) -> Json:

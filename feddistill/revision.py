@@ -65,7 +65,8 @@ def aggregate(
             for number, name, path in admitted:
                 content, envelope = path.read_bytes(), path.with_suffix(".json").read_bytes()
                 step = f"rounds/{number:03d}/payloads/{name}"
-                store_upload(made, step, content, envelope, Cost())
+                made.write_bytes(f"{step}.safetensors", content)
+                store_upload(made, step, envelope, Cost())
         finally:
             made.close()
     finally:

@@ -99,6 +99,21 @@ class RunDirectory:
         """Write ``content`` whole."""
         return self.write(name, lambda path: path.write_bytes(content))
 
+    def append_bytes(self, name: str, content: bytes) -> int:
+        """Add to a file that nothing vouches for yet; returns its size."""
+        path = self.path(name)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("ab") as handle:
+                handle.write(content)
+                return handle.tell()
+        except OSError as error:
+            raise RunError(f"cannot write {path}: {error.strerror}") from None
+
+    def take_in(self, name: str, received: str) -> Path:
+        """Give a file that was received piece by piece its name."""
+        return self.write(name, lambda partial: self.path(received).replace(partial))
+
     def write_text(self, name: str, content: str) -> Path:
         """Write ``content`` whole, as UTF-8."""
         return self.write_bytes(name, content.encode())

@@ -1,5 +1,8 @@
 """From a configuration to everybody's texts: private sets of the clients, proxy, validation, test."""
 
+import json
+from collections.abc import Iterator
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -71,6 +74,13 @@ def load(config: DataConfig, seed: int) -> Splits:
 def labelled(source: Source, labels: tuple[str, ...], name: str) -> TextSet:
     """Texts of ``source``, all of them with one of ``labels``; ``name`` is what errors call it."""
     return _labelled(read(source, name), labels, name, optional=False)
+
+
+def lines(texts: TextSet) -> Iterator[bytes]:
+    """Ids and texts, as JSON lines: what clients are sent of the proxy set."""
+    for i, text in zip(texts.ids, texts.texts, strict=True):
+        line = json.dumps({"id": i, "text": text}, ensure_ascii=False, separators=(",", ":"))
+        yield line.encode() + b"\n"
 
 
 def _labels(table: Table) -> tuple[str, ...]:

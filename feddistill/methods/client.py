@@ -61,15 +61,26 @@ class Client:
             steps=self._steps(number),
         )
 
-    def train(self, number: int, asked: RoundSpec | None) -> Json:
-        """Round ``number``; ``asked`` is the request that the teacher, sent back after it, answers."""
-        if asked is None:
+    def step(self, number: int) -> str:
+        """The step that trains it in round ``number``; the first is also a client's that works alone."""
+        return f"rounds/{number:03d}/specialists/{self.name}" if number > 1 else f"alone/001/{self.name}"
+
+    def train(self, number: int, asked: RoundSpec | None, start: str | None = None) -> Json:
+        """Round ``number``.
+
+        Args:
+            number: Which round.
+            asked: The request that the teacher, sent back after it, answers; ``None`` where there is none.
+            start: The weights to go on with; those of the round before ``asked``, if not given.
+        """
+        if number == 1:
             return self.train_alone(number, None)
-        before = f"rounds/{asked.round:03d}/specialists" if asked.round > 1 else "alone/001"
+        if start is None and asked is not None:
+            start = f"{self.step(asked.round)}.safetensors"
         return self.learner.step(
-            f"rounds/{number:03d}/specialists/{self.name}",
+            self.step(number),
             f"round {number}: {self.name} learns",
-            f"{before}/{self.name}.safetensors",
+            start,
             lambda: self._lessons(number, asked),
             self._settings(number),
             steps=self._steps(number),
@@ -94,13 +105,14 @@ class Client:
             content = payload.encode(answers, spec, self.name)
             envelope = payload.seal(content, spec, self.name)
             cost.flops = learner.meter.flops - before
-        return store_upload(run, name, content, envelope, cost.cost)
+        run.write_bytes(f"{name}.safetensors", content)
+        return store_upload(run, name, envelope, cost.cost)
 
-    def _lessons(self, number: int, asked: RoundSpec) -> Lessons:
+    def _lessons(self, number: int, asked: RoundSpec | None) -> Lessons:
         """Private texts with their labels and, co-distilling, proxy texts with the last teacher's answers."""
         settings = self.config.clients.codistillation
         own = lessons_of(self.learner, self.private)
-        if not settings.enabled:
+        if not settings.enabled or asked is None:
             return own
         spec, name = wire.feedback_spec(asked), f"rounds/{asked.round:03d}/feedback"
         envelope = self.session.run.read_bytes(f"{name}.json")
@@ -135,14 +147,13 @@ class Client:
         return training.steps_of(self._settings(number), len(self.private) + digested)
 
 
-def store_upload(run: RunDirectory, name: str, content: bytes, envelope: bytes, cost: Cost) -> Json:
-    """Keep what a client sent as the step ``name``."""
-    run.write_bytes(f"{name}.safetensors", content)
+def store_upload(run: RunDirectory, name: str, envelope: bytes, cost: Cost) -> Json:
+    """Keep what a client sent as the step ``name``; its payload is in place."""
     run.write_bytes(f"{name}.json", envelope)
     record: Json = {
         "payload": f"{name}.safetensors",
         "envelope": f"{name}.json",
-        "bytes": len(content) + len(envelope),
+        "bytes": run.path(f"{name}.safetensors").stat().st_size + len(envelope),
         "cost": asdict(cost),
     }
     return run.commit(name, record, [record["payload"], record["envelope"]])

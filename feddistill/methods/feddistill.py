@@ -5,7 +5,7 @@ teacher's answers; (2) it answers the proxy texts and uploads a payload; (3) the
 (4) trains the student and sends the teacher back. Nothing else leaves a client.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from statistics import fmean
@@ -14,19 +14,22 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from feddistill import aggregation, models, payload
+from feddistill import aggregation, data, models, payload
 from feddistill.accounting import measure
-from feddistill.attacks import Sight, liars
 from feddistill.config import digest
 from feddistill.errors import PayloadError, RoundError
+from feddistill.federation.asking import Asking
+from feddistill.federation.journal import Journal
+from feddistill.federation.local import LocalTransport
+from feddistill.federation.protocol import Kind, Task
 from feddistill.methods import wire
-from feddistill.methods.client import Crew
+from feddistill.methods.client import store_upload
 from feddistill.methods.learner import Learner, Session, best_of, labels_of, later
 from feddistill.rules import Memory
 from feddistill.seeds import derive
 from feddistill.store import Json
 from feddistill.training import Lessons
-from feddistill.types import RoundSpec, TextSet
+from feddistill.types import ClientDescription, Cost, RoundSpec, TextSet
 
 LEDGER = "ledger.json"
 
@@ -50,14 +53,16 @@ def decide(session: Session) -> list[Json]:
 
 
 class _Rounds:
-    """The server and its clients in one process, one client at a time."""
+    """The server: asks clients through whatever carries it, and decides."""
 
     def __init__(self, session: Session):
         self.session = session
         self.splits = session.splits
-        self.crew = Crew(session)
-        self.descriptions = [client.describe() for client in self.crew.clients]
-        self.liars = liars(session.config.simulate.attack, [client.name for client in self.crew.clients])
+        self.transport = session.engine.transport or LocalTransport(session)
+        journal = Journal(session.run.root, session.show)
+        self.asking = Asking(self.transport, session.engine.patience, journal)
+        self.descriptions = self._described()
+        self.names = [description.client for description in self.descriptions]
         self.quorum = session.config.aggregation.quorum or len(self.splits.private)
         self.memory: Memory = {}
         """What the rule remembers of former rounds."""
@@ -119,29 +124,24 @@ class _Rounds:
         """Everything of a round before the student: clients train and answer, one teacher is made."""
         spec, step = self._asked(number), f"rounds/{number:03d}"
         run = self.session.run
-        specialists: Json = {}
-        uploads: Json = {}
+        specialists, uploads = self._trained(number), self._answered(spec)
         admitted: dict[str, payload.Answers] = {}
         refused: dict[str, PayloadError] = {}
         seen: set[tuple[str, int]] = set()
-        # Liars last: they see what the others say.
-        for client in sorted(self.crew.clients, key=lambda client: client.name in self.liars):
-            specialists[client.name] = client.train(number, self.specs.get(number - 1))
-            lie = self._lie(client.name, admitted, number) if client.name in self.liars else None
-            upload = uploads[client.name] = client.answer(spec, specialists[client.name]["weights"], lie)
+        for name, upload in uploads.items():
             try:
                 envelope, content = (run.read_bytes(upload[part]) for part in ("envelope", "payload"))
-                admitted[client.name] = payload.admit(envelope, content, spec, seen, now=spec.deadline)
+                admitted[name] = payload.admit(envelope, content, spec, seen, now=spec.deadline)
             except PayloadError as error:  # the round goes on without this client
-                refused[client.name] = error
+                refused[name] = error
             else:
-                seen.add((client.name, number))
+                seen.add((name, number))
         if len(admitted) < self.quorum:
-            reasons = "; ".join(map(str, refused.values()))
+            silent = [f"{name} did not answer" for name in spec.clients if name not in uploads]
+            reasons = "; ".join([*map(str, refused.values()), *silent])
             raise RoundError(
                 f"round {number}: {len(admitted)} valid answers, quorum {self.quorum}: {reasons}"
             )
-        admitted = {name: admitted[name] for name in spec.clients if name in admitted}
         teacher = self._aggregate(admitted, number, spec, step)
         files = {name: payload.digest(run.read_bytes(uploads[name]["payload"])) for name in admitted}
         entry = payload.Entry(
@@ -158,6 +158,7 @@ class _Rounds:
             "specialists": specialists,
             "uploads": uploads,
             "refused": {name: str(error) for name, error in refused.items()},
+            "missing": [name for name in spec.clients if name not in uploads],
             "teacher": teacher,
             "ledger": asdict(entry),
         }
@@ -183,29 +184,89 @@ class _Rounds:
         self.specs[number] = spec
         return spec
 
-    def _lie(
-        self, name: str, admitted: Mapping[str, payload.Answers], number: int
-    ) -> Callable[[Tensor], Tensor]:
-        """What the simulated attacker ``name`` makes of its own answers, knowing all honest ones."""
-        run, positions, attack = self.session.run, len(self.splits.proxy), self.liars[name]
-        honest = [
-            wire.expand(admitted[client.name], 0, positions)
-            for client in self.crew.clients
-            if client.name not in self.liars and client.name in admitted
-        ]
-        if not honest:
-            raise RoundError(f"round {number}: no honest client was admitted, so {name} has nothing to see")
-        before = teacher = None
-        if number > 1:
-            stored, first = f"rounds/001/payloads/{name}", self.specs[1]
-            sent = payload.admit(
-                run.read_bytes(f"{stored}.json"), run.read_bytes(f"{stored}.safetensors"), first, frozenset()
-            )
-            before = wire.expand(sent, 0, positions)
-            teacher = load_file(run.path(f"rounds/{number - 1:03d}/teacher.safetensors"))["log_probs"]
-        seed = derive(self.session.config.seed, "attack", number, name)
-        clients = len(self.crew.clients)
-        return lambda own: attack(Sight(own, honest, seed, clients, before, teacher))
+    def _described(self) -> list[ClientDescription]:
+        """What each client says of itself, of those that fit; a client that does not fit is never asked."""
+        run, found = self.session.run, {}
+        names = [private.name for private in self.splits.private]
+        for name in names:
+            if (told := run.done(f"described/{name}")) is not None:
+                found[name] = told
+        fits = {
+            "version": payload.VERSION,
+            "proxy": self.splits.proxy.digest(),
+            "vocabulary": payload.fingerprint(self.splits.label_names),
+        }
+        for reply in self.asking.gather(self._task("describe", 0), [n for n in names if n not in found]):
+            told = reply.content
+            if told["proxy"] is None:
+                told = self._published(reply.client) or told
+            wrong = [key for key, wanted in fits.items() if told[key] != wanted]
+            if wrong:
+                self.session.show.say(f"{reply.client} takes no part: another {' and '.join(wrong)}")
+                continue
+            found[reply.client] = told
+            if not self.transport.shares_run:
+                run.commit(f"described/{reply.client}", told)
+        return [description_of(found[name]["description"]) for name in names if name in found]
+
+    def _published(self, name: str) -> Json | None:
+        """Send the proxy texts to a client that has none; what it says then."""
+        texts = b"".join(data.lines(self.splits.proxy))
+        self.asking.send(self._task("publish", 0), texts, [name])
+        return next((reply.content for reply in self.asking.gather(self._task("describe", 0), [name])), None)
+
+    def _trained(self, number: int) -> Json:
+        """(1) What each client's training came to, in the order of the request."""
+        run, found = self.session.run, {}
+        for name in self.names:
+            if (told := run.done(f"rounds/{number:03d}/told/{name}")) is not None:
+                found[name] = told
+        missing = [name for name in self.names if name not in found]
+        if not missing:
+            return found
+        asked = self.specs.get(number - 1)
+        if asked is not None and not self.transport.shares_run:
+            step = f"rounds/{asked.round:03d}/feedback"
+            envelope = run.read_bytes(f"{step}.json").decode()
+            task = self._task("digest", asked.round, envelope=envelope)
+            self.asking.send(task, run.read_bytes(f"{step}.safetensors"), missing)
+        question = None if asked is None else payload.canonical(asked).decode()
+        for reply in self.asking.gather(self._task("train", number, asked=question), missing):
+            found[reply.client] = reply.content
+            if not self.transport.shares_run:
+                run.commit(f"rounds/{number:03d}/told/{reply.client}", reply.content)
+        return {name: found[name] for name in self.names if name in found}
+
+    def _answered(self, spec: RoundSpec) -> Json:
+        """(2) What each client has uploaded, in the order of the request; nothing is believed yet."""
+        run, folder, found = self.session.run, f"rounds/{spec.round:03d}/payloads", {}
+        for name in self.names:
+            if (record := run.done(f"{folder}/{name}")) is not None:
+                found[name] = record
+        missing = [name for name in self.names if name not in found]
+        task = self._task("answer", spec.round, spec=payload.canonical(spec).decode(), part=0)
+        if self.transport.shares_run:  # what was sent is there
+            for reply in self.asking.gather(task, missing):
+                found[reply.client] = run.done(f"{folder}/{reply.client}") or {}
+            return {name: found[name] for name in self.names if name in found}
+        for sent in self.asking.fetch(task, missing, payload.bound(spec), run):
+            name = sent["client"]
+            run.take_in(f"{folder}/{name}.safetensors", sent["file"])
+            found[name] = store_upload(run, f"{folder}/{name}", sent["envelope"], Cost(**sent["cost"]))
+        return {name: found[name] for name in self.names if name in found}
+
+    def _task(self, kind: Kind, number: int, **content: object) -> Task:
+        """A remote client is told all settings each time: it may have been started a moment ago."""
+        config = self.session.config
+        settings = (
+            {}
+            if self.transport.shares_run
+            else {
+                "config": config.model_dump(mode="json"),
+                "labels": list(self.splits.label_names),
+            }
+        )
+        return Task(kind, digest(config)[:16], number, {**settings, **content})
 
     def _aggregate(
         self, admitted: Mapping[str, payload.Answers], number: int, spec: RoundSpec, step: str
@@ -322,6 +383,12 @@ def request(session: Session, number: int, *, quorum: int, previous: str) -> Rou
         draws=settings.draws if settings.codec == "sampled" else 0,
         previous=previous,
     )
+
+
+def description_of(told: Json) -> ClientDescription:
+    """What a client said of itself."""
+    counts = told["class_counts"]
+    return ClientDescription(told["client"], told["examples"], None if counts is None else tuple(counts))
 
 
 def _domains(proxy: TextSet) -> Tensor | None:

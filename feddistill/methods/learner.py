@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -14,11 +14,21 @@ from feddistill.config import Config
 from feddistill.config.models import ModelConfig
 from feddistill.config.training import DistillConfig, TrainingConfig
 from feddistill.errors import ModelError
+from feddistill.federation.protocol import Patience, Transport
 from feddistill.progress import Show
 from feddistill.seeds import derive
 from feddistill.store import Json, RunDirectory
 from feddistill.training import NO_LABEL, Lessons
 from feddistill.types import UNLABELLED, Cost, Splits, TextSet, Tick
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """What carries the federation."""
+
+    transport: Transport | None = None
+    """``None``: all clients work in this process."""
+    patience: Patience = field(default_factory=Patience)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +39,7 @@ class Session:
     splits: Splits
     run: RunDirectory
     show: Show
+    engine: Engine = field(default_factory=Engine)
 
     @property
     def bf16(self) -> bool:
