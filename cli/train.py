@@ -17,20 +17,52 @@ import click
 )
 @click.option("--resume", is_flag=True, help="Go on with the interrupted run in --out.")
 @click.option("--quiet", is_flag=True, help="Print nothing but errors.")
+@click.option(
+    "--engine",
+    type=click.Choice(["local", "flower-sim", "flower"]),
+    default="local",
+    show_default=True,
+    help="All clients in this process; in Flower's simulation; at SuperNodes.",
+)
+@click.option("--superlink", metavar="HOST:PORT", help="Engine flower: where the SuperLink is.")
+@click.option(
+    "--root-certificates",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Engine flower: whom to trust.",
+)
+@click.option(
+    "--connect", default=600.0, show_default=True, help="Flower: seconds to wait for clients to connect."
+)
+@click.option("--reply", default=3600.0, show_default=True, help="Flower: seconds to wait for a reply.")
+@click.option("--attempts", default=3, show_default=True, help="Flower: how often a client is asked.")
 def train(
-    config: Path | None, overrides: tuple[str, ...], out: Path | None, resume: bool, quiet: bool
+    config: Path | None,
+    overrides: tuple[str, ...],
+    out: Path | None,
+    resume: bool,
+    quiet: bool,
+    engine: str,
+    superlink: str | None,
+    root_certificates: Path | None,
+    connect: float,
+    reply: float,
+    attempts: int,
 ) -> None:
     """Train a student on what CONFIG's clients know.
 
     Without CONFIG: the embedded quickstart, offline, on real text, in minutes on two cores.
+    The engines give the same numbers; docs/deployment.md says how institutions use Flower.
 
     \b
     Example:
       feddistill train examples/quickstart.yaml --set distill.temperature=4
+      feddistill train --engine flower --superlink 127.0.0.1:8000 --root-certificates ca.crt
     """
     from feddistill import config as configuration
     from feddistill.errors import ConfigError
 
+    if (engine == "flower") != (superlink is not None):
+        raise ConfigError("--superlink goes with --engine flower, and --engine flower with --superlink")
     if resume and out is None:
         raise ConfigError("--resume needs --out DIR: the run to go on with")
     stored = resume and config is None and out is not None
@@ -45,7 +77,15 @@ def train(
 
     out = out or free(Path("runs") / settings.name)
     show.say(f"run: {out}")
-    result = experiment.run(settings, out, resume=resume, show=show)
+    if engine == "local":
+        result = experiment.run(settings, out, resume=resume, show=show)
+    else:
+        from feddistill.engines.flower import launch
+        from feddistill.federation.protocol import Patience
+
+        link = None if superlink is None else launch.Link(superlink, root_certificates)
+        patience = Patience(connect, reply, attempts)
+        result = launch.train(settings, out, link, resume=resume, patience=patience, show=show)
     with show.step("write the report"):
         page = report.write(out)
     if not quiet:

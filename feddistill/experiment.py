@@ -13,11 +13,11 @@ from feddistill import config as configuration
 from feddistill import data, methods, planning, results
 from feddistill.accounting import peak_memory_bytes
 from feddistill.config import Config
-from feddistill.config.data import FileSource
+from feddistill.config.data import AtClientsPartition, FileSource
 from feddistill.errors import ConfigError, RunError
 from feddistill.evaluation import classification
 from feddistill.methods import feddistill as federation
-from feddistill.methods.learner import Learner, Session
+from feddistill.methods.learner import Engine, Learner, Session
 from feddistill.progress import Quiet, Show
 from feddistill.store import CONFIG, PROVENANCE, RESULT, Json, RunDirectory
 from feddistill.types import Splits
@@ -26,7 +26,14 @@ SKEW = "data/skew.json"
 DIGESTS = "data/digests.json"
 
 
-def run(config: Config, out: Path, *, resume: bool = False, show: Show | None = None) -> Json:
+def run(
+    config: Config,
+    out: Path,
+    *,
+    resume: bool = False,
+    show: Show | None = None,
+    engine: Engine | None = None,
+) -> Json:
     """Run ``config`` in the directory ``out``; returns what ``result.json`` holds.
 
     Args:
@@ -34,6 +41,7 @@ def run(config: Config, out: Path, *, resume: bool = False, show: Show | None = 
         out: A new or empty directory; with ``resume``, one that an interrupted run left.
         resume: Go on after the last step that is whole. A complete run is returned as it is.
         show: Where progress is shown; nowhere by default.
+        engine: What carries the federation; by default all clients work in this process.
 
     Raises:
         FeddistillError: The user's to mend; nothing that a resume would trust is half-written.
@@ -44,8 +52,9 @@ def run(config: Config, out: Path, *, resume: bool = False, show: Show | None = 
         directory = RunDirectory.open(out)
     else:  # nothing is written for settings that cannot run
         RunDirectory.check_free(out)
-        config = _resolve(config)
-        _prepare(config)
+        config = resolve(config)
+        _here(config, engine)
+        prepare(config)
         splits = check(config, show)
         directory = RunDirectory.create(out, configuration.dump(config))
     try:
@@ -53,12 +62,12 @@ def run(config: Config, out: Path, *, resume: bool = False, show: Show | None = 
             config = _same(config, directory)
             if (done := _result(directory)) is not None:
                 return done
-            _prepare(config)
+            prepare(config)
             splits = check(config, show)
         _same_data(splits, directory)
         skew = data.skew(splits)
         directory.write_json(SKEW, asdict(skew))
-        session = Session(config, splits, directory, show)
+        session = Session(config, splits, directory, show, engine or Engine())
         found = {name: _method(session, name) for name in ("feddistill", *config.baselines)}
         _tidy(directory, config)
         result = results.summarise(config, splits, skew.non_iid, found, environment(config))
@@ -78,7 +87,7 @@ def decide(out: Path, show: Show | None = None) -> list[Json]:
     config = stored_config(out)
     directory = RunDirectory.open(out)
     try:
-        _prepare(config)
+        prepare(config)
         splits = check(config, show)
         _same_data(splits, directory)
         return federation.decide(Session(config, splits, directory, show))
@@ -100,8 +109,8 @@ def check(config: Config, show: Show | None = None) -> Splits:
 
 def plan(config: Config, show: Show | None = None) -> Json:
     """What ``config`` would cost; nothing is trained but a few steps, nothing is written."""
-    config = _resolve(config)
-    _prepare(config)
+    config = resolve(config)
+    prepare(config)
     return planning.plan(config, check(config, show), show)
 
 
@@ -122,7 +131,7 @@ def evaluate(out: Path, texts: FileSource | None = None) -> Json:
         result = _result(directory)
         if result is None:
             raise RunError(f"{out} is not complete; go on with: feddistill train --resume --out {out}")
-        _prepare(config)
+        prepare(config)
         splits = check(config)
         _same_data(splits, directory)
         chosen = splits.test if texts is None else data.labelled(texts, splits.label_names, "--texts")
@@ -161,7 +170,7 @@ def _config_file(out: Path) -> Path:
     return path
 
 
-def _resolve(config: Config) -> Config:
+def resolve(config: Config) -> Config:
     """Settle what the machine decides, so that the stored configuration says all."""
     chosen: Json = {}
     if config.threads is None:
@@ -213,9 +222,15 @@ def _first_difference(a: object, b: object, path: str = "") -> str:
     return path
 
 
-def _prepare(config: Config) -> None:
+def _here(config: Config, engine: Engine | None) -> None:
+    """Whether the texts are where the clients will work."""
+    if isinstance(config.data.partition, AtClientsPartition) and (engine is None or engine.transport is None):
+        raise ConfigError("data.partition at_clients needs clients elsewhere: --engine flower")
+
+
+def prepare(config: Config) -> None:
     """The process's threads, which the numbers depend on."""
-    assert config.threads is not None, "_resolve settles it"
+    assert config.threads is not None, "resolve settles it"
     torch.set_num_threads(config.threads)
 
 

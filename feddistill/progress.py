@@ -6,7 +6,9 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 from rich.console import Console
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 from feddistill.types import Tick
 
@@ -22,6 +24,10 @@ class Show(Protocol):
         """A line that stays."""
         ...
 
+    def table(self, table: Table | None) -> None:
+        """A table in the place of the last one, at the foot of the terminal; ``None`` takes it away."""
+        ...
+
 
 class Quiet:
     """Shows nothing: for tests, and programs that import us."""
@@ -34,12 +40,16 @@ class Quiet:
     def say(self, line: str) -> None:
         """See ``Show``."""
 
+    def table(self, table: Table | None) -> None:
+        """See ``Show``."""
+
 
 class Terminal:
     """A bar for the step that runs, and a line for each thing worth keeping; lines only when piped."""
 
     def __init__(self, console: Console | None = None):
         self.console = console or Console(file=sys.stderr)
+        self._live: Live | None = None
 
     @contextmanager
     def step(self, label: str) -> Iterator[Tick]:
@@ -63,3 +73,17 @@ class Terminal:
     def say(self, line: str) -> None:
         """See ``Show``."""
         self.console.print(line, highlight=False)
+
+    def table(self, table: Table | None) -> None:
+        """See ``Show``; nothing when piped."""
+        if not self.console.is_terminal:
+            return
+        if table is None:
+            if self._live is not None:
+                self._live.stop()
+            self._live = None
+            return
+        if self._live is None:
+            self._live = Live(console=self.console, transient=True, auto_refresh=False)
+            self._live.start()
+        self._live.update(table, refresh=True)

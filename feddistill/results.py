@@ -14,18 +14,17 @@ METRICS = ("accuracy", "macro_f1", "mcc", "ece", "cross_entropy")
 
 
 def summarise(
-    config: Config, splits: Splits, non_iid: float, found: Mapping[str, Json], environment: Json
+    config: Config, splits: Splits, non_iid: float | None, found: Mapping[str, Json], environment: Json
 ) -> Json:
     """Everything of a run in one object. Figures are of the test set; selection was on validation."""
     rounds = found["feddistill"]["rounds"]
     student = best(record["student"] for record in rounds)
     metrics: Json = {
         "student": student["test"],
-        "clients": {
-            "before": _spread([s["test"] for s in rounds[0]["specialists"].values()]),
-            "after": _spread([s["test"] for s in rounds[-1]["specialists"].values()]),
-        },
     }
+    first, last = ([s["test"] for s in rounds[at]["specialists"].values() if "test" in s] for at in (0, -1))
+    if first and last:  # clients elsewhere have no test set
+        metrics["clients"] = {"before": _spread(first), "after": _spread(last)}
     for name in baselines(found):
         if "rounds" in found[name]:
             metrics[name] = best(found[name]["rounds"])["test"]
@@ -47,7 +46,7 @@ def summarise(
         "seed": config.seed,
         "rounds": config.rounds,
         "config_digest": digest(config),
-        "heterogeneity": {"non_iid": round(non_iid, 6)},
+        "heterogeneity": {"non_iid": None if non_iid is None else round(non_iid, 6)},
         "metrics": metrics,
         "selected_round": next(r["round"] for r in rounds if r["student"] == student),
         "student_weights": student["weights"],
@@ -78,6 +77,7 @@ def summarise(
             if r["teacher"]["diagnostics"]["duplicates"]
         },
         "refused": {str(r["round"]): r["refused"] for r in rounds if r["refused"]},
+        "missing": {str(r["round"]): r["missing"] for r in rounds if r["missing"]},
         "collapsed": {
             str(r["round"]): r["teacher"]["diagnostics"]["collapsed"]
             for r in rounds
@@ -140,7 +140,8 @@ def by_round(found: Mapping[str, Json]) -> list[Json]:
     for entry in found["feddistill"]["rounds"]:
         add("student", entry["round"], entry["student"])
         for client, record in entry["specialists"].items():
-            add(f"client {client}", entry["round"], record)
+            if "test" in record:
+                add(f"client {client}", entry["round"], record)
     for name in baselines(found):
         for number, record in enumerate(found[name].get("rounds", []), 1):
             add(name, number, record)

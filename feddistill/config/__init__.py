@@ -14,7 +14,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from feddistill.attacks import liars
-from feddistill.config.data import DataConfig
+from feddistill.config.data import AtClientsPartition, DataConfig
 from feddistill.config.training import (
     AggregationConfig,
     ClientsConfig,
@@ -47,6 +47,9 @@ Baseline = Literal[
     "fedmkt",
     "fedfed",
 ]
+
+
+NEED_NO_PRIVATE_TEXTS = ("public_only",)
 
 
 class Config(Setting):
@@ -87,6 +90,8 @@ class Config(Setting):
                 raise ConfigError("data.absent names every client")
             self.aggregation.check(len(present))
             liars(self.simulate.attack, present)
+        if isinstance(self.data.partition, AtClientsPartition):
+            self._fits_texts_at_clients(self.data.partition.names)
         rule = self.aggregation.rule
         if self.payload.codec == "sampled" and rule.kind != "mean_probs":
             raise ConfigError(
@@ -101,6 +106,23 @@ class Config(Setting):
         if len(set(self.baselines)) < len(self.baselines):
             raise ConfigError(f"baselines names one twice: {', '.join(self.baselines)}")
         return self
+
+    def _fits_texts_at_clients(self, names: tuple[str, ...]) -> None:
+        """The server has nobody's private texts."""
+        self.aggregation.check(len(names))
+        private = [name for name in self.baselines if name not in NEED_NO_PRIVATE_TEXTS]
+        if private:
+            raise ConfigError(
+                f"baselines: {', '.join(private)} would need the private texts, which are at the clients"
+            )
+        if self.simulate.attack:
+            raise ConfigError("simulate.attack needs the clients in one process, not at_clients")
+        if self.data.absent:
+            raise ConfigError("data.absent: leave the clients out of data.partition.names")
+        if self.data.histogram_epsilon is not None:
+            raise ConfigError("data.histogram_epsilon draws its noise from the run's seed: no protection")
+        if len(set(names)) < len(names):
+            raise ConfigError("data.partition.names names a client twice")
 
 
 def load(path: Path | None = None, overrides: tuple[str, ...] = ()) -> Config:

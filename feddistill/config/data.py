@@ -109,8 +109,21 @@ class GivenPartition(Setting):
     """Source by client name."""
 
 
+class AtClientsPartition(Setting):
+    """Each client reads its own texts, where it is; the server has none of them (``docs/deployment.md``)."""
+
+    kind: Literal["at_clients"] = "at_clients"
+    names: tuple[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")], ...] = Field(min_length=1)
+    """Who takes part."""
+
+
 Partition = Annotated[
-    IidPartition | DirichletPartition | BySourcePartition | QuantityPartition | GivenPartition,
+    IidPartition
+    | DirichletPartition
+    | BySourcePartition
+    | QuantityPartition
+    | GivenPartition
+    | AtClientsPartition,
     Field(discriminator="kind"),
 ]
 

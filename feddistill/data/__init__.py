@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from feddistill.config.data import DataConfig, GivenPartition, Part, Source
+from feddistill.config.data import AtClientsPartition, DataConfig, GivenPartition, Part, Source
 from feddistill.data.partition import partition
 from feddistill.data.skew import Skew, skew
 from feddistill.data.sources import Table, read
@@ -26,7 +26,7 @@ def load(config: DataConfig, seed: int) -> Splits:
         DataError: A file, a column, a label or a client's data is missing or does not fit the rest.
         ConfigError: A part has neither a source of its own nor ``data.source`` to be carved from.
     """
-    given = isinstance(config.partition, GivenPartition)
+    given = isinstance(config.partition, GivenPartition | AtClientsPartition)
     wanted: dict[str, Part] = {name: getattr(config, name) for name in PARTS}
     if given:
         del wanted["private"]
@@ -58,9 +58,13 @@ def load(config: DataConfig, seed: int) -> Splits:
         sets[name] = _draw(whole, wanted[name].size, seed)
     if isinstance(config.partition, GivenPartition):
         private = tuple(_labelled(table, labels, name, optional=False) for name, table in clients.items())
+    elif isinstance(config.partition, AtClientsPartition):
+        nothing = np.zeros(0, np.int64)
+        private = tuple(TextSet(name, (), (), nothing, labels) for name in config.partition.names)
     else:
         private = partition(sets["private"], config.partition, seed)
-    _every_class_has_a_teacher(private, labels)
+    if not isinstance(config.partition, AtClientsPartition):
+        _every_class_has_a_teacher(private, labels)
     places = _present(private, config.absent)
     return Splits(
         private=tuple(private[place] for place in places),

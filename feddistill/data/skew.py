@@ -17,10 +17,10 @@ class Skew:
     """``[C][V]`` private examples by client and label."""
     proxy_counts: tuple[int, ...]
     """Labelled proxy texts by label."""
-    non_iid: float
+    non_iid: float | None
     """Mean total-variation distance of a client's label distribution from the pool's, weighted by
-    size: 0 is IID; near 1, clients share no label."""
-    size_ratio: float
+    size: 0 is IID; near 1, clients share no label. ``None`` where the texts are at the clients."""
+    size_ratio: float | None
     """Largest client's examples over the smallest's."""
     proxy_examples: int
     test_examples: int
@@ -33,16 +33,18 @@ def skew(splits: Splits) -> Skew:
     """Measure the private sets of ``splits``."""
     counts = np.stack([client.label_counts() for client in splits.private])  # [C, V]
     sizes = counts.sum(1)
-    pooled = counts.sum(0) / sizes.sum()
-    distances = 0.5 * np.abs(counts / sizes[:, None] - pooled).sum(1)
+    known = sizes.sum() > 0
+    if known:
+        pooled = counts.sum(0) / sizes.sum()
+        distances = 0.5 * np.abs(counts / sizes[:, None] - pooled).sum(1)
     seen = set(splits.proxy.texts).union(*(client.texts for client in splits.private))
     return Skew(
         clients=tuple(client.name for client in splits.private),
         labels=splits.label_names,
         counts=tuple(tuple(int(n) for n in row) for row in counts),
         proxy_counts=tuple(int(n) for n in splits.proxy.label_counts()),
-        non_iid=float((distances * sizes).sum() / sizes.sum()),
-        size_ratio=float(sizes.max() / sizes.min()),
+        non_iid=float((distances * sizes).sum() / sizes.sum()) if known else None,
+        size_ratio=float(sizes.max() / sizes.min()) if known else None,
         proxy_examples=len(splits.proxy),
         test_examples=len(splits.test),
         validation_examples=len(splits.validation),

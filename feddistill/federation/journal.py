@@ -5,6 +5,7 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from feddistill.federation.protocol import Reply, Task
 from feddistill.progress import Show
@@ -64,8 +65,13 @@ class Journal:
     def _count(self, name: str, client: str, task: Task, by: int = 1) -> None:
         self._numbers[name, client, task.kind] += by
 
-    def _event(self, event: str, task: Task, **told: object) -> None:
-        line = {"time": round(time.time(), 3), "event": event, "task": task.kind, "round": task.round}
+    def _event(self, event: str, task: Task, **told: Any) -> None:
+        line: dict[str, Any] = {
+            "time": round(time.time(), 3),
+            "event": event,
+            "task": task.kind,
+            "round": task.round,
+        }
         with (self.root / EVENTS).open("a", encoding="utf-8") as file:
             file.write(json.dumps({**line, **told}) + "\n")
         partial = self.root / f"{METRICS}.partial"

@@ -34,6 +34,11 @@ class Client:
         """Shared with the other clients of this architecture: one of them works at a time."""
         return self._crew.learner(self._place)
 
+    @property
+    def _evaluates(self) -> bool:
+        """In a simulation; an institution has neither the validation nor the test set."""
+        return len(self.session.splits.test) > 0
+
     def describe(self) -> ClientDescription:
         """What it tells of itself: no more than the rule needs."""
         counts, needs = None, self.config.aggregation.rule.needs()
@@ -59,6 +64,7 @@ class Client:
             lambda: lessons_of(self.learner, self.private),
             self._settings(number),
             steps=self._steps(number),
+            evaluate=self._evaluates,
         )
 
     def step(self, number: int) -> str:
@@ -84,6 +90,7 @@ class Client:
             lambda: self._lessons(number, asked),
             self._settings(number),
             steps=self._steps(number),
+            evaluate=self._evaluates,
             distill=self.config.distill,
         )
 

@@ -108,9 +108,8 @@ class _Rounds:
         request = payload.canonical(self.specs[number])
         downlink = len(request) + (teacher["feedback_bytes"] if number < self.session.config.rounds else 0)
         clients, own = _mean_accuracy(decided["specialists"]), student["validation"]["accuracy"]
-        self.session.show.say(
-            f"round {number}: accuracy on validation: clients {clients:.3f}, student {own:.3f}"
-        )
+        told = "" if clients is None else f"clients {clients:.3f}, "
+        self.session.show.say(f"round {number}: accuracy on validation: {told}student {own:.3f}")
         return {
             **decided,
             "student": student,
@@ -399,5 +398,6 @@ def _domains(proxy: TextSet) -> Tensor | None:
     return torch.tensor([names[name] for name in proxy.sources])
 
 
-def _mean_accuracy(specialists: Json) -> float:
-    return fmean(s["validation"]["accuracy"] for s in specialists.values())
+def _mean_accuracy(specialists: Json) -> float | None:
+    found = [s["validation"]["accuracy"] for s in specialists.values() if "validation" in s]
+    return fmean(found) if found else None

@@ -85,9 +85,9 @@ def metric_rows(result: Json) -> list[tuple[str, Json]]:
     metrics = result["metrics"]
     rows = [
         ("student", metrics["student"]),
-        ("clients_before", metrics["clients"]["before"]["mean"]),
-        ("clients_after", metrics["clients"]["after"]["mean"]),
     ]
+    if "clients" in metrics:
+        rows += [(f"clients_{when}", metrics["clients"][when]["mean"]) for when in ("before", "after")]
     for who in NAMES:
         name, _, which = who.rpartition("_")
         if which in ("mean", "best") and name in metrics:
@@ -160,7 +160,9 @@ def skew_lines(skew: Skew) -> list[str]:
             for client, counts in zip(skew.clients, skew.counts, strict=True)
         ),
         line("proxy (labelled)", skew.proxy_counts, sum(skew.proxy_counts)),
-        f"non-IID {skew.non_iid:.3f} (mean total variation from the pool); "
+        "how the private texts are divided is known at the clients alone"
+        if skew.non_iid is None
+        else f"non-IID {skew.non_iid:.3f} (mean total variation from the pool); "
         f"largest client {skew.size_ratio:.1f} times the smallest",
         f"texts: proxy {skew.proxy_examples}, test {skew.test_examples}, validation "
         f"{skew.validation_examples}",

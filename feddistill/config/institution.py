@@ -1,0 +1,40 @@
+"""What an institution keeps to itself: its texts and, if it wants, a model of its own."""
+
+from pathlib import Path
+
+import yaml
+from pydantic import ValidationError
+
+from feddistill.config.data import Source
+from feddistill.config.models import ModelConfig
+from feddistill.errors import ConfigError
+from feddistill.setting import Setting
+
+
+class Institution(Setting):
+    """The file that stands beside a client's SuperNode; it is read there and never travels."""
+
+    source: Source
+    """Where the private texts are, with their labels."""
+    model: ModelConfig | None = None
+    """The specialist; ``null`` for the one that the server's configuration gives this client."""
+
+
+def load(path: Path) -> Institution:
+    """Read an institution's file.
+
+    Raises:
+        ConfigError: It cannot be read, or a setting is unknown, missing or out of range.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    try:
+        return Institution.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(f"{path}: {where or 'it'}: {first['msg']}") from None

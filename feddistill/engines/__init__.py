@@ -1,0 +1,1 @@
+"""What carries a federation besides one process; each engine is imported only where it is asked for."""

@@ -1,0 +1,1 @@
+"""Flower: its simulation, and SuperNodes of institutions. Needs ``pip install 'feddistill[flower]'``."""

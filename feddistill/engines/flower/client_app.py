@@ -1,0 +1,61 @@
+"""What a SuperNode runs: one task, and an end.
+
+``app`` is a plain assignment because Flower looks for it without importing this.
+"""
+
+import os
+from pathlib import Path
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from feddistill.engines.flower.records import of_reply, to_task
+from feddistill.federation.protocol import Reply
+
+app = ClientApp()
+
+
+@app.query("hello")
+def hello(message: Message, context: Context) -> Message:
+    """Whose SuperNode this is."""
+    return Message(of_reply(Reply(_name(context))), reply_to=message)
+
+
+@app.query("work")
+def work(message: Message, context: Context) -> Message:
+    """Do what the server asks. Of what goes wrong only the type leaves: its text could hold private data."""
+    name = _name(context)
+    try:
+        from feddistill.federation.remote import RemoteClient
+
+        settings = context.node_config
+        if "partition-id" in settings:  # a simulation: paths are those of the command
+            os.chdir(str(context.run_config["cwd"]))
+        state = Path(str(settings.get("state") or context.run_config["state"]))
+        file = settings.get("data")
+        client = RemoteClient(name, state, Path(str(file)) if file else None)
+        reply = client.handle(to_task(message.content))
+    except Exception as error:
+        _keep(context, error)
+        reply = Reply(name, error=type(error).__name__)
+    return Message(of_reply(reply), reply_to=message)
+
+
+def _name(context: Context) -> str:
+    """Its institution's; in a simulation that of its place in the partition."""
+    settings = context.node_config
+    return str(settings.get("client") or f"client-{settings['partition-id']}")
+
+
+def _keep(context: Context, error: Exception) -> None:
+    """What went wrong, in full, where only the institution sees it."""
+    import traceback
+
+    folder = context.node_config.get("state") or context.run_config["state"]
+    text = "".join(traceback.format_exception(error))
+    try:
+        Path(str(folder)).mkdir(parents=True, exist_ok=True)
+        with open(os.path.join(str(folder), "errors.log"), "a", encoding="utf-8") as file:
+            file.write(f"{_name(context)}: {text}\n")
+    except OSError:  # the disk may be what is full
+        print(text)

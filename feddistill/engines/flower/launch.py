@@ -1,0 +1,284 @@
+"""Start a run on Flower from our own command: its CLI is the only supported way, so by subprocesses."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from importlib.resources import as_file, files
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from feddistill import config as configuration
+from feddistill import experiment
+from feddistill.config import Config
+from feddistill.config.data import AtClientsPartition
+from feddistill.engines.flower.watch import Watch
+from feddistill.errors import ConfigError, RunError
+from feddistill.federation.protocol import Patience
+from feddistill.progress import Show
+from feddistill.store import RESULT, Json, RunDirectory, read_object
+
+QUIET = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",  # else apps are set up from the internet
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # else Ray listens on every interface
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+NAME = "feddistill"
+START_SECONDS = 60.0
+POLL_SECONDS = 0.5
+LOOPBACK = ("127.0.0.1:", "localhost:", "[::1]:")
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """A SuperLink, and how it is reached."""
+
+    address: str
+    root_certificates: Path | None = None
+    """``None`` for one without TLS, which is for this machine's loopback alone."""
+
+
+def train(
+    config: Config, out: Path, link: Link | None, *, resume: bool, patience: Patience, show: Show
+) -> Json:
+    """A run over the SuperNodes that are connected to ``link``; without one, in Flower's simulation.
+
+    Its coordinator is another process on this machine; this one shows what happens, and ends it when it is
+    interrupted itself.
+
+    Raises:
+        ConfigError: The settings cannot run so, or Flower is not installed.
+        RunError: It did not complete; what there is of it can be resumed.
+    """
+    _needs(*(("ray", "flower-sim") if link is None else ("flwr", "flower")))
+    config = experiment.resolve(config)
+    if config.simulate.attack:
+        raise ConfigError("simulate.attack needs the clients in one process: --engine local")
+    at_clients = isinstance(config.data.partition, AtClientsPartition)
+    if link is None and at_clients:
+        raise ConfigError("data.partition at_clients needs clients elsewhere: --engine flower")
+    if not resume:
+        RunDirectory.check_free(out)
+    if link is None:
+        splits = experiment.check(config, show)
+        with _folder() as folder, _superlink(folder) as own:
+            federation = _resources(config, max(splits.places) + 1)
+            _run(config, out, folder, own, resume, patience, show, federation)
+    else:
+        if link.root_certificates is None and not link.address.startswith(LOOPBACK):
+            raise ConfigError(f"--superlink {link.address} is on a network and needs --root-certificates")
+        with _folder() as folder:
+            _run(config, out, folder, link, resume, patience, show, None)
+    return read_object(out / RESULT)
+
+
+def _resources(config: Config, clients: int) -> Json:
+    """As many clients at once as there are processors for."""
+    cores = os.cpu_count() or 1
+    each = min(config.threads or 1, cores)
+    return {
+        "num-supernodes": clients,
+        "client-resources-num-cpus": each,
+        "init-args-num-cpus": cores // each * each,
+    }
+
+
+def _needs(package: str, extra: str) -> None:
+    if find_spec(package) is None:
+        raise ConfigError(f"this engine needs the package {package}: pip install 'feddistill[{extra}]'")
+
+
+@contextmanager
+def _folder() -> Iterator[Path]:
+    """Where the command and the coordinator's process leave each other notes."""
+    folder = Path(tempfile.mkdtemp(prefix="feddistill-"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _run(
+    config: Config,
+    out: Path,
+    folder: Path,
+    link: Link,
+    resume: bool,
+    patience: Patience,
+    show: Show,
+    federation: Mapping[str, Any] | None,
+) -> None:
+    """Submit the run, show what happens until it ends.
+
+    Raises:
+        RunError: It did not complete; what there is of it can be resumed.
+    """
+    out = out.resolve()
+    (folder / "config.yaml").write_text(configuration.dump(config), encoding="utf-8")
+    told = {
+        "folder": str(folder.resolve()),
+        "out": str(out),
+        "cwd": str(Path.cwd()),
+        "state": str(folder / "clients") if federation is None else str(out / "clients"),
+        "resume": resume,
+        "connect": patience.connect,
+        "reply": patience.reply,
+        "attempts": patience.attempts,
+    }
+    flower = _Cli(folder, link)
+    run = flower.submit(told, federation)
+    watch = Watch(out, folder / "said.txt", show)
+    try:
+        while not (status := flower.status(run)).startswith("finished"):
+            for _ in range(4):
+                watch.look()
+                time.sleep(POLL_SECONDS)
+        watch.look()
+    except BaseException:
+        with suppress(RunError):
+            flower.stop(run)
+        raise
+    finally:
+        watch.close()
+    if not status.startswith("finished:completed"):
+        raise RunError(f"{_why(folder, status)}; go on with: feddistill train --resume --out {out}")
+
+
+def _why(folder: Path, status: str) -> str:
+    path = folder / "outcome.json"
+    told: Json = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return str(told.get("error") or f"Flower says {status}, {_last_lines(folder / 'superlink.log')}")
+
+
+def _last_lines(path: Path, count: int = 5) -> str:
+    if not path.exists():
+        return "see the SuperLink's log"
+    return " / ".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-count:])
+
+
+class _Cli:
+    """Flower's own command, with a home of its own."""
+
+    def __init__(self, folder: Path, link: Link):
+        self.folder = folder
+        self.environment = environment(folder / "home")
+        secure = (
+            f'root-certificates = "{link.root_certificates.resolve()}"'
+            if link.root_certificates
+            else "insecure = true"
+        )
+        (folder / "home").mkdir(exist_ok=True)
+        (folder / "home" / "config.toml").write_text(
+            f'[superlink]\ndefault = "{NAME}"\n\n[superlink.{NAME}]\naddress = "{link.address}"\n{secure}\n',
+            encoding="utf-8",
+        )
+
+    def submit(self, told: Mapping[str, Any], federation: Mapping[str, Any] | None) -> str:
+        """The run's id."""
+        settings = self.folder / "run.toml"
+        settings.write_text(
+            "".join(f"{key} = {_toml(value)}\n" for key, value in told.items()), encoding="utf-8"
+        )
+        with as_file(files("feddistill.engines.flower").joinpath("app")) as app:
+            command = ["run", str(app), NAME, "--run-config", str(settings), "--format", "json"]
+            if federation:
+                given = " ".join(f"{key}={_toml(value)}" for key, value in federation.items())
+                command += ["--federation-config", given]
+            found = self._said(command)
+        if not found.get("run-id"):
+            raise RunError(f"Flower took no run: {found.get('error-message') or found}")
+        return str(found["run-id"])
+
+    def status(self, run: str) -> str:
+        """Of a run: ``running``, ``finished:completed``, ... Its CLI's exit status is no help."""
+        runs = self._said(["list", NAME, "--run-id", run, "--format", "json"]).get("runs") or [{}]
+        return str(runs[0].get("status", "unknown"))
+
+    def stop(self, run: str) -> None:
+        """End a run."""
+        self._said(["stop", run, NAME, "--format", "json"])
+
+    def _said(self, command: list[str]) -> Json:
+        done = subprocess.run(
+            [program("flwr"), *command], env=self.environment, capture_output=True, text=True, check=False
+        )
+        start = done.stdout.find("{")
+        with suppress(ValueError):
+            found: Json = json.loads(done.stdout[start:]) if start >= 0 else {}
+            return found
+        return {"error-message": (done.stdout + done.stderr).strip()[-500:]}
+
+
+@contextmanager
+def _superlink(folder: Path) -> Iterator[Link]:
+    """A SuperLink for one simulation, on a free port of the loopback; nothing of it is left afterwards."""
+    home = folder / "home"
+    home.mkdir()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [program("flower-superlink"), "--insecure", "--simulation", "--host", "127.0.0.1"]
+    command += ["--port", str(port), "--disable-runtime-dependency-installation"]
+    log = folder / "superlink.log"
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            command, env=environment(home), stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        end = time.monotonic() + START_SECONDS
+        while not _healthy(port):
+            if process.poll() is not None or time.monotonic() > end:
+                raise RunError(f"Flower's SuperLink did not start: {_last_lines(log)}")
+            time.sleep(0.2)
+        yield Link(f"127.0.0.1:{port}")
+    finally:
+        _end(process)
+
+
+def _healthy(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1):
+            return True
+    except (OSError, urllib.error.URLError):
+        return False
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    """The process and all that it has started."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(15)
+
+
+def program(name: str) -> str:
+    """One of Flower's, of this virtual environment."""
+    beside = Path(sys.executable).with_name(name)
+    return str(beside) if beside.exists() else (shutil.which(name) or name)
+
+
+def environment(home: Path) -> dict[str, str]:
+    """Of Flower's programs: they start each other by bare name, and keep what they keep in ``home``."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    return {**os.environ, **QUIET, "FLWR_HOME": str(home), "PATH": path}
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return json.dumps(value) if isinstance(value, str) else str(value)

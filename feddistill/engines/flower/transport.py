@@ -1,0 +1,91 @@
+"""The server's side: tasks go out over Flower's grid, replies come back one at a time."""
+
+import time
+from collections.abc import Iterator, Sequence
+
+from flwr.app import Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+
+from feddistill.engines.flower.records import of_task, to_reply
+from feddistill.federation.protocol import Reply, Task
+from feddistill.progress import Show
+
+HELLO = f"{MessageType.QUERY}.hello"
+WORK = f"{MessageType.QUERY}.work"
+MARGIN = 60.0
+"""Seconds that a message lives longer than it is waited for."""
+HELLO_SECONDS = 120.0
+
+
+class GridTransport:
+    """Clients at SuperNodes, which say once what they are called."""
+
+    shares_run = False
+
+    def __init__(self, grid: Grid, show: Show, poll: float = 0.3):
+        self.grid = grid
+        self.show = show
+        self.poll = poll
+        self._nodes: dict[str, int] = {}
+        self._met: set[int] = set()
+
+    def clients(self, wanted: Sequence[str], wait: float) -> Sequence[str]:
+        """See ``Transport``."""
+        end = time.monotonic() + wait
+        while True:
+            online = set(self.grid.get_node_ids())
+            self._meet(sorted(online - self._met))
+            self._met &= online  # who comes back says it again
+            present = [name for name in wanted if self._nodes.get(name) in online]
+            if len(present) == len(wanted) or time.monotonic() > end:
+                return present
+            time.sleep(self.poll)
+
+    def ask(self, task: Task, clients: Sequence[str], timeout: float) -> Iterator[Reply]:
+        """See ``Transport``."""
+        nodes = {self._nodes[name]: name for name in clients}
+        for node, message in self._exchange(of_task(task), WORK, list(nodes), timeout):
+            if message.has_error():
+                yield Reply(nodes[node], error=f"Flower's error {message.error.code}")
+                continue
+            try:
+                reply = to_reply(message.content)
+            except (KeyError, TypeError, ValueError) as error:
+                yield Reply(nodes[node], error=f"malformed reply: {type(error).__name__}")
+                continue
+            if reply.client != nodes[node]:
+                yield Reply(nodes[node], error="a reply in another's name")
+                continue
+            yield reply
+
+    def _meet(self, nodes: Sequence[int]) -> None:
+        """Ask new SuperNodes whose they are."""
+        for node, message in self._exchange(RecordDict(), HELLO, nodes, HELLO_SECONDS):
+            if message.has_error():
+                continue
+            self._met.add(node)
+            name = to_reply(message.content).client
+            other = self._nodes.get(name)
+            if other is not None and other != node and other in set(self.grid.get_node_ids()):
+                self.show.say(f"a second SuperNode says that it is {name}; it is not asked")
+                continue
+            self._nodes[name] = node
+
+    def _exchange(
+        self, content: RecordDict, kind: str, nodes: Sequence[int], timeout: float
+    ) -> Iterator[tuple[int, Message]]:
+        """Send to all, then pull one message after the other, so that no two are in memory."""
+        if not nodes:
+            return
+        messages = [Message(content, node, kind, ttl=timeout + MARGIN) for node in nodes]
+        sent = zip(self.grid.push_messages(messages), nodes, strict=True)
+        waiting = {identifier: node for identifier, node in sent if identifier}
+        end = time.monotonic() + timeout
+        while waiting and time.monotonic() < end:
+            came = False
+            for identifier in list(waiting):
+                for message in self.grid.pull_messages([identifier]):
+                    came = True
+                    yield waiting.pop(identifier), message
+            if not came:
+                time.sleep(self.poll)

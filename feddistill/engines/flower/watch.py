@@ -1,0 +1,69 @@
+"""Shows a run that another process coordinates: what it says, and a table of its clients."""
+
+import json
+from pathlib import Path
+
+from rich.table import Table
+
+from feddistill.federation.journal import EVENTS
+from feddistill.progress import Show
+from feddistill.store import Json
+
+STATES = {"asked": "working", "replied": "done", "failed": "failed", "given_up": "left out"}
+
+
+class Watch:
+    """Reads what is new each time it is told to look."""
+
+    def __init__(self, out: Path, said: Path, show: Show):
+        self.events, self.said, self.show = out / EVENTS, said, show
+        self._at = {self.events: self.events.stat().st_size if self.events.exists() else 0}
+        self.rows: dict[str, Json] = {}
+
+    def look(self) -> None:
+        """Show what was said, and each client's last state."""
+        for line in self._new(self.said):
+            self.show.say(line)
+        changed = False
+        for line in self._new(self.events):
+            changed = self._take(json.loads(line)) or changed
+        if changed:
+            self.show.table(self.table())
+
+    def close(self) -> None:
+        """The table goes."""
+        self.show.table(None)
+
+    def table(self) -> Table:
+        """Clients in the order of their names."""
+        made = Table("client", "round", "task", "state", "part", "received", "seconds")
+        for name, row in sorted(self.rows.items()):
+            part = f"{row['part'] + 1}/{row['parts']}" if row.get("parts", 1) > 1 else ""
+            seconds = f"{row['seconds']:.1f}" if "seconds" in row else ""
+            made.add_row(
+                name, str(row["round"]), row["task"], row["state"], part, f"{row['received']:,} B", seconds
+            )
+        return made
+
+    def _take(self, event: Json) -> bool:
+        if event["event"] not in STATES:
+            return False
+        names = event["clients"] if event["event"] == "asked" else [event["client"]]
+        for name in names:
+            received = self.rows.get(name, {}).get("received", 0) + event.get("bytes", 0)
+            told: Json = {
+                key: event[key] for key in ("round", "task", "part", "parts", "seconds") if key in event
+            }
+            self.rows[name] = {**told, "state": STATES[event["event"]], "received": received}
+        return True
+
+    def _new(self, path: Path) -> list[str]:
+        """Whole lines that have been added."""
+        if not path.exists():
+            return []
+        with path.open("rb") as file:
+            file.seek(self._at.get(path, 0))
+            text = file.read()
+        whole = text.rfind(b"\n") + 1
+        self._at[path] = self._at.get(path, 0) + whole
+        return text[:whole].decode().splitlines()

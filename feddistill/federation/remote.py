@@ -1,0 +1,115 @@
+"""A client in a process of its own, that may be started for each task anew: all it knows is on its disk."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from feddistill import config as configuration
+from feddistill import data, experiment
+from feddistill.config import Config, institution
+from feddistill.config.data import AtClientsPartition
+from feddistill.errors import ConfigError, DataError, RunError
+from feddistill.federation.agent import Agent, receive
+from feddistill.federation.protocol import Reply, Task
+from feddistill.methods.client import Client, Crew
+from feddistill.methods.learner import Session
+from feddistill.progress import Quiet
+from feddistill.store import CONFIG, RunDirectory
+from feddistill.types import UNLABELLED, Splits, TextSet
+
+PROXY = "proxy.jsonl"
+"""The proxy texts as the server sent them."""
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteClient:
+    """One institution."""
+
+    name: str
+    state: Path
+    """A folder of its own, where everything is kept that a later task needs."""
+    file: Path | None = None
+    """Its ``Institution``; ``None`` in a simulation, where every process knows all texts and takes its own
+    ones."""
+
+    def handle(self, task: Task) -> Reply:
+        """Do what the server asks.
+
+        Raises:
+            FeddistillError: It cannot.
+        """
+        config = configuration.parse(task.content["config"])
+        if configuration.digest(config)[:16] != task.run:
+            raise ConfigError(f"run {task.run} is not that of the settings that came with it")
+        run = self._directory(config, task.run)
+        try:
+            if task.kind == "publish":
+                receive(run, PROXY, task)
+                return Reply(self.name)
+            experiment.prepare(config)
+            splits = self._splits(config, tuple(task.content["labels"]), run)
+            if splits is None:
+                return Reply(self.name, {"proxy": None})
+            own = self._with_own_model(config)
+            session = Session(own, splits, run, Quiet())
+            return Agent(self._client(session)).handle(task)
+        finally:
+            run.close()
+
+    def _directory(self, config: Config, run: str) -> RunDirectory:
+        folder = self.state / self.name / run
+        if (folder / CONFIG).exists():
+            return RunDirectory.open(folder)
+        return RunDirectory.create(folder, configuration.dump(config))
+
+    def _splits(self, config: Config, labels: tuple[str, ...], run: RunDirectory) -> Splits | None:
+        """What this client may see; ``None`` where the proxy texts have still to be sent."""
+        if not isinstance(config.data.partition, AtClientsPartition):
+            whole = data.load(config.data, config.seed)
+            places = [place for place, own in enumerate(whole.private) if own.name == self.name]
+            if not places:
+                raise ConfigError(f"{self.name} is no client of this run")
+            (at,) = places
+            own = (whole.private[at],)
+            return Splits(own, whole.proxy, whole.validation, whole.test, (whole.places[at],))
+        if self.file is None:
+            raise ConfigError(f"{self.name} has no file that says where its texts are")
+        if self.name not in config.data.partition.names:
+            raise ConfigError(f"{self.name} is no client of this run")
+        private = data.labelled(institution.load(self.file).source, labels, self.name)
+        if not len(private):
+            raise DataError(f"{self.name} has no private examples")
+        if not run.path(PROXY).exists():
+            return None
+        place = config.data.partition.names.index(self.name)
+        nothing = _texts("data.validation", [], labels)
+        return Splits((private,), self._proxy(run, labels), nothing, nothing, (place,))
+
+    def _proxy(self, run: RunDirectory, labels: tuple[str, ...]) -> TextSet:
+        try:
+            rows = [json.loads(line) for line in run.read_bytes(PROXY).splitlines()]
+            return _texts("data.proxy", [(str(row["id"]), str(row["text"])) for row in rows], labels)
+        except (ValueError, TypeError, KeyError) as error:
+            raise RunError(f"{run.path(PROXY)} is damaged: {error}") from None
+
+    def _with_own_model(self, config: Config) -> Config:
+        own = None if self.file is None else institution.load(self.file).model
+        if own is None:
+            return config
+        return config.model_copy(update={"clients": config.clients.model_copy(update={"models": (own,)})})
+
+    def _client(self, session: Session) -> Client:
+        (client,) = Crew(session).clients
+        return client
+
+
+def _texts(name: str, rows: list[tuple[str, str]], labels: tuple[str, ...]) -> TextSet:
+    return TextSet(
+        name,
+        tuple(i for i, _ in rows),
+        tuple(text for _, text in rows),
+        np.full(len(rows), UNLABELLED, np.int64),
+        labels,
+    )
