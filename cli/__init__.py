@@ -20,6 +20,7 @@ COMMANDS = {
     "forget": "Make a run again as if a client had never been there.",
     "verify": "Check that a run is what its ledger says.",
     "inspect": "Show what a payload file says, and whether it is well-formed.",
+    "deploy": "Prepare a federation over Flower: certificates, commands, a folder for each institution.",
     "keys": "Make and show the key that signs a client's answers.",
     "config": "Show or check a configuration.",
     "kernels": "List the kernels and what runs them here.",

@@ -53,6 +53,16 @@ def make(path: Path) -> PrivateKey:
         DataError: It exists, or cannot be written.
     """
     key = PrivateKey(os.urandom(32))
+    write_secret(path, key.to_pem())
+    return key
+
+
+def write_secret(path: Path, content: bytes) -> None:
+    """Write a new file that its owner alone can read.
+
+    Raises:
+        DataError: It exists, or cannot be written.
+    """
     try:
         # O_EXCL: neither a file nor a link that is there already; the mode holds from the first byte on.
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -61,8 +71,7 @@ def make(path: Path) -> PrivateKey:
     except OSError as error:
         raise DataError(f"cannot write {path}: {error.strerror}") from None
     with os.fdopen(handle, "wb") as file:
-        file.write(key.to_pem())
-    return key
+        file.write(content)
 
 
 def load(path: Path) -> PrivateKey:

@@ -45,6 +45,7 @@ MODULES = {
     "progress": {"types"},
     "accounting": {"types"},
     "keys": {"errors"},
+    "deployment": {"errors", "keys"},
     "store": {"errors"},
     "rules": {"errors", "setting"},
     "attacks": {"errors", "setting"},

@@ -1,0 +1,33 @@
+"""``feddistill deploy``."""
+
+from pathlib import Path
+
+import click
+
+
+@click.group()
+def deploy() -> None:
+    """Prepare a federation over Flower: one server, institutions that call it."""
+
+
+@deploy.command()
+@click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
+@click.option(
+    "--client", "clients", multiple=True, required=True, metavar="NAME", help="Each institution; repeated."
+)
+@click.option("--host", required=True, help="Name or address under which the institutions reach the server.")
+@click.option("--port", default=9092, show_default=True, help="Of the server's reverse proxy.")
+@click.option("--runtime-port", default=8000, show_default=True, help="Of the SuperLink, on loopback.")
+def init(folder: Path, clients: tuple[str, ...], host: str, port: int, runtime_port: int) -> None:
+    """Write FOLDER: certificates, the server's commands, a folder for each institution.
+
+    With --host 127.0.0.1 everything runs on this machine, for a trial.
+
+    \b
+    Example:
+      feddistill deploy init federation --host link.example.org --client north --client south
+    """
+    from feddistill import deployment
+
+    deployment.write(folder, clients, host, port=port, runtime_port=runtime_port)
+    click.echo((folder / "README.md").read_text(encoding="utf-8"))
