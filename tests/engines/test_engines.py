@@ -1,0 +1,78 @@
+"""One configuration, three engines, the same bytes. Where Flower is: ``pytest tests/engines -m flower``."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from federation import Federation, environment
+
+from feddistill.store import Json
+
+pytest.importorskip("flwr", reason="pip install 'feddistill[flower]'")
+pytestmark = pytest.mark.flower
+
+ENOUGH_SECONDS = 600
+
+
+def train(config: Path, out: Path, *arguments: str) -> Path:
+    command = [Path(sys.executable).with_name("feddistill"), "train", config, "--out", out, *arguments]
+    done = subprocess.run(
+        command, env=environment(), capture_output=True, text=True, check=False, timeout=ENOUGH_SECONDS
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out
+
+
+@pytest.fixture(scope="module")
+def local(tiny, tmp_path_factory) -> Path:
+    return train(tiny, tmp_path_factory.mktemp("runs") / "local")
+
+
+def decisions(run: Path) -> Json:
+    """Bytes of all payloads, digests of all teachers, figures of all students, and what travelled."""
+    result = json.loads((run / "result.json").read_text())
+    payloads = {
+        str(path.relative_to(run)): path.read_bytes() for path in sorted(run.glob("rounds/*/payloads/*"))
+    }
+    assert payloads
+    return {
+        "payloads": payloads,
+        "ledger": json.loads((run / "ledger.json").read_text()),
+        "metrics": result["metrics"],
+        "by_round": result["by_round"],
+        "bytes": result["bytes"],
+        "flops": result["flops"],
+    }
+
+
+def test_supernodes_give_what_one_process_gives(federation, tiny, local, tmp_path):
+    done = federation.train(tiny, "--out", tmp_path / "flower", timeout=ENOUGH_SECONDS)
+    assert done.returncode == 0, done.stdout + done.stderr + federation.log("superexec")
+    assert decisions(tmp_path / "flower") == decisions(local)
+    for name in federation.clients:  # each has its own state, and nobody else's
+        folders = [path.name for path in (federation.node(name) / "state").iterdir()]
+        assert folders == [name]
+
+
+def test_the_simulation_gives_what_one_process_gives(tiny, local, tmp_path):
+    pytest.importorskip("ray", reason="pip install 'feddistill[flower-sim]'")
+    assert decisions(train(tiny, tmp_path / "sim", "--engine", "flower-sim")) == decisions(local)
+
+
+def test_an_unregistered_key_is_refused(federation, tmp_path):
+    """A SuperNode with a key of its own making, and the right certificate."""
+    stranger = Federation(tmp_path / "stranger", ["client-9"])
+    stranger.make_key("client-9")
+    script = stranger.node("client-9") / "supernode.sh"
+    text = script.read_text().replace(f":{stranger.port}", f":{federation.port}")
+    script.write_text(text.replace("--port 9094", "--port 9199"))
+    (stranger.node("client-9") / "ca.crt").write_bytes(federation.certificates.read_bytes())
+    stranger.start("client-9", script)
+    try:
+        assert stranger.processes["client-9"].wait(60) != 0
+    finally:
+        stranger.stop("client-9")
+    said = stranger.log("client-9").lower()
+    assert "authenticat" in said or "denied" in said or "unauthorized" in said, said
