@@ -18,7 +18,10 @@ def deploy() -> None:
 @click.option("--host", required=True, help="Name or address under which the institutions reach the server.")
 @click.option("--port", default=9092, show_default=True, help="Of the server's reverse proxy.")
 @click.option("--runtime-port", default=8000, show_default=True, help="Of the SuperLink, on loopback.")
-def init(folder: Path, clients: tuple[str, ...], host: str, port: int, runtime_port: int) -> None:
+@click.option("--example", is_flag=True, help="With texts for each institution and a run of minutes.")
+def init(
+    folder: Path, clients: tuple[str, ...], host: str, port: int, runtime_port: int, example: bool
+) -> None:
     """Write FOLDER: certificates, the server's commands, a folder for each institution.
 
     With --host 127.0.0.1 everything runs on this machine, for a trial.
@@ -30,4 +33,6 @@ def init(folder: Path, clients: tuple[str, ...], host: str, port: int, runtime_p
     from feddistill import deployment
 
     deployment.write(folder, clients, host, port=port, runtime_port=runtime_port)
+    if example:
+        deployment.example(folder, clients)
     click.echo((folder / "README.md").read_text(encoding="utf-8"))

@@ -5,7 +5,7 @@ from pathlib import Path
 import yaml
 from pydantic import ValidationError
 
-from feddistill.config.data import Source
+from feddistill.config.data import FileSource, Source
 from feddistill.config.models import ModelConfig
 from feddistill.errors import ConfigError
 from feddistill.setting import Setting
@@ -21,7 +21,7 @@ class Institution(Setting):
 
 
 def load(path: Path) -> Institution:
-    """Read an institution's file.
+    """Read an institution's file; paths in it are relative to where it stands.
 
     Raises:
         ConfigError: It cannot be read, or a setting is unknown, missing or out of range.
@@ -33,8 +33,12 @@ def load(path: Path) -> Institution:
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     try:
-        return Institution.model_validate(raw)
+        found = Institution.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise ConfigError(f"{path}: {where or 'it'}: {first['msg']}") from None
+    if isinstance(found.source, FileSource):
+        source = found.source.model_copy(update={"path": path.parent / found.source.path})
+        found = found.model_copy(update={"source": source})
+    return found

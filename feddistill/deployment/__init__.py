@@ -3,6 +3,7 @@
 What stands in it is what ``docs/deployment.md`` tells; the commands of the page are these files.
 """
 
+import csv
 import ipaddress
 import re
 import secrets
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 
+from feddistill.config.data import DataConfig
 from feddistill.errors import ConfigError
 from feddistill.keys import write_secret
 
@@ -73,6 +75,26 @@ def write(
             _render(f"client/{name}", own / name, facts | {"client": client, "place": place})
         (own / "ca.crt").write_bytes(authority)
     _render("README.md", folder / "README.md", facts)
+
+
+def example(folder: Path, clients: Sequence[str]) -> None:
+    """Give each client of ``folder`` some of the embedded texts to be private ones, and the server a run."""
+    from feddistill import config as configuration
+    from feddistill import data
+
+    facts = {"clients": list(clients)}
+    _render("server/config.yaml", folder / "server" / "config.yaml", facts)
+    settings = configuration.load(folder / "server" / "config.yaml")
+    # What the server carves for itself comes first, whatever is left for others.
+    whole = settings.data.model_dump(mode="json")
+    whole |= {"private": {"size": 400 * len(clients)}, "absent": []}
+    whole["partition"] = {"kind": "dirichlet", "clients": len(clients), "alpha": 0.5}
+    splits = data.load(DataConfig.model_validate(whole), settings.seed)
+    for name, texts in zip(clients, splits.private, strict=True):
+        with (folder / "clients" / name / "private.csv").open("w", encoding="utf-8", newline="") as file:
+            rows = csv.writer(file, lineterminator="\n")
+            rows.writerow(("text", "label"))
+            rows.writerows((t, splits.label_names[n]) for t, n in zip(texts.texts, texts.labels, strict=True))
 
 
 def certificates(host: str) -> tuple[bytes, bytes, bytes]:
