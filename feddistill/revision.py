@@ -213,7 +213,8 @@ def _adopt_answers(
     step = f"rounds/{number:03d}"
     made.adopt_file(original, f"{step}/spec.json")
     specialists = "alone/001" if number == 1 else f"{step}/specialists"
-    for folder in (specialists, f"{step}/payloads"):
+    # Of clients elsewhere: what they said of themselves, and of their training.
+    for folder in ("described", specialists, f"{step}/told", f"{step}/payloads"):
         for name in original.steps(folder):
             gone = folder == specialists and not original.path(f"{name}.safetensors").exists()
             if name.rsplit("/", 1)[1] not in absent and not (with_weights and gone):

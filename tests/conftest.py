@@ -1,5 +1,6 @@
 """Small real parts: a tokenizer trained here, encoders of a few thousand weights, a run of seconds."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -26,6 +27,12 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     """The file that takes longest first: two test processes then end at about the same time."""
     items.sort(key=lambda item: item.path.name != "test_gpu_resources.py")
+
+
+def pytest_collection_finish():
+    """What is imported by now stays: the trainer collects garbage each time, and need not look at it."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_report_header(config):

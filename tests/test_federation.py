@@ -1,0 +1,431 @@
+"""Clients that are elsewhere: the same bytes, and what becomes of a run when they fail."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+
+from feddistill import experiment, payload, revision
+from feddistill.config import parse
+from feddistill.errors import ConfigError, FeddistillError, RoundError
+from feddistill.federation import asking, protocol
+from feddistill.federation.journal import EVENTS, METRICS
+from feddistill.federation.protocol import Patience, Reply, Task
+from feddistill.federation.remote import RemoteClient
+from feddistill.methods.learner import Engine
+
+NAMES = ("client-0", "client-1", "client-2")
+PATIENCE = Patience(connect=0, reply=1, attempts=2)
+
+
+class Elsewhere:
+    """Carries tasks to clients with folders of their own, as JSON and bytes; does what a network does."""
+
+    shares_run = False
+
+    def __init__(self, state, files=None, names=NAMES):
+        files = files or {}
+        self.own = {name: RemoteClient(name, state, files.get(name)) for name in names}
+        self.asked = []
+        self.fault = lambda task, name: None
+        """What a client does instead of its work: a list of replies, or an exception."""
+
+    def clients(self, wanted, wait):
+        return [name for name in wanted if name in self.own]
+
+    def ask(self, task, clients, timeout):
+        assert sum(map(len, task.blobs.values())) <= protocol.PART
+        for name in clients:
+            self.asked.append((task.kind, task.round, name))
+            sent = replace(task, content=json.loads(json.dumps(task.content)))
+            instead = self.fault(sent, name)
+            if instead is not None:
+                yield from instead
+                continue
+            reply = self.own[name].handle(sent)
+            assert reply.bytes() <= 2 * protocol.PART
+            yield replace(reply, content=json.loads(json.dumps(reply.content)))
+
+
+def decided(run):
+    """What must not depend on what carried it."""
+    result = json.loads((run / "result.json").read_text())
+    varies = {"seconds", "peak_memory_bytes", "environment"}
+    payloads = {str(p.relative_to(run)): p.read_bytes() for p in sorted(run.glob("rounds/*/payloads/*"))}
+    assert len(payloads) >= 4
+    return {
+        "result": {key: value for key, value in result.items() if key not in varies},
+        "payloads": payloads,
+        "ledger": json.loads((run / "ledger.json").read_text()),
+    }
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture
+def config(tiny_settings):
+    return parse(tiny_settings | {"baselines": [], "aggregation": {"quorum": 2}})
+
+
+@pytest.fixture
+def local(config, runs):
+    if not (runs / "local").exists():
+        experiment.run(config, runs / "local")
+    return runs / "local"
+
+
+def run(config, out, transport, **options):
+    return experiment.run(config, out, engine=Engine(transport, PATIENCE), **options)
+
+
+def test_clients_elsewhere_give_what_clients_here_give(config, local, tmp_path):
+    run(config, tmp_path / "run", Elsewhere(tmp_path / "state"))
+    assert decided(tmp_path / "run") == decided(local)
+    assert sorted(p.name for p in (tmp_path / "state").iterdir()) == list(NAMES)
+
+
+def test_large_files_travel_in_parts(config, local, tmp_path, monkeypatch):
+    for module in (protocol, asking):
+        monkeypatch.setattr(module, "PART", 700)
+    monkeypatch.setattr("feddistill.federation.agent.PART", 700)
+    transport = Elsewhere(tmp_path / "state")
+    run(config, tmp_path / "run", transport)
+    assert decided(tmp_path / "run") == decided(local)
+    assert transport.asked.count(("answer", 1, "client-0")) > 1
+    assert transport.asked.count(("digest", 1, "client-0")) > 1
+    assert not list((tmp_path / "state").rglob("*part-*"))
+    assert not any((tmp_path / "run" / "receiving").iterdir())
+
+
+def once(kind, name, *replies):
+    """The first time that ``name`` is asked for ``kind`` something else comes back."""
+    left = [replies]
+
+    def fault(task, asked):
+        return left.pop() if left and task.kind == kind and asked == name else None
+
+    return fault
+
+
+@pytest.mark.parametrize("kind", ["describe", "train", "answer"])
+@pytest.mark.parametrize("replies", [(), (Reply("client-1", error="OSError"),)], ids=["silent", "an error"])
+def test_who_fails_once_is_asked_again(kind, replies, config, local, tmp_path):
+    transport = Elsewhere(tmp_path / "state")
+    transport.fault = once(kind, "client-1", *replies)
+    run(config, tmp_path / "run", transport)
+    assert decided(tmp_path / "run") == decided(local)
+
+
+def test_replies_that_come_twice_or_for_another_are_dropped(config, local, tmp_path):
+    transport = Elsewhere(tmp_path / "state")
+
+    def twice(task, name):
+        if task.kind != "train":
+            return None
+        reply = transport.own[name].handle(task)
+        return [reply, reply, Reply("nobody", {"test": {"accuracy": 2.0}})]
+
+    transport.fault = twice
+    run(config, tmp_path / "run", transport)
+    assert decided(tmp_path / "run") == decided(local)
+    events = [json.loads(line) for line in (tmp_path / "run" / EVENTS).read_text().splitlines()]
+    assert sum(event["event"] == "dropped" for event in events) == 2 * 2 * 3
+
+
+def test_a_round_goes_on_without_a_client_and_takes_it_back_in(config, tmp_path):
+    transport = Elsewhere(tmp_path / "state")
+    transport.fault = lambda task, name: (
+        [Reply(name, error="MemoryError")] if (task.round, name) == (1, "client-2") else None
+    )
+    result = run(config, tmp_path / "run", transport)
+    assert result["missing"] == {"1": ["client-2"]}
+    answered = [
+        sorted(p.stem for p in (tmp_path / "run").glob(f"rounds/00{n}/payloads/*.json")) for n in (1, 2)
+    ]
+    assert answered == [["client-0", "client-1"], list(NAMES)]
+
+
+def test_fewer_than_the_quorum_stop_the_run_where_it_goes_on(config, local, tmp_path):
+    transport = Elsewhere(tmp_path / "state")
+    transport.fault = lambda task, name: (
+        [Reply(name, error="MemoryError")] if task.kind == "answer" and name != "client-0" else None
+    )
+    with pytest.raises(RoundError, match="round 1: 1 valid answers, quorum 2: client-1 did not answer"):
+        run(config, tmp_path / "run", transport)
+    transport.fault, transport.asked = lambda task, name: None, []
+    run(config, tmp_path / "run", transport, resume=True)
+    assert decided(tmp_path / "run") == decided(local)
+    assert ("answer", 1, "client-0") not in transport.asked  # its answer was there
+    assert ("train", 1, "client-1") not in transport.asked
+    assert ("answer", 1, "client-1") in transport.asked
+
+
+@pytest.mark.parametrize("kind", ["describe", "train", "answer", "digest"])
+def test_a_killed_coordinator_goes_on(kind, config, local, tmp_path):
+    transport = Elsewhere(tmp_path / "state")
+
+    def die(task, name):
+        if task.kind == kind and name == "client-2":
+            raise KeyboardInterrupt
+
+    transport.fault = die
+    with pytest.raises(KeyboardInterrupt):
+        run(config, tmp_path / "run", transport)
+    run(config, tmp_path / "run", Elsewhere(tmp_path / "state"), resume=True)
+    assert decided(tmp_path / "run") == decided(local)
+
+
+def test_a_client_that_is_killed_has_not_lost_what_it_did(config, local, tmp_path, monkeypatch):
+    """Killed when it has trained and before it says so: asked again, it does not train again."""
+    transport = Elsewhere(tmp_path / "state")
+    trained = []
+    from feddistill.training import fit
+
+    monkeypatch.setattr(
+        "feddistill.training.fit", lambda *args, **more: trained.append(1) or fit(*args, **more)
+    )
+
+    def lost(task, name):
+        if task.kind == "train" and (task.round, name) not in seen:
+            seen.add((task.round, name))
+            transport.own[name].handle(task)
+            return []
+        return None
+
+    seen = set()
+    transport.fault = lost
+    run(config, tmp_path / "run", transport)
+    assert decided(tmp_path / "run") == decided(local)
+    assert len(trained) == 2 * 3 + 2  # three clients and the student, two rounds
+
+
+@pytest.mark.parametrize(
+    ("told", "what"),
+    [
+        ({"version": "2"}, "version"),
+        ({"proxy": "0" * 32}, "proxy"),
+        ({"vocabulary": "0" * 32}, "vocabulary"),
+        ({"version": "2", "proxy": "1"}, "version and proxy"),
+    ],
+)
+def test_a_client_that_does_not_fit_takes_no_part(told, what, config, tmp_path):
+    transport, said = Elsewhere(tmp_path / "state"), []
+
+    def other(task, name):
+        if task.kind != "describe" or name != "client-1":
+            return None
+        reply = transport.own[name].handle(task)
+        return [replace(reply, content=reply.content | told)]
+
+    class Show(experiment.Quiet):
+        def say(self, line):
+            said.append(line)
+
+    transport.fault = other
+    result = run(config, tmp_path / "run", transport, show=Show())
+    assert f"client-1 takes no part: another {what}" in said
+    assert result["missing"] == {"1": ["client-1"], "2": ["client-1"]}
+    assert not [ask for ask in transport.asked if ask[0] != "describe" and ask[2] == "client-1"]
+
+
+@pytest.mark.parametrize(
+    ("change", "refusal"),
+    [
+        (lambda content: content + b"x" * 10_000_000, "at most"),
+        (lambda content: content[:-1], "bytes"),
+        (lambda content: b"", "bytes"),
+        (lambda content: content[:-1] + bytes([content[-1] ^ 1]), "blake2b"),
+    ],
+    ids=["too large", "too short", "empty", "other bytes"],
+)
+def test_a_payload_that_is_refused_does_not_stop_the_round(change, refusal, config, tmp_path):
+    transport = Elsewhere(tmp_path / "state")
+
+    def other(task, name):
+        if task.kind != "answer" or name != "client-1":
+            return None
+        reply = transport.own[name].handle(task)
+        content = change(reply.blobs["payload"])
+        return [replace(reply, blobs=reply.blobs | {"payload": content})]
+
+    transport.fault = other
+    result = run(config, tmp_path / "run", transport)
+    assert refusal in result["refused"]["1"]["client-1"]
+    assert result["metrics"]["student"]["accuracy"] > 0
+
+
+def test_a_client_that_never_ends_its_payload_is_cut_off(config, tmp_path):
+    transport, sent = Elsewhere(tmp_path / "state"), []
+
+    def endless(task, name):
+        if task.kind != "answer" or name != "client-1":
+            return None
+        reply = transport.own[name].handle(replace(task, content=task.content | {"part": 0}))
+        sent.append(1)
+        return [
+            replace(
+                reply,
+                content=reply.content | {"part": task.content["part"], "parts": 10**9},
+                blobs=reply.blobs | {"payload": b"\0" * 100_000},
+            )
+        ]
+
+    transport.fault = endless
+    result = run(config, tmp_path / "run", transport)
+    assert "client-1" in result["refused"]["1"]
+    bound = payload.bound(payload.parse_spec((tmp_path / "run/rounds/001/spec.json").read_bytes()))
+    assert len(sent) <= 2 * (bound // 100_000 + 1)
+
+
+@pytest.mark.parametrize("blobs", [{}, {"envelope": b"{}"}, {"payload": b"1"}])
+def test_a_reply_without_its_files_is_a_refusal(blobs, config, tmp_path):
+    transport = Elsewhere(tmp_path / "state")
+    transport.fault = lambda task, name: (
+        [Reply(name, {"part": 0, "parts": 1}, blobs)] if (task.kind, name) == ("answer", "client-1") else None
+    )
+    result = run(config, tmp_path / "run", transport)
+    assert "client-1" in {**result["refused"]["1"], **dict.fromkeys(result["missing"].get("1", []), "")}
+
+
+def test_what_happened_is_written_down(config, tmp_path):
+    transport = Elsewhere(tmp_path / "state")
+    transport.fault = once("train", "client-1", Reply("client-1", error="OSError"))
+    run(config, tmp_path / "run", transport)
+    events = [json.loads(line) for line in (tmp_path / "run" / EVENTS).read_text().splitlines()]
+    assert {event["event"] for event in events} == {"asked", "replied", "failed"}
+    failed = next(event for event in events if event["event"] == "failed")
+    assert (failed["client"], failed["why"], failed["round"]) == ("client-1", "OSError", 1)
+    metrics = (tmp_path / "run" / METRICS).read_text()
+    assert 'feddistill_tasks_total{client="client-1",task="train"} 3' in metrics
+    assert 'feddistill_failures_total{client="client-1",task="train"} 1' in metrics
+    assert "# TYPE feddistill_received_bytes_total counter" in metrics
+
+
+class TestTextsAtClients:
+    """The server has nobody's texts."""
+
+    @pytest.fixture
+    def files(self, config, tmp_path):
+        from feddistill import data
+
+        splits = data.load(config.data, config.seed)
+        files = {}
+        for texts in splits.private:
+            folder = tmp_path / "institutions" / texts.name
+            folder.mkdir(parents=True)
+            rows = [
+                json.dumps({"text": text, "label": splits.label_names[label]})
+                for text, label in zip(texts.texts, texts.labels, strict=True)
+            ]
+            (folder / "private.jsonl").write_text("\n".join(rows) + "\n")
+            files[texts.name] = folder / "data.yaml"
+            files[texts.name].write_text("source: {kind: files, path: private.jsonl}\n")
+        return files
+
+    @pytest.fixture
+    def apart(self, config):
+        raw = config.model_dump(mode="json")
+        raw["data"]["partition"] = {"kind": "at_clients", "names": list(NAMES)}
+        raw["aggregation"] = {"rule": {"kind": "mean_probs", "weights": "class_counts"}}
+        return parse(raw)
+
+    @pytest.fixture
+    def given(self, apart, files):
+        raw = apart.model_dump(mode="json")
+        sources = {
+            name: {"kind": "files", "path": str(f.parent / "private.jsonl")} for name, f in files.items()
+        }
+        raw["data"]["partition"] = {"kind": "given", "sources": sources}
+        return parse(raw)
+
+    def test_teachers_are_those_of_one_process(self, apart, given, files, tmp_path):
+        result = run(apart, tmp_path / "run", Elsewhere(tmp_path / "state", files))
+        there = experiment.run(given, tmp_path / "given")
+        for number in (1, 2):
+            name = f"rounds/{number:03d}/teacher.safetensors"
+            assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "given" / name).read_bytes()
+        assert result["metrics"]["student"] == there["metrics"]["student"]
+        assert "clients" not in result["metrics"]
+        assert result["heterogeneity"] == {"non_iid": None}
+
+    def test_no_private_text_is_at_the_server(self, apart, files, tmp_path):
+        run(apart, tmp_path / "run", Elsewhere(tmp_path / "state", files))
+        texts = [
+            json.loads(line)["text"].encode()
+            for file in files.values()
+            for line in (file.parent / "private.jsonl").read_text().splitlines()
+        ]
+        for path in (tmp_path / "run").rglob("*"):
+            if path.is_file():
+                content = path.read_bytes()
+                assert not any(text in content for text in texts if len(text) > 20)
+
+    def test_an_institution_may_have_a_model_of_its_own(self, apart, files, tmp_path):
+        layers = "model: " + json.dumps(apart.clients.models[0].model_dump(mode="json") | {"layers": [0]})
+        files["client-1"].write_text(files["client-1"].read_text() + layers + "\n")
+        run(apart, tmp_path / "run", Elsewhere(tmp_path / "state", files))
+        sizes = {
+            name: next((tmp_path / "state" / name).rglob("alone/001/*.safetensors")).stat().st_size
+            for name in NAMES
+        }
+        assert sizes["client-1"] < sizes["client-0"] == sizes["client-2"]
+
+    def test_decided_again_without_a_client_or_its_texts(self, apart, files, tmp_path):
+        run(apart, tmp_path / "run", Elsewhere(tmp_path / "state", files))
+        shutil.rmtree(tmp_path / "state")
+        shutil.rmtree(tmp_path / "institutions")
+        made = revision.aggregate(tmp_path / "run", tmp_path / "again", ("aggregation.rule=median",))
+        assert len(made) == 2
+        revision.distill(tmp_path / "run", tmp_path / "other", ("distill.temperature=1",))
+
+    def test_the_page_of_a_run_says_what_is_not_known(self, apart, files, tmp_path):
+        from feddistill import report
+
+        run(apart, tmp_path / "run", Elsewhere(tmp_path / "state", files))
+        page = report.write(tmp_path / "run").read_text()
+        assert "known at the clients alone" in page
+
+    @pytest.mark.parametrize(
+        ("text", "error"),
+        [
+            ("source: {kind: files, path: nothing.csv}", "DataError"),
+            ("sauce: {}", "ConfigError"),
+            ("- 1", "ConfigError"),
+            ("source: {kind: files, path: private.jsonl, label_column: null}", "DataError"),
+        ],
+    )
+    def test_what_is_wrong_at_an_institution_is_its_own_to_read(self, text, error, apart, files, tmp_path):
+        files["client-0"].write_text(text)
+        client = Elsewhere(tmp_path / "state", files).own["client-0"]
+        settings = experiment.resolve(apart)
+        from feddistill.config import digest
+
+        task = Task(
+            "describe",
+            digest(settings)[:16],
+            0,
+            {"config": settings.model_dump(mode="json"), "labels": ["a", "b"]},
+        )
+        with pytest.raises(FeddistillError) as caught:
+            client.handle(task)
+        assert type(caught.value).__name__ == error
+
+    def test_it_needs_an_engine(self, apart, tmp_path):
+        with pytest.raises(ConfigError, match="--engine flower"):
+            experiment.run(apart, tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"baselines": ["centralized"]}, "centralized would need the private texts"),
+            ({"simulate": {"attack": {"kind": "second_best"}}}, "simulate.attack"),
+        ],
+    )
+    def test_what_needs_the_texts_is_refused(self, change, message, apart):
+        with pytest.raises(ConfigError, match=message):
+            parse(apart.model_dump(mode="json") | change)
