@@ -219,7 +219,9 @@ def _bytes(session: Session, student: Learner) -> Json:
         codecs[name] = {
             "upload": upload,
             "a_text": round(upload / rows, 2),
-            "all_rounds_and_clients": upload * clients * config.rounds,
+            "all_rounds_and_clients": upload
+            * min(config.clients.per_round or clients, clients)
+            * config.rounds,
         }
     weights = FLOAT * models.trained_count(student.model)
     adapter = FLOAT * _lora_parameters(student.model)

@@ -60,7 +60,7 @@ def summarise(
             "by_round": [r["bytes"] for r in rounds],
             "baselines": {name: _traffic(found[name]) for name in baselines(found)},
             "fedavg_uplink_same_rounds": found["feddistill"]["student_bytes"]
-            * len(splits.private)
+            * min(config.clients.per_round or len(splits.private), len(splits.private))
             * config.rounds,
         },
         "flops": {name: phase["flops"] for name, phase in phases.items()},

@@ -429,3 +429,40 @@ class TestTextsAtClients:
     def test_what_needs_the_texts_is_refused(self, change, message, apart):
         with pytest.raises(ConfigError, match=message):
             parse(apart.model_dump(mode="json") | change)
+
+
+class TestPartialParticipation:
+    """Two of three clients in each round, drawn anew."""
+
+    @pytest.fixture
+    def some(self, tiny_settings):
+        raw = tiny_settings | {"baselines": [], "rounds": 4, "aggregation": {"quorum": 2}}
+        return parse(raw | {"clients": raw["clients"] | {"per_round": 2}})
+
+    def test_engines_agree(self, some, tmp_path):
+        experiment.run(some, tmp_path / "local")
+        result = run(some, tmp_path / "run", Elsewhere(tmp_path / "state"))
+        assert decided(tmp_path / "run") == decided(tmp_path / "local")
+        asked = [set(row["uplink"]) for row in result["bytes"]["by_round"]]
+        assert all(len(names) == 2 for names in asked)
+        assert set.union(*asked) == set(NAMES)
+        assert len(set(map(frozenset, asked))) > 1
+        assert result["missing"] == {}
+
+    def test_a_resumed_run_goes_on_with_the_same(self, some, tmp_path):
+        experiment.run(some, tmp_path / "whole")
+        transport = Elsewhere(tmp_path / "state")
+
+        def die(task, name):
+            if task.kind == "answer" and task.round == 3:
+                raise KeyboardInterrupt
+
+        transport.fault = die
+        with pytest.raises(KeyboardInterrupt):
+            run(some, tmp_path / "run", transport)
+        run(some, tmp_path / "run", Elsewhere(tmp_path / "state"), resume=True)
+        assert decided(tmp_path / "run") == decided(tmp_path / "whole")
+
+    def test_more_than_there_are_is_refused(self, some):
+        with pytest.raises(ConfigError, match=r"clients\.per_round = 9, but there are 3 clients"):
+            parse(some.model_dump(mode="json") | {"clients": {"per_round": 9}})

@@ -88,7 +88,7 @@ class Config(Setting):
             present = [name for name in names if name not in self.data.absent]
             if not present:
                 raise ConfigError("data.absent names every client")
-            self.aggregation.check(len(present))
+            self._fits_clients(len(present))
             liars(self.simulate.attack, present)
         if isinstance(self.data.partition, AtClientsPartition):
             self._fits_texts_at_clients(self.data.partition.names)
@@ -107,9 +107,16 @@ class Config(Setting):
             raise ConfigError(f"baselines names one twice: {', '.join(self.baselines)}")
         return self
 
+    def _fits_clients(self, clients: int) -> None:
+        """A rule sees those that are asked in a round."""
+        asked = self.clients.per_round
+        if asked is not None and asked > clients:
+            raise ConfigError(f"clients.per_round = {asked}, but there are {clients} clients")
+        self.aggregation.check(asked or clients)
+
     def _fits_texts_at_clients(self, names: tuple[str, ...]) -> None:
         """The server has nobody's private texts."""
-        self.aggregation.check(len(names))
+        self._fits_clients(len(names))
         private = [name for name in self.baselines if name not in NEED_NO_PRIVATE_TEXTS]
         if private:
             raise ConfigError(

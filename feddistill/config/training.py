@@ -51,6 +51,8 @@ class ClientsConfig(Setting):
     codistillation: Codistillation = Codistillation()
     answer_batch_size: int = Field(default=128, ge=1)
     """Texts a forward pass when answering and evaluating."""
+    per_round: int | None = Field(default=None, ge=1)
+    """Clients that are asked in a round, drawn anew each time; ``null`` for all of them."""
 
 
 class PayloadConfig(Setting):

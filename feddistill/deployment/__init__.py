@@ -82,7 +82,7 @@ def example(folder: Path, clients: Sequence[str]) -> None:
     from feddistill import config as configuration
     from feddistill import data
 
-    facts = {"clients": list(clients)}
+    facts: dict[str, object] = {"clients": list(clients)}
     _render("server/config.yaml", folder / "server" / "config.yaml", facts)
     settings = configuration.load(folder / "server" / "config.yaml")
     # What the server carves for itself comes first, whatever is left for others.

@@ -69,14 +69,11 @@ class Agent:
         asked = None if before is None else payload.parse_spec(before.encode())
         if not self.alone:
             return self.client.train(task.round, asked), {}
-        run, name = self.client.session.run, self.client.name
-        steps = (self.client.step(number) for number in range(task.round - 1, 0, -1))
-        start = next((step for step in steps if run.path(f"{step}.safetensors").exists()), None)
+        run = self.client.session.run
         if asked is not None and not run.path(f"rounds/{asked.round:03d}/feedback.json").exists():
             asked = None  # it was away when the teacher was sent
-        record = self.client.train(task.round, asked, start and f"{start}.safetensors")
-        for number in range(2, task.round):
-            run.remove(f"rounds/{number:03d}/specialists/{name}.safetensors")
+        record = self.client.train(task.round, asked)
+        self.client.tidy(task.round)
         return record, {}
 
     def _answer(self, task: Task) -> tuple[Json, dict[str, bytes]]:

@@ -43,8 +43,8 @@ class Journal:
         self._count("replies_total", reply.client, task)
         self._count("received_bytes_total", reply.client, task, reply.bytes())
         self._numbers["reply_seconds", reply.client, task.kind] = seconds
-        part = {key: reply.content[key] for key in ("part", "parts") if key in reply.content}
-        told = {"client": reply.client, "bytes": reply.bytes(), "seconds": round(seconds, 3), **part}
+        told: dict[str, Any] = {"client": reply.client, "bytes": reply.bytes(), "seconds": round(seconds, 3)}
+        told |= {key: reply.content[key] for key in ("part", "parts") if key in reply.content}
         self._event("replied", task, **told)
 
     def dropped(self, task: Task, reply: Reply) -> None:

@@ -38,6 +38,11 @@ class LocalTransport:
                 lie = None if client.name not in self.liars else self._liar(client.name)
                 yield Agent(client, lie=lie, alone=False).handle(task)
 
+    def tidy(self, number: int) -> None:
+        """Weights that nobody goes on from."""
+        for client in self.crew.clients:
+            client.tidy(number)
+
     def _liar(self, name: str) -> Callable[[int], Callable[[Tensor], Tensor]]:
         return lambda number: self._lie(name, number)
 
@@ -59,6 +64,8 @@ class LocalTransport:
     def _said(self, name: str, number: int) -> Tensor | None:
         """What ``name`` answered in a round, as the server reads it; ``None`` where it was refused."""
         run, step = self.session.run, f"rounds/{number:03d}"
+        if run.done(f"{step}/payloads/{name}") is None:  # it was not asked
+            return None
         spec = payload.parse_spec(run.read_bytes(f"{step}/spec.json"))
         envelope, content = (
             run.read_bytes(f"{step}/payloads/{name}.{end}") for end in ("json", "safetensors")

@@ -20,7 +20,7 @@ def check(config: Config, splits: Splits) -> None:
         ModelError: A model cannot be had, cut, or made to read its own tokenizer's texts.
     """
     classes, clients = len(splits.label_names), len(splits.private)
-    config.aggregation.check(clients)
+    config.aggregation.check(min(config.clients.per_round or clients, clients))
     liars(config.simulate.attack, [private.name for private in splits.private])
     if config.payload.codec == "dense" and classes > DENSE_CLASSES:
         raise ConfigError(

@@ -34,6 +34,15 @@ class Client:
         """Shared with the other clients of this architecture: one of them works at a time."""
         return self._crew.learner(self._place)
 
+    def _has(self, step: str) -> bool:
+        return self.session.run.done(step, verify=False) is not None
+
+    def tidy(self, number: int) -> None:
+        """Keep the newest weights, and those of the first round, from which a client alone goes on."""
+        done = [n for n in range(2, number + 1) if self._has(self.step(n))]
+        for earlier in done[:-1]:
+            self.session.run.remove(f"{self.step(earlier)}.safetensors")
+
     @property
     def _evaluates(self) -> bool:
         """In a simulation; an institution has neither the validation nor the test set."""
@@ -71,24 +80,20 @@ class Client:
         """The step that trains it in round ``number``; the first is also a client's that works alone."""
         return f"rounds/{number:03d}/specialists/{self.name}" if number > 1 else f"alone/001/{self.name}"
 
-    def train(self, number: int, asked: RoundSpec | None, start: str | None = None) -> Json:
-        """Round ``number``.
+    def train(self, number: int, asked: RoundSpec | None) -> Json:
+        """Round ``number``, from the weights of the last round that it took part in.
 
-        Args:
-            number: Which round.
-            asked: The request that the teacher, sent back after it, answers; ``None`` where there is none.
-            start: The weights to go on with; those of the round before ``asked``, if not given.
+        ``asked`` is the request that the last teacher, sent back after it, answers; ``None`` without one.
         """
         if number == 1:
             return self.train_alone(number, None)
-        if start is None and asked is not None:
-            start = f"{self.step(asked.round)}.safetensors"
+        before = next((n for n in range(number - 1, 0, -1) if self._has(self.step(n))), None)
         return self.learner.step(
             self.step(number),
             f"round {number}: {self.name} learns",
-            start,
+            None if before is None else f"{self.step(before)}.safetensors",
             lambda: self._lessons(number, asked),
-            self._settings(number),
+            self._settings(1 if before is None else number),
             steps=self._steps(number),
             evaluate=self._evaluates,
             distill=self.config.distill,

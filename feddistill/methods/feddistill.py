@@ -16,7 +16,7 @@ from torch import Tensor
 
 from feddistill import aggregation, data, models, payload
 from feddistill.accounting import measure
-from feddistill.config import digest
+from feddistill.config import Config, digest
 from feddistill.errors import PayloadError, RoundError
 from feddistill.federation.asking import Asking
 from feddistill.federation.journal import Journal
@@ -26,7 +26,7 @@ from feddistill.methods import wire
 from feddistill.methods.client import store_upload
 from feddistill.methods.learner import Learner, Session, best_of, labels_of, later
 from feddistill.rules import Memory
-from feddistill.seeds import derive
+from feddistill.seeds import derive, generator
 from feddistill.store import Json
 from feddistill.training import Lessons
 from feddistill.types import ClientDescription, Cost, RoundSpec, TextSet
@@ -63,7 +63,9 @@ class _Rounds:
         self.asking = Asking(self.transport, session.engine.patience, journal)
         self.descriptions = self._described()
         self.names = [description.client for description in self.descriptions]
-        self.quorum = session.config.aggregation.quorum or len(self.splits.private)
+        self.quorum = (
+            session.config.aggregation.quorum or session.config.clients.per_round or len(self.splits.private)
+        )
         self.memory: Memory = {}
         """What the rule remembers of former rounds."""
         self.ledger: list[payload.Entry] = []
@@ -123,7 +125,7 @@ class _Rounds:
         """Everything of a round before the student: clients train and answer, one teacher is made."""
         spec, step = self._asked(number), f"rounds/{number:03d}"
         run = self.session.run
-        specialists, uploads = self._trained(number), self._answered(spec)
+        specialists, uploads = self._trained(spec), self._answered(spec)
         admitted: dict[str, payload.Answers] = {}
         refused: dict[str, PayloadError] = {}
         seen: set[tuple[str, int]] = set()
@@ -214,13 +216,14 @@ class _Rounds:
         self.asking.send(self._task("publish", 0), texts, [name])
         return next((reply.content for reply in self.asking.gather(self._task("describe", 0), [name])), None)
 
-    def _trained(self, number: int) -> Json:
+    def _trained(self, spec: RoundSpec) -> Json:
         """(1) What each client's training came to, in the order of the request."""
-        run, found = self.session.run, {}
-        for name in self.names:
+        run, number, found = self.session.run, spec.round, {}
+        names = [name for name in spec.clients if name in self.names]
+        for name in names:
             if (told := run.done(f"rounds/{number:03d}/told/{name}")) is not None:
                 found[name] = told
-        missing = [name for name in self.names if name not in found]
+        missing = [name for name in names if name not in found]
         if not missing:
             return found
         asked = self.specs.get(number - 1)
@@ -234,25 +237,26 @@ class _Rounds:
             found[reply.client] = reply.content
             if not self.transport.shares_run:
                 run.commit(f"rounds/{number:03d}/told/{reply.client}", reply.content)
-        return {name: found[name] for name in self.names if name in found}
+        return {name: found[name] for name in names if name in found}
 
     def _answered(self, spec: RoundSpec) -> Json:
         """(2) What each client has uploaded, in the order of the request; nothing is believed yet."""
         run, folder, found = self.session.run, f"rounds/{spec.round:03d}/payloads", {}
-        for name in self.names:
+        names = [name for name in spec.clients if name in self.names]
+        for name in names:
             if (record := run.done(f"{folder}/{name}")) is not None:
                 found[name] = record
-        missing = [name for name in self.names if name not in found]
+        missing = [name for name in names if name not in found]
         task = self._task("answer", spec.round, spec=payload.canonical(spec).decode(), part=0)
         if self.transport.shares_run:  # what was sent is there
             for reply in self.asking.gather(task, missing):
                 found[reply.client] = run.done(f"{folder}/{reply.client}") or {}
-            return {name: found[name] for name in self.names if name in found}
+            return {name: found[name] for name in names if name in found}
         for sent in self.asking.fetch(task, missing, payload.bound(spec), run):
             name = sent["client"]
             run.take_in(f"{folder}/{name}.safetensors", sent["file"])
             found[name] = store_upload(run, f"{folder}/{name}", sent["envelope"], Cost(**sent["cost"]))
-        return {name: found[name] for name in self.names if name in found}
+        return {name: found[name] for name in names if name in found}
 
     def _task(self, kind: Kind, number: int, **content: object) -> Task:
         """A remote client is told all settings each time: it may have been started a moment ago."""
@@ -348,9 +352,9 @@ class _Rounds:
         if self.session.config.keep_checkpoints == "all":
             return
         run, keep = self.session.run, {record["weights"] for record in (self.best, self.last) if record}
+        if isinstance(self.transport, LocalTransport):
+            self.transport.tidy(number)
         for earlier in range(1, number):
-            if earlier > 1:
-                run.remove(f"rounds/{earlier:03d}/specialists")
             student = f"rounds/{earlier:03d}/student.safetensors"
             if student not in keep:
                 run.remove(student)
@@ -376,12 +380,21 @@ def request(session: Session, number: int, *, quorum: int, previous: str) -> Rou
         k=k,
         nonce=f"{derive(config.seed, run_id, 'nonce', number):08x}",
         quorum=quorum,
-        clients=tuple(private.name for private in splits.private),
+        clients=asked_of(config, tuple(private.name for private in splits.private), number),
         compression=settings.compression,
         max_code=payload.max_code_of(settings.epsilon) if settings.codec == "threshold" else 255,
         draws=settings.draws if settings.codec == "sampled" else 0,
         previous=previous,
     )
+
+
+def asked_of(config: Config, names: tuple[str, ...], number: int) -> tuple[str, ...]:
+    """Who is asked in a round, in the order of ``names``."""
+    count = config.clients.per_round
+    if count is None or count >= len(names):
+        return names
+    drawn = generator(config.seed, "clients", number).permutation(len(names))[:count]
+    return tuple(names[place] for place in sorted(drawn))
 
 
 def description_of(told: Json) -> ClientDescription:
