@@ -24,6 +24,7 @@ from feddistill.types import Splits
 
 SKEW = "data/skew.json"
 DIGESTS = "data/digests.json"
+ENGINE = "engine.json"
 
 
 def run(
@@ -65,9 +66,11 @@ def run(
             prepare(config)
             splits = check(config, show)
         _same_data(splits, directory)
+        engine = engine or Engine()
+        _same_engine(engine.name, directory)
         skew = data.skew(splits)
         directory.write_json(SKEW, asdict(skew))
-        session = Session(config, splits, directory, show, engine or Engine())
+        session = Session(config, splits, directory, show, engine)
         found = {name: _method(session, name) for name in ("feddistill", *config.baselines)}
         _tidy(directory, config)
         result = results.summarise(config, splits, skew.non_iid, found, environment(config))
@@ -212,6 +215,16 @@ def _same_data(splits: Splits, directory: RunDirectory) -> None:
     for name in {**stored, **digests}:
         if stored.get(name) != digests.get(name):
             raise RunError(f"{name} is not what {directory.root} was started with: the data have changed")
+
+
+def _same_engine(name: str, directory: RunDirectory) -> None:
+    """Clients go on from what they have where they were."""
+    if directory.path(ENGINE).exists():
+        before = directory.read_json(ENGINE)["name"]
+        if before != name:
+            raise ConfigError(f"{directory.root} was started with --engine {before}; resume with the same")
+    elif not directory.path(PROVENANCE).exists():
+        directory.write_json(ENGINE, {"name": name})
 
 
 def _first_difference(a: object, b: object, path: str = "") -> str:

@@ -79,7 +79,7 @@ def local(config, runs):
 
 
 def run(config, out, transport, **options):
-    return experiment.run(config, out, engine=Engine(transport, PATIENCE), **options)
+    return experiment.run(config, out, engine=Engine(transport, "elsewhere", PATIENCE), **options)
 
 
 def test_clients_elsewhere_give_what_clients_here_give(config, local, tmp_path):
@@ -303,6 +303,13 @@ def test_what_happened_is_written_down(config, tmp_path):
     assert 'feddistill_tasks_total{client="client-1",task="train"} 3' in metrics
     assert 'feddistill_failures_total{client="client-1",task="train"} 1' in metrics
     assert "# TYPE feddistill_received_bytes_total counter" in metrics
+
+
+def test_a_run_is_resumed_with_the_engine_that_began_it(config, tmp_path):
+    run(config, tmp_path / "run", Elsewhere(tmp_path / "state"))
+    (tmp_path / "run" / "result.json").unlink()
+    with pytest.raises(ConfigError, match="was started with --engine elsewhere"):
+        experiment.run(config, tmp_path / "run", resume=True)
 
 
 class TestTextsAtClients:

@@ -28,6 +28,8 @@ class Engine:
 
     transport: Transport | None = None
     """``None``: all clients work in this process."""
+    name: str = "local"
+    """What a run is resumed with: each engine keeps the clients' state in another place."""
     patience: Patience = field(default_factory=Patience)
 
 

@@ -1,8 +1,11 @@
 """One configuration, three engines, the same bytes. Where Flower is: ``pytest tests/engines -m flower``."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -81,3 +84,68 @@ def test_an_unregistered_key_is_refused(federation, tmp_path):
             stranger.processes["client-9"].wait(12)
     finally:
         stranger.stop("client-9")
+
+
+LISTENS = "0A"  # /proc/net/tcp: the state
+LOOPBACK = {"0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F"}
+
+
+def open_ports() -> set[str]:
+    """Where something listens beyond the loopback, as ``ss -ltn`` would show it."""
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            _, local, _, state, *_ = line.split()
+            if state == LISTENS and local.split(":")[0] not in LOOPBACK:
+                found.add(local)
+    return found
+
+
+def processes() -> set[int]:
+    """Of Flower and Ray."""
+    names = ("flower-", "flwr-", "raylet", "gcs_server", "ray::", "default_worker.py")
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            command = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            if any(name in command for name in names):
+                found.add(int(path.parent.name))
+    return found
+
+
+def test_a_simulation_listens_on_the_loopback_alone_and_leaves_nothing(tiny, tmp_path):
+    pytest.importorskip("ray", reason="pip install 'feddistill[flower-sim]'")
+    before, there = open_ports(), processes()
+    program = Path(sys.executable).with_name("feddistill")
+    command = [program, "train", tiny, "--engine", "flower-sim", "--out", tmp_path / "sim", "--quiet"]
+    with subprocess.Popen(command, env=environment()) as run:
+        worked = False
+        while run.poll() is None:
+            assert open_ports() <= before
+            worked = worked or len(processes() - there) > 2
+            time.sleep(0.5)
+    assert run.returncode == 0
+    assert worked  # there was something to look at
+    end = time.monotonic() + 30
+    while processes() - there and time.monotonic() < end:
+        time.sleep(0.5)
+    assert not processes() - there
+
+
+def test_an_interrupted_simulation_leaves_nothing(tiny, tmp_path):
+    pytest.importorskip("ray", reason="pip install 'feddistill[flower-sim]'")
+    there = processes()
+    program = Path(sys.executable).with_name("feddistill")
+    command = [program, "train", tiny, "--engine", "flower-sim", "--out", tmp_path / "sim", "--quiet"]
+    with subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL) as run:
+        end = time.monotonic() + 120
+        while not (tmp_path / "sim" / "federation.jsonl").exists():
+            assert time.monotonic() < end
+            time.sleep(0.2)
+        run.send_signal(signal.SIGINT)
+    end = time.monotonic() + 60
+    while processes() - there and time.monotonic() < end:
+        time.sleep(0.5)
+    assert not processes() - there
+    train(tiny, tmp_path / "sim", "--resume", "--engine", "flower-sim")
+    assert (tmp_path / "sim" / "result.json").exists()

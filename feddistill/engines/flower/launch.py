@@ -134,6 +134,7 @@ def _run(
         "out": str(out),
         "cwd": str(Path.cwd()),
         "state": str(folder / "clients") if federation is None else str(out / "clients"),
+        "engine": "flower" if federation is None else "flower-sim",
         "resume": resume,
         "connect": patience.connect,
         "reply": patience.reply,

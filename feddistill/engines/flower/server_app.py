@@ -45,7 +45,7 @@ def main(grid: Grid, context: Context) -> None:
     outcome: dict[str, str] = {}
     try:
         config = configuration.load(folder / "config.yaml")
-        engine = Engine(GridTransport(grid, show), patience)
+        engine = Engine(GridTransport(grid, show), str(told["engine"]), patience)
         experiment.run(config, out, resume=bool(told["resume"]), show=show, engine=engine)
     except FeddistillError as error:
         outcome = {"error": str(error)}

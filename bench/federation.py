@@ -1,0 +1,128 @@
+"""``python -m bench.federation``: what one more client costs the server, in Flower's simulation.
+
+Federations of 25 to 200 tiny clients with the same texts each; a tenth of them is asked in each round. The
+coordinator's process holds one reply at a time: neither its memory nor its seconds for a reply may grow with
+the clients.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import yaml
+
+from bench import machine
+
+SCHEMA = 1
+RESULT = Path(__file__).parent / "results" / "federation.json"
+COUNTS = (25, 50, 100, 200)
+TEXTS, ROUNDS = 40, 2
+
+
+def settings(clients: int) -> dict[str, Any]:
+    """A configuration of tiny clients."""
+    model = {"layers": [0], "freeze_embeddings": True, "max_tokens": 16}
+    return {
+        "name": f"scale-{clients}",
+        "rounds": ROUNDS,
+        "threads": 1,
+        "data": {
+            "source": {"kind": "embedded", "name": "wordnet_topics"},
+            "private": {"size": TEXTS * clients},
+            "proxy": {"size": 200, "labelled": 50},
+            "validation": {"size": 100},
+            "test": {"size": 100},
+            "partition": {"kind": "iid", "clients": clients},
+        },
+        "clients": {"models": [model], "training": {"epochs": 1}, "per_round": clients // 10},
+        "aggregation": {"quorum": 1},
+        "student": {"model": model, "training": {"epochs": 1}},
+    }
+
+
+def measure(clients: int, folder: Path) -> dict[str, Any]:
+    """One run, and what its journal and result say."""
+    config, out = folder / f"{clients}.yaml", folder / f"run-{clients}"
+    config.write_text(yaml.safe_dump(settings(clients), sort_keys=False))
+    program = Path(sys.executable).with_name("feddistill")
+    start = time.perf_counter()
+    command = [program, "train", config, "--engine", "flower-sim", "--out", out, "--quiet"]
+    subprocess.run(command, check=True)
+    seconds = time.perf_counter() - start
+    events = [json.loads(line) for line in (out / "federation.jsonl").read_text().splitlines()]
+    replies = [event for event in events if event["event"] == "replied"]
+    result = json.loads((out / "result.json").read_text())
+    return {
+        "clients": clients,
+        "asked_in_a_round": clients // 10,
+        "replies": len(replies),
+        "seconds": round(seconds, 1),
+        "seconds_a_reply": round((events[-1]["time"] - events[0]["time"]) / len(replies), 3),
+        "coordinator_peak_bytes": result["peak_memory_bytes"],
+        "missing": result["missing"],
+        "uplink_bytes": result["bytes"]["uplink"],
+    }
+
+
+def table(found: dict[str, Any]) -> str:
+    """For a document."""
+    lines = [
+        "| clients | asked in a round | replies | seconds | seconds a reply | coordinator's peak memory, MB |",
+        "|--:|--:|--:|--:|--:|--:|",
+    ]
+    for case in found["cases"]:
+        lines.append(
+            f"| {case['clients']} | {case['asked_in_a_round']} | {case['replies']} | {case['seconds']:.0f} | "
+            f"{case['seconds_a_reply']:.2f} | {case['coordinator_peak_bytes'] / 1e6:.0f} |"
+        )
+    where = found["machine"]
+    note = f"{where['cpu']}, {where['cores']} cores, Flower {found['flower']}; commit {found['commit'][:7]}."
+    return "\n".join([*lines, "", note])
+
+
+def draw(found: dict[str, Any], path: Path) -> None:
+    """Memory and seconds a reply by the number of clients."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "feddistill"
+    from matplotlib import pyplot
+
+    cases = found["cases"]
+    counts = [case["clients"] for case in cases]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(8, 3))
+    left.plot(counts, [case["coordinator_peak_bytes"] / 1e6 for case in cases], "o-")
+    left.set(xlabel="clients", ylabel="coordinator's peak memory, MB", ylim=(0, None))
+    right.plot(counts, [case["seconds_a_reply"] for case in cases], "o-")
+    right.set(xlabel="clients", ylabel="seconds a reply", ylim=(0, None))
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None}, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--clients", "counts", type=int, multiple=True, default=COUNTS, show_default=True)
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), default=RESULT, show_default=True)
+def main(counts: Sequence[int], out: Path) -> None:
+    """Measure federations of several sizes; writes a result file and a plot."""
+    from importlib.metadata import version
+
+    cases = []
+    with tempfile.TemporaryDirectory() as name:
+        for count in counts:
+            cases.append(measure(count, Path(name)))
+            click.echo(json.dumps(cases[-1]))
+    found = {"schema": SCHEMA, **machine.describe("cpu"), "flower": version("flwr"), "cases": cases}
+    out.write_text(json.dumps(found, indent=1) + "\n")
+    draw(found, out.with_suffix(".svg"))
+    click.echo(table(found))
+
+
+if __name__ == "__main__":
+    main()
