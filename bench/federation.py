@@ -73,7 +73,7 @@ def measure(clients: int, folder: Path) -> dict[str, Any]:
 def table(found: dict[str, Any]) -> str:
     """For a document."""
     lines = [
-        "| clients | asked in a round | replies | seconds | seconds a reply | coordinator's peak memory, MB |",
+        "| clients | asked in a round | replies | seconds | seconds a reply | peak memory, MB |",
         "|--:|--:|--:|--:|--:|--:|",
     ]
     for case in found["cases"]:

@@ -8,11 +8,11 @@ import pytest
 
 from feddistill import experiment, payload, revision
 from feddistill.config import parse
+from feddistill.engines.remote import RemoteClient
 from feddistill.errors import ConfigError, FeddistillError, RoundError
 from feddistill.federation import asking, protocol
 from feddistill.federation.journal import EVENTS, METRICS
 from feddistill.federation.protocol import Patience, Reply, Task
-from feddistill.federation.remote import RemoteClient
 from feddistill.methods.learner import Engine
 
 NAMES = ("client-0", "client-1", "client-2")
@@ -91,7 +91,7 @@ def test_clients_elsewhere_give_what_clients_here_give(config, local, tmp_path):
 def test_large_files_travel_in_parts(config, local, tmp_path, monkeypatch):
     for module in (protocol, asking):
         monkeypatch.setattr(module, "PART", 700)
-    monkeypatch.setattr("feddistill.federation.agent.PART", 700)
+    monkeypatch.setattr("feddistill.methods.agent.PART", 700)
     transport = Elsewhere(tmp_path / "state")
     run(config, tmp_path / "run", transport)
     assert decided(tmp_path / "run") == decided(local)

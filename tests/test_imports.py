@@ -14,7 +14,8 @@ PACKAGES = {
     "feddistill_kernels": ("feddistill_kernels", {"torch", "triton"}),
     "feddistill": (
         "feddistill",
-        {"cryptography", "datasets", "feddistill_kernels", "flwr_datasets", "jinja2", "matplotlib", "peft"}
+        {"cryptography", "datasets", "feddistill_kernels", "flwr", "flwr_datasets", "jinja2"}
+        | {"matplotlib", "peft"}
         | {"numpy", "pandas", "pyarrow", "pydantic", "pydantic_core", "rich", "safetensors", "sklearn"}
         | {"torch", "transformers", "yaml", "zstandard"},
     ),
@@ -25,7 +26,7 @@ PACKAGES = {
     "bench": (
         "bench",
         {"click", "feddistill", "feddistill_kernels", "matplotlib", "numpy", "torch"}
-        | {"transformers", "triton"}
+        | {"transformers", "triton", "yaml"}
         | {"byzfl", "cut_cross_entropy", "distillkit", "liger_kernel"},  # peers, where they are installed
     ),
 }
@@ -45,21 +46,23 @@ MODULES = {
     "progress": {"types"},
     "accounting": {"types"},
     "keys": {"errors"},
-    "deployment": {"errors", "keys"},
+    "deployment": {"config", "data", "errors", "keys"},
+    "federation": {"progress", "store"},
     "store": {"errors"},
     "rules": {"errors", "setting"},
     "attacks": {"errors", "setting"},
     "weights": {"types"},
     "config": {"attacks", "errors", "rules", "setting"},
     **dict.fromkeys(sorted(STAGES), BELOW_STAGES),  # stages do not import each other
-    "methods": BELOW_METHODS,
-    "results": {"attacks", "config", "rules", "store", "types"},
+    "methods": BELOW_METHODS | {"federation"},
+    "results": {"attacks", "config", "data", "rules", "store", "types"},
     "planning": BELOW_METHODS | {"methods", "results"},
     "revision": BELOW_METHODS | {"experiment", "methods"},
     "verification": BELOW_METHODS | {"methods", "revision"},
     "study": {"config", "errors", "experiment", "progress", "setting", "store"},
     "report": {"config", "data", "errors", "store", "study"},
     "experiment": BELOW_METHODS | {"methods", "planning", "results"},
+    "engines": BELOW_METHODS | {"experiment", "federation", "methods"},
     "__init__": set(),
 }
 

@@ -20,11 +20,11 @@ from feddistill.config import Config, digest
 from feddistill.errors import PayloadError, RoundError
 from feddistill.federation.asking import Asking
 from feddistill.federation.journal import Journal
-from feddistill.federation.local import LocalTransport
 from feddistill.federation.protocol import Kind, Task
 from feddistill.methods import wire
 from feddistill.methods.client import store_upload
 from feddistill.methods.learner import Learner, Session, best_of, labels_of, later
+from feddistill.methods.local import LocalTransport
 from feddistill.rules import Memory
 from feddistill.seeds import derive, generator
 from feddistill.store import Json

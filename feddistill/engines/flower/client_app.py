@@ -26,7 +26,7 @@ def work(message: Message, context: Context) -> Message:
     """Do what the server asks. Of what goes wrong only the type leaves: its text could hold private data."""
     name = _name(context)
     try:
-        from feddistill.federation.remote import RemoteClient
+        from feddistill.engines.remote import RemoteClient
 
         settings = context.node_config
         if "partition-id" in settings:  # a simulation: paths are those of the command

@@ -8,9 +8,9 @@ from torch import Tensor
 from feddistill import payload
 from feddistill.attacks import Sight, liars
 from feddistill.errors import PayloadError, RoundError
-from feddistill.federation.agent import Agent
 from feddistill.federation.protocol import Reply, Task
 from feddistill.methods import wire
+from feddistill.methods.agent import Agent
 from feddistill.methods.client import Crew
 from feddistill.methods.learner import Session
 from feddistill.seeds import derive

@@ -11,8 +11,8 @@ from feddistill import data, experiment
 from feddistill.config import Config, institution
 from feddistill.config.data import AtClientsPartition
 from feddistill.errors import ConfigError, DataError, RunError
-from feddistill.federation.agent import Agent, receive
 from feddistill.federation.protocol import Reply, Task
+from feddistill.methods.agent import Agent, receive
 from feddistill.methods.client import Client, Crew
 from feddistill.methods.learner import Session
 from feddistill.progress import Quiet
