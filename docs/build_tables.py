@@ -134,11 +134,28 @@ def merging() -> str:
     return table(json.loads((ROOT / "bench" / "results" / "aggregation.json").read_text()))
 
 
+def scale() -> str:
+    """What one more client costs, from ``python -m bench.federation``."""
+    sys.path.insert(0, str(ROOT))
+    from bench.federation import table
+
+    return table(json.loads((ROOT / "bench" / "results" / "federation.json").read_text()))
+
+
+def faults() -> str:
+    """What became of a federation, from ``python -m tests.engines.faults``."""
+    found = json.loads((RESULTS / "faults.json").read_text())
+    lines = ["| what was done | what came of it | seconds |", "|---|---|--:|"]
+    lines += [f"| {c['case'].replace('_', ' ')} | {c['outcome']} | {c['seconds']} |" for c in found]
+    return "\n".join(lines)
+
+
 TABLES = {
     "README.md": {"quickstart": quickstart, "kernels": kernels, "gpu": gpu},
     "docs/gpu.md": {"gpu": gpu, "resources": resources},
     "docs/aggregation.md": {"rules": rules, "attacks": attacks, "robustness": robustness, "merging": merging},
     "docs/payload.md": {"sizes": sizes},
+    "docs/deployment.md": {"scale": scale, "faults": faults},
 }
 
 

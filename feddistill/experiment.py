@@ -16,6 +16,7 @@ from feddistill.config import Config
 from feddistill.config.data import AtClientsPartition, FileSource
 from feddistill.errors import ConfigError, RunError
 from feddistill.evaluation import classification
+from feddistill.federation.protocol import Nobody, Patience
 from feddistill.methods import feddistill as federation
 from feddistill.methods.learner import Engine, Learner, Session
 from feddistill.progress import Quiet, Show
@@ -25,6 +26,7 @@ from feddistill.types import Splits
 SKEW = "data/skew.json"
 DIGESTS = "data/digests.json"
 ENGINE = "engine.json"
+LOCAL = "local"
 
 
 def run(
@@ -66,8 +68,7 @@ def run(
             prepare(config)
             splits = check(config, show)
         _same_data(splits, directory)
-        engine = engine or Engine()
-        _same_engine(engine.name, directory)
+        engine = _engine(engine, directory)
         skew = data.skew(splits)
         directory.write_json(SKEW, asdict(skew))
         session = Session(config, splits, directory, show, engine)
@@ -93,7 +94,7 @@ def decide(out: Path, show: Show | None = None) -> list[Json]:
         prepare(config)
         splits = check(config, show)
         _same_data(splits, directory)
-        return federation.decide(Session(config, splits, directory, show))
+        return federation.decide(Session(config, splits, directory, show, _engine(None, directory)))
     finally:
         directory.close()
 
@@ -217,14 +218,17 @@ def _same_data(splits: Splits, directory: RunDirectory) -> None:
             raise RunError(f"{name} is not what {directory.root} was started with: the data have changed")
 
 
-def _same_engine(name: str, directory: RunDirectory) -> None:
-    """Clients go on from what they have where they were."""
-    if directory.path(ENGINE).exists():
-        before = directory.read_json(ENGINE)["name"]
-        if before != name:
-            raise ConfigError(f"{directory.root} was started with --engine {before}; resume with the same")
-    elif not directory.path(PROVENANCE).exists():
-        directory.write_json(ENGINE, {"name": name})
+def _engine(given: Engine | None, directory: RunDirectory) -> Engine:
+    """The engine that a run goes on with: the one that began it, as each keeps clients' state elsewhere."""
+    engine = given or Engine()
+    before = directory.read_json(ENGINE)["name"] if directory.path(ENGINE).exists() else None
+    if directory.path(PROVENANCE).exists():
+        return engine if before in (None, LOCAL) else Engine(Nobody(), before, Patience(0, 0, 1))
+    if before is None:
+        directory.write_json(ENGINE, {"name": engine.name})
+    elif before != engine.name:
+        raise ConfigError(f"{directory.root} was started with --engine {before}; resume with the same")
+    return engine
 
 
 def _first_difference(a: object, b: object, path: str = "") -> str:

@@ -122,6 +122,14 @@ def forget(source: Path, out: Path, clients: Sequence[str], *, show: Show | None
             raise ConfigError(f"{source} has no {', '.join(unknown)}; its clients are {', '.join(enrolled)}")
         made = _derive(original, out, config, "forget", {"forgotten": list(clients)}, absent)
         again = config.clients.codistillation.enabled and config.rounds > 1
+        engine = (
+            original.read_json(experiment.ENGINE)["name"] if original.path(experiment.ENGINE).exists() else ""
+        )
+        if again and engine not in ("", experiment.LOCAL):
+            raise ConfigError(
+                f"{source}: its clients are elsewhere and have learned from {', '.join(clients)}; "
+                "train again without them"
+            )
         try:
             for number in _rounds(config):
                 if number == 1 or not again:
@@ -194,6 +202,8 @@ def _derive(
     before = original.read_json(PROVENANCE)["steps"] if original.path(PROVENANCE).exists() else []
     step = {"command": command, "from": str(original.root), "config": configuration.digest(config), **said}
     made.write_json(PROVENANCE, {"steps": [*before, step]})
+    if original.path(experiment.ENGINE).exists():
+        made.adopt_file(original, experiment.ENGINE)
     made.write_json(LEDGER, {"head": "", "rounds": [], "from": original.read_json(LEDGER)})
     return made
 

@@ -389,6 +389,28 @@ class TestTextsAtClients:
         assert len(made) == 2
         revision.distill(tmp_path / "run", tmp_path / "other", ("distill.temperature=1",))
 
+    def test_a_late_answer_is_merged_and_a_missing_one_not_asked_for(self, apart, files, tmp_path):
+        apart = parse(apart.model_dump(mode="json") | {"aggregation": {"quorum": 2}})
+        transport = Elsewhere(tmp_path / "state", files)
+        transport.fault = lambda task, name: [] if (task.round, name) == (2, "client-2") else None
+        run(apart, tmp_path / "run", transport)
+        shutil.rmtree(tmp_path / "institutions")
+        (first, second) = revision.aggregate(tmp_path / "run", tmp_path / "again", ())
+        assert [len(first["uploads"]), len(second["uploads"])] == [3, 2]
+        # It answers after all, by whatever way.
+        spec = payload.parse_spec((tmp_path / "run/rounds/002/spec.json").read_bytes())
+        other = tmp_path / "run/rounds/002/payloads/client-1.safetensors"
+        answers, _ = payload.read(other.read_bytes())
+        content = payload.encode(answers, spec, "client-2")
+        (tmp_path / "late.safetensors").write_bytes(content)
+        (tmp_path / "late.json").write_bytes(payload.seal(content, spec, "client-2"))
+        made = revision.aggregate(
+            tmp_path / "run", tmp_path / "merged", (), late=[tmp_path / "late.safetensors"]
+        )
+        assert [len(made[0]["uploads"]), len(made[1]["uploads"])] == [3, 3]
+        with pytest.raises(ConfigError, match="its clients are elsewhere"):
+            revision.forget(tmp_path / "run", tmp_path / "without", ["client-0"])
+
     def test_the_page_of_a_run_says_what_is_not_known(self, apart, files, tmp_path):
         from feddistill import report
 

@@ -61,7 +61,7 @@ MODULES = {
     "verification": BELOW_METHODS | {"methods", "revision"},
     "study": {"config", "errors", "experiment", "progress", "setting", "store"},
     "report": {"config", "data", "errors", "store", "study"},
-    "experiment": BELOW_METHODS | {"methods", "planning", "results"},
+    "experiment": BELOW_METHODS | {"federation", "methods", "planning", "results"},
     "engines": BELOW_METHODS | {"experiment", "federation", "methods"},
     "__init__": set(),
 }

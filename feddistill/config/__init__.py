@@ -116,7 +116,7 @@ class Config(Setting):
 
     def _fits_texts_at_clients(self, names: tuple[str, ...]) -> None:
         """The server has nobody's private texts."""
-        self._fits_clients(len(names))
+        self._fits_clients(len([name for name in names if name not in self.data.absent]))
         private = [name for name in self.baselines if name not in NEED_NO_PRIVATE_TEXTS]
         if private:
             raise ConfigError(
@@ -124,8 +124,6 @@ class Config(Setting):
             )
         if self.simulate.attack:
             raise ConfigError("simulate.attack needs the clients in one process, not at_clients")
-        if self.data.absent:
-            raise ConfigError("data.absent: leave the clients out of data.partition.names")
         if self.data.histogram_epsilon is not None:
             raise ConfigError("data.histogram_epsilon draws its noise from the run's seed: no protection")
         if len(set(names)) < len(names):

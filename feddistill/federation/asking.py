@@ -19,11 +19,13 @@ class Asking:
 
     def gather(self, task: Task, clients: Sequence[str]) -> Iterator[Reply]:
         """One reply of each client, as they come; who fails or is silent ``attempts`` times has none."""
-        waiting = list(clients)
+        waiting, patience = list(clients), self.patience.connect
         for attempt in range(self.patience.attempts):
             if not waiting:
                 return
-            present = self.transport.clients(waiting, self.patience.connect)
+            begun = time.monotonic()
+            present = self.transport.clients(waiting, patience)
+            patience = max(0.0, patience - (time.monotonic() - begun))
             self.journal.asked(task, present, attempt)
             start = time.perf_counter()
             for reply in self.transport.ask(task, present, self.patience.reply):

@@ -65,12 +65,26 @@ class Transport(Protocol):
         ...
 
 
+class Nobody:
+    """Of a run that is decided again: its clients were elsewhere, and are not asked."""
+
+    shares_run = False
+
+    def clients(self, wanted: Sequence[str], wait: float) -> Sequence[str]:
+        """See ``Transport``."""
+        return ()
+
+    def ask(self, task: Task, clients: Sequence[str], timeout: float) -> Iterator[Reply]:
+        """See ``Transport``."""
+        return iter(())
+
+
 @dataclass(frozen=True, slots=True)
 class Patience:
     """How long the server bears with clients. Seconds."""
 
     connect: float = 600.0
-    """For clients to connect, before a round and when one has failed."""
+    """For clients to connect, in all the attempts at one task."""
     reply: float = 3600.0
     """For one reply: a training, or the answers to all proxy texts."""
     attempts: int = 3

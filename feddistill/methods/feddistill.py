@@ -5,7 +5,7 @@ teacher's answers; (2) it answers the proxy texts and uploads a payload; (3) the
 (4) trains the student and sends the teacher back. Nothing else leaves a client.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from functools import partial
 from statistics import fmean
@@ -125,7 +125,8 @@ class _Rounds:
         """Everything of a round before the student: clients train and answer, one teacher is made."""
         spec, step = self._asked(number), f"rounds/{number:03d}"
         run = self.session.run
-        specialists, uploads = self._trained(spec), self._answered(spec)
+        specialists = self._trained(spec)
+        uploads = self._answered(spec, specialists)
         admitted: dict[str, payload.Answers] = {}
         refused: dict[str, PayloadError] = {}
         seen: set[tuple[str, int]] = set()
@@ -239,24 +240,24 @@ class _Rounds:
                 run.commit(f"rounds/{number:03d}/told/{reply.client}", reply.content)
         return {name: found[name] for name in names if name in found}
 
-    def _answered(self, spec: RoundSpec) -> Json:
-        """(2) What each client has uploaded, in the order of the request; nothing is believed yet."""
+    def _answered(self, spec: RoundSpec, trained: Collection[str]) -> Json:
+        """(2) What each client has uploaded, those asked that have ``trained``; nothing is believed yet."""
         run, folder, found = self.session.run, f"rounds/{spec.round:03d}/payloads", {}
-        names = [name for name in spec.clients if name in self.names]
-        for name in names:
+        for name in spec.clients:
             if (record := run.done(f"{folder}/{name}")) is not None:
                 found[name] = record
-        missing = [name for name in names if name not in found]
+        missing = [name for name in trained if name not in found]
         task = self._task("answer", spec.round, spec=payload.canonical(spec).decode(), part=0)
         if self.transport.shares_run:  # what was sent is there
             for reply in self.asking.gather(task, missing):
                 found[reply.client] = run.done(f"{folder}/{reply.client}") or {}
-            return {name: found[name] for name in names if name in found}
-        for sent in self.asking.fetch(task, missing, payload.bound(spec), run):
-            name = sent["client"]
-            run.take_in(f"{folder}/{name}.safetensors", sent["file"])
-            found[name] = store_upload(run, f"{folder}/{name}", sent["envelope"], Cost(**sent["cost"]))
-        return {name: found[name] for name in names if name in found}
+        else:
+            for sent in self.asking.fetch(task, missing, payload.bound(spec), run):
+                name = sent["client"]
+                run.take_in(f"{folder}/{name}.safetensors", sent["file"])
+                cost = Cost(**sent["cost"])
+                found[name] = store_upload(run, f"{folder}/{name}", sent["envelope"], cost)
+        return {name: found[name] for name in spec.clients if name in found}
 
     def _task(self, kind: Kind, number: int, **content: object) -> Task:
         """A remote client is told all settings each time: it may have been started a moment ago."""

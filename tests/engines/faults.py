@@ -24,7 +24,7 @@ from federation import Federation, environment
 NAMES = ["client-0", "client-1", "client-2"]
 CONFIG = Path(__file__).with_name("tiny.yaml")
 RUN_SECONDS = 500
-PATIENCE = ("--connect", "90", "--reply", "240", "--attempts", "3")
+PATIENCE = ("--connect", "240", "--reply", "240", "--attempts", "3")
 
 
 class Failed(Exception):
