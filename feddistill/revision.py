@@ -120,7 +120,6 @@ def forget(source: Path, out: Path, clients: Sequence[str], *, show: Show | None
         enrolled = _request(original, 1).clients
         if unknown := sorted(set(clients) - set(enrolled)):
             raise ConfigError(f"{source} has no {', '.join(unknown)}; its clients are {', '.join(enrolled)}")
-        made = _derive(original, out, config, "forget", {"forgotten": list(clients)}, absent)
         again = config.clients.codistillation.enabled and config.rounds > 1
         engine = (
             original.read_json(experiment.ENGINE)["name"] if original.path(experiment.ENGINE).exists() else ""
@@ -130,6 +129,7 @@ def forget(source: Path, out: Path, clients: Sequence[str], *, show: Show | None
                 f"{source}: its clients are elsewhere and have learned from {', '.join(clients)}; "
                 "train again without them"
             )
+        made = _derive(original, out, config, "forget", {"forgotten": list(clients)}, absent)
         try:
             for number in _rounds(config):
                 if number == 1 or not again:
