@@ -17,5 +17,7 @@ MODULES = sorted(
 
 @pytest.mark.parametrize("name", MODULES)
 def test_docstrings_are_right(name):
+    if ".engines.flower." in name:
+        pytest.importorskip("flwr", reason="Flower's own requirements conflict with the pinned ones")
     flags = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
     assert doctest.testmod(importlib.import_module(name), optionflags=flags).failed == 0
