@@ -18,6 +18,7 @@ import click
 import yaml
 
 from bench import machine
+from feddistill.store import RunDirectory
 
 SCHEMA = 1
 RESULT = Path(__file__).parent / "results" / "federation.json"
@@ -58,13 +59,17 @@ def measure(clients: int, folder: Path) -> dict[str, Any]:
     events = [json.loads(line) for line in (out / "federation.jsonl").read_text().splitlines()]
     replies = [event for event in events if event["event"] == "replied"]
     result = json.loads((out / "result.json").read_text())
+    directory = RunDirectory.open(out)
+    last = directory.done(f"rounds/{ROUNDS:03d}")
+    directory.close()
+    assert last is not None
     return {
         "clients": clients,
         "asked_in_a_round": clients // 10,
         "replies": len(replies),
         "seconds": round(seconds, 1),
         "seconds_a_reply": round((events[-1]["time"] - events[0]["time"]) / len(replies), 3),
-        "coordinator_peak_bytes": result["peak_memory_bytes"],
+        "coordinator_peak_bytes": last["student"]["costs"]["evaluate"]["peak_memory_bytes"],
         "missing": result["missing"],
         "uplink_bytes": result["bytes"]["uplink"],
     }

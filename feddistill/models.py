@@ -112,6 +112,11 @@ def trained_count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters that are trained, by name."""
+    return {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
+
+
 def save(model: nn.Module, path: Path) -> None:
     """Write the weights as safetensors.
 

@@ -194,9 +194,11 @@ def _cost(job: Job, config: Config, step_seconds: float, token_seconds: float) -
 
 def _batches(lengths: list[int], size: int) -> Iterator[list[int]]:
     """Lengths in batches, epoch after epoch, in an order such as training draws."""
+    from feddistill.training.trainer import in_batches
+
     order = torch.Generator().manual_seed(0)
     while True:
-        rows = list(training.in_batches(lengths, size, order))
+        rows = list(in_batches(lengths, size, order))
         yield from (
             [lengths[row] for row in rows[start : start + size]] for start in range(0, len(rows), size)
         )
@@ -214,8 +216,7 @@ def _bytes(session: Session, student: Learner) -> Json:
     codecs = {}
     for name, settings in _codecs(config, classes).items():
         spec = _spec(session, settings)
-        content = payload.encode(_empty(spec), spec, spec.clients[0])
-        upload = len(content) + len(payload.seal(content, spec, spec.clients[0]))
+        upload = sum(_upload(spec, shard) for shard in range(payload.shards(spec)))
         codecs[name] = {
             "upload": upload,
             "a_text": round(upload / rows, 2),
@@ -243,9 +244,17 @@ def _bytes(session: Session, student: Learner) -> Json:
     }
 
 
-def _empty(spec: RoundSpec) -> payload.Answers:
+def _upload(spec: RoundSpec, shard: int) -> int:
+    """Bytes of a shard and its envelope."""
+    start, stop = payload.rows_of(spec, shard)
+    client = spec.clients[0]
+    content = payload.encode(_empty(spec, stop - start), spec, client, shard)
+    return len(content) + len(payload.seal(content, spec, client, shard))
+
+
+def _empty(spec: RoundSpec, rows: int) -> payload.Answers:
     """Answers of the size that every answer to ``spec`` has, but for what zstd takes off it."""
-    rows, k = spec.positions, spec.k
+    k = spec.k
     codes = np.zeros((rows, k), np.uint8)
     if spec.codec == "dense":
         return payload.Dense(codes)

@@ -13,7 +13,7 @@ from feddistill import config as configuration
 from feddistill import experiment, payload
 from feddistill.config import Config
 from feddistill.errors import ConfigError, PayloadError, RunError
-from feddistill.methods.client import store_upload
+from feddistill.methods import uploads
 from feddistill.methods.feddistill import LEDGER
 from feddistill.progress import Show
 from feddistill.store import CONFIG, PROVENANCE, Json, RunDirectory
@@ -40,8 +40,9 @@ def aggregate(
         source: A complete run.
         out: A new or empty directory.
         overrides: Of ``aggregation`` alone.
-        late: Payloads that came after their round was closed; each one's envelope is the ``.json`` file
-            beside it. They take the place of what that client sent in time and was refused.
+        late: Payloads that came after their round was closed, all shards of an answer; each one's envelope
+            is the ``.json`` file beside it. They take the place of what that client sent in time and was
+            refused.
         show: Where progress is shown.
 
     Returns:
@@ -54,19 +55,21 @@ def aggregate(
     config = _changed(source, overrides, TEACHERS_OWN)
     original = _open(source, config)
     try:
-        admitted = [_late(original, path) for path in late]
-        said = {"late": [f"{name}, round {number}" for number, name, _ in admitted]} if late else {}
+        answers = _late_answers(original, late)
+        said = {"late": [f"{name}, round {number}" for number, name in answers]} if late else {}
         made = _derive(original, out, config, "aggregate", {"set": list(overrides), **said})
         try:
             for number in _rounds(config):
                 _adopt_answers(original, made, number)
             for baseline in config.baselines:
                 made.adopt(original, f"methods/{baseline}")
-            for number, name, path in admitted:
-                content, envelope = path.read_bytes(), path.with_suffix(".json").read_bytes()
-                step = f"rounds/{number:03d}/payloads/{name}"
-                made.write_bytes(f"{step}.safetensors", content)
-                store_upload(made, step, envelope, Cost())
+            for (number, name), shards in answers.items():
+                spec, step = _request(original, number), f"rounds/{number:03d}/payloads/{name}"
+                for shard, places in enumerate(uploads.files(step, spec)):
+                    path = shards[shard]
+                    for place, file in zip(places, (path.with_suffix(".json"), path), strict=True):
+                        made.write_bytes(place, file.read_bytes())
+                uploads.store(made, step, spec, Cost())
         finally:
             made.close()
     finally:
@@ -231,12 +234,27 @@ def _adopt_answers(
                 made.adopt(original, name)
 
 
-def _late(original: RunDirectory, path: Path) -> tuple[int, str, Path]:
-    """Round and client of a payload that came late, after every check: its client has agreed to be late."""
+def _late_answers(original: RunDirectory, paths: Sequence[Path]) -> dict[tuple[int, str], dict[int, Path]]:
+    """By round and client, the payload of each shard."""
+    answers: dict[tuple[int, str], dict[int, Path]] = {}
+    for path in paths:
+        number, client, shard = _late(original, path)
+        answers.setdefault((number, client), {})[shard] = path
+    for (number, client), shards in answers.items():
+        wanted = payload.shards(_request(original, number))
+        if len(shards) < wanted:
+            raise PayloadError(
+                f"{client}, round {number}: {len(shards)} of the {wanted} shards of the answer are given"
+            )
+    return answers
+
+
+def _late(original: RunDirectory, path: Path) -> tuple[int, str, int]:
+    """Round, client and shard of a payload that came late, after every check: its client may be late."""
     try:
         envelope, content = path.with_suffix(".json").read_bytes(), path.read_bytes()
         said = json.loads(envelope)
-        number, client = int(said["round"]), str(said["client"])
+        number, client, shard = int(said["round"]), str(said["client"]), int(said["sequence"])
     except OSError as error:
         raise RunError(f"cannot read {error.filename}: {error.strerror}") from None
     except (ValueError, TypeError, KeyError, RecursionError):
@@ -246,5 +264,7 @@ def _late(original: RunDirectory, path: Path) -> tuple[int, str, Path]:
     spec = _request(original, number)
     entries = payload.parse_entries(original.read_json(LEDGER)["rounds"])
     taken = frozenset((client, number) for client in entries[number - 1].payloads)
-    payload.admit(envelope, content, spec, taken, now=int(time.time()))
-    return number, client, path
+    if not 0 <= shard < payload.shards(spec):
+        raise PayloadError(f"{path} is shard {shard} of an answer that has {payload.shards(spec)}")
+    payload.admit(envelope, content, spec, taken, shard, now=int(time.time()))
+    return number, client, shard

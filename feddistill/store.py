@@ -99,21 +99,6 @@ class RunDirectory:
         """Write ``content`` whole."""
         return self.write(name, lambda path: path.write_bytes(content))
 
-    def append_bytes(self, name: str, content: bytes) -> int:
-        """Add to a file that nothing vouches for yet; returns its size."""
-        path = self.path(name)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("ab") as handle:
-                handle.write(content)
-                return handle.tell()
-        except OSError as error:
-            raise RunError(f"cannot write {path}: {error.strerror}") from None
-
-    def take_in(self, name: str, received: str) -> Path:
-        """Give a file that was received piece by piece its name."""
-        return self.write(name, lambda partial: self.path(received).replace(partial))
-
     def write_text(self, name: str, content: str) -> Path:
         """Write ``content`` whole, as UTF-8."""
         return self.write_bytes(name, content.encode())
@@ -125,6 +110,13 @@ class RunDirectory:
     def read_bytes(self, name: str) -> bytes:
         """Read a file of this run."""
         return _read(self.path(name))
+
+    def digest(self, name: str) -> str:
+        """256 bits of BLAKE2b of a file, in hexadecimal: ``payload.digest`` of it."""
+        try:
+            return _hash(self.path(name), 32)
+        except OSError as error:
+            raise RunError(f"cannot read {self.path(name)}: {error.strerror}") from None
 
     def read_json(self, name: str) -> Json:
         """Read a JSON object of this run."""
@@ -235,9 +227,9 @@ def _record(step: str) -> str:
     return f"records/{step}.json"
 
 
-def _hash(path: Path) -> str:
+def _hash(path: Path, size: int = 16) -> str:
     with path.open("rb") as handle:
-        return hashlib.file_digest(handle, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        return hashlib.file_digest(handle, lambda: hashlib.blake2b(digest_size=size)).hexdigest()
 
 
 def _lock(root: Path) -> TextIO:

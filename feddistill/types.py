@@ -135,3 +135,5 @@ class RoundSpec:
     """Head of the ledger after the last round; nothing in the first. Who signs an answer signs it too."""
     keys: tuple[tuple[str, str], ...] = field(default=())
     """``(client, public key)``, enrolled; empty: envelopes are unsigned, and the transport is trusted."""
+    shard_rows: int = 0
+    """Rows of each shard but the last, which has the rest; 0: an answer is one payload."""

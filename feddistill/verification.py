@@ -9,6 +9,7 @@ from feddistill import payload, revision
 from feddistill.errors import DataError, PayloadError, RunError
 from feddistill.methods import wire
 from feddistill.methods.feddistill import LEDGER
+from feddistill.methods.uploads import Shelf
 from feddistill.payload import Entry
 from feddistill.progress import Show
 from feddistill.store import RESULT, Json, RunDirectory, read_object
@@ -78,10 +79,15 @@ def kept(ledger: Path, own: Path) -> Iterator[Finding]:
     for path in requests:
         spec = payload.parse_spec(path.read_bytes())
         yield _asked(spec, ledgers, str(path))
+    answers: dict[tuple[Path, str, object], dict[int, Path]] = {}
     for path in payloads:
         beside = path.with_suffix(".json")
         if beside.exists():
-            yield _counted(path, read_object(beside), ledgers[0])
+            said = read_object(beside)
+            whose = (path.parent, str(said.get("client")), said.get("round"))
+            answers.setdefault(whose, {})[int(said.get("sequence", 0))] = path
+    for (_, client, number), found in answers.items():
+        yield _counted([found[shard] for shard in sorted(found)], client, number, ledgers[0])
 
 
 def _ledgers(found: Json) -> list[Ledger]:
@@ -106,9 +112,9 @@ def _asked(spec: RoundSpec, ledgers: list[Ledger], name: str) -> Finding:
     return Finding(False, f"round {spec.round}: {name} is not what the ledger says that was asked")
 
 
-def _counted(path: Path, envelope: Json, ledger: Ledger) -> Finding:
-    """That a payload was used, or is said to have been refused."""
-    client, number = str(envelope.get("client")), envelope.get("round")
+def _counted(paths: list[Path], client: str, number: object, ledger: Ledger) -> Finding:
+    """That an answer was used, or is said to have been refused."""
+    path = paths[0]
     entry = ledger[number - 1] if isinstance(number, int) and 1 <= number <= len(ledger) else None
     if entry is None:
         return Finding(False, f"{path}: the ledger has no round {number}")
@@ -116,7 +122,8 @@ def _counted(path: Path, envelope: Json, ledger: Ledger) -> Finding:
         return Finding(True, f"round {number}: {path} was refused: {entry.refused[client]}")
     if client not in entry.payloads:
         return Finding(False, f"round {number}: {path} was left out: the ledger does not name {client}")
-    same = entry.payloads[client] == payload.digest(path.read_bytes())
+    digests = [payload.digest(path.read_bytes()) for path in paths]
+    same = entry.payloads[client] == payload.digest_of(digests)
     return Finding(same, f"round {number}: {path} is the answer that was counted for {client}")
 
 
@@ -130,12 +137,11 @@ def _round(directory: RunDirectory, entry: Entry, ledgers: list[Ledger]) -> Iter
         error = _refusal(directory, spec, client)
         given = type(error).__name__ if error else "nothing"
         yield Finding(given == reason, f"round {entry.round}: {client} is refused for {reason}")
-    teacher = directory.read_bytes(f"{step}/teacher.safetensors")
-    yield Finding(payload.digest(teacher) == entry.teacher, f"round {entry.round}: the teacher is whole")
-    envelope, content = (directory.read_bytes(f"{step}/feedback.{end}") for end in ("json", "safetensors"))
-    sent = payload.digest(content) == entry.feedback
+    whole = directory.digest(f"{step}/teacher.safetensors") == entry.teacher
+    yield Finding(whole, f"round {entry.round}: the teacher is whole")
     try:
-        payload.admit(envelope, content, wire.feedback_spec(spec), frozenset(), now=spec.deadline)
+        feedback = Shelf(directory, f"{step}/feedback", wire.feedback_spec(spec))
+        sent = feedback.admit(sender=wire.SERVER) == entry.feedback
     except PayloadError:
         sent = False
     yield Finding(sent, f"round {entry.round}: what clients were sent is whole")
@@ -143,21 +149,21 @@ def _round(directory: RunDirectory, entry: Entry, ledgers: list[Ledger]) -> Iter
 
 def _admitted(directory: RunDirectory, spec: RoundSpec, client: str, digest: str) -> Finding:
     what = f"round {spec.round}: {client}'s payload is the one that was counted, and well-formed"
+    shelf = Shelf(directory, f"rounds/{spec.round:03d}/payloads/{client}", spec)
     try:
-        content = directory.read_bytes(f"rounds/{spec.round:03d}/payloads/{client}.safetensors")
+        found = payload.digest_of([directory.digest(content) for _, content in shelf.files])
+        if found == digest:
+            shelf.admit(sender=client)
+        return Finding(found == digest, what)
     except RunError as error:
         return Finding(False, f"round {spec.round}: {error}")
-    if payload.digest(content) != digest:
-        return Finding(False, what)
-    refusal = _refusal(directory, spec, client)
-    return Finding(refusal is None, what if refusal is None else f"round {spec.round}: {client}: {refusal}")
+    except PayloadError as refusal:
+        return Finding(False, f"round {spec.round}: {client}: {refusal}")
 
 
 def _refusal(directory: RunDirectory, spec: RoundSpec, client: str) -> PayloadError | None:
-    name = f"rounds/{spec.round:03d}/payloads/{client}"
-    envelope, content = (directory.read_bytes(f"{name}.{end}") for end in ("json", "safetensors"))
     try:
-        payload.admit(envelope, content, spec, frozenset(), now=spec.deadline)
+        Shelf(directory, f"rounds/{spec.round:03d}/payloads/{client}", spec).admit(sender=client)
     except PayloadError as error:
         return error
     return None

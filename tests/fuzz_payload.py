@@ -152,7 +152,7 @@ def values(dice, name, envelope, content, golden):
                 flat[here], flat[there] = flat[there], flat[here]
     if asked.compression == "zstd":
         tensors = {"zstd": frames.compress(tensors)}
-    return reseal(container.pack(tensors, metadata_of(asked, "north", (0, 1))), asked)
+    return reseal(container.pack(tensors, metadata_of(asked, "north", 0)), asked)
 
 
 def frame(dice, name, envelope, content, golden):
@@ -181,7 +181,7 @@ def frame(dice, name, envelope, content, golden):
         case 4:
             made = made * 2 if dice.random() < 0.5 else made + dice.randbytes(dice.randint(1, 9))
     tensors = {"zstd": np.frombuffer(made or b"\x00", np.uint8)}
-    return reseal(container.pack(tensors, metadata_of(asked, "north", (0, 1))), asked)
+    return reseal(container.pack(tensors, metadata_of(asked, "north", 0)), asked)
 
 
 MUTATIONS = (on_the_way, by_a_liar, envelope_fields, header_fields, values, frame)

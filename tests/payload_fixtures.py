@@ -153,7 +153,7 @@ def with_tensor(name, **changes):
 
 def packed(asked=SPECS["topk"], **tensors):
     """A payload of other tensors, otherwise honest; a compressed one compresses them."""
-    honest = metadata_of(asked, "north", (0, 1))
+    honest = metadata_of(asked, "north", 0)
     found = {**tensors_of(answers_to(asked)), **tensors}
     if asked.compression == "zstd":
         found = {"zstd": frames.compress(found)}
@@ -168,7 +168,7 @@ def changed(name, row, column, value, asked=SPECS["topk"]):
 
 def framed(frame, asked=SPECS["topk-zstd"]):
     """A compressed payload whose only tensor is ``frame``."""
-    honest = metadata_of(asked, "north", (0, 1))
+    honest = metadata_of(asked, "north", 0)
     return lambda: reseal(container.pack({"zstd": np.frombuffer(frame, np.uint8)}, honest), asked)
 
 

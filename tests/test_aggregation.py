@@ -107,7 +107,8 @@ def test_the_mass_tells_of_consensus(honest):
 
 def diagnosed(answers, teacher, labels, names=None):
     names = names or [f"client-{index}" for index in range(len(answers))]
-    return diagnose(names, readers(answers), teacher, labels, 1.0, [1 / len(answers)] * len(answers))
+    shares = [1 / len(answers)] * len(answers)
+    return diagnose(names, readers(answers), lambda start, stop: teacher[start:stop], labels, 1.0, shares)
 
 
 @pytest.mark.parametrize("k", [None, 4])

@@ -151,10 +151,10 @@ def corrupting(victim):
     """Uploads of ``victim`` arrive with one byte changed."""
     original = payload.admit
 
-    def admit(envelope, content, spec, seen, **more):
+    def admit(envelope, content, *asked, **more):
         if victim.encode() in envelope:
             content = content[:-1] + bytes([content[-1] ^ 1])
-        return original(envelope, content, spec, seen, **more)
+        return original(envelope, content, *asked, **more)
 
     return admit
 

@@ -5,15 +5,20 @@ import shutil
 from dataclasses import replace
 
 import pytest
+import torch
+from safetensors.torch import load, save
 
-from feddistill import experiment, payload, revision
+from feddistill import data, experiment, payload, revision
 from feddistill.config import parse
 from feddistill.engines.remote import RemoteClient
-from feddistill.errors import ConfigError, FeddistillError, RoundError
-from feddistill.federation import asking, protocol
+from feddistill.errors import ConfigError, FeddistillError, ModelError, RoundError
+from feddistill.federation import protocol
 from feddistill.federation.journal import EVENTS, METRICS
 from feddistill.federation.protocol import Patience, Reply, Task
-from feddistill.methods.learner import Engine
+from feddistill.methods.averaging import averaged
+from feddistill.methods.feddistill import task_of
+from feddistill.methods.learner import Average, Engine, Session
+from feddistill.types import Cost
 
 NAMES = ("client-0", "client-1", "client-2")
 PATIENCE = Patience(connect=0, reply=1, attempts=2)
@@ -88,17 +93,92 @@ def test_clients_elsewhere_give_what_clients_here_give(config, local, tmp_path):
     assert sorted(p.name for p in (tmp_path / "state").iterdir()) == list(NAMES)
 
 
-def test_large_files_travel_in_parts(config, local, tmp_path, monkeypatch):
-    for module in (protocol, asking):
-        monkeypatch.setattr(module, "PART", 700)
-    monkeypatch.setattr("feddistill.methods.agent.PART", 700)
+@pytest.fixture
+def shards(config):
+    """Answers that are four messages."""
+    raw = config.model_dump(mode="json")
+    return parse(raw | {"payload": raw["payload"] | {"shard_mib": 0.0003}})
+
+
+@pytest.fixture
+def sharded(shards, runs):
+    if not (runs / "sharded").exists():
+        experiment.run(shards, runs / "sharded")
+    return runs / "sharded"
+
+
+def test_large_answers_travel_in_shards(shards, sharded, local, tmp_path):
     transport = Elsewhere(tmp_path / "state")
-    run(config, tmp_path / "run", transport)
-    assert decided(tmp_path / "run") == decided(local)
-    assert transport.asked.count(("answer", 1, "client-0")) > 1
-    assert transport.asked.count(("digest", 1, "client-0")) > 1
-    assert not list((tmp_path / "state").rglob("*part-*"))
-    assert not any((tmp_path / "run" / "receiving").iterdir())
+    run(shards, tmp_path / "run", transport)
+    found = decided(tmp_path / "run")
+    assert found == decided(sharded)
+    for client in NAMES:
+        assert transport.asked.count(("answer", 1, client)) == 4
+        assert transport.asked.count(("digest", 1, client)) == 4
+        assert len(list((sharded / "rounds/001/payloads").glob(f"{client}.*.safetensors"))) == 4
+    whole = decided(local)
+    assert found["result"]["metrics"] == whole["result"]["metrics"]
+    for one, other in zip(found["ledger"]["rounds"], whole["ledger"]["rounds"], strict=True):
+        assert one["teacher"] == other["teacher"]
+
+
+def test_shards_that_came_are_not_asked_for_again(shards, sharded, tmp_path):
+    transport = Elsewhere(tmp_path / "state")
+
+    def die(task, name):
+        if task.kind == "answer" and name == "client-1" and task.content["shard"] == 2:
+            raise KeyboardInterrupt
+
+    transport.fault = die
+    with pytest.raises(KeyboardInterrupt):
+        run(shards, tmp_path / "run", transport)
+    transport = Elsewhere(tmp_path / "state")
+    run(shards, tmp_path / "run", transport, resume=True)
+    assert decided(tmp_path / "run") == decided(sharded)
+    again = [name for kind, number, name in transport.asked if (kind, number) == ("answer", 1)]
+    assert again == ["client-1", "client-2", *NAMES]  # client-0 had sent the third
+
+
+@pytest.mark.parametrize("lacks", [1, 3])
+def test_a_client_that_does_not_send_every_shard_has_not_answered(lacks, shards, tmp_path):
+    transport = Elsewhere(tmp_path / "state")
+    transport.fault = lambda task, name: (
+        [] if name == "client-1" and task.kind == "answer" and task.content["shard"] == lacks else None
+    )
+    result = run(shards, tmp_path / "run", transport)
+    assert result["missing"] == {"1": ["client-1"], "2": ["client-1"]}
+    last = [task for task in transport.asked if task[0] == "answer" and task[2] == "client-1"]
+    assert len(last) == 2 * (lacks + PATIENCE.attempts)  # the shards behind it are not asked for
+
+
+def test_one_shard_that_is_refused_refuses_the_answer(shards, tmp_path):
+    transport = Elsewhere(tmp_path / "state")
+
+    def other(task, name):
+        if task.kind != "answer" or name != "client-1" or task.content["shard"] != 2:
+            return None
+        swapped = transport.own[name].handle(replace(task, content=task.content | {"shard": 1}))
+        return [replace(swapped, content=swapped.content | {"shard": 2})]
+
+    transport.fault = other
+    result = run(shards, tmp_path / "run", transport)
+    assert "sequence" in result["refused"]["1"]["client-1"]
+    ledger = json.loads((tmp_path / "run" / "ledger.json").read_text())
+    assert ledger["rounds"][0]["refused"] == {"client-1": "MalformedEnvelope"}
+
+
+def test_an_answer_in_the_name_of_another_is_refused(config, tmp_path):
+    transport = Elsewhere(tmp_path / "state")
+
+    def other(task, name):
+        if task.kind == "answer" and name == "client-1":
+            return [replace(transport.own["client-2"].handle(task), client="client-1")]
+        return None
+
+    transport.fault = other
+    result = run(config, tmp_path / "run", transport)
+    assert list(result["refused"]["1"]) == ["client-1"]
+    assert "must be client-1, got client-2" in result["refused"]["1"]["client-1"]
 
 
 def once(kind, name, *replies):
@@ -139,7 +219,9 @@ def test_replies_that_come_twice_or_for_another_are_dropped(config, local, tmp_p
 def test_a_round_goes_on_without_a_client_and_takes_it_back_in(config, tmp_path):
     transport = Elsewhere(tmp_path / "state")
     transport.fault = lambda task, name: (
-        [Reply(name, error="MemoryError")] if (task.round, name) == (1, "client-2") else None
+        [Reply(name, error="MemoryError")]
+        if (task.kind, task.round, name) == ("train", 1, "client-2")
+        else None
     )
     result = run(config, tmp_path / "run", transport)
     assert result["missing"] == {"1": ["client-2"]}
@@ -258,37 +340,67 @@ def test_a_payload_that_is_refused_does_not_stop_the_round(change, refusal, conf
     assert result["metrics"]["student"]["accuracy"] > 0
 
 
-def test_a_client_that_never_ends_its_payload_is_cut_off(config, tmp_path):
-    transport, sent = Elsewhere(tmp_path / "state"), []
+def test_a_client_that_sends_too_much_is_cut_off(config, tmp_path):
+    transport = Elsewhere(tmp_path / "state")
 
     def endless(task, name):
         if task.kind != "answer" or name != "client-1":
             return None
-        reply = transport.own[name].handle(replace(task, content=task.content | {"part": 0}))
-        sent.append(1)
-        return [
-            replace(
-                reply,
-                content=reply.content | {"part": task.content["part"], "parts": 10**9},
-                blobs=reply.blobs | {"payload": b"\0" * 100_000},
-            )
-        ]
+        reply = transport.own[name].handle(task)
+        return [replace(reply, blobs=dict.fromkeys(reply.blobs, b"\x00" * 10**7))]
 
     transport.fault = endless
     result = run(config, tmp_path / "run", transport)
     assert "client-1" in result["refused"]["1"]
     bound = payload.bound(payload.parse_spec((tmp_path / "run/rounds/001/spec.json").read_bytes()))
-    assert len(sent) <= 2 * (bound // 100_000 + 1)
+    kept = tmp_path / "run/rounds/001/payloads"
+    assert (kept / "client-1.safetensors").stat().st_size == bound + 1
+    assert (kept / "client-1.json").stat().st_size == payload.ENVELOPE_LIMIT + 1
 
 
 @pytest.mark.parametrize("blobs", [{}, {"envelope": b"{}"}, {"payload": b"1"}])
 def test_a_reply_without_its_files_is_a_refusal(blobs, config, tmp_path):
     transport = Elsewhere(tmp_path / "state")
     transport.fault = lambda task, name: (
-        [Reply(name, {"part": 0, "parts": 1}, blobs)] if (task.kind, name) == ("answer", "client-1") else None
+        [Reply(name, {"shard": 0, "shards": 1}, blobs)]
+        if (task.kind, name) == ("answer", "client-1")
+        else None
     )
     result = run(config, tmp_path / "run", transport)
     assert "client-1" in {**result["refused"]["1"], **dict.fromkeys(result["missing"].get("1", []), "")}
+
+
+def test_fedavg_goes_through_the_clients(config, tmp_path):
+    """The same weights to the last bit where the same arithmetic averages them."""
+    raw = config.model_dump(mode="json")
+    config = parse(raw | {"baselines": ["fedavg"], "fedavg": {"proximal": 0.01}})
+    here = experiment.run(config, tmp_path / "here")
+    transport = Elsewhere(tmp_path / "state")
+
+    def averager(session, number, weights):
+        blobs = {"weights": save(dict(weights))}
+        task = replace(task_of(session, "average", number), blobs=blobs)
+        replies = [transport.own[name].handle(task) for name in NAMES]
+        states = [load(reply.blobs["weights"]) for reply in replies]
+        assert all(state.keys() == weights.keys() for state in states)
+        sent = sum(4 * tensor.numel() for state in states for tensor in state.values())
+        average = averaged(states, [reply.content["examples"] for reply in replies])
+        cost = sum((Cost(**reply.content["cost"]) for reply in replies), Cost())
+        return Average(average, sent, sent, cost, [])
+
+    engine = Engine(transport, "elsewhere", PATIENCE, averager)
+    there = experiment.run(config, tmp_path / "there", engine=engine)
+    assert there["metrics"] == here["metrics"]
+    assert there["bytes"] == here["bytes"]
+    assert there["flops"]["baseline_fedavg"] == here["flops"]["baseline_fedavg"]
+    assert not list((tmp_path / "state").glob("*/*/baselines/fedavg/001*"))  # tidied in the second round
+
+
+def test_fedavg_takes_no_other_weights(config, tmp_path):
+    session = Session(config, data.load(config.data, config.seed), None, experiment.Quiet(), Engine())
+    task = replace(task_of(session, "average", 1), blobs={"weights": save({"x": torch.zeros(3)})})
+    with pytest.raises(ModelError, match="not the weights of the student's architecture"):
+        RemoteClient("client-0", tmp_path).handle(task)
 
 
 def test_what_happened_is_written_down(config, tmp_path):

@@ -34,7 +34,7 @@ PACKAGES = {
 # module of feddistill: the modules of feddistill below it that it may import
 FOUNDATION = {"errors", "setting", "types"}
 BELOW_STAGES = FOUNDATION | {"accounting", "attacks", "batches", "config", "keys", "rules", "seeds"}
-BELOW_STAGES |= {"weights"}
+BELOW_STAGES |= {"tensorfile", "weights"}
 STAGES = {"aggregation", "answering", "data", "evaluation", "models", "payload", "training"}
 BELOW_METHODS = BELOW_STAGES | STAGES | {"progress", "store"}
 MODULES = {
@@ -44,6 +44,7 @@ MODULES = {
     "seeds": set(),
     "batches": set(),
     "progress": {"types"},
+    "tensorfile": set(),
     "accounting": {"types"},
     "keys": {"errors"},
     "deployment": {"config", "data", "errors", "keys"},

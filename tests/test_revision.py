@@ -117,7 +117,7 @@ def refused(runs, tiny_settings, monkeypatch):
     if "refused" not in runs:
         honest = payload.encode
 
-        def damaged(answers, spec, client, shard=(0, 1)):
+        def damaged(answers, spec, client, shard=0):
             content = honest(answers, spec, client, shard)
             if client != "client-1" or spec.round != 1:
                 return content
@@ -210,6 +210,56 @@ def test_damage_is_found_where_it_is(name, what, source, tmp_path):
     damage(tmp_path / "run" / name)
     (found,) = wrong(verification.run(tmp_path / "run"))
     assert what in found
+
+
+def test_answers_in_shards_are_verified_decided_again_and_taken_late(source, tiny_settings, tmp_path):
+    settings = settings_of(tiny_settings, baselines=[], payload={"shard_mib": 0.0003})
+    out = tmp_path / "sharded"
+    experiment.run(parse(settings), out)
+    assert teachers(out) == teachers(source)
+    assert wrong(verification.run(out, recompute=True)) == []
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    for file in (out / "rounds/001/payloads").glob("client-1.*"):
+        shutil.copy(file, mine)
+    assert wrong(verification.kept(out, mine)) == []
+    damage(mine / "client-1.0002.safetensors")
+    assert "is the answer that was counted" in wrong(verification.kept(out, mine))[0]
+
+    less = tmp_path / "less"
+    forgotten = revision.forget(out, less, ["client-1"])
+    assert forgotten["rounds"] == 2
+    shards = sorted((out / "rounds/001/payloads").glob("client-1.*.safetensors"))
+    assert len(shards) == 4
+
+    damage(out / "rounds/002/payloads/client-2.0001.safetensors")
+    (found,) = wrong(verification.run(out))
+    assert "client-2's payload" in found
+
+
+def test_a_late_answer_in_shards_has_all_of_them(tiny_settings, tmp_path, monkeypatch):
+    honest, good = payload.encode, tmp_path / "good"
+    good.mkdir()
+
+    def damaged(answers, spec, client, shard=0):
+        content = honest(answers, spec, client, shard)
+        if client != "client-1" or spec.round != 1:
+            return content
+        (good / f"{shard}.safetensors").write_bytes(content)
+        (good / f"{shard}.json").write_bytes(payload.seal(content, spec, client, shard))
+        return content if shard != 3 else content[:-1] + bytes([content[-1] ^ 255])
+
+    monkeypatch.setattr(payload, "encode", damaged)
+    changes = {"aggregation": {"quorum": 2}, "baselines": [], "payload": {"shard_mib": 0.0003}, "rounds": 1}
+    source = tmp_path / "source"
+    experiment.run(parse(settings_of(tiny_settings, **changes)), source)
+    monkeypatch.undo()
+    late = sorted(good.glob("*.safetensors"))
+    with pytest.raises(PayloadError, match="shard"):
+        revision.aggregate(source, tmp_path / "out", late=late[:3])
+    (decided,) = revision.aggregate(source, tmp_path / "out", late=late)
+    assert set(decided["ledger"]["payloads"]) == {"client-0", "client-1", "client-2"}
+    assert wrong(verification.run(tmp_path / "out", recompute=True)) == []
 
 
 def rewritten(source, out, change):

@@ -5,7 +5,7 @@ Shapes: ``C`` clients, ``N`` proxy texts or positions, ``V`` classes or vocabula
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -31,6 +31,8 @@ from feddistill_kernels import TopK, topk_compress
 
 __all__ = ["Aggregated", "Answerer", "Diagnostics", "Known", "aggregate", "diagnose", "weigh"]
 
+Sink = Callable[[int, Tensor], None]
+
 SAMPLE = 512
 """Rows of compressed answers on which the mass before renormalising is taken."""
 
@@ -39,8 +41,9 @@ SAMPLE = 512
 class Aggregated:
     """What the server makes of a round."""
 
-    teacher: Tensor | TopK
-    """``N`` rows of log-probabilities: ``[N, V]``, or compressed where the answers were."""
+    teacher: Tensor | TopK | None
+    """``N`` rows of log-probabilities: ``[N, V]``, or compressed where the answers were; ``None`` where a
+    sink took them."""
     mass: float
     """Mean of the rule's probabilities summed before renormalising; far below 1 is no consensus."""
     weights: tuple[float, ...]
@@ -92,6 +95,7 @@ def aggregate(
     mix: int | None = None,
     known: Known | None = None,
     k: int | None = None,
+    sink: Sink | None = None,
 ) -> Aggregated:
     """The teacher.
 
@@ -104,9 +108,10 @@ def aggregate(
         mix: Clients that may lie: nearest-neighbour mixing first.
         known: What the server knows besides; a rule's ``needs`` say what must be there.
         k: Entries a row of a compressed teacher, at most as the longest answer has; ``None`` for as many.
+        sink: Takes the rows of a dense teacher, with the number of the first, in the place of memory.
 
-    Memory: ``O(C * chunk * k)`` and the teacher; of dense answers ``O(C * chunk * V)``. Rules that look at
-    whole payloads read them once more.
+    Memory: ``O(C * chunk * k)``, of dense answers ``O(C * chunk * V)``, and the teacher where nothing else
+    takes it. Rules that look at whole payloads read them once more.
     """
     known = known or Known()
     by_class = (weights is not None and weights.by == "class") or "class_counts" in rule.needs()
@@ -133,9 +138,12 @@ def aggregate(
         for start, stop in reader.parts(width):
             rows, log_total = _combined(reader, rule, weights, start, stop, sharpen)
             mass += float(log_total.exp().numpy().sum(dtype=np.float64)) / positions
-            parts.append(rows)
+            if sink is None:
+                parts.append(rows)
+            else:
+                sink(start, rows)
     return Aggregated(
-        _joined(parts),
+        _joined(parts) if parts else None,
         mass,
         weights.mean_shares() if weights else tuple(round(1 / len(clients), 6) for _ in clients),
         memory,

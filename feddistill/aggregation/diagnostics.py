@@ -46,28 +46,29 @@ class Diagnostics:
 def diagnose(
     names: Sequence[str],
     clients: Sequence[Answerer],
-    teacher: Tensor | TopK,
+    teacher: Answerer,
     labels: Tensor,
     mass: float,
     weights: Sequence[float],
 ) -> Diagnostics:
     """Compare every client with the teacher, and the teacher with ``labels [N]`` where they are known."""
-    reader = Reader(clients, len(teacher))
-    choice = first_choice(teacher)
+    positions = len(labels)
+    reader, itself = Reader(clients, positions), Reader([teacher], positions)
+    choice, truths = _choices(itself, labels)
     known = labels != UNLABELLED
-    whole = _effective(_marginal(Reader([lambda start, stop: teacher[start:stop]], len(teacher)), 0))
+    whole = _effective(_marginal(itself, 0))
     agreement, effective = {}, {}
     for index, name in enumerate(names):
         same = sum(
             int((first_choice(reader.read(clients[index], *part)) == choice[slice(*part)]).sum())
             for part in reader.parts(reader.shape()[1])
         )
-        agreement[name] = round(same / len(teacher), 6)
+        agreement[name] = round(same / positions, 6)
         effective[name] = round(_effective(_marginal(reader, index)), 6)
     right = truth = None
     if known.any():
         right = float((choice[known] == labels[known]).float().mean())
-        truth = round(-float(at_labels(teacher[known], labels[known]).double().numpy().mean()), 6)
+        truth = round(-float(truths.double().numpy().mean()), 6)
     return Diagnostics(
         teacher_accuracy=right,
         teacher_cross_entropy=truth,
@@ -78,6 +79,16 @@ def diagnose(
         duplicates=tuple((names[i], names[j]) for i, j in _alike(reader)),
         mass=round(mass, 6),
     )
+
+
+def _choices(reader: Reader, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """``[N]`` first choices, and the log-probabilities of the labels that are known."""
+    choices, truths = [], []
+    for start, stop in reader.parts(reader.shape()[1]):
+        rows, known = reader.read(reader.clients[0], start, stop), labels[start:stop] != UNLABELLED
+        choices.append(first_choice(rows))
+        truths.append(at_labels(rows[known], labels[start:stop][known]))
+    return torch.cat(choices), torch.cat(truths)
 
 
 def _marginal(reader: Reader, client: int) -> Tensor:

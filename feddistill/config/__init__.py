@@ -49,7 +49,8 @@ Baseline = Literal[
 ]
 
 
-NEED_NO_PRIVATE_TEXTS = ("public_only",)
+AT_CLIENTS = ("fedavg", "public_only")
+"""Baselines that can be where the server has nobody's private texts."""
 
 
 class Config(Setting):
@@ -117,7 +118,7 @@ class Config(Setting):
     def _fits_texts_at_clients(self, names: tuple[str, ...]) -> None:
         """The server has nobody's private texts."""
         self._fits_clients(len([name for name in names if name not in self.data.absent]))
-        private = [name for name in self.baselines if name not in NEED_NO_PRIVATE_TEXTS]
+        private = [name for name in self.baselines if name not in AT_CLIENTS]
         if private:
             raise ConfigError(
                 f"baselines: {', '.join(private)} would need the private texts, which are at the clients"

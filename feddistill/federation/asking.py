@@ -6,7 +6,6 @@ from dataclasses import replace
 
 from feddistill.federation.journal import Journal
 from feddistill.federation.protocol import PART, Patience, Reply, Task, Transport, parts_of
-from feddistill.store import Json, RunDirectory
 
 
 class Asking:
@@ -54,34 +53,3 @@ class Asking:
                 reply.client
                 for reply in self.gather(replace(task, content=told, blobs={"part": piece}), clients)
             ]
-
-    def fetch(self, task: Task, clients: Sequence[str], bound: int, run: RunDirectory) -> Iterator[Json]:
-        """Files that clients send in parts, written to ``run`` part by part: never one whole in memory.
-
-        Yields, for each client, ``client``, ``envelope`` (bytes), ``cost`` and ``file``, a name in ``run``; a
-        client that sends more than ``bound`` bytes has them cut off, and its envelope tells.
-        """
-        begun: dict[str, Json] = {}
-        part = 0
-        while clients:
-            more = []
-            for reply in self.gather(replace(task, content={**task.content, "part": part}), clients):
-                if reply.content.get("part") != part:
-                    self.journal.failed(task, reply.client, "another part", 0.0)
-                    continue
-                file = f"receiving/{reply.client}"
-                piece = reply.blobs.get("payload", b"")
-                if part == 0:
-                    run.remove(file)
-                    begun[reply.client] = {
-                        "client": reply.client,
-                        "envelope": reply.blobs.get("envelope", b""),
-                        "cost": reply.content.get("cost", {}),
-                        "file": file,
-                    }
-                size = run.append_bytes(file, piece)
-                if size <= bound and part + 1 < int(reply.content.get("parts", 1)):
-                    more.append(reply.client)
-                else:
-                    yield begun.pop(reply.client)
-            part, clients = part + 1, more

@@ -6,7 +6,7 @@ from typing import Literal, Protocol
 
 from feddistill.store import Json
 
-Kind = Literal["describe", "publish", "digest", "train", "answer"]
+Kind = Literal["describe", "publish", "digest", "train", "answer", "average"]
 
 PART = 16 << 20
 """Bytes of a file that travel in one message at the most; Flower carries 64 MB safely."""
@@ -18,7 +18,8 @@ class Task:
 
     ``describe``: what it says of itself, and whether it fits. ``publish``: here are the proxy texts.
     ``digest``: here is the last teacher. ``train``: train on private texts. ``answer``: what does the model
-    say to the proxy texts? All of them may be asked again: what is done is not done twice.
+    say to the proxy texts? ``average``, of federated averaging: train these weights on private texts. All of
+    them may be asked again: what is done is not done twice.
     """
 
     kind: Kind

@@ -2,19 +2,26 @@
 
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
+from itertools import chain
 
+from safetensors.torch import load, save
 from torch import Tensor
 
-from feddistill import payload
-from feddistill.federation.protocol import PART, Reply, Task, parts_of
+from feddistill import models, payload
+from feddistill.errors import ModelError
+from feddistill.federation.protocol import Reply, Task
+from feddistill.methods import averaging, uploads, wire
 from feddistill.methods.client import Client
+from feddistill.methods.learner import Learner, lessons_of
 from feddistill.store import Json, RunDirectory
+from feddistill.types import RoundSpec
 
 Lie = Callable[[int], Callable[[Tensor], Tensor]]
 """From a round to what a simulated attacker makes of its answers."""
 
-FEEDBACK = ("safetensors", "json")
-"""Endings of the teacher's two files, payload and envelope."""
+PARTS = ("envelope", "payload")
+"""The two files of a shard."""
 
 
 class Agent:
@@ -38,6 +45,7 @@ class Agent:
             "digest": self._digest,
             "train": self._train,
             "answer": self._answer,
+            "average": self._average,
         }[task.kind](task)
         return Reply(self.client.name, content, blobs)
 
@@ -56,36 +64,64 @@ class Agent:
         return {}, {}
 
     def _digest(self, task: Task) -> tuple[Json, dict[str, bytes]]:
-        """Keep the teacher of round ``task.round``."""
-        run, name = self.client.session.run, f"rounds/{task.round:03d}/feedback"
-        if not all(run.path(f"{name}.{end}").exists() for end in FEEDBACK):
-            receive(run, f"{name}.safetensors", task)
-            if run.path(f"{name}.safetensors").exists():
-                run.write_bytes(f"{name}.json", task.content["envelope"].encode())
+        """Keep a shard of the teacher of round ``task.round``."""
+        run, spec = self.client.session.run, wire.feedback_spec(_spec(task.content["asked"]))
+        for place, part in zip(self._feedback(spec)[task.content["shard"]], PARTS, strict=True):
+            run.write_bytes(place, task.blobs[part])
         return {}, {}
+
+    def _feedback(self, spec: RoundSpec) -> list[tuple[str, str]]:
+        return uploads.files(f"rounds/{spec.round:03d}/feedback", spec)
 
     def _train(self, task: Task) -> tuple[Json, dict[str, bytes]]:
         before = task.content["asked"]
-        asked = None if before is None else payload.parse_spec(before.encode())
+        asked = None if before is None else _spec(before)
         if not self.alone:
             return self.client.train(task.round, asked), {}
         run = self.client.session.run
-        if asked is not None and not run.path(f"rounds/{asked.round:03d}/feedback.json").exists():
-            asked = None  # it was away when the teacher was sent
+        if asked is not None:
+            files = chain(*self._feedback(wire.feedback_spec(asked)))
+            if not all(run.path(file).exists() for file in files):
+                asked = None  # it was away when the teacher was sent
         record = self.client.train(task.round, asked)
         self.client.tidy(task.round)
         return record, {}
 
     def _answer(self, task: Task) -> tuple[Json, dict[str, bytes]]:
-        """One part of the payload, and with the first its envelope."""
-        spec = payload.parse_spec(task.content["spec"].encode())
+        """One shard: payload and envelope."""
+        spec, shard = _spec(task.content["spec"]), int(task.content["shard"])
         lie = None if self.lie is None else self.lie(spec.round)
         record = self.client.answer(spec, f"{self.client.step(spec.round)}.safetensors", lie)
-        run, part = self.client.session.run, task.content["part"]
-        content, envelope = (run.read_bytes(record[name]) for name in ("payload", "envelope"))
-        told = {"parts": parts_of(len(content)), "part": part, "cost": record["cost"]}
-        piece = content[part * PART : (part + 1) * PART]
-        return told, {"payload": piece, **({"envelope": envelope} if part == 0 else {})}
+        run, step = self.client.session.run, f"rounds/{spec.round:03d}/payloads/{self.client.name}"
+        places = uploads.files(step, spec)[shard]
+        blobs = {part: run.read_bytes(place) for place, part in zip(places, PARTS, strict=True)}
+        return {"shard": shard, "shards": record["shards"], "cost": record["cost"]}, blobs
+
+    def _average(self, task: Task) -> tuple[Json, dict[str, bytes]]:
+        """Train the student's architecture from the average, as ``fedavg`` wants it."""
+        session, step = self.client.session, f"baselines/fedavg/{task.round:03d}"
+        learner = Learner(session, session.config.student.model, "student.model")
+        given = load(task.blobs["weights"])
+        if {n: t.shape for n, t in given.items()} != {
+            n: t.shape for n, t in models.trained(learner.model).items()
+        }:
+            raise ModelError("these are not the weights of the student's architecture")
+        learner.model.load_state_dict(given, strict=False)
+        start = f"{step}/start.safetensors"
+        session.run.write(start, lambda path: models.save(learner.model, path))
+        taught = partial(lessons_of, learner)
+        private = self.client.private
+        record = averaging.trained_by(session, learner, "fedavg", task.round, start, private, taught)
+        learner.restore(record["weights"])
+        session.run.remove(start)
+        for earlier in range(1, task.round):
+            session.run.remove(f"baselines/fedavg/{earlier:03d}")
+        told = {"examples": len(private), "cost": record["costs"]["train"]}
+        return told, {"weights": save(models.trained(learner.model))}
+
+
+def _spec(said: str) -> RoundSpec:
+    return payload.parse_spec(said.encode())
 
 
 def receive(run: RunDirectory, name: str, task: Task) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from feddistill import models, training
 from feddistill.accounting import measure
-from feddistill.methods.learner import Learner, Session, later, lessons_of
+from feddistill.methods.learner import Averager, Learner, Session, later, lessons_of
 from feddistill.store import Json
 from feddistill.training import Lessons
 from feddistill.types import Cost, TextSet
@@ -26,6 +26,7 @@ def rounds(
     *,
     learner: Learner | None = None,
     lessons: Callable[[TextSet], Lessons] | None = None,
+    averager: Averager | None = None,
 ) -> list[Json]:
     """Every round each client trains the student's architecture from the last average, on its own texts.
 
@@ -37,6 +38,7 @@ def rounds(
         server: What the server does with the average.
         learner: The student's architecture, or what takes its place.
         lessons: What a client learns; its private texts by default.
+        averager: Where the clients are elsewhere: has them train, and averages what comes back.
     """
     if learner is None:
         learner = Learner(session, session.config.student.model, "student.model")
@@ -46,7 +48,10 @@ def rounds(
         step = f"baselines/{name}/{number:03d}"
         if (record := session.run.done(step, verify=False)) is None:
             start = records[-1]["weights"] if records else None
-            record = _round(session, learner, name, number, start, server, taught)
+            if averager is None:
+                record = _round(session, learner, name, number, start, server, taught)
+            else:
+                record = _round_elsewhere(session, learner, name, number, start, averager)
             session.run.remove(f"{step}/clients")
         records.append(record)
     return records
@@ -70,6 +75,60 @@ def averaged(states: list[dict[str, Tensor]], examples: list[int]) -> dict[str, 
     return {name: mean(name) for name in states[0]}
 
 
+def trained_by(
+    session: Session,
+    learner: Learner,
+    name: str,
+    number: int,
+    start: str | None,
+    private: TextSet,
+    taught: Callable[[TextSet], Lessons],
+) -> Json:
+    """A client's part of round ``number``, from the weights in file ``start``; the record of the step."""
+    config = session.config
+    settings = config.clients.training
+    if config.fedavg.epochs is not None:
+        settings = settings.model_copy(update={"epochs": config.fedavg.epochs})
+    if number > 1:
+        settings = later(settings, None, config.clients.codistillation.head_learning_rate)
+    lessons = taught(private)
+    return learner.step(
+        f"baselines/{name}/{number:03d}/clients/{private.name}",
+        f"{name}: round {number}: {private.name} learns",
+        start,
+        lambda: lessons,
+        settings,
+        steps=training.steps_of(settings, len(lessons.tokens)),
+        proximal=config.fedavg.proximal,
+        evaluate=False,
+    )
+
+
+def _round_elsewhere(
+    session: Session, learner: Learner, name: str, number: int, start: str | None, averager: Averager
+) -> Json:
+    run, step = session.run, f"baselines/{name}/{number:03d}"
+    if start is None:
+        learner.reset()
+    else:
+        learner.restore(start)
+    with session.show.step(f"{name}: round {number}: clients learn"), measure() as waiting:
+        average = averager(session, number, models.trained(learner.model))
+        learner.model.load_state_dict(dict(average.weights), strict=False)
+        weights = f"{step}.safetensors"
+        run.write(weights, lambda path: models.save(learner.model, path))
+    figures, evaluated = learner.measured(f"{name}: round {number}")
+    trained = Cost(average.cost.seconds, average.cost.flops, waiting.cost.peak_memory_bytes)
+    content: Json = {
+        "weights": weights,
+        **figures,
+        "costs": {"train": asdict(trained), "evaluate": asdict(evaluated)},
+        "bytes": {"uplink": average.uplink, "downlink": average.downlink},
+        "missing": average.missing,
+    }
+    return run.commit(step, content, [weights])
+
+
 def _round(
     session: Session,
     learner: Learner,
@@ -79,27 +138,11 @@ def _round(
     server: Server | None,
     taught: Callable[[TextSet], Lessons],
 ) -> Json:
-    config, run, step = session.config, session.run, f"baselines/{name}/{number:03d}"
-    settings = config.clients.training
-    if config.fedavg.epochs is not None:
-        settings = settings.model_copy(update={"epochs": config.fedavg.epochs})
-    if number > 1:
-        settings = later(settings, None, config.clients.codistillation.head_learning_rate)
-    trained = []
-    for private in session.splits.private:
-        lessons = taught(private)
-        trained.append(
-            learner.step(
-                f"{step}/clients/{private.name}",
-                f"{name}: round {number}: {private.name} learns",
-                start,
-                lambda lessons=lessons: lessons,  # type: ignore[misc]
-                settings,
-                steps=training.steps_of(settings, len(lessons.tokens)),
-                proximal=config.fedavg.proximal,
-                evaluate=False,
-            )
-        )
+    run, step = session.run, f"baselines/{name}/{number:03d}"
+    trained = [
+        trained_by(session, learner, name, number, start, private, taught)
+        for private in session.splits.private
+    ]
     files = [record["weights"] for record in trained]
     cost = sum((Cost(**record["costs"]["train"]) for record in trained), Cost())
     with measure() as averaging:

@@ -1,7 +1,6 @@
 """A client: what it tells of itself, how it trains, how it answers. All that it sends is in here."""
 
 from collections.abc import Callable
-from dataclasses import asdict
 
 import numpy as np
 import torch
@@ -10,12 +9,13 @@ from torch import Tensor
 from feddistill import payload, training
 from feddistill.accounting import measure
 from feddistill.config.training import TrainingConfig
-from feddistill.methods import wire
+from feddistill.methods import uploads, wire
 from feddistill.methods.learner import Learner, Session, later, lessons_of
-from feddistill.seeds import derive, generator
-from feddistill.store import Json, RunDirectory
+from feddistill.methods.uploads import draws
+from feddistill.seeds import generator
+from feddistill.store import Json
 from feddistill.training import NO_LABEL, Lessons
-from feddistill.types import ClientDescription, Cost, RoundSpec, TextSet
+from feddistill.types import ClientDescription, RoundSpec, TextSet
 
 
 class Client:
@@ -102,23 +102,28 @@ class Client:
     def answer(self, spec: RoundSpec, weights: str, lie: Callable[[Tensor], Tensor] | None = None) -> Json:
         """Answer the proxy texts with the model in file ``weights``: the upload.
 
-        ``lie``: what a simulated attacker makes of its answers before it sends them.
+        ``lie``: what a simulated attacker makes of its answers before it sends them; it sees all of them, so
+        they are in memory at once, as else only those of a shard are.
         """
         run, name = self.session.run, f"rounds/{spec.round:03d}/payloads/{self.name}"
         if (record := run.done(name)) is not None:
             return record
-        learner = self.learner
+        learner, proxy = self.learner, self.session.splits.proxy
         learner.restore(weights)
         before = learner.meter.flops
         with self.session.show.step(f"round {spec.round}: {self.name} answers") as tick, measure() as cost:
-            said = learner.answer(self.session.splits.proxy, tick)
-            seed = derive(self.config.seed, "draws", spec.round, self.name)
-            answers = wire.compress(said if lie is None else lie(said), spec, seed)
-            content = payload.encode(answers, spec, self.name)
-            envelope = payload.seal(content, spec, self.name)
+            lies = None if lie is None else lie(learner.answer(proxy, tick))
+            for shard, (envelope, content) in enumerate(uploads.files(name, spec)):
+                if run.path(envelope).exists():  # written last, before something interrupted this
+                    continue
+                start, stop = payload.rows_of(spec, shard)
+                said = learner.answer(proxy, tick, start, stop) if lies is None else lies[start:stop]
+                seed = draws(self.config.seed, spec.round, self.name, shard)
+                encoded = payload.encode(wire.compress(said, spec, seed), spec, self.name, shard)
+                run.write_bytes(content, encoded)
+                run.write_bytes(envelope, payload.seal(encoded, spec, self.name, shard))
             cost.flops = learner.meter.flops - before
-        run.write_bytes(f"{name}.safetensors", content)
-        return store_upload(run, name, envelope, cost.cost)
+        return uploads.store(run, name, spec, cost.cost)
 
     def _lessons(self, number: int, asked: RoundSpec | None) -> Lessons:
         """Private texts with their labels and, co-distilling, proxy texts with the last teacher's answers."""
@@ -126,15 +131,19 @@ class Client:
         own = lessons_of(self.learner, self.private)
         if not settings.enabled or asked is None:
             return own
-        spec, name = wire.feedback_spec(asked), f"rounds/{asked.round:03d}/feedback"
-        envelope = self.session.run.read_bytes(f"{name}.json")
-        content = self.session.run.read_bytes(f"{name}.safetensors")
-        teacher = wire.expand(payload.admit(envelope, content, spec, frozenset()), 0, spec.positions)
+        spec = wire.feedback_spec(asked)
+        shelf = uploads.Shelf(self.session.run, f"rounds/{asked.round:03d}/feedback", spec)
+        shelf.admit()
         random = generator(self.config.seed, "digest", number, self.name)
         rows = np.sort(random.permutation(len(self.session.splits.proxy))[: settings.examples])
         proxy = self.learner.tokens(self.session.splits.proxy)
         tokens = [*own.tokens, *(proxy[row] for row in rows)]
-        picked = teacher[torch.from_numpy(rows)]
+        parts = []
+        for shard in range(payload.shards(spec)):
+            start, stop = payload.rows_of(spec, shard)
+            here = rows[(start <= rows) & (rows < stop)] - start
+            parts.append(wire.expand(shelf.shard(shard))[torch.from_numpy(here)])
+        picked = torch.cat(parts)
         if settings.target == "hard":
             return Lessons(tokens, torch.cat([own.labels, picked.argmax(-1)]))
         taught = torch.cat([torch.zeros(len(self.private)), torch.ones(len(rows))]).bool()
@@ -157,18 +166,6 @@ class Client:
         if number > 1 and codistillation.enabled:
             digested = min(codistillation.examples or proxy, proxy)
         return training.steps_of(self._settings(number), len(self.private) + digested)
-
-
-def store_upload(run: RunDirectory, name: str, envelope: bytes, cost: Cost) -> Json:
-    """Keep what a client sent as the step ``name``; its payload is in place."""
-    run.write_bytes(f"{name}.json", envelope)
-    record: Json = {
-        "payload": f"{name}.safetensors",
-        "envelope": f"{name}.json",
-        "bytes": run.path(f"{name}.safetensors").stat().st_size + len(envelope),
-        "cost": asdict(cost),
-    }
-    return run.commit(name, record, [record["payload"], record["envelope"]])
 
 
 class Crew:

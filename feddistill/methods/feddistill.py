@@ -5,13 +5,14 @@ teacher's answers; (2) it answers the proxy texts and uploads a payload; (3) the
 (4) trains the student and sends the teacher back. Nothing else leaves a client.
 """
 
-from collections.abc import Collection, Mapping
-from dataclasses import asdict
-from functools import partial
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
 from statistics import fmean
 
 import torch
-from safetensors.torch import load_file, save
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from feddistill import aggregation, data, models, payload
@@ -21,15 +22,16 @@ from feddistill.errors import PayloadError, RoundError
 from feddistill.federation.asking import Asking
 from feddistill.federation.journal import Journal
 from feddistill.federation.protocol import Kind, Task
-from feddistill.methods import wire
-from feddistill.methods.client import store_upload
+from feddistill.methods import uploads, wire
 from feddistill.methods.learner import Learner, Session, best_of, labels_of, later
 from feddistill.methods.local import LocalTransport
+from feddistill.methods.uploads import draws
 from feddistill.rules import Memory
 from feddistill.seeds import derive, generator
 from feddistill.store import Json
+from feddistill.tensorfile import TensorFile
 from feddistill.training import Lessons
-from feddistill.types import ClientDescription, Cost, RoundSpec, TextSet
+from feddistill.types import ClientDescription, Cost, RoundSpec, Splits, TextSet
 
 LEDGER = "ledger.json"
 
@@ -105,7 +107,7 @@ class _Rounds:
 
     def _round(self, number: int, step: str) -> Json:
         decided = self.decide(number)
-        teacher, uploads = decided["teacher"], decided["uploads"]
+        teacher = decided["teacher"]
         student = self._distil(teacher["log_probs"], number, step)
         request = payload.canonical(self.specs[number])
         downlink = len(request) + (teacher["feedback_bytes"] if number < self.session.config.rounds else 0)
@@ -116,8 +118,8 @@ class _Rounds:
             **decided,
             "student": student,
             "bytes": {
-                "uplink": {name: upload["bytes"] for name, upload in uploads.items()},
-                "downlink": dict.fromkeys(uploads, downlink),
+                "uplink": {name: upload["bytes"] for name, upload in decided["uploads"].items()},
+                "downlink": dict.fromkeys(decided["uploads"], downlink),
             },
         }
 
@@ -126,41 +128,42 @@ class _Rounds:
         spec, step = self._asked(number), f"rounds/{number:03d}"
         run = self.session.run
         specialists = self._trained(spec)
-        uploads = self._answered(spec, specialists)
-        admitted: dict[str, payload.Answers] = {}
+        sent = self._answered(spec, specialists)
+        admitted: dict[str, uploads.Shelf] = {}
+        files: dict[str, str] = {}
         refused: dict[str, PayloadError] = {}
         seen: set[tuple[str, int]] = set()
-        for name, upload in uploads.items():
+        for name in sent:
+            shelf = uploads.Shelf(run, f"{step}/payloads/{name}", spec)
             try:
-                envelope, content = (run.read_bytes(upload[part]) for part in ("envelope", "payload"))
-                admitted[name] = payload.admit(envelope, content, spec, seen, now=spec.deadline)
+                files[name] = shelf.admit(seen, sender=name)
             except PayloadError as error:  # the round goes on without this client
                 refused[name] = error
             else:
+                admitted[name] = shelf
                 seen.add((name, number))
         if len(admitted) < self.quorum:
-            silent = [f"{name} did not answer" for name in spec.clients if name not in uploads]
+            silent = [f"{name} did not answer" for name in spec.clients if name not in sent]
             reasons = "; ".join([*map(str, refused.values()), *silent])
             raise RoundError(
                 f"round {number}: {len(admitted)} valid answers, quorum {self.quorum}: {reasons}"
             )
         teacher = self._aggregate(admitted, number, spec, step)
-        files = {name: payload.digest(run.read_bytes(uploads[name]["payload"])) for name in admitted}
         entry = payload.Entry(
             round=number,
             previous=self.head,
             request=payload.digest(payload.canonical(spec)),
             payloads=files,
             refused={name: type(error).__name__ for name, error in refused.items()},
-            teacher=payload.digest(run.read_bytes(teacher["log_probs"])),
-            feedback=payload.digest(run.read_bytes(f"{step}/feedback.safetensors")),
+            teacher=run.digest(teacher["log_probs"]),
+            feedback=teacher["feedback"],
         )
         decided: Json = {
             "round": number,
             "specialists": specialists,
-            "uploads": uploads,
+            "uploads": sent,
             "refused": {name: str(error) for name, error in refused.items()},
-            "missing": [name for name in spec.clients if name not in uploads],
+            "missing": [name for name in spec.clients if name not in sent],
             "teacher": teacher,
             "ledger": asdict(entry),
         }
@@ -200,9 +203,11 @@ class _Rounds:
         }
         for reply in self.asking.gather(self._task("describe", 0), [n for n in names if n not in found]):
             told = reply.content
-            if told["proxy"] is None:
+            if told.get("proxy") is None:
                 told = self._published(reply.client) or told
-            wrong = [key for key, wanted in fits.items() if told[key] != wanted]
+            wrong = [key for key, wanted in fits.items() if told.get(key) != wanted]
+            if not wrong and not _is_description(told.get("description"), reply.client, self.splits):
+                wrong = ["form of description"]
             if wrong:
                 self.session.show.say(f"{reply.client} takes no part: another {' and '.join(wrong)}")
                 continue
@@ -218,7 +223,10 @@ class _Rounds:
         return next((reply.content for reply in self.asking.gather(self._task("describe", 0), [name])), None)
 
     def _trained(self, spec: RoundSpec) -> Json:
-        """(1) What each client's training came to, in the order of the request."""
+        """(1) What each client's training came to, in the order of the request.
+
+        Who does not take the last teacher is not waited for a second time in this round.
+        """
         run, number, found = self.session.run, spec.round, {}
         names = [name for name in spec.clients if name in self.names]
         for name in names:
@@ -229,10 +237,11 @@ class _Rounds:
             return found
         asked = self.specs.get(number - 1)
         if asked is not None and not self.transport.shares_run:
-            step = f"rounds/{asked.round:03d}/feedback"
-            envelope = run.read_bytes(f"{step}.json").decode()
-            task = self._task("digest", asked.round, envelope=envelope)
-            self.asking.send(task, run.read_bytes(f"{step}.safetensors"), missing)
+            places = uploads.files(f"rounds/{asked.round:03d}/feedback", wire.feedback_spec(asked))
+            for shard, (envelope, content) in enumerate(places):
+                task = self._task("digest", asked.round, asked=payload.canonical(asked).decode(), shard=shard)
+                blobs = {"envelope": run.read_bytes(envelope), "payload": run.read_bytes(content)}
+                missing = [reply.client for reply in self.asking.gather(replace(task, blobs=blobs), missing)]
         question = None if asked is None else payload.canonical(asked).decode()
         for reply in self.asking.gather(self._task("train", number, asked=question), missing):
             found[reply.client] = reply.content
@@ -247,33 +256,50 @@ class _Rounds:
             if (record := run.done(f"{folder}/{name}")) is not None:
                 found[name] = record
         missing = [name for name in trained if name not in found]
-        task = self._task("answer", spec.round, spec=payload.canonical(spec).decode(), part=0)
+        task = self._task("answer", spec.round, spec=payload.canonical(spec).decode(), shard=0)
         if self.transport.shares_run:  # what was sent is there
             for reply in self.asking.gather(task, missing):
                 found[reply.client] = run.done(f"{folder}/{reply.client}") or {}
         else:
-            for sent in self.asking.fetch(task, missing, payload.bound(spec), run):
-                name = sent["client"]
-                run.take_in(f"{folder}/{name}.safetensors", sent["file"])
-                cost = Cost(**sent["cost"])
-                found[name] = store_upload(run, f"{folder}/{name}", sent["envelope"], cost)
+            for name, cost in self._fetched(task, spec, folder, missing).items():
+                found[name] = uploads.store(run, f"{folder}/{name}", spec, cost)
         return {name: found[name] for name in spec.clients if name in found}
 
-    def _task(self, kind: Kind, number: int, **content: object) -> Task:
-        """A remote client is told all settings each time: it may have been started a moment ago."""
-        config = self.session.config
-        settings = (
-            {}
-            if self.transport.shares_run
-            else {
-                "config": config.model_dump(mode="json"),
-                "labels": list(self.splits.label_names),
+    def _fetched(self, task: Task, spec: RoundSpec, folder: str, clients: Sequence[str]) -> dict[str, Cost]:
+        """What answering cost each client of which every shard is on disk; those that were here are not asked
+        for again. A shard that is too long is cut, and its envelope will tell."""
+        run, kept = self.session.run, f"rounds/{spec.round:03d}/told/{{}}.cost.json"
+        costs = {}
+        for name in clients:
+            file = kept.format(name)
+            costs[name] = _cost(run.read_json(file)) if run.path(file).exists() else Cost()
+        for shard in range(payload.shards(spec)):
+            places = {name: uploads.files(f"{folder}/{name}", spec)[shard] for name in costs}
+            missing = [name for name, place in places.items() if not all(run.path(p).exists() for p in place)]
+            for reply in self.asking.gather(replace(task, content={**task.content, "shard": shard}), missing):
+                if reply.content.get("shard") != shard:
+                    self.asking.journal.failed(task, reply.client, "another shard", 0.0)
+                    continue
+                envelope, content = places[reply.client]
+                costs[reply.client] = _cost(reply.content.get("cost"))
+                run.write_json(kept.format(reply.client), asdict(costs[reply.client]))
+                longest = payload.bound(spec, shard) + 1
+                run.write_bytes(content, reply.blobs.get("payload", b"")[:longest])
+                run.write_bytes(envelope, reply.blobs.get("envelope", b"")[: payload.ENVELOPE_LIMIT + 1])
+            costs = {
+                name: cost
+                for name, cost in costs.items()
+                if all(run.path(place).exists() for place in places[name])
             }
-        )
-        return Task(kind, digest(config)[:16], number, {**settings, **content})
+        return costs
+
+    def _task(self, kind: Kind, number: int, **content: object) -> Task:
+        if self.transport.shares_run:
+            return Task(kind, digest(self.session.config)[:16], number, content)
+        return task_of(self.session, kind, number, **content)
 
     def _aggregate(
-        self, admitted: Mapping[str, payload.Answers], number: int, spec: RoundSpec, step: str
+        self, admitted: Mapping[str, uploads.Shelf], number: int, spec: RoundSpec, step: str
     ) -> Json:
         """(3) The teacher, for the student as it is and for the clients as a payload."""
         run, name = self.session.run, f"{step}/teacher"
@@ -281,7 +307,7 @@ class _Rounds:
             return record
         config = self.session.config.aggregation
         read = wire.codes if config.rule.of_codes else wire.expand
-        answerers = [partial(read, answers) for answers in admitted.values()]
+        answerers = [uploads.answerer(read, shelf) for shelf in admitted.values()]
         labels = torch.from_numpy(self.splits.proxy.labels)
         # Of those who are in: where the only client that knows a class was refused, the others speak for it.
         known = aggregation.Known(
@@ -293,38 +319,49 @@ class _Rounds:
         )
         with self.session.show.step(f"round {number}: aggregate"), measure() as cost:
             weights = aggregation.weigh(config.rule.weighting(), answerers, spec.positions, known)
-            made = aggregation.aggregate(
-                answerers,
-                spec.positions,
-                config.rule,
-                weights,
-                sharpen=config.sharpen,
-                mix=config.mix,
-                known=known,
-            )
-            teacher = made.teacher
-            assert isinstance(teacher, torch.Tensor), "these answers are dense"
-            diagnostics = aggregation.diagnose(
-                list(admitted), answerers, teacher, labels, made.mass, made.weights
-            )
-        run.write_bytes(f"{name}.safetensors", save({"log_probs": teacher}))
-        back = wire.feedback_spec(spec)
-        seed = derive(self.session.config.seed, "draws", number, wire.SERVER)
-        feedback = payload.encode(wire.compress(teacher, back, seed), back, wire.SERVER)
-        envelope = payload.seal(feedback, back, wire.SERVER)
-        run.write_bytes(f"{step}/feedback.safetensors", feedback)
-        run.write_bytes(f"{step}/feedback.json", envelope)
+            made: list[aggregation.Aggregated] = []
+
+            def make(path: Path) -> None:
+                file = TensorFile.create(path, (spec.positions, spec.vocab_size))
+                made.append(
+                    aggregation.aggregate(
+                        answerers,
+                        spec.positions,
+                        config.rule,
+                        weights,
+                        sharpen=config.sharpen,
+                        mix=config.mix,
+                        known=known,
+                        sink=file.put,
+                    )
+                )
+
+            teacher = TensorFile.open(run.write(f"{name}.safetensors", make))
+            mass, shares, memory = made[0].mass, made[0].weights, made[0].memory
+            diagnostics = aggregation.diagnose(list(admitted), answerers, teacher, labels, mass, shares)
+        feedback, sent = self._feedback(teacher, spec, f"{step}/feedback")
         codistil = self.session.config.clients.codistillation.enabled
         content: Json = {
             "log_probs": f"{name}.safetensors",
-            "feedback_bytes": (len(feedback) + len(envelope)) if codistil else 0,
+            "feedback": feedback,
+            "feedback_bytes": sum(run.path(file).stat().st_size for file in sent) if codistil else 0,
             "diagnostics": asdict(diagnostics),
-            "memory": made.memory,
+            "memory": memory,
             "cost": asdict(cost.cost),
         }
-        return run.commit(
-            name, content, [content["log_probs"], f"{step}/feedback.safetensors", f"{step}/feedback.json"]
-        )
+        return run.commit(name, content, [content["log_probs"], *sent])
+
+    def _feedback(self, teacher: TensorFile, spec: RoundSpec, step: str) -> tuple[str, list[str]]:
+        """The teacher as clients are sent it: the digest for the ledger, and the files."""
+        run, back, digests = self.session.run, wire.feedback_spec(spec), []
+        for shard, (envelope, content) in enumerate(uploads.files(step, back)):
+            seed = draws(self.session.config.seed, spec.round, wire.SERVER, shard)
+            answers = wire.compress(teacher(*payload.rows_of(back, shard)), back, seed)
+            encoded = payload.encode(answers, back, wire.SERVER, shard)
+            run.write_bytes(content, encoded)
+            run.write_bytes(envelope, payload.seal(encoded, back, wire.SERVER, shard))
+            digests.append(payload.digest(encoded))
+        return payload.digest_of(digests), uploads.flat(step, back)
 
     def _distil(self, teacher_file: str, number: int, step: str) -> Json:
         """(4) The student on the teacher's answers and the labels that the server has."""
@@ -336,7 +373,7 @@ class _Rounds:
         proxy = self.splits.proxy
 
         def lessons() -> Lessons:
-            teacher = load_file(self.session.run.path(teacher_file))["log_probs"]
+            teacher = TensorFile.open(self.session.run.path(teacher_file))
             return Lessons(self.student.tokens(proxy), labels_of(proxy), teacher)
 
         return self.student.step(
@@ -361,6 +398,13 @@ class _Rounds:
                 run.remove(student)
 
 
+def task_of(session: Session, kind: Kind, number: int, **content: object) -> Task:
+    """For a client elsewhere, which is told all settings each time: it may have been started a moment ago."""
+    config = session.config
+    settings = {"config": config.model_dump(mode="json"), "labels": list(session.splits.label_names)}
+    return Task(kind, digest(config)[:16], number, {**settings, **content})
+
+
 def request(session: Session, number: int, *, quorum: int, previous: str) -> RoundSpec:
     """What a round asks of the clients; ``previous`` is the head of the ledger.
 
@@ -370,7 +414,7 @@ def request(session: Session, number: int, *, quorum: int, previous: str) -> Rou
     classes = len(splits.label_names)
     k = {"dense": classes, "sampled": min(settings.draws, classes)}.get(settings.codec, settings.k)
     run_id = digest(config)[:16]
-    return RoundSpec(
+    spec = RoundSpec(
         run_id=run_id,
         round=number,
         proxy_digest=splits.proxy.digest(),
@@ -387,6 +431,7 @@ def request(session: Session, number: int, *, quorum: int, previous: str) -> Rou
         draws=settings.draws if settings.codec == "sampled" else 0,
         previous=previous,
     )
+    return payload.cut(spec, int(settings.shard_mib * 2**20))
 
 
 def asked_of(config: Config, names: tuple[str, ...], number: int) -> tuple[str, ...]:
@@ -398,10 +443,32 @@ def asked_of(config: Config, names: tuple[str, ...], number: int) -> tuple[str, 
     return tuple(names[place] for place in sorted(drawn))
 
 
+def _is_description(told: object, client: str, splits: Splits) -> bool:
+    """Whether a client said what it has to say of itself, and of nobody else."""
+    try:
+        found = TypeAdapter(ClientDescription).validate_python(told)
+    except ValidationError:
+        return False
+    counts = found.class_counts
+    few = found.examples is not None and found.examples < 1
+    odd = counts is not None and (
+        len(counts) != len(splits.label_names) or not all(0 <= count < math.inf for count in counts)
+    )
+    return found.client == client and not few and not odd
+
+
 def description_of(told: Json) -> ClientDescription:
     """What a client said of itself."""
     counts = told["class_counts"]
     return ClientDescription(told["client"], told["examples"], None if counts is None else tuple(counts))
+
+
+def _cost(told: object) -> Cost:
+    """What a client says that its work cost; nothing where it says something else."""
+    try:
+        return TypeAdapter(Cost).validate_python(told)
+    except ValidationError:
+        return Cost()
 
 
 def _domains(proxy: TextSet) -> Tensor | None:

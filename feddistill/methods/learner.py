@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,32 @@ from feddistill.types import UNLABELLED, Cost, Splits, TextSet, Tick
 
 
 @dataclass(frozen=True, slots=True)
+class Average:
+    """What a round of federated averaging came to."""
+
+    weights: Mapping[str, Tensor]
+    uplink: int
+    """Bytes of all clients' weights as they travelled."""
+    downlink: int
+    cost: Cost
+    """Of all clients together."""
+    missing: list[str]
+    """Clients that sent nothing."""
+
+
+class Averager(Protocol):
+    """Has clients elsewhere train some weights, and averages them."""
+
+    def __call__(self, session: "Session", number: int, weights: Mapping[str, Tensor]) -> Average:
+        """Round ``number``.
+
+        Raises:
+            RoundError: Too few clients have answered.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
 class Engine:
     """What carries the federation."""
 
@@ -31,6 +57,8 @@ class Engine:
     name: str = "local"
     """What a run is resumed with: each engine keeps the clients' state in another place."""
     patience: Patience = field(default_factory=Patience)
+    averager: Averager | None = None
+    """What ``fedavg`` goes through where clients are elsewhere; ``None``: it is simulated in this process."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,11 +123,13 @@ class Learner:
             self._tokens[texts.name] = self.specialist.encode(texts.texts)
         return self._tokens[texts.name]
 
-    def answer(self, texts: TextSet, tick: Tick | None = None) -> Tensor:
-        """Log-probabilities ``[N, V]`` of ``texts``."""
+    def answer(
+        self, texts: TextSet, tick: Tick | None = None, start: int = 0, stop: int | None = None
+    ) -> Tensor:
+        """Log-probabilities ``[N, V]`` of ``texts``, or of those from ``start`` to ``stop``."""
         answers = answering.answer(
             self.model,
-            self.tokens(texts),
+            self.tokens(texts)[start:stop],
             self.classes,
             pad_id=self.specialist.pad_id,
             batch_size=self.session.config.clients.answer_batch_size,

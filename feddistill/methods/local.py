@@ -9,7 +9,7 @@ from feddistill import payload
 from feddistill.attacks import Sight, liars
 from feddistill.errors import PayloadError, RoundError
 from feddistill.federation.protocol import Reply, Task
-from feddistill.methods import wire
+from feddistill.methods import uploads, wire
 from feddistill.methods.agent import Agent
 from feddistill.methods.client import Crew
 from feddistill.methods.learner import Session
@@ -67,11 +67,9 @@ class LocalTransport:
         if run.done(f"{step}/payloads/{name}") is None:  # it was not asked
             return None
         spec = payload.parse_spec(run.read_bytes(f"{step}/spec.json"))
-        envelope, content = (
-            run.read_bytes(f"{step}/payloads/{name}.{end}") for end in ("json", "safetensors")
-        )
+        shelf = uploads.Shelf(run, f"{step}/payloads/{name}", spec)
         try:
-            answers = payload.admit(envelope, content, spec, frozenset(), now=spec.deadline)
+            shelf.admit()
         except PayloadError:
             return None
-        return wire.expand(answers, 0, spec.positions)
+        return uploads.answerer(wire.expand, shelf)(0, spec.positions)

@@ -13,12 +13,21 @@ SERVER = "server"
 """Who sends the teacher back to the clients."""
 
 
+PART = 1 << 21
+"""Log-probabilities compressed at a time: what bounds the copies in float64."""
+
+
 def compress(log_probs: Tensor, spec: RoundSpec, seed: int) -> payload.Answers:
     """``[N, V]`` as the codec of ``spec`` wants them; ``seed`` is that of the ``sampled`` codec's draws."""
+    random = torch.Generator().manual_seed(seed)
+    parts = log_probs.split(max(1, PART // log_probs.shape[1]))
+    return payload.joined([_compress(part, spec, random) for part in parts])
+
+
+def _compress(log_probs: Tensor, spec: RoundSpec, random: torch.Generator) -> payload.Answers:
     if spec.codec == "dense":
         return payload.quantise_dense(log_probs.numpy())
     if spec.codec == "sampled":
-        random = torch.Generator().manual_seed(seed)
         drawn = topk_sample(log_probs, spec.draws, generator=random)
         return payload.quantise_sampled(
             drawn.ids.numpy(), drawn.log_probs.numpy(), spec.draws, spec.vocab_size
@@ -30,17 +39,16 @@ def compress(log_probs: Tensor, spec: RoundSpec, seed: int) -> payload.Answers:
     return payload.quantise_topk(*rows, spec.vocab_size)
 
 
-def expand(answers: payload.Answers, start: int, stop: int) -> Tensor:
-    """Rows of an admitted answer as log-probabilities ``[n, V]``; a missing id has its share of the tail."""
-    return torch.from_numpy(payload.expand(answers.rows(start, stop)))
+def expand(answers: payload.Answers) -> Tensor:
+    """Admitted answers as log-probabilities ``[n, V]``; a missing id has its share of the tail."""
+    return torch.from_numpy(payload.expand(answers))
 
 
-def codes(answers: payload.Answers, start: int, stop: int) -> Tensor:
-    """Rows of an admitted answer as rules read them that are taken on bytes: ``uint8 [n, V]``."""
-    chunk = answers.rows(start, stop)
-    if isinstance(chunk, payload.Dense):
-        return torch.from_numpy(chunk.codes.copy())  # what was admitted cannot be written to
-    return expand(answers, start, stop)
+def codes(answers: payload.Answers) -> Tensor:
+    """Admitted answers as rules read them that are taken on bytes: ``uint8 [n, V]``."""
+    if isinstance(answers, payload.Dense):
+        return torch.from_numpy(answers.codes.copy())  # what was admitted cannot be written to
+    return expand(answers)
 
 
 def feedback_spec(spec: RoundSpec) -> RoundSpec:

@@ -4,13 +4,14 @@
 ``admit`` takes them in or refuses them; nothing that ``admit`` returns is anything but well-formed.
 """
 
-from feddistill.payload.admission import admit, bound, encode, read
+from feddistill.payload.admission import admit, bound, encode, read, reread
 from feddistill.payload.answers import (
     Answers,
     Dense,
     Ranked,
     Sampled,
     expand,
+    joined,
     max_code_of,
     quantise_dense,
     quantise_sampled,
@@ -18,11 +19,13 @@ from feddistill.payload.answers import (
     quantise_topk,
     unigram_spread,
 )
-from feddistill.payload.envelope import VERSION, Envelope, digest, seal
+from feddistill.payload.envelope import ENVELOPE_LIMIT, VERSION, Envelope, digest, seal
 from feddistill.payload.ledger import Entry, parse_entries
 from feddistill.payload.request import canonical, fingerprint, parse_spec, spec_digest
+from feddistill.payload.shards import cut, digest_of, pieces, rows_of, shards
 
 __all__ = [
+    "ENVELOPE_LIMIT",
     "VERSION",
     "Answers",
     "Dense",
@@ -33,19 +36,26 @@ __all__ = [
     "admit",
     "bound",
     "canonical",
+    "cut",
     "digest",
+    "digest_of",
     "encode",
     "expand",
     "fingerprint",
+    "joined",
     "max_code_of",
     "parse_entries",
     "parse_spec",
+    "pieces",
     "quantise_dense",
     "quantise_sampled",
     "quantise_threshold",
     "quantise_topk",
     "read",
+    "reread",
+    "rows_of",
     "seal",
+    "shards",
     "spec_digest",
     "unigram_spread",
 ]

@@ -7,6 +7,7 @@ values, and last that the bytes are the only ones that say this.
 
 import re
 from collections.abc import Set
+from dataclasses import replace
 
 from feddistill.errors import DataError
 from feddistill.payload import container, frames, refusals
@@ -25,6 +26,7 @@ from feddistill.payload.codecs import (
 )
 from feddistill.payload.envelope import CLIENT_NAME, FORMAT, VERSION, Envelope, digest, parse_envelope
 from feddistill.payload.request import spec_digest
+from feddistill.payload.shards import rows_of, shards
 from feddistill.types import RoundSpec
 
 FRAME = "zstd"
@@ -50,8 +52,8 @@ METADATA_REASONS: dict[str, type[refusals.Refusal]] = {
 }
 
 
-def encode(answers: Answers, spec: RoundSpec, client: str, shard: tuple[int, int] = (0, 1)) -> bytes:
-    """Answers to ``spec`` as the bytes of a payload; equal arguments give equal bytes.
+def encode(answers: Answers, spec: RoundSpec, client: str, shard: int = 0) -> bytes:
+    """Answers to a shard of ``spec`` as the bytes of a payload; equal arguments give equal bytes.
 
     With ``compression: zstd`` they are equal for equal versions of the library.
 
@@ -60,7 +62,7 @@ def encode(answers: Answers, spec: RoundSpec, client: str, shard: tuple[int, int
         ConfigError: The package zstandard is needed and not there.
     """
     given = (answers.codec, len(answers), answers.k, answers.vocab_size)
-    asked = (spec.codec, spec.positions, spec.k, spec.vocab_size)
+    asked = (spec.codec, _part(spec, shard).positions, spec.k, spec.vocab_size)
     if given != asked:
         raise ValueError(f"answers must be (codec, T, k, V) = {asked}, got {given}")
     if isinstance(answers, Sampled) and answers.draws != spec.draws:
@@ -71,9 +73,9 @@ def encode(answers: Answers, spec: RoundSpec, client: str, shard: tuple[int, int
     return container.pack(tensors, metadata_of(spec, client, shard))
 
 
-def bound(spec: RoundSpec) -> int:
+def bound(spec: RoundSpec, shard: int = 0) -> int:
     """The most bytes that an honest payload can have, from the request alone."""
-    content = spec.positions * row_bytes(spec)
+    content = _part(spec, shard).positions * row_bytes(spec)
     return 8 + container.HEADER_LIMIT + (frames.largest(content) if spec.compression == "zstd" else content)
 
 
@@ -82,8 +84,9 @@ def admit(
     content: bytes | memoryview,
     spec: RoundSpec,
     seen: Set[tuple[str, int]],
-    shard: tuple[int, int] = (0, 1),
+    shard: int = 0,
     *,
+    sender: str | None = None,
     now: int | None = None,
 ) -> Answers:
     """The answers in a payload, after every check.
@@ -93,7 +96,8 @@ def admit(
         content: What ``encode`` made; the answers are views of it where it is not compressed.
         spec: The request that they must answer.
         seen: ``(client, round)`` of what has been admitted.
-        shard: Which part of the proxy set, of how many.
+        shard: Which part of the request.
+        sender: Whom the transport had it from, where it knows: nobody answers in another's name.
         now: Seconds since 1970 (UTC), by the server's clock; needed where the round has a deadline.
 
     Raises:
@@ -105,15 +109,25 @@ def admit(
     """
     if spec.deadline is not None and now is None:
         raise ValueError("a round with a deadline needs the time: now")
-    vouched = parse_envelope(envelope, spec, shard[0], now)
+    vouched = parse_envelope(envelope, spec, shard, now)
     client = vouched.client
+    if sender is not None and client != sender:
+        raise refusals.UnknownClient(sender, spec.round, "envelope, client", sender, client)
     if (client, spec.round) in seen:
         required = "the first of this round"
         raise refusals.SecondSubmission(client, spec.round, "submission", required, "another")
-    if len(content) > bound(spec):
-        raise refusals.TooLarge(client, spec.round, "payload", f"at most {bound(spec)} bytes", len(content))
+    if len(content) > bound(spec, shard):
+        required = f"at most {bound(spec, shard)} bytes"
+        raise refusals.TooLarge(client, spec.round, "payload", required, len(content))
     _check_bytes(content, vouched)
-    return _decode(content, spec, client, metadata_of(spec, client, shard))
+    return _decode(content, _part(spec, shard), client, metadata_of(spec, client, shard))
+
+
+def reread(content: bytes | memoryview, spec: RoundSpec, shard: int = 0) -> Answers:
+    """The answers in a payload that has been admitted, without looking at every value again."""
+    tensors, _ = container.unpack(content)
+    part = _part(spec, shard)
+    return answers_of(_assemble(tensors, part, ""), part)
 
 
 def read(content: bytes) -> tuple[Answers, dict[str, str]]:
@@ -160,7 +174,7 @@ def _spec_of(metadata: dict[str, str]) -> RoundSpec:
     if compression not in COMPRESSIONS:
         required = f"one of {', '.join(COMPRESSIONS)}"
         raise refusals.WrongMetadata("?", 0, "compression", required, compression)
-    known = set(metadata_of(RoundSpec("", 0, "", 1, 1, "", codec, 1, "", 1), "", (0, 1)))
+    known = set(metadata_of(RoundSpec("", 0, "", 1, 1, "", codec, 1, "", 1), "", 0))
     if set(metadata) != known:
         raise refusals.WrongMetadata("?", 0, "metadata", f"{sorted(known)}", f"{sorted(metadata)}")
     step = f"1/{STEPS_PER_NAT}"
@@ -198,7 +212,13 @@ def _number(text: str) -> int:
     return int(text)
 
 
-def metadata_of(spec: RoundSpec, client: str, shard: tuple[int, int]) -> dict[str, str]:
+def _part(spec: RoundSpec, shard: int) -> RoundSpec:
+    """A shard as if it were all that is asked."""
+    start, stop = rows_of(spec, shard)
+    return replace(spec, positions=stop - start, shard_rows=0)
+
+
+def metadata_of(spec: RoundSpec, client: str, shard: int) -> dict[str, str]:
     """What a payload must say of itself."""
     own = {"threshold": {"max_code": str(spec.max_code)}, "sampled": {"draws": str(spec.draws)}}
     return {
@@ -214,8 +234,8 @@ def metadata_of(spec: RoundSpec, client: str, shard: tuple[int, int]) -> dict[st
         "run": spec.run_id,
         "round": str(spec.round),
         "client": client,
-        "shard": f"{shard[0]}/{shard[1]}",
-        "tokens": str(spec.positions),
+        "shard": f"{shard}/{shards(spec)}",
+        "tokens": str(_part(spec, shard).positions),
         "nonce": spec.nonce,  # before the digest, which holds it too: a replay is called one
         "spec": spec_digest(spec),
         **own.get(spec.codec, {}),

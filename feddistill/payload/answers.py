@@ -5,7 +5,8 @@ The error is at most 1/24 nat; beyond 21.25 nats (``code = 255``) a probability 
 Shapes: ``T`` texts or positions, ``V`` classes or vocabulary, ``k`` entries kept a row.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -179,6 +180,19 @@ class Sampled:
 
 
 Answers = Dense | Ranked | Sampled
+
+
+def joined(parts: Sequence[Answers]) -> Answers:
+    """Answers of one codec, one after the other."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    arrays = {
+        field.name: np.concatenate([getattr(part, field.name) for part in parts])
+        for field in fields(first)
+        if isinstance(getattr(first, field.name), np.ndarray)
+    }
+    return replace(first, **arrays)  # type: ignore[arg-type]  # of one class, all of them
 
 
 def expand(answers: Answers, spread: NDArray[np.float64] | None = None) -> LogProbs:

@@ -35,6 +35,7 @@ def check_request(spec: RoundSpec) -> None:
         "vocab_size": (1 <= spec.vocab_size <= LARGEST, f"from 1 to {LARGEST}"),
         "k": (1 <= spec.k <= min(spec.vocab_size, WIDE - 1), "from 1 to vocab_size and 65,535"),
         "max_code": (0 <= spec.max_code <= FLOOR, f"from 0 to {FLOOR}"),
+        "shard_rows": (0 <= spec.shard_rows < spec.positions, "0 or fewer than positions"),
     }
     if spec.codec == "dense":
         required["k"] = (spec.k == spec.vocab_size, f"{spec.vocab_size}, as there are classes")

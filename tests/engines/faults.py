@@ -253,6 +253,13 @@ CASES = (
 )
 
 
+def write(out: Path, found: list[dict]) -> None:
+    """The table, in the order of the cases; those that were not tried now stay as they were."""
+    rows = json.loads(out.read_text()) if out.exists() else []
+    rows = {row["case"]: row for row in [*rows, *found]}
+    out.write_text(json.dumps([rows[case] for case in CASES if case in rows], indent=1) + "\n")
+
+
 @click.command()
 @click.option("--case", "cases", multiple=True, type=click.Choice(CASES), help="Only these.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write the table here, as JSON.")
@@ -273,11 +280,11 @@ def main(cases: tuple[str, ...], out: Path | None) -> None:
                         trial.federation.stop("train")
                 seconds = round(time.monotonic() - start)
                 found.append({"case": case, "outcome": outcome, "as_documented": well, "seconds": seconds})
+                if out:
+                    write(out, found)
                 click.echo(
                     f"{'ok  ' if well else 'FAIL'} {case.replace('_', ' '):20} {outcome} ({seconds} s)"
                 )
-    if out:
-        out.write_text(json.dumps(found, indent=1) + "\n")
     raise SystemExit(not all(row["as_documented"] for row in found))
 
 

@@ -64,6 +64,22 @@ def test_the_simulation_gives_what_one_process_gives(tiny, local, tmp_path):
     assert decisions(train(tiny, tmp_path / "sim", "--engine", "flower-sim")) == decisions(local)
 
 
+def test_fedavg_is_flowers_own(tiny, tmp_path):
+    """Its strategy over the same clients: what one process computes, but for the last digits."""
+    pytest.importorskip("ray", reason="pip install 'feddistill[flower-sim]'")
+    more = ("--set", "baselines=[fedavg]")
+    here = train(tiny, tmp_path / "local", *more)
+    there = train(tiny, tmp_path / "sim", "--engine", "flower-sim", *more)
+    mine, its = (json.loads((run / "result.json").read_text()) for run in (here, there))
+    assert its["metrics"]["student"] == mine["metrics"]["student"]
+    for figure in ("accuracy", "f1_macro"):
+        assert its["metrics"]["fedavg"][figure] == pytest.approx(mine["metrics"]["fedavg"][figure], abs=0.02)
+    assert its["flops"]["baseline_fedavg"] == mine["flops"]["baseline_fedavg"]
+    sent, counted = (found["bytes"]["baselines"]["fedavg"] for found in (its, mine))
+    for way in ("uplink", "downlink"):
+        assert counted[way] < sent[way] < 1.01 * counted[way]  # Flower's headers of arrays are counted too
+
+
 def test_an_unregistered_key_is_refused(federation, tmp_path):
     """A SuperNode with a key of its own making, and the right certificate."""
     stranger = Federation(tmp_path / "stranger", ["client-9"])

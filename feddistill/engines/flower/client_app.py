@@ -3,13 +3,14 @@
 ``app`` is a plain assignment because Flower looks for it without importing this.
 """
 
+import gc
 import os
 from pathlib import Path
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from feddistill.engines.flower.records import of_reply, to_task
+from feddistill.engines.flower.records import of_reply, of_weights, to_task
 from feddistill.federation.protocol import Reply
 
 app = ClientApp()
@@ -24,6 +25,23 @@ def hello(message: Message, context: Context) -> Message:
 @app.query("work")
 def work(message: Message, context: Context) -> Message:
     """Do what the server asks. Of what goes wrong only the type leaves: its text could hold private data."""
+    return Message(of_reply(_handle(message, context)), reply_to=message)
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Train the weights that Flower's strategy sends.
+
+    Raises:
+        RuntimeError: By the type of what went wrong; that is all that Flower tells the server.
+    """
+    reply = _handle(message, context)
+    if reply.error is not None:
+        raise RuntimeError(reply.error)
+    return Message(of_weights(reply), reply_to=message)
+
+
+def _handle(message: Message, context: Context) -> Reply:
     name = _name(context)
     try:
         from feddistill.engines.remote import RemoteClient
@@ -34,11 +52,12 @@ def work(message: Message, context: Context) -> Message:
         state = Path(str(settings.get("state") or context.run_config["state"]))
         file = settings.get("data")
         client = RemoteClient(name, state, Path(str(file)) if file else None)
-        reply = client.handle(to_task(message.content))
+        return client.handle(to_task(message.content))
     except Exception as error:
         _keep(context, error)
-        reply = Reply(name, error=type(error).__name__)
-    return Message(of_reply(reply), reply_to=message)
+        return Reply(name, error=type(error).__name__)
+    finally:
+        gc.collect()  # a simulation's process works for one client after the other: models hold themselves
 
 
 def _name(context: Context) -> str:

@@ -9,11 +9,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from safetensors.numpy import load, save
 
 from feddistill.federation.protocol import Reply, Task
 
 BLOBS, FIELDS = "blobs", "fields"
+ARRAYS = "arrays"
+"""Where Flower's strategies put weights."""
+WEIGHTS = "weights"
+"""The file that they are to an agent."""
 
 
 def of_task(task: Task) -> RecordDict:
@@ -23,8 +28,11 @@ def of_task(task: Task) -> RecordDict:
 
 
 def to_task(content: RecordDict) -> Task:
-    """As a client got it."""
+    """As a client got it; weights of Flower's strategy are a file of safetensors."""
     fields, blobs = _parts(content)
+    if ARRAYS in content:
+        weights = {name: array.numpy() for name, array in content[ARRAYS].items()}
+        blobs[WEIGHTS] = save(weights)
     return Task(fields["kind"], fields["run"], fields["round"], json.loads(fields["content"]), blobs)
 
 
@@ -41,6 +49,18 @@ def to_reply(content: RecordDict) -> Reply:
     if not isinstance(told, dict):
         raise ValueError("a reply's content is an object")
     return Reply(str(fields["client"]), told, blobs, str(fields["error"]) or None)
+
+
+def of_weights(reply: Reply) -> RecordDict:
+    """Weights as Flower's strategies average them."""
+    weights = {name: Array(values) for name, values in load(reply.blobs[WEIGHTS]).items()}
+    cost = reply.content["cost"]
+    metrics = {
+        "num-examples": reply.content["examples"],
+        "seconds": float(cost["seconds"]),
+        "flops": float(cost["flops"]),
+    }
+    return RecordDict({ARRAYS: ArrayRecord(weights), "metrics": MetricRecord(metrics)})
 
 
 def _record(fields: Mapping[str, Any], blobs: Mapping[str, bytes]) -> RecordDict:

@@ -35,6 +35,7 @@ def main(grid: Grid, context: Context) -> None:
     """A run, new or resumed, in the folder that ``feddistill train`` has named."""
     from feddistill import config as configuration
     from feddistill import experiment
+    from feddistill.engines.flower.averaging import GridAverager
     from feddistill.methods.learner import Engine
 
     told = context.run_config
@@ -45,7 +46,8 @@ def main(grid: Grid, context: Context) -> None:
     outcome: dict[str, str] = {}
     try:
         config = configuration.load(folder / "config.yaml")
-        engine = Engine(GridTransport(grid, show), str(told["engine"]), patience)
+        transport = GridTransport(grid, show)
+        engine = Engine(transport, str(told["engine"]), patience, GridAverager(transport))
         experiment.run(config, out, resume=bool(told["resume"]), show=show, engine=engine)
     except FeddistillError as error:
         outcome = {"error": str(error)}

@@ -41,6 +41,10 @@ class GridTransport:
                 return present
             time.sleep(self.poll)
 
+    def nodes(self, wanted: Sequence[str], wait: float) -> dict[str, int]:
+        """The SuperNodes of those of ``wanted`` that can be asked now."""
+        return {name: self._nodes[name] for name in self.clients(wanted, wait)}
+
     def ask(self, task: Task, clients: Sequence[str], timeout: float) -> Iterator[Reply]:
         """See ``Transport``."""
         nodes = {self._nodes[name]: name for name in clients}

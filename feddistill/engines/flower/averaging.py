@@ -1,0 +1,91 @@
+"""Federated averaging by Flower's own strategy, over the clients of the federation."""
+
+from collections.abc import Iterable, Mapping
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg
+from torch import Tensor
+
+from feddistill.engines.flower.records import of_task
+from feddistill.engines.flower.transport import GridTransport
+from feddistill.errors import RoundError
+from feddistill.federation.protocol import Task
+from feddistill.methods.feddistill import task_of
+from feddistill.methods.learner import Average, Session
+from feddistill.types import Cost
+
+
+class GridAverager:
+    """Has the clients behind ``transport`` train, and Flower average."""
+
+    def __init__(self, transport: GridTransport):
+        self.transport = transport
+
+    def __call__(self, session: Session, number: int, weights: Mapping[str, Tensor]) -> Average:
+        """See ``Averager``."""
+        names = [private.name for private in session.splits.private]
+        quorum = session.config.aggregation.quorum or len(names)
+        patience = session.engine.patience
+        task = task_of(session, "average", number)
+        for _ in range(patience.attempts):  # who has trained already says so at once
+            nodes = self.transport.nodes(names, patience.connect)
+            strategy = _Strategy(task, nodes)
+            result = strategy.start(
+                self.transport.grid, ArrayRecord(dict(weights)), num_rounds=1, timeout=patience.reply
+            )
+            if len(strategy.answered) == len(names):
+                break
+        if len(strategy.answered) < quorum:
+            raise RoundError(
+                f"fedavg: round {number}: {len(strategy.answered)} clients sent weights, quorum {quorum}"
+            )
+        return Average(
+            result.arrays.to_torch_state_dict(),
+            uplink=strategy.uplink,
+            downlink=strategy.downlink,
+            cost=strategy.cost,
+            missing=[name for name in names if name not in strategy.answered],
+        )
+
+
+class _Strategy(FedAvg):  # type: ignore[misc]  # Flower is untyped
+    """Flower's arithmetic; our clients, by name, and a count of what travels."""
+
+    def __init__(self, task: Task, nodes: Mapping[str, int]):
+        super().__init__(fraction_evaluate=0.0, min_train_nodes=1, min_available_nodes=1)
+        self.task = task
+        self.nodes = nodes
+        self.answered: list[str] = []
+        self.uplink = self.downlink = 0
+        self.cost = Cost()
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """To each client of the federation."""
+        record = of_task(self.task)
+        record[self.arrayrecord_key] = arrays
+        self.downlink = size_of(arrays) * len(self.nodes)
+        return list(self._construct_messages(record, list(self.nodes.values()), MessageType.TRAIN))
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Flower's weighted mean of what came."""
+        came, names = list(replies), {node: name for name, node in self.nodes.items()}
+        for message in came:
+            if message.has_error():
+                continue
+            told: RecordDict = message.content
+            self.answered.append(names[message.metadata.src_node_id])
+            self.uplink += size_of(told[self.arrayrecord_key])
+            metrics = next(iter(told.metric_records.values()))
+            self.cost += Cost(float(metrics["seconds"]), int(metrics["flops"]))
+        arrays, metrics = super().aggregate_train(server_round, came)
+        return arrays, metrics
+
+
+def size_of(arrays: ArrayRecord) -> int:
+    """Bytes of all weights as they travel."""
+    return sum(len(array.data) for array in arrays.values())

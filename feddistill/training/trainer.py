@@ -1,0 +1,158 @@
+"""``transformers.Trainer`` with our loss, and with texts of about one length in a batch."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from feddistill.accounting import FlopMeter
+from feddistill.batches import pad
+from feddistill.config.training import DistillConfig, TrainingConfig
+from feddistill.training import Lessons, lesson_loss
+from feddistill.types import Tick
+
+
+def in_batches(lengths: list[int], batch_size: int, order: torch.Generator) -> LengthGroupedSampler:
+    """Rows in the order of an epoch: texts of about one length share a batch."""
+    return LengthGroupedSampler(batch_size, lengths=lengths, generator=order)
+
+
+def arguments(
+    config: TrainingConfig, scratch: str, total: int, *, seed: int, bf16: bool
+) -> TrainingArguments:
+    """Of ``total`` optimiser steps."""
+    return TrainingArguments(
+        output_dir=scratch,
+        max_steps=total,
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=config.schedule,
+        warmup_steps=int(config.warmup_ratio * total),
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        bf16=bf16,
+        use_cpu=not torch.cuda.is_available(),
+        seed=seed,
+        data_seed=seed,
+        save_strategy="no",
+        logging_strategy="steps",
+        logging_steps=max(1, total // 50),
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+
+
+class _Rows(Dataset[dict[str, Any]]):
+    def __init__(self, tokens: Sequence[Sequence[int]]):
+        self.tokens = tokens
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        return {"row": row, "input_ids": self.tokens[row]}
+
+
+class _Padding:
+    def __init__(self, pad_id: int):
+        self.pad_id = pad_id
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        ids, mask = pad([example["input_ids"] for example in examples], self.pad_id)
+        rows = torch.tensor([example["row"] for example in examples])
+        return {"input_ids": ids, "attention_mask": mask, "rows": rows}
+
+
+class _Ticker(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
+    def __init__(self, tick: Tick):
+        self.tick = tick
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.tick(state.global_step, state.max_steps)
+
+
+class LessonTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
+    """Trains ``model`` in place; see ``training.fit``."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lessons: Lessons,
+        args: TrainingArguments,
+        config: TrainingConfig,
+        *,
+        pad_id: int,
+        head: set[str],
+        meter: FlopMeter,
+        distill: DistillConfig | None,
+        proximal: float,
+        tick: Tick | None,
+    ):
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=_Rows(lessons.tokens),
+            data_collator=_Padding(pad_id),
+            callbacks=[_Ticker(tick)] if tick else None,
+        )
+        self.remove_callback(PrinterCallback)  # its lines of numbers; ours go to the records
+        device = self.args.device
+        self.lessons, self.config, self.distill, self.head, self.meter = lessons, config, distill, head, meter
+        self.optimizer: torch.optim.Optimizer | None
+        self.labels = lessons.labels.to(device)
+        teacher = lessons.teacher
+        self.teacher = teacher.to(device) if isinstance(teacher, Tensor) else teacher  # a file stays one
+        self.taught = None if lessons.taught is None else lessons.taught.to(device)
+        self.proximal = proximal
+        self.start = [p.detach().clone() for p in self._trained()] if proximal else []
+        self.model_accepts_loss_kwargs = False  # our loss is a mean: Trainer divides by accumulated batches
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
+        """Of a batch; counts its operations."""
+        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        rows = inputs["rows"]
+        teacher = None if self.teacher is None else self.teacher[rows].to(rows.device)
+        taught = None if self.taught is None else self.taught[rows]
+        loss = lesson_loss(outputs.logits, self.labels[rows], teacher, taught, self.distill)
+        for now, then in zip(self._trained(), self.start, strict=False):
+            loss = loss + 0.5 * self.proximal * (now - then).square().sum()
+        self.meter.add(*inputs["input_ids"].shape, training=True)
+        return (loss, outputs) if return_outputs else loss
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def create_optimizer(self, *_: Any) -> Any:
+        """AdamW with a learning rate of the head's own."""
+        if self.optimizer is None:
+            trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+            rate = self.config.learning_rate
+            groups = [
+                {"params": [p for n, p in trained if n not in self.head], "lr": rate},
+                {
+                    "params": [p for n, p in trained if n in self.head],
+                    "lr": self.config.head_learning_rate or rate,
+                },
+            ]
+            self.optimizer = torch.optim.AdamW(
+                [group for group in groups if group["params"]], weight_decay=self.config.weight_decay
+            )
+        return self.optimizer
+
+    def _get_train_sampler(self, *_: Any) -> LengthGroupedSampler:
+        order = torch.Generator().manual_seed(self.args.seed)
+        return in_batches([len(t) for t in self.lessons.tokens], self.config.batch_size, order)
