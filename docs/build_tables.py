@@ -3,11 +3,15 @@
 python docs/build_tables.py                      rewrite what stands between the markers
 python docs/build_tables.py --check              say what differs, exit status 1
 python docs/build_tables.py --collect RUN ...    print the results of several runs as one file
+python docs/build_tables.py --study STUDY ...    take the summaries and figures of studies into docs/results
 """
 
+import csv
 import json
 import re
+import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -150,12 +154,63 @@ def faults() -> str:
     return "\n".join(lines)
 
 
+def study(name: str) -> str:
+    """Accuracy of a committed study: of every method by the first axis; of several axes, the student's."""
+    sys.path.insert(0, str(ROOT))
+    from feddistill.report import NAMES, size
+
+    with (RESULTS / name / "summary.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    labels = list(rows[0])[: list(rows[0]).index("who")]
+    first, *rest = labels
+    if rest:
+        rows = [row for row in rows if row["who"] == "student"]
+    values = list(dict.fromkeys(row[first] for row in rows))
+    lines: dict[str, dict[str, dict[str, str]]] = {}
+    for row in rows:
+        of = ", ".join(row[label] for label in rest) if rest else NAMES[row["who"]]
+        lines.setdefault(of, {})[row[first]] = row
+    what = ", ".join(rest) if rest else "method"
+    table = [f"| {what} | {' | '.join(f'{first} {value}' for value in values)} | uploaded |"]
+    table.append(f"|---|{'--:|' * (len(values) + 1)}")
+    for of, found in lines.items():
+        cells = [_accuracy(found.get(value)) for value in values]
+        sent = next(iter(found.values()))["uplink"]
+        table.append(f"| {of} | {' | '.join(cells)} | {size(int(sent)) if sent else '–'} |")
+    seeds = {row["seeds"] for row in rows}
+    note = (
+        f"Accuracy on the test set in per cent, mean ± standard deviation of {'/'.join(sorted(seeds))} seeds"
+    )
+    who = "; the student's" if rest else ""
+    return "\n".join([*table, "", f"{note}{who}. `docs/results/{name}/summary.csv` has everything else."])
+
+
+def _accuracy(row: dict[str, str] | None) -> str:
+    if row is None:
+        return "–"
+    spread = f" ± {100 * float(row['accuracy_std']):.1f}" if row["accuracy_std"] else ""
+    return f"{100 * float(row['accuracy']):.1f}{spread}"
+
+
+def take(folders: list[str]) -> None:
+    """Summaries and figures of studies, as they are committed."""
+    for folder in map(Path, folders):
+        to = RESULTS / folder.name
+        to.mkdir(parents=True, exist_ok=True)
+        for path in (folder / "study.yaml", folder / "summary.csv", *(folder / "figures").glob("*.svg")):
+            shutil.copy(path, to)
+
+
 TABLES = {
     "README.md": {"quickstart": quickstart, "kernels": kernels, "gpu": gpu},
     "docs/gpu.md": {"gpu": gpu, "resources": resources},
     "docs/aggregation.md": {"rules": rules, "attacks": attacks, "robustness": robustness, "merging": merging},
     "docs/payload.md": {"sizes": sizes},
     "docs/deployment.md": {"scale": scale, "faults": faults},
+    **{
+        str(page.relative_to(ROOT)): {"study": partial(study, page.stem)}
+        for page in sorted((ROOT / "docs" / "studies").glob("*.md"))
+    },
 }
 
 
@@ -190,4 +245,6 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--collect"]:
         print(collect(sys.argv[2:]))
         sys.exit()
+    if sys.argv[1:2] == ["--study"]:
+        take(sys.argv[2:])
     sys.exit(main("--check" in sys.argv[1:]))

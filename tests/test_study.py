@@ -25,6 +25,7 @@ def written(tiny_settings, tmp_path):
         "base": "base.yaml",
         "grid": {"data.partition.alpha": [0.5, 100]},
         "seeds": [0, 1],
+        "target": 0.05,
     }
     path.write_text(yaml.safe_dump(content, sort_keys=False))
     return path
@@ -113,6 +114,8 @@ def test_tables_are_means_over_seeds(swept):
         assert float(row["accuracy_std"]) == pytest.approx(abs(of[0] - of[1]) / 2**0.5, abs=1e-6)
     fedavg, student = (next(r for r in summary if r["who"] == who) for who in ("fedavg", "student"))
     assert int(fedavg["uplink"]) > int(student["uplink"])
+    assert float(fedavg["target_round"]) == 1  # there is one round, and the target is chance
+    assert int(float(fedavg["target_bytes"])) == int(fedavg["uplink"])
     assert (swept["out"] / "table.tex").read_text().count(r"\\") == 1 + len(summary)
 
 

@@ -29,12 +29,19 @@ def write(out: Path) -> Path:
     """
     study, found = collect(out)
     rows = [
-        {**cell.labels, "seed": cell.seed, "who": who, **figures, **_costs(result, who)}
+        {
+            **cell.labels,
+            "seed": cell.seed,
+            "who": who,
+            **figures,
+            **_costs(result, who),
+            **_reached(result, who, study.target),
+        }
         for cell, result in found
         for who, figures in metric_rows(result)
     ]
     (out / "runs.csv").write_text(as_csv(rows), encoding="utf-8")
-    summary = [row for labels, results in groups(found) for row in _summary(labels, results)]
+    summary = [row for labels, results in groups(found) for row in _summary(labels, results, study.target)]
     (out / "summary.csv").write_text(as_csv(summary), encoding="utf-8")
     (out / "table.tex").write_text(latex(summary), encoding="utf-8")
     drawn = draw([(labels, results) for labels, results in groups(found)])
@@ -72,8 +79,30 @@ def _costs(result: Json, who: str) -> Json:
     return {"uplink": sent, "flops": result["flops"].get(f"baseline_{name}")}
 
 
-def _summary(labels: Mapping[str, Any], results: Sequence[Json]) -> list[Json]:
-    """A row for each method: mean and sample standard deviation over seeds."""
+def _reached(result: Json, who: str, target: float | None) -> Json:
+    """The first round in which a method was as good as ``target`` on validation; what was sent by then."""
+    if target is None:
+        return {}
+    rounds = [
+        row["round"]
+        for row in result["by_round"]
+        if row["series"] == who and row["validation_accuracy"] >= target
+    ]
+    if not rounds:
+        return {"target_round": None, "target_bytes": None}
+    if who == "student":
+        sent = sum(sum(entry["uplink"].values()) for entry in result["bytes"]["by_round"][: rounds[0]])
+        return {"target_round": rounds[0], "target_bytes": sent + result["bytes"]["descriptions"]}
+    whole = result["bytes"]["baselines"].get(who, {}).get("uplink", 0)
+    last = max(row["round"] for row in result["by_round"] if row["series"] == who)
+    return {"target_round": rounds[0], "target_bytes": whole * rounds[0] // last}
+
+
+def _summary(labels: Mapping[str, Any], results: Sequence[Json], target: float | None = None) -> list[Json]:
+    """A row for each method: mean and sample standard deviation over seeds.
+
+    A target counts as reached where every seed has reached it: the mean of their rounds, and of their bytes.
+    """
     rows = []
     for who, _ in metric_rows(results[0]):
         of = [dict(metric_rows(result))[who] for result in results]
@@ -86,6 +115,10 @@ def _summary(labels: Mapping[str, Any], results: Sequence[Json]) -> list[Json]:
         for cost in ("uplink", "flops"):
             known = [c[cost] for c in costs if c[cost] is not None]
             row[cost] = round(fmean(known)) if known else None
+        reached = [_reached(result, who, target) for result in results]
+        for key in reached[0]:
+            values = [one[key] for one in reached]
+            row[key] = round(fmean(values), 1) if None not in values else None
         rows.append(row)
     return rows
 
