@@ -59,7 +59,7 @@ class PayloadConfig(Setting):
     """How answers are compressed for the wire (``docs/payload.md``)."""
 
     codec: Literal["dense", "topk", "threshold", "sampled"] = "dense"
-    """``dense``: a byte for each class. ``topk``: ids and bytes of the ``k`` likeliest.
+    """``dense``: a byte for each of up to 256 classes. ``topk``: ids and bytes of the ``k`` likeliest.
     ``threshold``: of these, those of at least ``epsilon``. ``sampled``: ``draws`` random ids, for means."""
     k: int = Field(default=16, ge=1, le=4096)
     """Entries a row of the ``topk`` codec, and at most of ``threshold``."""

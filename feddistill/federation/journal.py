@@ -44,7 +44,9 @@ class Journal:
         self._count("received_bytes_total", reply.client, task, reply.bytes())
         self._numbers["reply_seconds", reply.client, task.kind] = seconds
         told: dict[str, Any] = {"client": reply.client, "bytes": reply.bytes(), "seconds": round(seconds, 3)}
-        told |= {key: reply.content[key] for key in ("part", "parts") if key in reply.content}
+        for key in ("shard", "shards"):
+            if isinstance(reply.content.get(key), int):
+                told[key] = reply.content[key]
         self._event("replied", task, **told)
 
     def dropped(self, task: Task, reply: Reply) -> None:

@@ -36,12 +36,12 @@ class Watch:
 
     def table(self) -> Table:
         """Clients in the order of their names."""
-        made = Table("client", "round", "task", "state", "part", "received", "seconds")
+        made = Table("client", "round", "task", "state", "shard", "received", "seconds")
         for name, row in sorted(self.rows.items()):
-            part = f"{row['part'] + 1}/{row['parts']}" if row.get("parts", 1) > 1 else ""
+            shard = f"{row.get('shard', 0) + 1}/{row['shards']}" if row.get("shards", 1) > 1 else ""
             seconds = f"{row['seconds']:.1f}" if "seconds" in row else ""
             made.add_row(
-                name, str(row["round"]), row["task"], row["state"], part, f"{row['received']:,} B", seconds
+                name, str(row["round"]), row["task"], row["state"], shard, f"{row['received']:,} B", seconds
             )
         return made
 
@@ -52,7 +52,7 @@ class Watch:
         for name in names:
             received = self.rows.get(name, {}).get("received", 0) + event.get("bytes", 0)
             told: Json = {
-                key: event[key] for key in ("round", "task", "part", "parts", "seconds") if key in event
+                key: event[key] for key in ("round", "task", "shard", "shards", "seconds") if key in event
             }
             self.rows[name] = {**told, "state": STATES[event["event"]], "received": received}
         return True
