@@ -58,7 +58,7 @@ def run(
         config = resolve(config)
         _here(config, engine)
         prepare(config)
-        splits = check(config, show)
+        splits = check(config, show, build=_works_here(engine))
         directory = RunDirectory.create(out, configuration.dump(config))
     try:
         if resume:
@@ -66,7 +66,7 @@ def run(
             if (done := _result(directory)) is not None:
                 return done
             prepare(config)
-            splits = check(config, show)
+            splits = check(config, show, build=_works_here(engine))
         _same_data(splits, directory)
         engine = _engine(engine, directory)
         skew = data.skew(splits)
@@ -99,15 +99,15 @@ def decide(out: Path, show: Show | None = None) -> list[Json]:
         directory.close()
 
 
-def check(config: Config, show: Show | None = None) -> Splits:
-    """Read the data and build every model once; returns the data. Nothing is trained or written."""
+def check(config: Config, show: Show | None = None, *, build: bool = True) -> Splits:
+    """Read the data and ``build`` every model once; returns the data. Nothing is trained or written."""
     show = show or Quiet()
     transformers.utils.logging.set_verbosity_error()  # its chatter and bars; what we show is enough
     transformers.utils.logging.disable_progress_bar()
     with show.step("read the data"):
         splits = data.load(config.data, config.seed)
     with show.step("build the models"):
-        methods.check(config, splits)
+        methods.check(config, splits, build=build)
     return splits
 
 
@@ -243,6 +243,12 @@ def _here(config: Config, engine: Engine | None) -> None:
     """Whether the texts are where the clients will work."""
     if isinstance(config.data.partition, AtClientsPartition) and (engine is None or engine.transport is None):
         raise ConfigError("data.partition at_clients needs clients elsewhere: --engine flower")
+
+
+def _works_here(engine: Engine | None) -> bool:
+    """Whether this process has the models; a coordinator of clients elsewhere, which may be small, has the
+    student when it teaches it, and the command that starts it has built them all."""
+    return engine is None or engine.transport is None
 
 
 def prepare(config: Config) -> None:

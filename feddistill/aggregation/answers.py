@@ -13,7 +13,7 @@ from feddistill.types import ClientDescription
 from feddistill.weights import class_counts
 from feddistill_kernels import TopK
 
-CHUNK = 1 << 22
+CHUNK = 1 << 20
 """Numbers worked on at once: what bounds the memory, whatever ``N`` is."""
 
 STEPS_PER_NAT = 12

@@ -69,7 +69,7 @@ class PayloadConfig(Setting):
     """Of ``sampled``: ids drawn for each row, with replacement."""
     compression: Literal["none", "zstd"] = "none"
     """``zstd`` needs the package zstandard."""
-    shard_mib: float = Field(default=16, gt=0, le=32)
+    shard_mib: float = Field(default=8, gt=0, le=32)
     """MiB of answers, before compression, that travel in one message; longer ones are cut."""
 
 

@@ -12,8 +12,8 @@ DENSE_CLASSES = 256
 """The most that the dense codec holds: where there are more, ``topk`` is smaller."""
 
 
-def check(config: Config, splits: Splits) -> None:
-    """Build every model once and hold the settings against the data.
+def check(config: Config, splits: Splits, *, build: bool = True) -> None:
+    """Hold the settings against the data, and ``build`` every model once.
 
     Raises:
         ConfigError: A setting asks for more clients, classes or labels than there are.
@@ -40,6 +40,8 @@ def check(config: Config, splits: Splits) -> None:
         raise ConfigError("baselines: fedmkt needs labels, but data.proxy.labelled is 0")
     if "public_only" in config.baselines and not labelled:
         raise ConfigError("baselines: public_only needs labels, but data.proxy.labelled is 0")
+    if not build:
+        return
     for index, model in enumerate(config.clients.models[: max(splits.places) + 1]):
         models.build(model, classes, 0, f"clients.models.{index}")
     models.build(config.student.model, classes, 0, "student.model")

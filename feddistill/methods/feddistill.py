@@ -356,7 +356,7 @@ class _Rounds:
         run, back, digests = self.session.run, wire.feedback_spec(spec), []
         for shard, (envelope, content) in enumerate(uploads.files(step, back)):
             seed = draws(self.session.config.seed, spec.round, wire.SERVER, shard)
-            answers = wire.compress(teacher(*payload.rows_of(back, shard)), back, seed)
+            answers = wire.compress_rows(teacher, *payload.rows_of(back, shard), back, seed)
             encoded = payload.encode(answers, back, wire.SERVER, shard)
             run.write_bytes(content, encoded)
             run.write_bytes(envelope, payload.seal(encoded, back, wire.SERVER, shard))

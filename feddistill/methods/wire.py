@@ -1,5 +1,6 @@
 """Between a model's answers and what travels: log-probabilities to payloads and back."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -13,15 +14,23 @@ SERVER = "server"
 """Who sends the teacher back to the clients."""
 
 
-PART = 1 << 21
+PART = 1 << 20
 """Log-probabilities compressed at a time: what bounds the copies in float64."""
 
 
 def compress(log_probs: Tensor, spec: RoundSpec, seed: int) -> payload.Answers:
     """``[N, V]`` as the codec of ``spec`` wants them; ``seed`` is that of the ``sampled`` codec's draws."""
+    return compress_rows(lambda start, stop: log_probs[start:stop], 0, len(log_probs), spec, seed)
+
+
+def compress_rows(
+    read: Callable[[int, int], Tensor], start: int, stop: int, spec: RoundSpec, seed: int
+) -> payload.Answers:
+    """Rows from ``start`` to ``stop`` of what ``read`` reads, a few of them in memory at a time."""
     random = torch.Generator().manual_seed(seed)
-    parts = log_probs.split(max(1, PART // log_probs.shape[1]))
-    return payload.joined([_compress(part, spec, random) for part in parts])
+    step = max(1, PART // spec.vocab_size)
+    parts = ((first, min(first + step, stop)) for first in range(start, stop, step))
+    return payload.joined([_compress(read(*part), spec, random) for part in parts])
 
 
 def _compress(log_probs: Tensor, spec: RoundSpec, random: torch.Generator) -> payload.Answers:

@@ -73,8 +73,8 @@ def train(
         raise ConfigError("data.partition at_clients needs clients elsewhere: --engine flower")
     if not resume:
         RunDirectory.check_free(out)
+    splits = experiment.check(config, show)
     if link is None:
-        splits = experiment.check(config, show)
         with _folder() as folder, _superlink(folder) as own:
             federation = _resources(config, max(splits.places) + 1)
             _run(config, out, folder, own, resume, patience, show, federation)
