@@ -40,6 +40,8 @@ QUIET = {
 NAME = "feddistill"
 START_SECONDS = 60.0
 POLL_SECONDS = 0.5
+END_SECONDS = 5.0
+"""That a simulation has to end by itself."""
 LOOPBACK = ("127.0.0.1:", "localhost:", "[::1]:")
 
 
@@ -259,12 +261,41 @@ def _healthy(port: int) -> bool:
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
-    """The process and all that it has started."""
+    """The process and all that it has started, in sessions of their own too, as a simulation is."""
+    family = _family(process.pid)
     for number in (signal.SIGTERM, signal.SIGKILL):
+        family |= {child for pid in family for child in _family(pid)}
         with suppress(ProcessLookupError):
             os.killpg(process.pid, number)
+        for pid in family:
+            with suppress(ProcessLookupError, PermissionError):  # PermissionError: another's by now
+                os.kill(pid, number)
         with suppress(subprocess.TimeoutExpired):
             process.wait(15)
+        end = time.monotonic() + END_SECONDS
+        while number == signal.SIGTERM and any(map(_alive, family)) and time.monotonic() < end:
+            time.sleep(0.1)
+
+
+def _family(pid: int) -> set[int]:
+    """A process and all below it; alone where the system does not say."""
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+    found, more = {pid}, {pid}
+    while more:
+        more = {child for child, parent in parents.items() if parent in more} - found
+        found |= more
+    return found
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except OSError:
+        return False
+    return True
 
 
 def program(name: str) -> str:
