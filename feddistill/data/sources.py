@@ -81,6 +81,30 @@ def _files(source: FileSource, name: str) -> Table:
 
 
 def _one_file(file: Path, source: FileSource, name: str) -> dict[str, list[Any]]:
+    try:
+        match file.suffix.lower():
+            case ".txt":
+                return {source.text_column: _lines(file)}
+            case ".jsonl" | ".ndjson":
+                return _objects([json.loads(line) for line in _lines(file)])
+            case _:
+                return _frame(file, name)
+    except OSError as error:
+        raise DataError(f"{name}: cannot read {file}: {error.strerror or error}") from None
+    except (ValueError, TypeError) as error:  # parsers' own; UnicodeDecodeError too
+        raise DataError(f"{name}: {file} is malformed: {' '.join(str(error).split())}") from None
+
+
+def _objects(rows: list[Any]) -> dict[str, list[Any]]:
+    """Columns of JSON objects; what an object lacks is ``None``."""
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise ValueError(f"row {number} is no object")
+    keys = dict.fromkeys(str(key) for row in rows for key in row)
+    return {key: [row.get(key) for row in rows] for key in keys}
+
+
+def _frame(file: Path, name: str) -> dict[str, list[Any]]:
     import pandas
     import pyarrow
 
@@ -93,20 +117,14 @@ def _one_file(file: Path, source: FileSource, name: str) -> dict[str, list[Any]]
                 )
                 if not isinstance(frame.index, pandas.RangeIndex):  # pandas makes the first field an index
                     raise ValueError("rows have more fields than the header; quote texts that hold commas")
-            case ".jsonl" | ".ndjson":
-                frame = pandas.DataFrame([json.loads(line) for line in _lines(file)])
             case ".json":
                 frame = pandas.DataFrame(json.loads(file.read_text(encoding="utf-8")))
             case ".parquet":
                 frame = pandas.read_parquet(file)
-            case ".txt":
-                return {source.text_column: _lines(file)}
             case other:
                 raise DataError(f"{name}: {file} ends in {other!r}; readable are {', '.join(READABLE)}")
-    except OSError as error:
-        raise DataError(f"{name}: cannot read {file}: {error.strerror or error}") from None
-    except (ValueError, TypeError, pyarrow.ArrowException) as error:  # parsers' own; UnicodeDecodeError too
-        raise DataError(f"{name}: {file} is malformed: {' '.join(str(error).split())}") from None
+    except pyarrow.ArrowException as error:
+        raise ValueError(str(error)) from None
     return {str(key): frame[key].tolist() for key in frame.columns}
 
 

@@ -33,7 +33,8 @@ def lines(path: Path, count: int, *, labelled: bool) -> None:
 
 def settings(folder: Path, clients: int, texts: int) -> dict:
     """A configuration for these texts; models are as small as they come."""
-    lines(folder / "private.jsonl", CLASSES, labelled=True)
+    for client in range(clients):
+        lines(folder / f"client-{client}.jsonl", CLASSES, labelled=True)
     lines(folder / "others.jsonl", 200, labelled=True)
     lines(folder / "proxy.jsonl", texts, labelled=False)
     model = {"layers": [0], "freeze_embeddings": True, "max_tokens": 16}
@@ -45,14 +46,19 @@ def settings(folder: Path, clients: int, texts: int) -> dict:
         "rounds": 1,
         "threads": 1,
         "data": {
-            "source": {"kind": "files", "path": str(folder / "private.jsonl")},
-            "private": {"size": CLASSES},
+            "labels": [f"class {number:05d}" for number in range(CLASSES)],
             "proxy": {"source": public},
             "validation": others,
             "test": others,
-            "partition": {"kind": "iid", "clients": clients},
+            "partition": {
+                "kind": "given",
+                "sources": {
+                    f"client-{client}": {"kind": "files", "path": str(folder / f"client-{client}.jsonl")}
+                    for client in range(clients)
+                },
+            },
         },
-        "payload": {"codec": "topk", "k": KEPT},
+        "payload": {"codec": "topk", "k": KEPT, "shard_mib": 4},
         "clients": {"models": [model], "training": training},
         "student": {"model": model, "training": training},
     }
