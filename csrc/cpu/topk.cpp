@@ -8,8 +8,8 @@
 namespace feddistill {
 
 std::int64_t topk_cpu(const TopK& task, int threads, int set) {
-    constexpr std::int64_t kOperations = 2;  // an element's, in those of kWorthAThread
-    threads = worth(task.rows * task.vocab * kOperations, threads);
+    constexpr std::int64_t kOperations = 2, kRow = 4096;  // an element's and a row's, in those of kWorthAThread
+    threads = worth(task.rows * (task.vocab * kOperations + kRow), threads);
     const TopKSizes sizes = topk_sizes(task);
     const std::int64_t floats = sizes.values + sizes.group_maxima;
     const auto memory = std::make_unique_for_overwrite<float[]>(floats * threads);

@@ -152,6 +152,19 @@ void collect(const Element<kDType>* z, std::int64_t n, float above, Candidates& 
     over<kDType>(z, j, n, look);
 }
 
+constexpr std::int64_t kShort = 4096;  // columns: as many candidates have room in any case
+
+// The k-th largest of a short row, whose groups are too few to tell, or one below it that a few more columns reach.
+template <DType kDType>
+float kth_of_short(const Element<kDType>* z, std::int64_t n, std::int64_t k, float* room) {
+    const std::int64_t most = k + k / 2;
+    if constexpr (kDType == DType::f32) return kth_largest(z, n, k, most);
+    over<kDType>(z, 0, n, [&](std::int64_t j, int lanes, Floats v) __attribute__((always_inline)) {
+        put<DType::f32>(room + j, v, lanes);
+    });
+    return kth_largest(room, n, k, most);
+}
+
 template <DType kDType>
 bool compress(const TopK& task, std::int64_t row, const TopKScratch& scratch) {
     const std::int64_t n = task.vocab, k = task.k;
@@ -173,7 +186,9 @@ bool compress(const TopK& task, std::int64_t row, const TopKScratch& scratch) {
 
     Candidates c{0, scratch.room, k, scratch.values, scratch.ids};
     // k groups have their largest from here on, so k columns have.
-    const float least = groups < 2 * k ? -kInf : kth_largest(scratch.group_maxima, groups, k, k + k / 8);
+    const float least = groups >= 2 * k            ? kth_largest(scratch.group_maxima, groups, k, k + k / 8)
+                        : n <= kShort && 2 * k <= n ? kth_of_short<kDType>(z, n, k, scratch.values)
+                                                    : -kInf;
     collect<kDType>(z, n, least == -kInf ? least : float_of(key_of(least == 0 ? -0.0f : least) - 1), c);
     std::int32_t places[kFew];
     bool ranked = false;
