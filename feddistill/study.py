@@ -128,6 +128,8 @@ def sweep(
 ) -> dict[str, str]:
     """Run every cell that is not done yet, in ``out``; returns what went wrong, by cell.
 
+    One seed of every cell comes first, so that a study which is stopped compares all of them.
+
     Args:
         study: What to run.
         out: A new folder, or one in which the same study was begun.
@@ -141,6 +143,7 @@ def sweep(
     show = show or Quiet()
     _claim(study, out)
     todo = [cell for cell in cells(study) if not (out / CELLS / cell.name / RESULT).exists()]
+    todo.sort(key=lambda cell: study.seeds.index(cell.seed))
     done = len(cells(study)) - len(todo)
     if done:
         show.say(f"{done} of {done + len(todo)} runs are done")

@@ -40,6 +40,7 @@ def test_the_digest_sees_every_setting():
             "aggregation.rule={kind: trimmed_mean, trim: 2}",
             "aggregation.rule.trim = 2 discards all 4 clients",
         ),
+        ("clients.evaluate=false", "baselines: local_only needs clients.evaluate, which is false"),
         ("aggregation.quorum=5", "aggregation.quorum = 5 exceeds the 4 clients"),
         ("aggregation.mix=2", "aggregation.mix = 2 must be fewer than half of the 4 clients"),
         (

@@ -15,7 +15,7 @@ from feddistill.cli import COMMANDS
 from feddistill.config import load, parse
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 
 
 def test_tables_are_those_of_the_committed_results():

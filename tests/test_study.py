@@ -130,6 +130,34 @@ def test_the_page_needs_nothing_else(swept):
         assert (swept["out"] / name).is_file()
 
 
+def test_robustness_is_the_swing_over_the_first_axis(swept):
+    summary = rows(swept["out"] / "summary.csv")
+    for row in summary:
+        row["accuracy"] = float(row["accuracy"])
+    found = {row["who"]: row for row in studies.robustness(summary)}
+    of = {row["alpha"]: row["accuracy"] for row in summary if row["who"] == "fedavg"}
+    assert found["FedAvg"]["spread"] == pytest.approx(max(of.values()) - min(of.values()))
+    assert of[found["FedAvg"]["least_at"]] == min(of.values())
+    assert "Robustness" in swept["page"]
+    assert studies.robustness([row for row in summary if row["alpha"] == "100"]) == []
+
+
+def test_values_that_are_no_numbers_are_bars(swept):
+    _, found = study.collect(swept["out"])
+    cases = [({"case": f"alpha {labels['alpha']}"}, results) for labels, results in study.groups(found)]
+    drawn = studies.draw(cases)["grid"]
+    assert "alpha 0.5" in drawn
+    mean = 100 * sum(r["metrics"]["student"]["accuracy"] for r in cases[0][1]) / 2
+    assert f"{mean:.1f}" in drawn
+
+
+def test_every_cell_has_its_first_seed_before_any_has_its_second(written, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(experiment, "run", lambda config, out, **more: asked.append(config.seed))
+    study.sweep(study.load(written), tmp_path / "out")
+    assert asked == [0, 0, 1, 1]
+
+
 def test_what_is_done_is_not_done_again(swept, monkeypatch):
     monkeypatch.setattr(experiment, "run", None)
     assert study.sweep(swept["study"], swept["out"]) == {}

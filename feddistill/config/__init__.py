@@ -104,6 +104,8 @@ class Config(Setting):
             raise ConfigError(
                 f"aggregation.rule = {what} needs labelled proxy texts, but data.proxy.labelled is 0"
             )
+        if "local_only" in self.baselines and not self.clients.evaluate:
+            raise ConfigError("baselines: local_only needs clients.evaluate, which is false")
         if len(set(self.baselines)) < len(self.baselines):
             raise ConfigError(f"baselines names one twice: {', '.join(self.baselines)}")
         return self

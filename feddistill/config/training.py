@@ -53,6 +53,8 @@ class ClientsConfig(Setting):
     """Texts a forward pass when answering and evaluating."""
     per_round: int | None = Field(default=None, ge=1)
     """Clients that are asked in a round, drawn anew each time; ``null`` for all of them."""
+    evaluate: bool = True
+    """Whether a simulation evaluates the clients' models: a fifth of its time. ``local_only`` needs it."""
 
 
 class PayloadConfig(Setting):

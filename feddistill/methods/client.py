@@ -45,8 +45,8 @@ class Client:
 
     @property
     def _evaluates(self) -> bool:
-        """In a simulation; an institution has neither the validation nor the test set."""
-        return len(self.session.splits.test) > 0
+        """In a simulation that wants it; an institution has neither the validation nor the test set."""
+        return self.config.clients.evaluate and len(self.session.splits.test) > 0
 
     def describe(self) -> ClientDescription:
         """What it tells of itself: no more than the rule needs."""

@@ -44,6 +44,7 @@ def write(out: Path) -> Path:
     summary = [row for labels, results in groups(found) for row in _summary(labels, results, study.target)]
     (out / "summary.csv").write_text(as_csv(summary), encoding="utf-8")
     (out / "table.tex").write_text(latex(summary), encoding="utf-8")
+    steady = robustness(summary)
     drawn = draw([(labels, results) for labels, results in groups(found)])
     (out / "figures").mkdir(exist_ok=True)
     for name, svg in drawn.items():
@@ -55,6 +56,7 @@ def write(out: Path) -> Path:
             "study.html",
             study=study,
             summary=summary,
+            robustness=steady,
             names=NAMES,
             figures=drawn,
             done=len(found),
@@ -123,6 +125,35 @@ def _summary(labels: Mapping[str, Any], results: Sequence[Json], target: float |
     return rows
 
 
+def robustness(summary: Sequence[Json]) -> list[Json]:
+    """How far a method's accuracy swings over the study's first axis: where it is least, where most, and by
+    how much; the student's for each value of the other axes. Nothing where there is one value only.
+    """
+    axes = _labels(summary)
+    if not axes:
+        return []
+    first, *rest = axes
+    found: dict[str, list[Json]] = {}
+    for row in summary:
+        if not rest or row["who"] == "student":
+            who = NAMES[row["who"]] if not rest else ", ".join(_said(row[key]) for key in rest)
+            found.setdefault(who, []).append(row)
+    rows = []
+    for who, of in found.items():
+        low, high = (pick(of, key=lambda row: row["accuracy"]) for pick in (min, max))
+        rows.append(
+            {
+                "who": who,
+                "least": low["accuracy"],
+                "least_at": _said(low[first]),
+                "most": high["accuracy"],
+                "most_at": _said(high[first]),
+                "spread": round(high["accuracy"] - low["accuracy"], 6),
+            }
+        )
+    return rows if len({_said(row[first]) for row in summary}) > 1 else []
+
+
 def latex(summary: Sequence[Json]) -> str:
     """A ``tabular`` of accuracy, in per cent, one row for each cell and method."""
     labels = [key for key in summary[0] if key in _labels(summary)]
@@ -169,23 +200,61 @@ def _style(index: int) -> dict[str, Any]:
 def _grid(found: Sequence[tuple[Mapping[str, Any], list[Json]]], axes: list[str]) -> str:
     """Accuracy over the first axis; a line for each method or, of several axes, for each of the others."""
     first, rest = axes[0], axes[1:]
-    values = list(dict.fromkeys(str(labels[first]) for labels, _ in found))
+    values = list(dict.fromkeys(_said(labels[first]) for labels, _ in found))
     lines: dict[str, dict[str, tuple[float, float]]] = {}
     for labels, results in found:
+        here = _said(labels[first])
         if rest:
-            name = ", ".join(str(labels[key]) for key in rest)
-            lines.setdefault(name, {})[str(labels[first])] = _mean(results, "student")
+            name = ", ".join(_said(labels[key]) for key in rest)
+            lines.setdefault(name, {})[here] = _mean(results, "student")
         else:
             for who, _ in metric_rows(results[0]):
-                lines.setdefault(NAMES[who], {})[str(labels[first])] = _mean(results, who)
+                lines.setdefault(NAMES[who], {})[here] = _mean(results, who)
     into: list[str] = []
-    with figure(8, 4.4, into) as plot:
+    if not rest and not all(isinstance(labels[first], int | float) for labels, _ in found):
+        return _bars(lines, values)
+    tall = max(4.4, 1.2 + 0.34 * len(lines)) if len(lines) > MANY else 4.4
+    with figure(8, tall, into) as plot:
         if len(lines) > MANY:
             _heat(plot, lines, values)
         else:
             _lines(plot, lines, values)
             plot.set_ylabel(f"accuracy on the test set, %{' (student)' if rest else ''}")
         plot.set_xlabel(first)
+    return into[0]
+
+
+def _said(value: Any) -> str:
+    """A value of an axis, as a person would say it: a group of settings without its braces."""
+    if isinstance(value, Mapping):
+        kind = [str(value["kind"])] if "kind" in value else []
+        return ", ".join([*kind, *(f"{key} {_said(v)}" for key, v in value.items() if key != "kind")])
+    return str(value)
+
+
+def _bars(lines: Mapping[str, Mapping[str, tuple[float, float]]], values: list[str]) -> str:
+    """A bar a value, the student's; what other methods have stands as a mark on it."""
+    into: list[str] = []
+    with figure(8, 1.4 + 0.42 * len(values), into) as plot:
+        for index, (name, points) in enumerate(lines.items()):
+            places = [values.index(value) for value in points]
+            means, spreads = zip(*points.values(), strict=True)
+            if name == NAMES["student"]:
+                ends = {"capsize": 3, "linewidth": 1.2}
+                plot.barh(
+                    places, means, xerr=spreads, height=0.6, color="#A6CEE3", edgecolor="black",
+                    error_kw=ends, label=name,
+                )  # fmt: skip
+                for place, mean in zip(places, means, strict=True):
+                    plot.text(mean, place - 0.31, f"{mean:.1f} ", ha="right", va="top", fontsize=8)
+            else:
+                plot.plot(means, places, linestyle="none", label=name, **_style(index))
+        everything = [mean for points in lines.values() for mean, _ in points.values()]
+        plot.set_xlim(max(0.0, min(everything) - 10), min(100.0, max(everything) + 5))
+        plot.set_yticks(range(len(values)), values)
+        plot.invert_yaxis()
+        plot.set_xlabel("accuracy on the test set, %")
+        plot.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     return into[0]
 
 
