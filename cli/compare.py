@@ -25,8 +25,8 @@ def compare(runs: tuple[Path, ...], as_json: bool) -> None:
     table = Table("", *(run.run for run in found))
     for key in found[0].settings:
         table.add_row(key, *(str(run.settings[key]) for run in found), style="dim")
-    for who in dict.fromkeys(who for run in found for who in run.accuracy):
-        table.add_row(who, *(f"{run.accuracy[who]:.3f}" if who in run.accuracy else "-" for run in found))
+    for who in dict.fromkeys(who for run in found for who in run.figures):
+        table.add_row(who, *(f"{run.figures[who]:.3f}" if who in run.figures else "-" for run in found))
     table.add_row("uploaded", *(size(run.uplink) for run in found))
     table.add_row("seconds", *(f"{run.seconds:.0f}" for run in found))
     Console().print(table)

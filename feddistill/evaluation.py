@@ -1,5 +1,6 @@
-"""How good answers are: accuracy, macro-F1, Matthews correlation, calibration."""
+"""How good answers are: accuracy, macro-F1, Matthews correlation, calibration; bits per byte."""
 
+import math
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -23,6 +24,33 @@ class Classification:
     def as_dict(self) -> dict[str, float]:
         """By name, rounded to six digits: what the records hold."""
         return {name: round(value, 6) for name, value in asdict(self).items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Language:
+    """Figures of a language model on one set of texts."""
+
+    cross_entropy: float
+    """Mean nats of the true next token; tokens differ from tokenizer to tokenizer."""
+    perplexity: float
+    """``exp(cross_entropy)``."""
+    bits_per_byte: float
+    """Bits of all tokens, those that end texts too, over the texts' bytes in UTF-8: comparable between
+    tokenizers that leave no character out."""
+
+    def as_dict(self) -> dict[str, float]:
+        """By name, rounded to six digits: what the records hold."""
+        return {name: round(value, 6) for name, value in asdict(self).items()}
+
+
+def language(nats: float, tokens: int, size: int) -> Language:
+    """Of ``tokens`` that cost ``nats`` together, of texts of ``size`` bytes.
+
+    >>> language(8 * math.log(2), 4, 2)
+    Language(cross_entropy=1.38..., perplexity=4.0, bits_per_byte=4.0)
+    """
+    mean = nats / tokens
+    return Language(mean, math.exp(min(mean, 700.0)), nats / math.log(2) / size)
 
 
 def classification(log_probs: NDArray[np.float32], labels: NDArray[np.int64]) -> Classification:

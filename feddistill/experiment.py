@@ -15,10 +15,10 @@ from feddistill.accounting import peak_memory_bytes
 from feddistill.config import Config
 from feddistill.config.data import AtClientsPartition, FileSource
 from feddistill.errors import ConfigError, RunError
-from feddistill.evaluation import classification
 from feddistill.federation.protocol import Nobody, Patience
 from feddistill.methods import feddistill as federation
-from feddistill.methods.learner import Engine, Learner, Session
+from feddistill.methods.learner import Engine, Session
+from feddistill.methods.learners import learner_of
 from feddistill.progress import Quiet, Show
 from feddistill.store import CONFIG, PROVENANCE, RESULT, Json, RunDirectory
 from feddistill.types import Splits
@@ -105,7 +105,7 @@ def check(config: Config, show: Show | None = None, *, build: bool = True) -> Sp
     transformers.utils.logging.set_verbosity_error()  # its chatter and bars; what we show is enough
     transformers.utils.logging.disable_progress_bar()
     with show.step("read the data"):
-        splits = data.load(config.data, config.seed)
+        splits = data.load(config.data, config.seed, config.task)
     with show.step("build the models"):
         methods.check(config, splits, build=build)
     return splits
@@ -138,10 +138,13 @@ def evaluate(out: Path, texts: FileSource | None = None) -> Json:
         prepare(config)
         splits = check(config)
         _same_data(splits, directory)
-        chosen = splits.test if texts is None else data.labelled(texts, splits.label_names, "--texts")
-        learner = Learner(Session(config, splits, directory, Quiet()), config.student.model, "student.model")
+        chosen = splits.test
+        if texts is not None:
+            chosen = data.labelled(texts, splits.label_names, "--texts", config.task)
+        session = Session(config, splits, directory, Quiet())
+        learner = learner_of(session, config.student.model, "student.model")
         learner.restore(result["student_weights"])
-        figures = classification(learner.answer(chosen).numpy(), chosen.labels).as_dict()
+        figures = learner.figures(chosen)
         return {"run": str(out), "round": result["selected_round"], "examples": len(chosen), **figures}
     finally:
         directory.close()

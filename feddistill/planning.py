@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from feddistill import models, payload, training
 from feddistill.accounting import peak_memory_bytes
@@ -19,15 +19,15 @@ from feddistill.config import Config
 from feddistill.config.training import PayloadConfig, TrainingConfig
 from feddistill.methods.centralized import pool
 from feddistill.methods.check import DENSE_CLASSES
-from feddistill.methods.feddistill import request
+from feddistill.methods.feddistill import LORA_RANK, request
 from feddistill.methods.learner import Learner, Session, labels_of
+from feddistill.methods.learners import learner_of
 from feddistill.progress import Quiet, Show
 from feddistill.results import proxy_bytes
 from feddistill.store import Json, RunDirectory
 from feddistill.training import Lessons
-from feddistill.types import UNLABELLED, RoundSpec, Splits, TextSet
+from feddistill.types import UNLABELLED, RoundSpec, Splits
 
-LORA_RANK = 8
 COUNTED = ("public_only", "local_only", "centralized")
 """Baselines whose costs are foretold."""
 FLOAT = 4
@@ -70,10 +70,10 @@ def _plan(session: Session) -> Json:
     config, splits = session.config, session.splits
     count = min(len(config.clients.models), max(splits.places) + 1)
     learners = [
-        Learner(session, model, f"clients.models.{index}")
+        learner_of(session, model, f"clients.models.{index}")
         for index, model in enumerate(config.clients.models[:count])
     ]
-    student = Learner(session, config.student.model, "student.model")
+    student = learner_of(session, config.student.model, "student.model")
     jobs = list(_jobs(session, learners, student))
     speeds = {}
     for learner in {id(job.learner): job.learner for job in jobs}.values():
@@ -90,7 +90,8 @@ def _plan(session: Session) -> Json:
         "clients": len(splits.private),
         "rounds": config.rounds,
         "proxy_texts": len(splits.proxy),
-        "classes": len(splits.label_names),
+        "rows": session.question.positions,
+        "classes": session.question.vocab_size,
         "not_counted": [name for name in config.baselines if name not in COUNTED],
         "bytes": sent,
         "flops": {**flops, "total": sum(flops.values())},
@@ -99,7 +100,7 @@ def _plan(session: Session) -> Json:
             "training": peak_memory_bytes(),
             "aggregation": 3
             * FLOAT
-            * min(CHUNK, len(splits.private) * len(splits.proxy) * len(splits.label_names)),
+            * min(CHUNK, len(splits.private) * session.question.positions * _columns(session)),
         },
         "disk_bytes": _disk(session, learners, student, sent["codecs"][_chosen(config)]["upload"]),
     }
@@ -129,6 +130,8 @@ def _jobs(session: Session, learners: list[Learner], student: Learner) -> Iterat
     yield Job("server_train", student, proxy, steps_of_student, rounds)
     yield from _evaluated(session, student, rounds)
     labelled = np.flatnonzero(splits.proxy.labels != UNLABELLED)
+    if session.question.compressed:  # a language model has the next tokens
+        labelled = np.arange(len(splits.proxy))
     sets = {"public_only": splits.proxy.select(labelled, "labelled"), "centralized": pool(splits.private)}
     for name, texts in sets.items():
         if name in config.baselines:
@@ -147,19 +150,22 @@ def _speed(session: Session, learner: Learner) -> tuple[float, float]:
     training_config = config.student.training if learner.name == "student.model" else config.clients.training
     need = training_config.batch_size * training_config.gradient_accumulation
     tokens = learner.tokens(texts)
-    lessons = Lessons(tokens, labels_of(texts).clamp_min(0))
+    lessons: Any = learner.lessons(texts)
+    if isinstance(lessons, Lessons):  # the server knows few labels; any will do
+        lessons = Lessons(tokens, labels_of(texts).clamp_min(0))
     _fit(learner, lessons, training_config, session, 1)  # what is done once
     one, several = (_fit(learner, lessons, training_config, session, steps) for steps in (1, 1 + TRIAL_STEPS))
-    some = TextSet("trial", texts.ids[:need], texts.texts[:need], texts.labels[:need], texts.label_names)
-    learner.answer(some)
+    some = texts.select(range(min(need, len(texts))), "trial")
+    known = replace(some, labels=some.labels.clip(0))
+    learner.figures(known)
     start = time.perf_counter()
-    learner.answer(some)
+    learner.figures(known)
     answered = time.perf_counter() - start
     learner.reset()
     return max(several - one, 1e-6) / TRIAL_STEPS, answered / _padded(learner.tokens(some), config)
 
 
-def _fit(learner: Learner, lessons: Lessons, settings: TrainingConfig, session: Session, steps: int) -> float:
+def _fit(learner: Learner, lessons: Any, settings: TrainingConfig, session: Session, steps: int) -> float:
     start = time.perf_counter()
     learner.fit(lessons, settings, seed=0, steps=steps)
     return time.perf_counter() - start
@@ -212,7 +218,7 @@ def _length(longest: int) -> int:
 def _bytes(session: Session, student: Learner) -> Json:
     """What travels: for each codec, and for what others would send in as many rounds."""
     config, splits = session.config, session.splits
-    clients, rows, classes = len(splits.private), len(splits.proxy), len(splits.label_names)
+    clients, rows, classes = len(splits.private), session.question.positions, session.question.vocab_size
     codecs = {}
     for name, settings in _codecs(config, classes).items():
         spec = _spec(session, settings)
@@ -225,7 +231,7 @@ def _bytes(session: Session, student: Learner) -> Json:
             * config.rounds,
         }
     weights = FLOAT * models.trained_count(student.model)
-    adapter = FLOAT * _lora_parameters(student.model)
+    adapter = FLOAT * models.lora_count(student.model, LORA_RANK)
     chosen = codecs[_chosen(config)]
     return {
         "chosen": _chosen(config),
@@ -291,23 +297,10 @@ def _spec(session: Session, settings: PayloadConfig) -> RoundSpec:
     return request(replace(session, config=config), 1, quorum=quorum, previous="")
 
 
-def _lora_parameters(model: nn.Module) -> int:
-    """Of adapters on the query and value projections, and the head, which is trained whole."""
-    total = 0
-    for name, module in model.named_modules():
-        if (
-            name.rsplit(".", 1)[-1] in models.PROJECTIONS
-            and (weight := getattr(module, "weight", None)) is not None
-        ):
-            total += LORA_RANK * sum(weight.shape)
-    heads = models.head_parameters(model)
-    return total + sum(p.numel() for name, p in model.named_parameters() if name in heads)
-
-
 def _disk(session: Session, learners: list[Learner], student: Learner, upload: int) -> Json:
     """The run's directory at its largest."""
     config, splits = session.config, session.splits
-    clients, rows, classes = len(splits.private), len(splits.proxy), len(splits.label_names)
+    clients, rows = len(splits.private), session.question.positions
     whole = config.keep_checkpoints == "all"
     rounds = config.rounds
     kept = [learners[place % len(config.clients.models)] for place in splits.places]
@@ -316,12 +309,17 @@ def _disk(session: Session, learners: list[Learner], student: Learner, upload: i
     baselines = _size(student) * rounds * len({"public_only", "centralized"} & set(config.baselines))
     if "local_only" in config.baselines:
         baselines += sum(map(_size, kept)) * (rounds - 1)
-    answers = rounds * (upload * (clients + 1) + FLOAT * rows * classes)
+    answers = rounds * (upload * (clients + 1) + FLOAT * rows * _columns(session))
     return {
         "checkpoints": specialists + students + baselines,
         "answers": answers,
         "total": specialists + students + baselines + answers,
     }
+
+
+def _columns(session: Session) -> int:
+    """Numbers of a row of the teacher."""
+    return 2 * session.config.payload.k + 1 if session.question.compressed else session.question.vocab_size
 
 
 def _size(learner: Learner) -> int:

@@ -1,6 +1,6 @@
 """From what the methods found to ``result.json``: a stable interface, and tables for a report."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from statistics import fmean, pstdev
 
 from feddistill import data
@@ -8,30 +8,30 @@ from feddistill.attacks import liars
 from feddistill.config import Config, digest
 from feddistill.rules import ASSUMED
 from feddistill.store import Json
+from feddistill.tasks import TASKS, Task
 from feddistill.types import Splits
-
-METRICS = ("accuracy", "macro_f1", "mcc", "ece", "cross_entropy")
 
 
 def summarise(
     config: Config, splits: Splits, non_iid: float | None, found: Mapping[str, Json], environment: Json
 ) -> Json:
     """Everything of a run in one object. Figures are of the test set; selection was on validation."""
-    rounds = found["feddistill"]["rounds"]
+    rounds, task = found["feddistill"]["rounds"], TASKS[config.task]
+    best = task.best
     student = best(record["student"] for record in rounds)
     metrics: Json = {
         "student": student["test"],
     }
     first, last = ([s["test"] for s in rounds[at]["specialists"].values() if "test" in s] for at in (0, -1))
     if first and last:  # clients elsewhere have no test set
-        metrics["clients"] = {"before": _spread(first), "after": _spread(last)}
+        metrics["clients"] = {"before": _spread(first, task), "after": _spread(last, task)}
     for name in baselines(found):
         if "rounds" in found[name]:
             metrics[name] = best(found[name]["rounds"])["test"]
             continue
         chosen = {client: best(records) for client, records in found[name]["clients"].items()}
         metrics[name] = {
-            **_spread([record["test"] for record in chosen.values()]),
+            **_spread([record["test"] for record in chosen.values()], task),
             "best": best(chosen.values())["test"],
             "clients": {client: record["test"] for client, record in chosen.items()},
         }
@@ -40,8 +40,11 @@ def summarise(
     uplink = (
         sum(sum(r["bytes"]["uplink"].values()) for r in rounds) + found["feddistill"]["description_bytes"]
     )
+    answers = sum(upload["bytes"] for r in rounds for upload in r["uploads"].values())
+    rows = found["feddistill"]["positions"] * sum(len(r["uploads"]) for r in rounds)
     return {
         "status": "complete",
+        "task": config.task,
         "name": config.name,
         "seed": config.seed,
         "rounds": config.rounds,
@@ -51,7 +54,7 @@ def summarise(
         "selected_round": next(r["round"] for r in rounds if r["student"] == student),
         "student_weights": student["weights"],
         "ledger": found["feddistill"]["ledger"],
-        "by_round": by_round(found),
+        "by_round": by_round(found, task),
         "bytes": {
             "uplink": uplink,
             "downlink": sum(sum(r["bytes"]["downlink"].values()) for r in rounds),
@@ -62,6 +65,10 @@ def summarise(
             "fedavg_uplink_same_rounds": found["feddistill"]["student_bytes"]
             * min(config.clients.per_round or len(splits.private), len(splits.private))
             * config.rounds,
+            "lora_uplink_same_rounds": found["feddistill"]["lora_bytes"]
+            * min(config.clients.per_round or len(splits.private), len(splits.private))
+            * config.rounds,
+            "a_row": round(answers / max(rows, 1), 3),
         },
         "flops": {name: phase["flops"] for name, phase in phases.items()},
         "seconds": {
@@ -118,13 +125,8 @@ def _traffic(found: Json) -> Json:
     return {way: sum(one.get(way, 0) for one in sent) for way in ("uplink", "downlink")}
 
 
-def best(records: Iterable[Json]) -> Json:
-    """The first of those that are best on validation."""
-    return max(records, key=lambda record: record["validation"]["accuracy"])
-
-
-def by_round(found: Mapping[str, Json]) -> list[Json]:
-    """Test and validation accuracy after each round or segment of every method: what the report draws."""
+def by_round(found: Mapping[str, Json], task: Task) -> list[Json]:
+    """The figure that decides, after each round or segment of every method: what the report draws."""
     rows: list[Json] = []
 
     def add(series: str, number: int, record: Json) -> None:
@@ -132,8 +134,8 @@ def by_round(found: Mapping[str, Json]) -> list[Json]:
             {
                 "series": series,
                 "round": number,
-                "test_accuracy": record["test"]["accuracy"],
-                "validation_accuracy": record["validation"]["accuracy"],
+                f"test_{task.decides}": record["test"][task.decides],
+                f"validation_{task.decides}": record["validation"][task.decides],
             }
         )
 
@@ -156,10 +158,10 @@ def proxy_bytes(splits: Splits) -> int:
     return sum(map(len, data.lines(splits.proxy)))
 
 
-def _spread(figures: list[Json]) -> Json:
+def _spread(figures: list[Json], task: Task) -> Json:
     return {
-        "mean": {name: round(fmean(f[name] for f in figures), 6) for name in METRICS},
-        "std": {name: round(pstdev([f[name] for f in figures]), 6) for name in METRICS},
+        "mean": {name: round(fmean(f[name] for f in figures), 6) for name in task.figures},
+        "std": {name: round(pstdev([f[name] for f in figures]), 6) for name in task.figures},
     }
 
 

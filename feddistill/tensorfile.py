@@ -1,70 +1,148 @@
-"""A teacher on disk: a float32 tensor in a safetensors file, in memory only where it is worked on."""
+"""A teacher on disk: log-probabilities, dense or compressed, in memory only where they are worked on."""
 
 import json
 import math
 import mmap
+from collections.abc import Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from feddistill_kernels import TopK
+
 NAME = "log_probs"
-F32 = np.dtype("<f4")
+TYPES = {"F32": np.dtype("<f4"), "I32": np.dtype("<i4")}
+
+Layout = Mapping[str, tuple[str, tuple[int, ...]]]
+"""By name, the type and shape of each tensor."""
+
+
+class _Mapped:
+    """Tensors of a safetensors file, each an array of the file's pages."""
+
+    def __init__(self, path: Path, *, write: bool):
+        with path.open("r+b" if write else "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header: dict[str, Any] = json.loads(file.read(size))
+            access = mmap.ACCESS_WRITE if write else mmap.ACCESS_READ
+            self._map = mmap.mmap(file.fileno(), 0, access=access)
+        self.metadata: dict[str, str] = header.pop("__metadata__", {})
+        self.arrays: dict[str, NDArray[Any]] = {}
+        for name, entry in header.items():
+            shape, offset = tuple(entry["shape"]), 8 + size + entry["data_offsets"][0]
+            flat = np.frombuffer(self._map, TYPES[entry["dtype"]], math.prod(shape), offset)
+            self.arrays[name] = flat.reshape(shape)
+
+    def forget(self) -> None:
+        """Pages are the file's: they come back when they are asked for."""
+        self._map.madvise(mmap.MADV_DONTNEED)
+
+
+def _create(path: Path, layout: Layout, metadata: Mapping[str, str]) -> None:
+    """A new file, full of zeros; what ``safetensors`` itself would write, to the byte."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, (kind, shape) in layout.items():
+        size = math.prod(shape) * TYPES[kind].itemsize
+        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [end, end + size]}
+        end += size
+    raw = json.dumps(header, separators=(",", ":")).encode("ascii")
+    raw += b" " * (-len(raw) % 8)
+    with path.open("wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        file.truncate(8 + len(raw) + end)
 
 
 class TensorFile:
-    """``[N, V]`` under the name ``log_probs``; what ``safetensors`` itself would write, to the byte."""
+    """``[N, V]`` under the name ``log_probs``."""
 
-    def __init__(self, file: BinaryIO, shape: tuple[int, int], head: int, *, write: bool):
-        self.shape = shape
-        access = mmap.ACCESS_WRITE if write else mmap.ACCESS_READ
-        self._map = mmap.mmap(file.fileno(), head + math.prod(shape) * F32.itemsize, access=access)
-        self._rows: NDArray[np.float32] = np.frombuffer(self._map, F32, offset=head).reshape(shape)
+    def __init__(self, path: Path, *, write: bool = False):
+        self._file = _Mapped(path, write=write)
+        self._rows = self._file.arrays[NAME]
 
     @classmethod
     def create(cls, path: Path, shape: tuple[int, int]) -> "TensorFile":
         """A new file, full of zeros."""
-        size = math.prod(shape) * F32.itemsize
-        entry = {"dtype": "F32", "shape": list(shape), "data_offsets": [0, size]}
-        raw = json.dumps({NAME: entry}, separators=(",", ":")).encode("ascii")
-        raw += b" " * (-len(raw) % 8)
-        with path.open("w+b") as file:
-            file.write(len(raw).to_bytes(8, "little") + raw)
-            file.truncate(8 + len(raw) + size)
-            file.flush()
-            return cls(file, shape, 8 + len(raw), write=True)
+        _create(path, {NAME: ("F32", shape)}, {})
+        return cls(path, write=True)
 
     @classmethod
     def open(cls, path: Path) -> "TensorFile":
         """What ``create`` made."""
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            first, second = json.loads(file.read(size))[NAME]["shape"]
-            return cls(file, (int(first), int(second)), 8 + size, write=False)
+        return cls(path)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``N``, ``V``."""
+        return self._rows.shape
 
     def put(self, start: int, rows: Tensor) -> None:
         """Write rows from ``start`` on."""
         self._rows[start : start + len(rows)] = rows.numpy()
-        self._forget()
+        self._file.forget()
 
     def __call__(self, start: int, stop: int) -> Tensor:
         """A copy of some rows."""
         found = torch.from_numpy(self._rows[start:stop].copy())
-        self._forget()
+        self._file.forget()
         return found
 
     def __len__(self) -> int:
-        return self.shape[0]
+        return len(self._rows)
 
     def __getitem__(self, rows: Tensor) -> Tensor:
         """A copy of these rows, in this order."""
         found = torch.from_numpy(self._rows[rows.cpu().numpy()])
-        self._forget()
+        self._file.forget()
         return found
 
-    def _forget(self) -> None:
-        """Pages are the file's: they come back when they are asked for."""
-        self._map.madvise(mmap.MADV_DONTNEED)
+
+class TopKFile:
+    """``N`` rows of ``TopK``: tensors ``ids``, ``log_probs``, ``log_tail``; metadata ``vocab_size``."""
+
+    def __init__(self, path: Path, *, write: bool = False):
+        self._file = _Mapped(path, write=write)
+        arrays = self._file.arrays
+        self._ids, self._log_probs, self._log_tail = (arrays[n] for n in ("ids", NAME, "log_tail"))
+        self.vocab_size = int(self._file.metadata["vocab_size"])
+
+    @classmethod
+    def create(cls, path: Path, rows: int, kept: int, vocab_size: int) -> "TopKFile":
+        """A new file, full of zeros, of ``kept`` entries a row."""
+        wide = (rows, kept)
+        layout = {"ids": ("I32", wide), NAME: ("F32", wide), "log_tail": ("F32", (rows,))}
+        _create(path, layout, {"vocab_size": str(vocab_size)})
+        return cls(path, write=True)
+
+    @classmethod
+    def open(cls, path: Path) -> "TopKFile":
+        """What ``create`` made."""
+        return cls(path)
+
+    def put(self, start: int, rows: TopK) -> None:
+        """Write rows from ``start`` on."""
+        part = slice(start, start + len(rows))
+        self._ids[part], self._log_probs[part] = rows.ids.numpy(), rows.log_probs.numpy()
+        self._log_tail[part] = rows.log_tail.numpy()
+        self._file.forget()
+
+    def __call__(self, start: int, stop: int) -> TopK:
+        """A copy of some rows."""
+        return self._taken(slice(start, stop))
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __getitem__(self, rows: Tensor) -> TopK:
+        """A copy of these rows, in this order."""
+        return self._taken(rows.cpu().numpy())
+
+    def _taken(self, rows: slice | NDArray[np.int64]) -> TopK:
+        parts = (torch.from_numpy(a[rows].copy()) for a in (self._ids, self._log_probs, self._log_tail))
+        ids, log_probs, log_tail = parts
+        self._file.forget()
+        return TopK(ids, log_probs, log_tail, self.vocab_size)

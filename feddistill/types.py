@@ -9,6 +9,9 @@ from numpy.typing import NDArray
 
 UNLABELLED = -1
 
+NO_LABEL = -100
+"""torch's own mark of a row without label."""
+
 Tick = Callable[[int, int], None]
 """Called with how much is done and how much there is: steps, texts, clients."""
 
@@ -26,6 +29,8 @@ class TextSet:
     label_names: tuple[str, ...]
     sources: tuple[str, ...] | None = None
     """Where each text is from (a domain, an era, a hospital), for partitions by source."""
+    starts: tuple[int, ...] | None = None
+    """Of each text, the character behind its prompt; ``None`` where there are no prompts."""
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -40,6 +45,7 @@ class TextSet:
             labels=self.labels[pick],
             label_names=self.label_names,
             sources=None if self.sources is None else tuple(self.sources[i] for i in pick),
+            starts=None if self.starts is None else tuple(self.starts[i] for i in pick),
         )
 
     def label_counts(self) -> NDArray[np.int64]:
@@ -52,6 +58,8 @@ class TextSet:
         h = hashlib.blake2b(digest_size=16)
         if labels:
             h.update(self.labels.astype("<i8").tobytes())
+        if self.starts is not None:
+            h.update(np.array(self.starts, "<i8").tobytes())
         for i, text in zip(self.ids, self.texts, strict=True):
             for part in (i, text):
                 raw = part.encode()

@@ -17,7 +17,7 @@ PACKAGES = {
         {"cryptography", "datasets", "feddistill_kernels", "flwr", "flwr_datasets", "jinja2"}
         | {"matplotlib", "peft"}
         | {"numpy", "pandas", "pyarrow", "pydantic", "pydantic_core", "rich", "safetensors", "sklearn"}
-        | {"torch", "transformers", "yaml", "zstandard"},
+        | {"tokenizers", "torch", "transformers", "yaml", "zstandard"},
     ),
     "feddistill.cli": (
         "cli",
@@ -34,7 +34,7 @@ PACKAGES = {
 # module of feddistill: the modules of feddistill below it that it may import
 FOUNDATION = {"errors", "setting", "types"}
 BELOW_STAGES = FOUNDATION | {"accounting", "attacks", "batches", "config", "keys", "rules", "seeds"}
-BELOW_STAGES |= {"tensorfile", "weights"}
+BELOW_STAGES |= {"blocks", "heads", "tasks", "tensorfile", "weights"}
 STAGES = {"aggregation", "answering", "data", "evaluation", "models", "payload", "training"}
 BELOW_METHODS = BELOW_STAGES | STAGES | {"progress", "store"}
 MODULES = {
@@ -43,6 +43,9 @@ MODULES = {
     "types": set(),
     "seeds": set(),
     "batches": set(),
+    "blocks": set(),
+    "heads": set(),
+    "tasks": set(),
     "progress": {"types"},
     "tensorfile": set(),
     "accounting": {"types"},
@@ -56,12 +59,12 @@ MODULES = {
     "config": {"attacks", "errors", "rules", "setting"},
     **dict.fromkeys(sorted(STAGES), BELOW_STAGES),  # stages do not import each other
     "methods": BELOW_METHODS | {"federation"},
-    "results": {"attacks", "config", "data", "rules", "store", "types"},
+    "results": {"attacks", "config", "data", "rules", "store", "tasks", "types"},
     "planning": BELOW_METHODS | {"methods", "results"},
     "revision": BELOW_METHODS | {"experiment", "methods"},
     "verification": BELOW_METHODS | {"methods", "revision"},
     "study": {"config", "errors", "experiment", "progress", "setting", "store"},
-    "report": {"config", "data", "errors", "store", "study"},
+    "report": {"config", "data", "errors", "store", "study", "tasks"},
     "experiment": BELOW_METHODS | {"federation", "methods", "planning", "results"},
     "engines": BELOW_METHODS | {"experiment", "federation", "methods"},
     "__init__": set(),

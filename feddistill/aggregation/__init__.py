@@ -1,12 +1,15 @@
 """Make one teacher of the clients' answers, chunk by chunk of the proxy set; say how well they agree.
 
 Answers are dense (log-probabilities ``[n, V]``, or their bytes) or compressed (``TopK``); so is the teacher.
+A row on which a client has no opinion (``silent``) is aggregated as if that client were not there; where
+fewer have one than the rule needs, the teacher has none.
 Shapes: ``C`` clients, ``N`` proxy texts or positions, ``V`` classes or vocabulary, ``k`` entries kept.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,19 +22,33 @@ from feddistill.aggregation.answers import (
     Answerer,
     Known,
     Reader,
+    answered,
     at_labels,
     entropy,
     first_choice,
+    silent,
 )
 from feddistill.aggregation.diagnostics import Diagnostics, diagnose
+from feddistill.errors import ConfigError
 from feddistill.rules import Memory, Rule, WeightKind
 from feddistill.rules.block import Block, dense, mixing_shares, squared_distances
 from feddistill.weights import Weights
 from feddistill_kernels import TopK, topk_compress
 
-__all__ = ["Aggregated", "Answerer", "Diagnostics", "Known", "aggregate", "diagnose", "weigh"]
+__all__ = [
+    "Aggregated",
+    "Answerer",
+    "Diagnostics",
+    "Known",
+    "aggregate",
+    "answered",
+    "diagnose",
+    "silent",
+    "weigh",
+]
 
-Sink = Callable[[int, Tensor], None]
+Sink = Callable[[int, Any], None]
+"""Takes some rows of the teacher, with the number of the first: ``Tensor`` or ``TopK``, as the teacher is."""
 
 SAMPLE = 512
 """Rows of compressed answers on which the mass before renormalising is taken."""
@@ -77,6 +94,8 @@ def weigh(kind: WeightKind, clients: Sequence[Answerer], positions: int, known: 
             return weighing.by_confidence(unsure, math.log(reader.shape()[2]))
     assert known.labels is not None, "weights by labels need some"
     truth, right, rows = _held_back(reader, known.labels)
+    if not len(rows):  # nothing that all have an opinion on
+        return None
     if kind == "validation":
         return weighing.by_validation(right.mean(1), reader.shape()[2])
     if kind == "verified_counts":
@@ -108,7 +127,7 @@ def aggregate(
         mix: Clients that may lie: nearest-neighbour mixing first.
         known: What the server knows besides; a rule's ``needs`` say what must be there.
         k: Entries a row of a compressed teacher, at most as the longest answer has; ``None`` for as many.
-        sink: Takes the rows of a dense teacher, with the number of the first, in the place of memory.
+        sink: Takes the rows of the teacher, with the number of the first, in the place of memory.
 
     Memory: ``O(C * chunk * k)``, of dense answers ``O(C * chunk * V)``, and the teacher where nothing else
     takes it. Rules that look at whole payloads read them once more.
@@ -118,6 +137,9 @@ def aggregate(
     reader = Reader(clients, positions, known, expand=by_class)
     compressed, longest, _, width = reader.shape()
     names = known.names or tuple(map(str, range(len(clients))))
+    looks_at_all = mix is not None or "whole" in rule.needs()
+    if compressed and looks_at_all and next(reader.blocks(), None) is None:
+        return _nothing(reader, known.memory, min(k or longest, longest), sink)
     if mix is not None:
         reader = replace(reader, mixing=mixing_shares(squared_distances(reader.blocks()), mix))
     rule = rule.fit(reader.blocks)
@@ -132,7 +154,11 @@ def aggregate(
         by_kernel = mix is None and not by_class and type(rule).merge is not Rule.merge
         make = _merged if by_kernel else _compressed
         for part in reader.parts(longest if by_kernel else width):
-            parts.append(make(reader, rule, weights, *part, wanted, sharpen))
+            found = _by_group(make, reader, rule, weights, *part, wanted, sharpen)
+            if sink is None:
+                parts.append(found)
+            else:
+                sink(part[0], found)
         mass = _sampled_mass(reader, rule, weights)
     else:
         for start, stop in reader.parts(width):
@@ -173,6 +199,67 @@ def _combine(block: Block, rule: Rule, weights: Weights | None, start: int) -> T
     return rule.combine(block, shares)
 
 
+def _by_group(
+    make: Callable[[Reader, Rule, Weights | None, int, int, int, float], TopK],
+    reader: Reader,
+    rule: Rule,
+    weights: Weights | None,
+    start: int,
+    stop: int,
+    k: int,
+    sharpen: float,
+) -> TopK:
+    """Compressed rows, each by those clients that have an opinion on it."""
+    made = silent(stop - start, k, reader.shape()[2])
+    for who, rows, group in reader.groups(start, stop):
+        own = _weights_of(weights, who, rows + start)
+        if not _enough(rule, own, len(who), len(reader.clients)):
+            continue
+        merged = make(group, rule, own, 0, len(rows), k, sharpen)
+        if len(rows) == stop - start and merged.ids.shape[1] == k:
+            return merged
+        if merged.ids.shape[1] < k:  # of fewer clients there may be fewer ids
+            merged = topk_compress(merged.expand(), k)
+        for whole, part in ((made.ids, merged.ids), (made.log_probs, merged.log_probs)):
+            whole[rows] = part.to(whole)
+        made.log_tail[rows] = merged.log_tail.to(made.log_tail)
+    return made
+
+
+def _enough(rule: Rule, weights: Weights | None, present: int, clients: int) -> bool:
+    """Whether those that have an opinion are enough for the rule, and one of them counts."""
+    if weights is not None and not bool(weights.values.sum() > 0):
+        return False
+    if present == clients:
+        return True
+    try:
+        rule.check(present)
+    except ConfigError:
+        return False
+    return True
+
+
+def _nothing(reader: Reader, memory: Memory, k: int, sink: Sink | None) -> Aggregated:
+    """Where clients have no row in common, who compares whole answers has nothing to compare."""
+    count, vocab_size = len(reader.clients), reader.shape()[2]
+    parts: list[Tensor | TopK] = []
+    for start, stop in reader.parts(k):
+        rows = silent(stop - start, k, vocab_size)
+        if sink is None:
+            parts.append(rows)
+        else:
+            sink(start, rows)
+    shares = tuple(round(1 / count, 6) for _ in range(count))
+    return Aggregated(_joined(parts) if parts else None, math.nan, shares, memory)
+
+
+def _weights_of(weights: Weights | None, who: list[int], rows: Tensor) -> Weights | None:
+    if weights is None:
+        return None
+    values = weights.values[who]
+    return Weights(values[:, rows] if weights.by == "row" else values, weights.by)
+
+
 def _merged(
     reader: Reader, rule: Rule, weights: Weights | None, start: int, stop: int, k: int, sharpen: float
 ) -> TopK:
@@ -208,11 +295,13 @@ def _sampled_mass(reader: Reader, rule: Rule, weights: Weights | None) -> float:
     """On some rows, evenly spread: a kernel does not tell it."""
     total, rows = 0.0, 0
     for start, stop in reader.sample(SAMPLE):
-        block = reader.block(start, stop)
-        mass = block.log_mass(_combine(block, rule, weights, start)).logsumexp(-1).exp()
-        total += float(mass.numpy().sum(dtype=np.float64))
-        rows += len(mass)
-    return total / rows
+        for who, at, group in reader.groups(start, stop):
+            if len(who) == len(reader.clients):
+                block, own = group.block(0, len(at)), _weights_of(weights, who, at + start)
+                mass = block.log_mass(_combine(block, rule, own, 0)).logsumexp(-1).exp()
+                total += float(mass.numpy().sum(dtype=np.float64))
+                rows += len(mass)
+    return total / rows if rows else math.nan
 
 
 def _joined(parts: list[Tensor | TopK]) -> Tensor | TopK:
@@ -238,10 +327,15 @@ def _held_back(
         here = known[start:stop]
         if not here.any():
             continue
+        answers = [reader.read(client, start, stop) for client in reader.clients]
+        here = here & torch.stack([answered(answer) for answer in answers]).all(0)
+        known[start:stop] = here
         wanted = labels[start:stop][here]
-        answers = [reader.read(client, start, stop)[here] for client in reader.clients]
+        answers = [answer[here] for answer in answers]
         truth.append(torch.stack([at_labels(answer, wanted) for answer in answers]))
         right.append(torch.stack([first_choice(answer) == wanted for answer in answers]))
+    if not truth:
+        return np.zeros((len(reader.clients), 0)), np.zeros((len(reader.clients), 0), bool), np.zeros(0, int)
     return (
         torch.cat(truth, 1).double().numpy(),
         torch.cat(right, 1).numpy(),

@@ -82,9 +82,43 @@ class Reader:
         return [(start, start + run) for start in starts]
 
     def blocks(self) -> Iterator[Block]:
-        """All rows."""
+        """All rows that every client answers: who looks at whole payloads compares them on these."""
         for start, stop in self.parts(self.shape()[3]):
-            yield self.block(start, stop)
+            yield from self.common(start, stop)
+
+    def common(self, start: int, stop: int) -> Iterator[Block]:
+        """Of some rows, those that every client answers, if there are any."""
+        for who, _, group in self.groups(start, stop):
+            if len(who) == len(self.clients):
+                yield group.block(0, group.positions)
+
+    def groups(self, start: int, stop: int) -> Iterator[tuple[list[int], Tensor, "Reader"]]:
+        """Some rows by who answers them: the clients' numbers, the rows' (from ``start`` on), and a reader of
+        these rows of these clients. Rows that nobody answers are in none of them."""
+        answers = [self.read(client, start, stop) for client in self.clients]
+        said = torch.stack([answered(answer) for answer in answers])  # [C, n]
+        kinds, which = said.unique(dim=1, return_inverse=True)
+        for number, kind in enumerate(kinds.T.flip(0)):  # first those that most have answered
+            who = kind.nonzero()[:, 0].tolist()
+            rows = (which == kinds.shape[1] - 1 - number).nonzero()[:, 0]
+            if who:
+                yield who, rows, self._of(who, rows, answers, start, stop)
+
+    def _of(
+        self, who: list[int], rows: Tensor, answers: list[Tensor | TopK], start: int, stop: int
+    ) -> "Reader":
+        chosen = [answers[client][rows] for client in who]
+        known, mixing = self.known, self.mixing
+        labels = None if known.labels is None else known.labels[start:stop][rows]
+        student = None
+        if known.student is not None:
+            student = _held(self.read(known.student, start, stop)[rows])
+        descriptions = tuple(known.descriptions[client] for client in who) if known.descriptions else ()
+        if mixing is not None:
+            mixing = mixing[who][:, who]
+            mixing = mixing / mixing.sum(1, keepdim=True)
+        changed = replace(known, labels=labels, student=student, descriptions=descriptions)
+        return Reader([_held(answer) for answer in chosen], len(rows), changed, mixing=mixing)
 
     def block(self, start: int, stop: int) -> Block:
         """Some rows, mixed if that is asked for."""
@@ -110,6 +144,23 @@ class Reader:
         if isinstance(answer, TopK):
             return answer.expand() if self.expand else answer
         return decoded(answer) if answer.dtype == torch.uint8 else answer
+
+
+def _held(answer: Tensor | TopK) -> Answerer:
+    return lambda start, stop: answer[start:stop]
+
+
+def answered(answer: Tensor | TopK) -> Tensor:
+    """``[n]``, which rows a client has an opinion on; see ``silent``."""
+    if isinstance(answer, TopK):
+        return (answer.log_probs > -math.inf).any(-1)
+    return torch.ones(len(answer), dtype=torch.bool)
+
+
+def silent(rows: int, kept: int, vocab_size: int) -> TopK:
+    """Rows without an opinion: all mass is the tail's. No model can say that, as something is likeliest."""
+    ids = torch.arange(kept, dtype=torch.int32).repeat(rows, 1)
+    return TopK(ids, torch.full((rows, kept), -math.inf), torch.zeros(rows), vocab_size)
 
 
 def decoded(codes: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """What the server can tell of a round without anybody's private data."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -7,12 +8,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from feddistill.aggregation.answers import Answerer, Reader, at_labels, first_choice
+from feddistill.aggregation.answers import Answerer, Reader, answered, at_labels, first_choice
 from feddistill.types import UNLABELLED
 from feddistill_kernels import TopK
 
 COLLAPSED = 1.5
 """A client that uses fewer effective classes than this, and than half of the teacher's, has collapsed."""
+
+NONE = -2
+"""The first choice of who has no opinion."""
 
 SKETCH = 256
 """Rows on which clients are compared with each other."""
@@ -39,8 +43,11 @@ class Diagnostics:
     """Clients that answer nearly the same to everything."""
     duplicates: tuple[tuple[str, str], ...]
     """Pairs whose answers are nearly those of each other: one may be a free rider."""
-    mass: float
-    """Mean of the rule's probabilities summed before renormalising; far below 1 is no consensus."""
+    mass: float | None
+    """Mean of the rule's probabilities summed before renormalising; far below 1 is no consensus. ``None``
+    where no row was answered by everybody."""
+    answered: dict[str, float]
+    """Share of the rows on which a client has an opinion."""
 
 
 def diagnose(
@@ -55,15 +62,18 @@ def diagnose(
     positions = len(labels)
     reader, itself = Reader(clients, positions), Reader([teacher], positions)
     choice, truths = _choices(itself, labels)
-    known = labels != UNLABELLED
+    known = (labels != UNLABELLED) & (choice != NONE)
     whole = _effective(_marginal(itself, 0))
-    agreement, effective = {}, {}
+    agreement, effective, said = {}, {}, {}
     for index, name in enumerate(names):
-        same = sum(
-            int((first_choice(reader.read(clients[index], *part)) == choice[slice(*part)]).sum())
-            for part in reader.parts(reader.shape()[1])
-        )
-        agreement[name] = round(same / positions, 6)
+        same = rows = 0
+        for part in reader.parts(reader.shape()[1]):
+            answer = reader.read(clients[index], *part)
+            there = answered(answer)
+            rows += int(there.sum())
+            same += int((first_choice(answer) == choice[slice(*part)])[there].sum())
+        agreement[name] = round(same / max(rows, 1), 6)
+        said[name] = round(rows / positions, 6)
         effective[name] = round(_effective(_marginal(reader, index)), 6)
     right = truth = None
     if known.any():
@@ -77,16 +87,19 @@ def diagnose(
         effective_classes=effective,
         collapsed=tuple(name for name, n in effective.items() if n < min(COLLAPSED, 0.5 * whole)),
         duplicates=tuple((names[i], names[j]) for i, j in _alike(reader)),
-        mass=round(mass, 6),
+        mass=None if math.isnan(mass) else round(mass, 6),
+        answered=said,
     )
 
 
 def _choices(reader: Reader, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """``[N]`` first choices, and the log-probabilities of the labels that are known."""
+    """``[N]`` first choices, ``NONE`` without an opinion, and log-probabilities of the known labels."""
     choices, truths = [], []
     for start, stop in reader.parts(reader.shape()[1]):
-        rows, known = reader.read(reader.clients[0], start, stop), labels[start:stop] != UNLABELLED
-        choices.append(first_choice(rows))
+        rows = reader.read(reader.clients[0], start, stop)
+        there = answered(rows)
+        known = (labels[start:stop] != UNLABELLED) & there
+        choices.append(torch.where(there, first_choice(rows), NONE))
         truths.append(at_labels(rows[known], labels[start:stop][known]))
     return torch.cat(choices), torch.cat(truths)
 
@@ -94,10 +107,13 @@ def _choices(reader: Reader, labels: Tensor) -> tuple[Tensor, Tensor]:
 def _marginal(reader: Reader, client: int) -> Tensor:
     """``[V]``, float64: the mean answer."""
     _, kept, vocab, _ = reader.shape()
-    total = torch.zeros(vocab, dtype=torch.float64)
+    total, rows = torch.zeros(vocab, dtype=torch.float64), 0
     for start, stop in reader.parts(kept):
         answer = reader.read(reader.clients[client], start, stop)
-        if not isinstance(answer, TopK):
+        rows += int(answered(answer).sum())
+        if isinstance(answer, TopK):
+            answer = answer[answered(answer)]
+        else:
             total += answer.double().exp().sum(0)
             continue
         share = answer.missing_log_prob().double().exp()
@@ -105,7 +121,7 @@ def _marginal(reader: Reader, client: int) -> Tensor:
         more = answer.log_probs.double().exp() - share[:, None]
         total += share.sum()
         total += torch.bincount(answer.ids.flatten(), more.flatten(), minlength=vocab)
-    return total / reader.positions
+    return total / max(rows, 1)
 
 
 def _effective(marginal: Tensor) -> float:
@@ -117,12 +133,12 @@ def _alike(reader: Reader) -> list[tuple[int, int]]:
     count = len(reader.clients)
     apart = torch.zeros(count, count, dtype=torch.float64)
     for part in reader.sample(SKETCH):
-        block = reader.block(*part)
-        mass = block.log_mass(block.x).exp()
-        for i, each in enumerate(mass):
-            apart[i] += (mass - each).abs().sum(-1).double().sum(1)
+        for block in reader.common(*part):
+            mass = block.log_mass(block.x).exp()
+            for i, each in enumerate(mass):
+                apart[i] += (mass - each).abs().sum(-1).double().sum(1)
     pairs = [(i, j) for i in range(count) for j in range(i + 1, count)]
-    if not pairs:
+    if not pairs or not apart.any():
         return []
     limit = ALIKE * float(np.median([float(apart[pair]) for pair in pairs]))
     return [pair for pair in pairs if float(apart[pair]) <= limit]

@@ -23,6 +23,7 @@ from feddistill.config.training import (
     FedFedConfig,
     FedLoraConfig,
     FedMdConfig,
+    LanguageConfig,
     PayloadConfig,
     SimulateConfig,
     StudentConfig,
@@ -52,13 +53,26 @@ Baseline = Literal[
 AT_CLIENTS = ("fedavg", "public_only")
 """Baselines that can be where the server has nobody's private texts."""
 
+OF_LANGUAGE = ("public_only", "local_only", "centralized", "fedavg")
+"""Baselines that can be where the task is ``causal_lm``."""
+
+DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
+    "causal_lm": {
+        "payload": {"codec": "topk"},
+        "distill": {"temperature": 1.0},
+        "clients": {"codistillation": {"target": "soft"}},
+    }
+}
+"""By task, defaults that are not the fields' own."""
+
 
 class Config(Setting):
     """Everything that decides a run's outcome."""
 
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9_-]{1,64}$")
     """Names the default output directory."""
-    task: Literal["classification"] = "classification"
+    task: Literal["classification", "causal_lm"] = "classification"
+    """What is learned: a text's class, or each next token (``docs/language_models.md``)."""
     seed: int = Field(default=0, ge=0, lt=2**31)
     rounds: int = Field(default=3, ge=1, le=10_000)
     threads: int | None = Field(default=None, ge=1)
@@ -71,6 +85,7 @@ class Config(Setting):
     aggregation: AggregationConfig = AggregationConfig()
     student: StudentConfig = StudentConfig()
     distill: DistillConfig = DistillConfig()
+    language: LanguageConfig = LanguageConfig()
     simulate: SimulateConfig = SimulateConfig()
     baselines: tuple[Baseline, ...] = ()
     """What the student is compared with in the same run."""
@@ -80,6 +95,13 @@ class Config(Setting):
     fedfed: FedFedConfig = FedFedConfig()
     keep_checkpoints: Literal["last", "all"] = "last"
     """Whether the specialists of earlier rounds stay on disk."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_task(cls, value: Any) -> Any:
+        if isinstance(value, dict) and (defaults := DEFAULTS.get(str(value.get("task")))):
+            return _filled(value, defaults)
+        return value
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -99,7 +121,9 @@ class Config(Setting):
                 "payload.codec = 'sampled' is unbiased in the mean alone: "
                 f"aggregation.rule must be mean_probs, not {rule.kind}"
             )
-        if "labels" in rule.needs() and not self.data.proxy.labelled:
+        if self.task == "causal_lm":
+            self._fits_language()
+        elif "labels" in rule.needs() and not self.data.proxy.labelled:
             what = rule.kind if rule.weighting() == "uniform" else f"{rule.kind}, weights: {rule.weighting()}"
             raise ConfigError(
                 f"aggregation.rule = {what} needs labelled proxy texts, but data.proxy.labelled is 0"
@@ -109,6 +133,24 @@ class Config(Setting):
         if len(set(self.baselines)) < len(self.baselines):
             raise ConfigError(f"baselines names one twice: {', '.join(self.baselines)}")
         return self
+
+    def _fits_language(self) -> None:
+        """What is of classes cannot be asked for; labels there are always: the next tokens."""
+        rule = self.aggregation.rule
+        wrong = {
+            f"aggregation.rule = {rule.kind}": rule.of_classes,
+            f"aggregation.rule.weights = {rule.weighting()}": "class_counts" in rule.needs(),
+            "payload.codec = dense": self.payload.codec == "dense",
+            f"distill.temperature = {self.distill.temperature:g}": self.distill.temperature != 1,
+            "distill.kind = mae": self.distill.kind == "mae",
+            "simulate.attack": bool(self.simulate.attack),
+            "data.proxy.labelled": self.data.proxy.labelled > 0,
+            "data.histogram_epsilon": self.data.histogram_epsilon is not None,
+        }
+        wrong |= {f"baselines: {name}": name not in OF_LANGUAGE for name in self.baselines}
+        for what, is_wrong in wrong.items():
+            if is_wrong:
+                raise ConfigError(f"{what} is for classification, not for task = causal_lm")
 
     def _fits_clients(self, clients: int) -> None:
         """A rule sees those that are asked in a round."""
@@ -174,6 +216,15 @@ def digest(config: Config) -> str:
     """A hash of all settings."""
     canonical = json.dumps(config.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
     return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()
+
+
+def _filled(given: Any, defaults: dict[str, Any]) -> Any:
+    """``given``, with what it does not name; what is no mapping is left for others to complain of."""
+    if not isinstance(given, dict):
+        return given
+    missing = {key: value for key, value in defaults.items() if key not in given}
+    inner = {k: _filled(v, defaults[k]) for k, v in given.items() if isinstance(defaults.get(k), dict)}
+    return {**given, **missing, **inner}
 
 
 def override(raw: dict[str, Any], text: str) -> None:

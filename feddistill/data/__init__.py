@@ -19,8 +19,13 @@ __all__ = ["Skew", "labelled", "load", "skew"]
 PARTS = ("test", "validation", "proxy", "private")
 
 
-def load(config: DataConfig, seed: int) -> Splits:
+def load(config: DataConfig, seed: int, task: str = "classification") -> Splits:
     """Read, label, carve and divide; the same seed gives the same splits on every machine.
+
+    Args:
+        config: What and where.
+        seed: Of what is drawn.
+        task: Only of ``classification`` must texts have labels.
 
     Raises:
         DataError: A file, a column, a label or a client's data is missing or does not fit the rest.
@@ -47,24 +52,29 @@ def load(config: DataConfig, seed: int) -> Splits:
         }
     # Without a common source, what counts as a class is what the test asks for: a client whose labels are
     # spelt otherwise is an error then, and not a class more.
-    labels = config.labels or _labels(pool or tables["test"])
+    classes = task == "classification"
+    labels = config.labels or _labels(pool or tables["test"], classes)
     sets: dict[str, TextSet] = {}
     if pool is not None:
-        whole = _labelled(pool, labels, "data.source", optional=False)
+        whole = _labelled(pool, labels, "data.source", optional=not classes)
         for name, rows in _carve(len(whole), {n: wanted[n].size for n in carved}, seed).items():
             sets[name] = whole.select(rows, f"data.{name}")
     for name, table in tables.items():
-        whole = _labelled(table, labels, f"data.{name}", optional=name == "proxy")
+        whole = _labelled(table, labels, f"data.{name}", optional=name == "proxy" or not classes)
         sets[name] = _draw(whole, wanted[name].size, seed)
     if isinstance(config.partition, GivenPartition):
-        private = tuple(_labelled(table, labels, name, optional=False) for name, table in clients.items())
+        private = tuple(
+            _labelled(table, labels, name, optional=not classes) for name, table in clients.items()
+        )
     elif isinstance(config.partition, AtClientsPartition):
         nothing = np.zeros(0, np.int64)
         private = tuple(TextSet(name, (), (), nothing, labels) for name in config.partition.names)
     else:
         private = partition(sets["private"], config.partition, seed)
     if not isinstance(config.partition, AtClientsPartition):
-        _every_class_has_a_teacher(private, labels)
+        _every_client_has_texts(private)
+        if classes:
+            _every_class_has_a_teacher(private, labels)
     places = _present(private, config.absent)
     return Splits(
         private=tuple(private[place] for place in places),
@@ -75,21 +85,26 @@ def load(config: DataConfig, seed: int) -> Splits:
     )
 
 
-def labelled(source: Source, labels: tuple[str, ...], name: str) -> TextSet:
-    """Texts of ``source``, all of them with one of ``labels``; ``name`` is what errors call it."""
-    return _labelled(read(source, name), labels, name, optional=False)
+def labelled(source: Source, labels: tuple[str, ...], name: str, task: str = "classification") -> TextSet:
+    """Texts of ``source``, of classification all with one of ``labels``; ``name`` is what errors call it."""
+    if task == "classification":
+        return _labelled(read(source, name), labels, name, optional=False)
+    table = read(source.model_copy(update={"label_column": None}), name)
+    return _labelled(table, labels, name, optional=True)
 
 
 def lines(texts: TextSet) -> Iterator[bytes]:
     """Ids and texts, as JSON lines: what clients are sent of the proxy set."""
-    for i, text in zip(texts.ids, texts.texts, strict=True):
-        line = json.dumps({"id": i, "text": text}, ensure_ascii=False, separators=(",", ":"))
-        yield line.encode() + b"\n"
+    for row, (i, text) in enumerate(zip(texts.ids, texts.texts, strict=True)):
+        said: dict[str, str | int] = {"id": i, "text": text}
+        if texts.starts is not None:
+            said["start"] = texts.starts[row]
+        yield json.dumps(said, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
 
 
-def _labels(table: Table) -> tuple[str, ...]:
+def _labels(table: Table, classes: bool) -> tuple[str, ...]:
     names = set(table.labels or ())
-    if len(names) < 2:
+    if classes and len(names) < 2:
         raise DataError(f"data: classification needs at least two labels, found {sorted(names)}")
     return tuple(sorted(names))
 
@@ -109,7 +124,7 @@ def _labelled(table: Table, labels: tuple[str, ...], name: str, *, optional: boo
                     "name all classes in data.labels, or mend the file"
                 )
         numbers = np.array([index[label] for label in table.labels], np.int64)
-    return TextSet(name, table.ids, table.texts, numbers, labels, table.sources)
+    return TextSet(name, table.ids, table.texts, numbers, labels, table.sources, table.starts)
 
 
 def _carve(examples: int, sizes: dict[str, int | None], seed: int) -> dict[str, NDArray[np.int64]]:
@@ -146,7 +161,9 @@ def _hide_labels(proxy: TextSet, labelled: int, seed: int) -> TextSet:
     kept = generator(seed, "proxy", "labelled").permutation(known)[:labelled]
     labels = np.full(len(proxy), UNLABELLED, np.int64)
     labels[kept] = proxy.labels[kept]
-    return TextSet("data.proxy", proxy.ids, proxy.texts, labels, proxy.label_names, proxy.sources)
+    return TextSet(
+        "data.proxy", proxy.ids, proxy.texts, labels, proxy.label_names, proxy.sources, proxy.starts
+    )
 
 
 def _present(private: tuple[TextSet, ...], absent: tuple[str, ...]) -> tuple[int, ...]:
@@ -159,10 +176,13 @@ def _present(private: tuple[TextSet, ...], absent: tuple[str, ...]) -> tuple[int
     return places
 
 
-def _every_class_has_a_teacher(private: tuple[TextSet, ...], labels: tuple[str, ...]) -> None:
+def _every_client_has_texts(private: tuple[TextSet, ...]) -> None:
     for client in private:
         if not len(client):
             raise DataError(f"{client.name} has no private examples")
+
+
+def _every_class_has_a_teacher(private: tuple[TextSet, ...], labels: tuple[str, ...]) -> None:
     totals = np.sum([client.label_counts() for client in private], axis=0)
     for label, total in zip(labels, totals, strict=True):
         if total == 0:

@@ -25,6 +25,8 @@ class Table:
     texts: tuple[str, ...]
     labels: tuple[str, ...] | None
     sources: tuple[str, ...] | None
+    starts: tuple[int, ...] | None = None
+    """Of each text, the character behind its prompt."""
 
 
 def read(source: Source, name: str) -> Table:
@@ -176,9 +178,13 @@ def _table(columns: Mapping[str, Sequence[Any]], wanted: Columns, name: str, ste
     assert texts is not None
     if not texts:
         raise DataError(f"{name}: no examples")
+    prompts = column("prompt_column", wanted.prompt_column)
+    if prompts is not None:
+        texts = tuple(prompt + text for prompt, text in zip(prompts, texts, strict=True))
     return Table(
         ids=tuple(f"{stem}/{row}" for row in range(len(texts))),
         texts=texts,
         labels=column("label_column", wanted.label_column),
         sources=column("source_column", wanted.source_column),
+        starts=None if prompts is None else tuple(map(len, prompts)),
     )

@@ -1,7 +1,7 @@
 """A client in a process of its own, that may be started for each task anew: all it knows is on its disk."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +67,7 @@ class RemoteClient:
     def _splits(self, config: Config, labels: tuple[str, ...], run: RunDirectory) -> Splits | None:
         """What this client may see; ``None`` where the proxy texts have still to be sent."""
         if not isinstance(config.data.partition, AtClientsPartition):
-            whole = data.load(config.data, config.seed)
+            whole = data.load(config.data, config.seed, config.task)
             places = [place for place, own in enumerate(whole.private) if own.name == self.name]
             if not places:
                 raise ConfigError(f"{self.name} is no client of this run")
@@ -78,7 +78,7 @@ class RemoteClient:
             raise ConfigError(f"{self.name} has no file that says where its texts are")
         if self.name not in config.data.partition.names:
             raise ConfigError(f"{self.name} is no client of this run")
-        private = data.labelled(institution.load(self.file).source, labels, self.name)
+        private = data.labelled(institution.load(self.file).source, labels, self.name, config.task)
         if not len(private):
             raise DataError(f"{self.name} has no private examples")
         if not run.path(PROXY).exists():
@@ -90,7 +90,10 @@ class RemoteClient:
     def _proxy(self, run: RunDirectory, labels: tuple[str, ...]) -> TextSet:
         try:
             rows = [json.loads(line) for line in run.read_bytes(PROXY).splitlines()]
-            return _texts("data.proxy", [(str(row["id"]), str(row["text"])) for row in rows], labels)
+            texts = _texts("data.proxy", [(str(row["id"]), str(row["text"])) for row in rows], labels)
+            if any("start" in row for row in rows):
+                texts = replace(texts, starts=tuple(int(row["start"]) for row in rows))
+            return texts
         except (ValueError, TypeError, KeyError) as error:
             raise RunError(f"{run.path(PROXY)} is damaged: {error}") from None
 

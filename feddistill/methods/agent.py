@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
 from itertools import chain
 
 from safetensors.torch import load, save
@@ -13,7 +12,7 @@ from feddistill.errors import ModelError
 from feddistill.federation.protocol import Reply, Task
 from feddistill.methods import averaging, uploads, wire
 from feddistill.methods.client import Client
-from feddistill.methods.learner import Learner, lessons_of
+from feddistill.methods.learners import learner_of
 from feddistill.store import Json, RunDirectory
 from feddistill.types import RoundSpec
 
@@ -55,7 +54,7 @@ class Agent:
             "description": asdict(self.client.describe()),
             "version": payload.VERSION,
             "proxy": splits.proxy.digest(),
-            "vocabulary": payload.fingerprint(splits.label_names),
+            "vocabulary": self.client.session.question.fingerprint,
         }
         return told, {}
 
@@ -100,7 +99,7 @@ class Agent:
     def _average(self, task: Task) -> tuple[Json, dict[str, bytes]]:
         """Train the student's architecture from the average, as ``fedavg`` wants it."""
         session, step = self.client.session, f"baselines/fedavg/{task.round:03d}"
-        learner = Learner(session, session.config.student.model, "student.model")
+        learner = learner_of(session, session.config.student.model, "student.model")
         given = load(task.blobs["weights"])
         if {n: t.shape for n, t in given.items()} != {
             n: t.shape for n, t in models.trained(learner.model).items()
@@ -109,8 +108,7 @@ class Agent:
         learner.model.load_state_dict(given, strict=False)
         start = f"{step}/start.safetensors"
         session.run.write(start, lambda path: models.save(learner.model, path))
-        taught = partial(lessons_of, learner)
-        private = self.client.private
+        private, taught = self.client.private, learner.lessons
         record = averaging.trained_by(session, learner, "fedavg", task.round, start, private, taught)
         learner.restore(record["weights"])
         session.run.remove(start)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
 
 import torch
 from safetensors.torch import load_file
@@ -10,7 +9,8 @@ from torch import Tensor
 
 from feddistill import models, training
 from feddistill.accounting import measure
-from feddistill.methods.learner import Averager, Learner, Session, later, lessons_of
+from feddistill.methods.learner import Averager, Learner, Session, later
+from feddistill.methods.learners import learner_of
 from feddistill.store import Json
 from feddistill.training import Lessons
 from feddistill.types import Cost, TextSet
@@ -41,8 +41,8 @@ def rounds(
         averager: Where the clients are elsewhere: has them train, and averages what comes back.
     """
     if learner is None:
-        learner = Learner(session, session.config.student.model, "student.model")
-    taught = lessons or partial(lessons_of, learner)
+        learner = learner_of(session, session.config.student.model, "student.model")
+    taught = lessons or learner.lessons
     records: list[Json] = []
     for number in range(1, session.config.rounds + 1):
         step = f"baselines/{name}/{number:03d}"
@@ -147,7 +147,7 @@ def _round(
     cost = sum((Cost(**record["costs"]["train"]) for record in trained), Cost())
     with measure() as averaging:
         states = [load_file(run.path(file)) for file in files]
-        learner.model.load_state_dict(averaged(states, [len(p) for p in session.splits.private]))
+        models.take(learner.model, averaged(states, [len(p) for p in session.splits.private]))
         weights = f"{step}.safetensors"
         run.write(weights, lambda path: models.save(learner.model, path))
     content: Json = {"weights": weights, "costs": {}}

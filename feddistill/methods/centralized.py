@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from feddistill.methods.learner import Session, student_rounds
+from feddistill.methods.learner import Session
+from feddistill.methods.learners import student_rounds
 from feddistill.store import Json
 from feddistill.types import TextSet
 
@@ -20,4 +21,5 @@ def pool(sets: tuple[TextSet, ...]) -> TextSet:
         texts=tuple(text for s in sets for text in s.texts),
         labels=np.concatenate([s.labels for s in sets]),
         label_names=sets[0].label_names,
+        starts=None if sets[0].starts is None else tuple(start for s in sets for start in s.starts or ()),
     )

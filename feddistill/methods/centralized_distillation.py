@@ -57,5 +57,5 @@ def run(session: Session) -> Json:
         )
         costs = {**record["costs"], "teach": teaching["costs"]["train"]}
         records.append({**record, "costs": costs})
-        best = best_of(best, record)
+        best = best_of(session, best, record)
     return {"rounds": records}

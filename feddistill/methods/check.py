@@ -5,7 +5,10 @@ from importlib.util import find_spec
 from feddistill import models
 from feddistill.attacks import liars
 from feddistill.config import Config
-from feddistill.errors import ConfigError
+from feddistill.errors import ConfigError, ModelError
+from feddistill.methods.question import question_of
+from feddistill.models import causal
+from feddistill.models.tokenizers import fingerprint
 from feddistill.types import UNLABELLED, Splits
 
 DENSE_CLASSES = 256
@@ -19,7 +22,8 @@ def check(config: Config, splits: Splits, *, build: bool = True) -> None:
         ConfigError: A setting asks for more clients, classes or labels than there are.
         ModelError: A model cannot be had, cut, or made to read its own tokenizer's texts.
     """
-    classes, clients = len(splits.label_names), len(splits.private)
+    question = question_of(config, splits)
+    classes, clients = question.vocab_size, len(splits.private)
     config.aggregation.check(min(config.clients.per_round or clients, clients))
     liars(config.simulate.attack, [private.name for private in splits.private])
     if config.payload.codec == "dense" and classes > DENSE_CLASSES:
@@ -35,13 +39,32 @@ def check(config: Config, splits: Splits, *, build: bool = True) -> None:
         )
     if "fedlora" in config.baselines and find_spec("peft") is None:
         raise ConfigError("baselines: fedlora needs the package peft: pip install 'feddistill[lora]'")
-    labelled = (splits.proxy.labels != UNLABELLED).any()
+    labelled = config.task == "causal_lm" or (splits.proxy.labels != UNLABELLED).any()
     if "fedmkt" in config.baselines and not labelled:
         raise ConfigError("baselines: fedmkt needs labels, but data.proxy.labelled is 0")
     if "public_only" in config.baselines and not labelled:
         raise ConfigError("baselines: public_only needs labels, but data.proxy.labelled is 0")
     if not build:
         return
-    for index, model in enumerate(config.clients.models[: max(splits.places) + 1]):
-        models.build(model, classes, 0, f"clients.models.{index}")
-    models.build(config.student.model, classes, 0, "student.model")
+    several = {
+        f"clients.models.{index}": model
+        for index, model in enumerate(config.clients.models[: max(splits.places) + 1])
+    }
+    for name, model in {**several, "student.model": config.student.model}.items():
+        if config.task == "causal_lm":
+            _speaks(config, causal.build(model, 0, name, splits.proxy.texts), question.fingerprint, name)
+        else:
+            models.build(model, classes, 0, name, splits.proxy.texts)
+
+
+def _speaks(config: Config, built: causal.Causal, wanted: str, name: str) -> None:
+    """Whether a language model can answer about the student's tokens."""
+    length = config.student.model.max_tokens
+    if fingerprint(built.reader.tokenizer) != wanted:
+        raise ModelError(
+            f"{name}: its tokenizer is not the student's, and answers are about the student's tokens"
+        )
+    if built.max_tokens < length:
+        raise ModelError(
+            f"{name}.max_tokens = {built.max_tokens}, but the student's blocks have {length} tokens"
+        )

@@ -1,20 +1,20 @@
 """A client: what it tells of itself, how it trains, how it answers. All that it sends is in here."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from feddistill import payload, training
 from feddistill.accounting import measure
 from feddistill.config.training import TrainingConfig
 from feddistill.methods import uploads, wire
-from feddistill.methods.learner import Learner, Session, later, lessons_of
+from feddistill.methods.learner import Learner, Session, later
+from feddistill.methods.learners import learner_of
 from feddistill.methods.uploads import draws
 from feddistill.seeds import generator
 from feddistill.store import Json
-from feddistill.training import NO_LABEL, Lessons
 from feddistill.types import ClientDescription, RoundSpec, TextSet
 
 
@@ -70,7 +70,7 @@ class Client:
             f"alone/{number:03d}/{self.name}",
             f"{self.name} alone: segment {number}",
             start,
-            lambda: lessons_of(self.learner, self.private),
+            lambda: self.learner.lessons(self.private),
             self._settings(number),
             steps=self._steps(number),
             evaluate=self._evaluates,
@@ -117,39 +117,29 @@ class Client:
                 if run.path(envelope).exists():  # written last, before something interrupted this
                     continue
                 start, stop = payload.rows_of(spec, shard)
-                said = learner.answer(proxy, tick, start, stop) if lies is None else lies[start:stop]
                 seed = draws(self.config.seed, spec.round, self.name, shard)
-                encoded = payload.encode(wire.compress(said, spec, seed), spec, self.name, shard)
+                if lies is None:
+                    said = learner.compressed(spec, seed, start, stop, tick)
+                else:
+                    said = wire.compress(lies[start:stop], spec, seed)
+                encoded = payload.encode(said, spec, self.name, shard)
                 run.write_bytes(content, encoded)
                 run.write_bytes(envelope, payload.seal(encoded, spec, self.name, shard))
             cost.flops = learner.meter.flops - before
         return uploads.store(run, name, spec, cost.cost)
 
-    def _lessons(self, number: int, asked: RoundSpec | None) -> Lessons:
+    def _lessons(self, number: int, asked: RoundSpec | None) -> Any:
         """Private texts with their labels and, co-distilling, proxy texts with the last teacher's answers."""
         settings = self.config.clients.codistillation
-        own = lessons_of(self.learner, self.private)
+        own = self.learner.lessons(self.private)
         if not settings.enabled or asked is None:
             return own
         spec = wire.feedback_spec(asked)
         shelf = uploads.Shelf(self.session.run, f"rounds/{asked.round:03d}/feedback", spec)
         shelf.admit()
         random = generator(self.config.seed, "digest", number, self.name)
-        rows = np.sort(random.permutation(len(self.session.splits.proxy))[: settings.examples])
-        proxy = self.learner.tokens(self.session.splits.proxy)
-        tokens = [*own.tokens, *(proxy[row] for row in rows)]
-        parts = []
-        for shard in range(payload.shards(spec)):
-            start, stop = payload.rows_of(spec, shard)
-            here = rows[(start <= rows) & (rows < stop)] - start
-            parts.append(wire.expand(shelf.shard(shard))[torch.from_numpy(here)])
-        picked = torch.cat(parts)
-        if settings.target == "hard":
-            return Lessons(tokens, torch.cat([own.labels, picked.argmax(-1)]))
-        taught = torch.cat([torch.zeros(len(self.private)), torch.ones(len(rows))]).bool()
-        filler = picked.new_zeros(len(self.private), picked.shape[1])  # rows that are not taught
-        nothing = torch.full((len(rows),), NO_LABEL)
-        return Lessons(tokens, torch.cat([own.labels, nothing]), torch.cat([filler, picked]), taught)
+        chosen = np.sort(random.permutation(self.learner.proxy_examples())[: settings.examples])
+        return self.learner.digested(own, chosen, shelf, settings.target)
 
     def _settings(self, number: int) -> TrainingConfig:
         settings = self.config.clients.training
@@ -161,11 +151,11 @@ class Client:
 
     def _steps(self, number: int) -> int:
         """Over private and digested texts; a client alone takes as many."""
-        codistillation, proxy = self.config.clients.codistillation, len(self.session.splits.proxy)
-        digested = 0
+        codistillation, digested = self.config.clients.codistillation, 0
         if number > 1 and codistillation.enabled:
+            proxy = self.learner.proxy_examples()
             digested = min(codistillation.examples or proxy, proxy)
-        return training.steps_of(self._settings(number), len(self.private) + digested)
+        return training.steps_of(self._settings(number), len(self.learner.tokens(self.private)) + digested)
 
 
 class Crew:
@@ -184,5 +174,5 @@ class Crew:
         models = self._session.config.clients.models
         index = place % len(models)
         if index not in self._learners:
-            self._learners[index] = Learner(self._session, models[index], f"clients.models.{index}")
+            self._learners[index] = learner_of(self._session, models[index], f"clients.models.{index}")
         return self._learners[index]

@@ -11,9 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
 
-import torch
 from pydantic import TypeAdapter, ValidationError
-from torch import Tensor
 
 from feddistill import aggregation, data, models, payload
 from feddistill.accounting import measure
@@ -23,17 +21,21 @@ from feddistill.federation.asking import Asking
 from feddistill.federation.journal import Journal
 from feddistill.federation.protocol import Kind, Task
 from feddistill.methods import uploads, wire
-from feddistill.methods.learner import Learner, Session, best_of, labels_of, later
+from feddistill.methods.learner import Learner, Session, best_of, later
+from feddistill.methods.learners import learner_of
 from feddistill.methods.local import LocalTransport
+from feddistill.methods.question import Question
 from feddistill.methods.uploads import draws
 from feddistill.rules import Memory
 from feddistill.seeds import derive, generator
 from feddistill.store import Json
-from feddistill.tensorfile import TensorFile
-from feddistill.training import Lessons
-from feddistill.types import ClientDescription, Cost, RoundSpec, Splits, TextSet
+from feddistill.tensorfile import TensorFile, TopKFile
+from feddistill.types import ClientDescription, Cost, RoundSpec, Splits
 
 LEDGER = "ledger.json"
+
+LORA_RANK = 8
+"""Of the adapters whose size answers are compared with."""
 
 
 def run(session: Session) -> Json:
@@ -44,7 +46,9 @@ def run(session: Session) -> Json:
         "rounds": records,
         "ledger": rounds.head,
         "description_bytes": sum(len(payload.canonical(d)) for d in rounds.descriptions),
+        "positions": session.question.positions,
         "student_bytes": 4 * models.trained_count(rounds.student.model),
+        "lora_bytes": 4 * models.lora_count(rounds.student.model, LORA_RANK),
     }
 
 
@@ -83,7 +87,7 @@ class _Rounds:
     def student(self) -> Learner:
         """Built when first needed: a run that is resumed at its end builds nothing."""
         if self._student is None:
-            self._student = Learner(self.session, self.session.config.student.model, "student.model")
+            self._student = learner_of(self.session, self.session.config.student.model, "student.model")
         return self._student
 
     @property
@@ -101,7 +105,7 @@ class _Rounds:
             self._asked(number)
             self._enter(record)
         self.last = record["student"]
-        self.best = best_of(self.best, record["student"])
+        self.best = best_of(self.session, self.best, record["student"])
         self._tidy(number)
         return record
 
@@ -111,9 +115,10 @@ class _Rounds:
         student = self._distil(teacher["log_probs"], number, step)
         request = payload.canonical(self.specs[number])
         downlink = len(request) + (teacher["feedback_bytes"] if number < self.session.config.rounds else 0)
-        clients, own = _mean_accuracy(decided["specialists"]), student["validation"]["accuracy"]
+        task = self.session.task
+        clients, own = _mean(decided["specialists"], task.decides), student["validation"][task.decides]
         told = "" if clients is None else f"clients {clients:.3f}, "
-        self.session.show.say(f"round {number}: accuracy on validation: {told}student {own:.3f}")
+        self.session.show.say(f"round {number}: {task.words} on validation: {told}student {own:.3f}")
         return {
             **decided,
             "student": student,
@@ -199,7 +204,7 @@ class _Rounds:
         fits = {
             "version": payload.VERSION,
             "proxy": self.splits.proxy.digest(),
-            "vocabulary": payload.fingerprint(self.splits.label_names),
+            "vocabulary": self.session.question.fingerprint,
         }
         for reply in self.asking.gather(self._task("describe", 0), [n for n in names if n not in found]):
             told = reply.content
@@ -306,15 +311,20 @@ class _Rounds:
         if (record := run.done(name)) is not None:
             return record
         config = self.session.config.aggregation
-        read = wire.codes if config.rule.of_codes else wire.expand
-        answerers = [uploads.answerer(read, shelf) for shelf in admitted.values()]
-        labels = torch.from_numpy(self.splits.proxy.labels)
+        question, shelves = self.session.question, admitted.values()
+        answerers: list[aggregation.Answerer]
+        if question.compressed:
+            answerers = [uploads.answerer(wire.topk, shelf) for shelf in shelves]
+        else:
+            read = wire.codes if config.rule.of_codes else wire.expand
+            answerers = [uploads.answerer(read, shelf) for shelf in shelves]
+        labels = question.labels
         # Of those who are in: where the only client that knows a class was refused, the others speak for it.
         known = aggregation.Known(
             names=tuple(admitted),
             descriptions=tuple(d for d in self.descriptions if d.client in admitted),
             labels=labels,
-            domains=_domains(self.splits.proxy),
+            domains=question.domains,
             memory=self.memory,
         )
         with self.session.show.step(f"round {number}: aggregate"), measure() as cost:
@@ -322,7 +332,7 @@ class _Rounds:
             made: list[aggregation.Aggregated] = []
 
             def make(path: Path) -> None:
-                file = TensorFile.create(path, (spec.positions, spec.vocab_size))
+                file = _new_teacher(path, question, spec)
                 made.append(
                     aggregation.aggregate(
                         answerers,
@@ -332,11 +342,13 @@ class _Rounds:
                         sharpen=config.sharpen,
                         mix=config.mix,
                         known=known,
+                        k=spec.k,
                         sink=file.put,
                     )
                 )
 
-            teacher = TensorFile.open(run.write(f"{name}.safetensors", make))
+            kind = TopKFile if question.compressed else TensorFile
+            teacher = kind.open(run.write(f"{name}.safetensors", make))
             mass, shares, memory = made[0].mass, made[0].weights, made[0].memory
             diagnostics = aggregation.diagnose(list(admitted), answerers, teacher, labels, mass, shares)
         feedback, sent = self._feedback(teacher, spec, f"{step}/feedback")
@@ -351,7 +363,7 @@ class _Rounds:
         }
         return run.commit(name, content, [content["log_probs"], *sent])
 
-    def _feedback(self, teacher: TensorFile, spec: RoundSpec, step: str) -> tuple[str, list[str]]:
+    def _feedback(self, teacher: TensorFile | TopKFile, spec: RoundSpec, step: str) -> tuple[str, list[str]]:
         """The teacher as clients are sent it: the digest for the ledger, and the files."""
         run, back, digests = self.session.run, wire.feedback_spec(spec), []
         for shard, (envelope, content) in enumerate(uploads.files(step, back)):
@@ -370,17 +382,11 @@ class _Rounds:
         if number > 1:
             settings = later(settings, None, config.student.later_head_learning_rate)
         start = self.last if config.distill.accept == "always" else self.best
-        proxy = self.splits.proxy
-
-        def lessons() -> Lessons:
-            teacher = TensorFile.open(self.session.run.path(teacher_file))
-            return Lessons(self.student.tokens(proxy), labels_of(proxy), teacher)
-
         return self.student.step(
             f"{step}/student",
             f"round {number}: the student learns",
             start["weights"] if start else None,
-            lessons,
+            lambda: self.student.taught(teacher_file),
             settings,
             distill=config.distill,
         )
@@ -411,16 +417,17 @@ def request(session: Session, number: int, *, quorum: int, previous: str) -> Rou
     A run has the same id as another with the same settings: payloads of equal runs are equal to the byte.
     """
     config, splits, settings = session.config, session.splits, session.config.payload
-    classes = len(splits.label_names)
+    question = session.question
+    classes = question.vocab_size
     k = {"dense": classes, "sampled": min(settings.draws, classes)}.get(settings.codec, settings.k)
     run_id = digest(config)[:16]
     spec = RoundSpec(
         run_id=run_id,
         round=number,
         proxy_digest=splits.proxy.digest(),
-        positions=len(splits.proxy),
+        positions=question.positions,
         vocab_size=classes,
-        vocab_fingerprint=payload.fingerprint(splits.label_names),
+        vocab_fingerprint=question.fingerprint,
         codec=settings.codec,
         k=k,
         nonce=f"{derive(config.seed, run_id, 'nonce', number):08x}",
@@ -471,14 +478,12 @@ def _cost(told: object) -> Cost:
         return Cost()
 
 
-def _domains(proxy: TextSet) -> Tensor | None:
-    """Where each text is from, as small integers; ``None`` where that is not known."""
-    if proxy.sources is None:
-        return None
-    names = {name: index for index, name in enumerate(sorted(set(proxy.sources)))}
-    return torch.tensor([names[name] for name in proxy.sources])
+def _new_teacher(path: Path, question: Question, spec: RoundSpec) -> TensorFile | TopKFile:
+    if question.compressed:
+        return TopKFile.create(path, spec.positions, spec.k, spec.vocab_size)
+    return TensorFile.create(path, (spec.positions, spec.vocab_size))
 
 
-def _mean_accuracy(specialists: Json) -> float | None:
-    found = [s["validation"]["accuracy"] for s in specialists.values() if "validation" in s]
+def _mean(specialists: Json, figure: str) -> float | None:
+    found = [s["validation"][figure] for s in specialists.values() if "validation" in s]
     return fmean(found) if found else None

@@ -3,23 +3,31 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from feddistill import answering, evaluation, models, training
+from feddistill import answering, evaluation, models, payload, training
 from feddistill.accounting import FlopMeter, measure
 from feddistill.config import Config
 from feddistill.config.models import ModelConfig
 from feddistill.config.training import DistillConfig, TrainingConfig
 from feddistill.errors import ModelError
 from feddistill.federation.protocol import Patience, Transport
+from feddistill.methods import uploads, wire
+from feddistill.methods.question import Question, question_of
 from feddistill.progress import Show
 from feddistill.seeds import derive
 from feddistill.store import Json, RunDirectory
+from feddistill.tasks import TASKS, Task
+from feddistill.tensorfile import TensorFile
 from feddistill.training import NO_LABEL, Lessons
-from feddistill.types import UNLABELLED, Cost, Splits, TextSet, Tick
+from feddistill.training.blocks import BlockLessons
+from feddistill.types import UNLABELLED, Cost, RoundSpec, Splits, TextSet, Tick
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +69,7 @@ class Engine:
     """What ``fedavg`` goes through where clients are elsewhere; ``None``: it is simulated in this process."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Session:
     """What a method works with: settings, data, where to write, what to show."""
 
@@ -75,6 +83,16 @@ class Session:
     def bf16(self) -> bool:
         """Whether passes run in bfloat16."""
         return self.config.precision == "bf16"
+
+    @property
+    def task(self) -> Task:
+        """What figures there are, and which decides."""
+        return TASKS[self.config.task]
+
+    @cached_property
+    def question(self) -> Question:
+        """What the proxy texts ask."""
+        return question_of(self.config, self.splits)
 
 
 class Learner:
@@ -92,7 +110,7 @@ class Learner:
         self.session = session
         self.name = name
         self.classes = len(session.splits.label_names)
-        self.specialist = models.build(config, self.classes, derive(session.config.seed, "init", name), name)
+        self.specialist = self._build(config)
         self.model = self.specialist.model
         if adapt is not None:
             with torch.random.fork_rng(devices=[]):
@@ -103,6 +121,10 @@ class Learner:
         self.meter = FlopMeter(self.model)
         self._initial = {key: value.clone() for key, value in self.model.state_dict().items()}
         self._tokens: dict[str, list[list[int]]] = {}
+
+    def _build(self, config: ModelConfig) -> models.Specialist:
+        seed = derive(self.session.config.seed, "init", self.name)
+        return models.build(config, self.classes, seed, self.name, self.session.splits.proxy.texts)
 
     def reset(self) -> None:
         """Back to the weights before any training."""
@@ -122,6 +144,38 @@ class Learner:
         if texts.name not in self._tokens:
             self._tokens[texts.name] = self.specialist.encode(texts.texts)
         return self._tokens[texts.name]
+
+    def lessons(self, texts: TextSet) -> Lessons:
+        """``texts`` with the labels that they have."""
+        return Lessons(self.tokens(texts), labels_of(texts))
+
+    def taught(self, teacher: str) -> Lessons:
+        """The proxy texts with their labels and the answers of the teacher in a file of the run."""
+        proxy = self.session.splits.proxy
+        file = TensorFile.open(self.session.run.path(teacher))
+        return Lessons(self.tokens(proxy), labels_of(proxy), file)
+
+    def proxy_examples(self) -> int:
+        """How many examples a pass over the proxy texts has."""
+        return len(self.session.splits.proxy)
+
+    def digested(self, own: Lessons, chosen: NDArray[np.int64], shelf: uploads.Shelf, target: str) -> Lessons:
+        """``own``, and those texts ``chosen`` of the proxy set with what the teacher said to them."""
+        proxy, mine = self.tokens(self.session.splits.proxy), len(own.tokens)
+        tokens = [*own.tokens, *(proxy[row] for row in chosen)]
+        picked = torch.cat(list(shelf.picked(wire.expand, chosen)))
+        if target == "hard":
+            return Lessons(tokens, torch.cat([own.labels, picked.argmax(-1)]))
+        taught = torch.cat([torch.zeros(mine), torch.ones(len(chosen))]).bool()
+        filler = picked.new_zeros(mine, picked.shape[1])  # rows that are not taught
+        nothing = torch.full((len(chosen),), NO_LABEL)
+        return Lessons(tokens, torch.cat([own.labels, nothing]), torch.cat([filler, picked]), taught)
+
+    def compressed(
+        self, spec: RoundSpec, seed: int, start: int, stop: int, tick: Tick | None = None
+    ) -> payload.Answers:
+        """Rows from ``start`` to ``stop`` of what the model says to the proxy texts, in the round's codec."""
+        return wire.compress(self.answer(self.session.splits.proxy, tick, start, stop), spec, seed)
 
     def answer(
         self, texts: TextSet, tick: Tick | None = None, start: int = 0, stop: int | None = None
@@ -155,28 +209,34 @@ class Learner:
         tick: Tick | None = None,
     ) -> training.Trained:
         """Train on ``lessons`` from the weights as they are."""
+        return self._fit(
+            lessons, config, seed=seed, steps=steps, distill=distill, proximal=proximal, tick=tick
+        )
+
+    def _fit(
+        self, lessons: Lessons | BlockLessons, config: TrainingConfig, **settings: Any
+    ) -> training.Trained:
         return training.fit(
             self.model,
             lessons,
             config,
-            seed=seed,
             bf16=self.session.bf16,
             pad_id=self.specialist.pad_id,
             head=models.head_parameters(self.model),
             meter=self.meter,
-            steps=steps,
-            distill=distill,
-            proximal=proximal,
-            tick=tick,
+            **settings,
         )
+
+    def figures(self, texts: TextSet, tick: Tick | None = None) -> dict[str, float]:
+        """How well the model does on labelled ``texts``."""
+        return evaluation.classification(self.answer(texts, tick).numpy(), texts.labels).as_dict()
 
     def evaluate(self, tick: Tick | None = None) -> dict[str, dict[str, float]]:
         """Figures on the validation and the test set. Whoever selects, selects on validation."""
         figures = {}
         splits = self.session.splits
         for name, texts in (("validation", splits.validation), ("test", splits.test)):
-            answers = self.answer(texts, tick)
-            figures[name] = evaluation.classification(answers.numpy(), texts.labels).as_dict()
+            figures[name] = self.figures(texts, tick)
         return figures
 
     def step(
@@ -184,7 +244,7 @@ class Learner:
         name: str,
         label: str,
         start: str | None,
-        lessons: Callable[[], Lessons],
+        lessons: Callable[[], Any],
         config: TrainingConfig,
         *,
         steps: int | None = None,
@@ -249,11 +309,9 @@ def labels_of(texts: TextSet) -> Tensor:
     return torch.where(labels == UNLABELLED, NO_LABEL, labels)
 
 
-def best_of(best: Json | None, new: Json) -> Json:
+def best_of(session: Session, best: Json | None, new: Json) -> Json:
     """The better on validation; the earlier where they are equal."""
-    if best is None or new["validation"]["accuracy"] > best["validation"]["accuracy"]:
-        return new
-    return best
+    return new if best is None else session.task.best([best, new])
 
 
 def later(config: TrainingConfig, epochs: float | None, head_learning_rate: float | None) -> TrainingConfig:
@@ -263,32 +321,3 @@ def later(config: TrainingConfig, epochs: float | None, head_learning_rate: floa
         "head_learning_rate": head_learning_rate,
     }
     return config.model_copy(update=dict(changed))
-
-
-def student_rounds(session: Session, name: str, texts: TextSet) -> list[Json]:
-    """Train the student's architecture on labelled ``texts`` exactly as the student is trained.
-
-    As many segments as there are rounds, as many steps in each, the same schedule and selection: what
-    differs from the student is only what it learns from.
-    """
-    config = session.config
-    learner = Learner(session, config.student.model, "student.model")
-    steps = training.steps_of(config.student.training, len(session.splits.proxy))
-    records: list[Json] = []
-    best: Json | None = None
-    for number in range(1, config.rounds + 1):
-        settings = config.student.training
-        if number > 1:
-            settings = later(settings, None, config.student.later_head_learning_rate)
-        start = records[-1] if config.distill.accept == "always" and records else best
-        record = learner.step(
-            f"baselines/{name}/{number:03d}",
-            f"{name}: segment {number} of {config.rounds}",
-            start["weights"] if start else None,
-            lambda: lessons_of(learner, texts),
-            settings,
-            steps=steps,
-        )
-        records.append(record)
-        best = best_of(best, record)
-    return records

@@ -2,14 +2,21 @@
 
 from collections.abc import Callable, Iterator, Set
 from dataclasses import asdict
+from typing import TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from feddistill import payload
+from feddistill.methods import wire
 from feddistill.seeds import derive
 from feddistill.store import Json, RunDirectory
 from feddistill.types import Cost, RoundSpec
+from feddistill_kernels import TopK
+
+T = TypeVar("T", Tensor, TopK)
 
 
 def files(step: str, spec: RoundSpec) -> list[tuple[str, str]]:
@@ -79,12 +86,19 @@ class Shelf:
         for number, first, last in payload.pieces(self.spec, start, stop):
             yield self.shard(number).rows(first, last)
 
+    def picked(self, read: Callable[[payload.Answers], T], rows: NDArray[np.int64]) -> Iterator[T]:
+        """Some rows, ascending, as ``read`` opens them, shard by shard."""
+        for number in range(payload.shards(self.spec)):
+            start, stop = payload.rows_of(self.spec, number)
+            here = rows[(start <= rows) & (rows < stop)] - start
+            if len(here):
+                yield read(self.shard(number))[torch.from_numpy(here)]
 
-def answerer(read: Callable[[payload.Answers], Tensor], shelf: Shelf) -> Callable[[int, int], Tensor]:
+
+def answerer(read: Callable[[payload.Answers], T], shelf: Shelf) -> Callable[[int, int], T]:
     """``(start, stop)`` to these rows of what is on a shelf, as ``read`` opens them."""
 
-    def rows(start: int, stop: int) -> Tensor:
-        found = [read(answers) for answers in shelf.rows(start, stop)]
-        return found[0] if len(found) == 1 else torch.cat(found)
+    def rows(start: int, stop: int) -> T:
+        return wire.stacked([read(answers) for answers in shelf.rows(start, stop)])
 
     return rows

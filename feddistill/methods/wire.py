@@ -1,14 +1,18 @@
 """Between a model's answers and what travels: log-probabilities to payloads and back."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from feddistill import payload
 from feddistill.types import RoundSpec
-from feddistill_kernels import topk_compress, topk_sample
+from feddistill_kernels import TopK, topk_compress, topk_sample
+
+T = TypeVar("T", Tensor, TopK)
 
 SERVER = "server"
 """Who sends the teacher back to the clients."""
@@ -24,16 +28,24 @@ def compress(log_probs: Tensor, spec: RoundSpec, seed: int) -> payload.Answers:
 
 
 def compress_rows(
-    read: Callable[[int, int], Tensor], start: int, stop: int, spec: RoundSpec, seed: int
+    read: Callable[[int, int], Tensor | TopK], start: int, stop: int, spec: RoundSpec, seed: int
 ) -> payload.Answers:
     """Rows from ``start`` to ``stop`` of what ``read`` reads, a few of them in memory at a time."""
-    random = torch.Generator().manual_seed(seed)
     step = max(1, PART // spec.vocab_size)
     parts = ((first, min(first + step, stop)) for first in range(start, stop, step))
-    return payload.joined([_compress(read(*part), spec, random) for part in parts])
+    return compress_parts((read(*part) for part in parts), spec, seed)
 
 
-def _compress(log_probs: Tensor, spec: RoundSpec, random: torch.Generator) -> payload.Answers:
+def compress_parts(parts: Iterable[Tensor | TopK], spec: RoundSpec, seed: int) -> payload.Answers:
+    """Rows as they come, logits or compressed."""
+    random = torch.Generator().manual_seed(seed)
+    return payload.joined([_compress(part, spec, random) for part in parts])
+
+
+def _compress(said: Tensor | TopK, spec: RoundSpec, random: torch.Generator) -> payload.Answers:
+    if isinstance(said, TopK) and spec.codec in ("topk", "threshold"):
+        return _ranked(said, spec)
+    log_probs = said.expand() if isinstance(said, TopK) else said
     if spec.codec == "dense":
         return payload.quantise_dense(log_probs.numpy())
     if spec.codec == "sampled":
@@ -41,7 +53,10 @@ def _compress(log_probs: Tensor, spec: RoundSpec, random: torch.Generator) -> pa
         return payload.quantise_sampled(
             drawn.ids.numpy(), drawn.log_probs.numpy(), spec.draws, spec.vocab_size
         )
-    kept = topk_compress(log_probs, spec.k)
+    return _ranked(topk_compress(log_probs, spec.k), spec)
+
+
+def _ranked(kept: TopK, spec: RoundSpec) -> payload.Answers:
     rows = kept.ids.numpy(), kept.log_probs.numpy(), kept.log_tail.numpy()
     if spec.codec == "threshold":
         return payload.quantise_threshold(*rows, spec.vocab_size, spec.max_code)
@@ -51,6 +66,27 @@ def _compress(log_probs: Tensor, spec: RoundSpec, random: torch.Generator) -> pa
 def expand(answers: payload.Answers) -> Tensor:
     """Admitted answers as log-probabilities ``[n, V]``; a missing id has its share of the tail."""
     return torch.from_numpy(payload.expand(answers))
+
+
+def topk(answers: payload.Answers) -> TopK:
+    """Admitted answers as they are compressed; see ``aggregation.silent`` for rows without an opinion."""
+    assert not isinstance(answers, payload.Dense), "dense answers are opened by expand"
+    kept, tail = answers.log_probs()
+    silent = payload.silent(answers)
+    kept[silent], tail[silent] = -np.inf, 0.0
+    ids = torch.from_numpy(np.array(answers.ids))  # what was admitted cannot be written to
+    return TopK(ids, torch.from_numpy(kept), torch.from_numpy(tail), answers.vocab_size)
+
+
+def stacked(parts: list[T]) -> T:
+    """Rows one after the other."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    if isinstance(first, Tensor):
+        return torch.cat(parts)
+    columns = ([getattr(part, name) for part in parts] for name in ("ids", "log_probs", "log_tail"))
+    return TopK(*map(torch.cat, columns), first.vocab_size)
 
 
 def codes(answers: payload.Answers) -> Tensor:

@@ -17,6 +17,7 @@ from feddistill.payload.answers import (
     quantise_sampled,
     quantise_threshold,
     quantise_topk,
+    silent,
     unigram_spread,
 )
 from feddistill.payload.envelope import ENVELOPE_LIMIT, VERSION, Envelope, digest, seal
@@ -56,6 +57,7 @@ __all__ = [
     "rows_of",
     "seal",
     "shards",
+    "silent",
     "spec_digest",
     "unigram_spread",
 ]

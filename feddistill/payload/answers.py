@@ -224,6 +224,16 @@ def expand(answers: Answers, spread: NDArray[np.float64] | None = None) -> LogPr
     return np.asarray(dense, np.float32)
 
 
+def silent(answers: "Ranked | Sampled") -> NDArray[np.bool_]:
+    """``[T]``, rows without an opinion: even the likeliest id is as unlikely as a byte can say.
+
+    Of ``V`` ids the likeliest has a probability of at least ``1 / V``, so no model says that of itself.
+    """
+    if isinstance(answers, Sampled):
+        return np.zeros(len(answers), np.bool_)
+    return np.asarray(answers.codes[:, 0] == FLOOR)
+
+
 def unigram_spread(counts: NDArray[np.int64]) -> NDArray[np.float64]:
     """``[V]`` by which a tail is spread: the square root of how often each token stands in the public texts.
 

@@ -13,6 +13,7 @@ from feddistill.data import Skew
 from feddistill.errors import RunError
 from feddistill.report import figures
 from feddistill.store import CONFIG, RESULT, Json, RunDirectory
+from feddistill.tasks import TASKS, Task
 
 __all__ = ["NAMES", "as_csv", "metric_rows", "print_table", "rendered", "size", "skew_lines", "write"]
 
@@ -58,6 +59,7 @@ def write(out: Path) -> Path:
             rendered(
                 "page.html",
                 result=result,
+                task=task_of(result),
                 rows=[(NAMES[who], m) for who, m in metric_rows(result)],
                 skew=skew,
                 skew_lines=skew_lines(skew),
@@ -80,6 +82,11 @@ def rendered(template: str, **facts: object) -> str:
     return page.render(style=style, **facts)
 
 
+def task_of(result: Json) -> Task:
+    """What a run's figures are; results from before there were several tasks are of classification."""
+    return TASKS[result.get("task", "classification")]
+
+
 def metric_rows(result: Json) -> list[tuple[str, Json]]:
     """Who, and its figures on the test set, in the order of the table."""
     metrics = result["metrics"]
@@ -99,18 +106,18 @@ def metric_rows(result: Json) -> list[tuple[str, Json]]:
 
 def print_table(result: Json) -> None:
     """The figures on a terminal."""
-    table = Table(
-        "", "accuracy", "macro-F1", "MCC", "ECE", title=f"{result['name']}, seed {result['seed']}: test set"
-    )
+    shown = task_of(result).shown
+    table = Table("", *shown.values(), title=f"{result['name']}, seed {result['seed']}: test set")
     for who, m in metric_rows(result):
-        cells = [f"{m[key]:.3f}" for key in ("accuracy", "macro_f1", "mcc", "ece")]
+        cells = [f"{m[key]:.3f}" for key in shown]
         table.add_row(NAMES[who], *cells, style="bold" if who == "student" else None)
     console = Console()
     console.print(table)
     sizes = {name: size(count) for name, count in result["bytes"].items() if isinstance(count, int)}
     console.print(
         f"uploaded {sizes['uplink']}, sent back {sizes['downlink']}, proxy set {sizes['proxy']}; "
-        f"FedAvg of this student would upload {sizes['fedavg_uplink_same_rounds']}",
+        f"FedAvg of this student would upload {sizes['fedavg_uplink_same_rounds']}, "
+        f"its LoRA {sizes['lora_uplink_same_rounds']}",
         highlight=False,
     )
     console.print(
@@ -132,7 +139,12 @@ def traffic_rows(result: Json) -> list[tuple[str, str]]:
             "FedAvg of the weights that the student trains (float32) would upload, same rounds",
             size(b["fedavg_uplink_same_rounds"]),
         ),
-        ("times as much as the answers", f"{b['fedavg_uplink_same_rounds'] / b['uplink']:,.0f}×"),
+        ("times as much as the answers", f"{b['fedavg_uplink_same_rounds'] / b['uplink']:,.1f}×"),
+        (
+            "federated LoRA of the student (float32, rank 8) would upload, same rounds",
+            size(b["lora_uplink_same_rounds"]),
+        ),
+        ("an answer to one row (text or token), envelope included", f"{b['a_row']:.2f} B"),
     ]
 
 
@@ -198,13 +210,14 @@ def as_csv(rows: list[Json]) -> str:
 
 
 def _tensorboard(run: RunDirectory, result: Json) -> None:
-    """Accuracy of every series by round, from the result: a resumed run has each point once."""
+    """What decides of every series by round, from the result: a resumed run has each point once."""
     from torch.utils.tensorboard import SummaryWriter
 
     run.remove("tensorboard")
+    figure = task_of(result).decides
     with SummaryWriter(str(run.path("tensorboard"))) as board:
         for row in result["by_round"]:
             for which in ("test", "validation"):
-                board.add_scalar(f"{which}_accuracy/{row['series']}", row[f"{which}_accuracy"], row["round"])
+                board.add_scalar(f"{which}_{figure}/{row['series']}", row[f"{which}_{figure}"], row["round"])
         for name, figures_ in metric_rows(result):
-            board.add_scalar(f"final_test_accuracy/{name}", figures_["accuracy"], result["rounds"])
+            board.add_scalar(f"final_test_{figure}/{name}", figures_[figure], result["rounds"])

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from feddistill import config as configuration
-from feddistill.report import NAMES, metric_rows
+from feddistill.report import NAMES, metric_rows, task_of
 from feddistill.store import CONFIG, RESULT, Json, read_object
 
 
@@ -17,7 +17,9 @@ class Compared:
     run: str
     settings: Json
     """By dotted name, those that are not the same in all of the runs; missing ones are ``None``."""
-    accuracy: dict[str, float]
+    figure: str
+    """Which one is compared."""
+    figures: dict[str, float]
     """On the test set, by whose it is."""
     uplink: int
     """Bytes that all clients sent in all rounds."""
@@ -41,7 +43,8 @@ def side_by_side(runs: Iterable[Path]) -> list[Compared]:
         Compared(
             name,
             {key: one.get(key) for key in differ},
-            {NAMES[who]: figures["accuracy"] for who, figures in metric_rows(result)},
+            task_of(result).words,
+            {NAMES[who]: figures[task_of(result).decides] for who, figures in metric_rows(result)},
             result["bytes"]["uplink"],
             result["seconds"]["total"],
         )

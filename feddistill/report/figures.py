@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from feddistill.data import Skew
 from feddistill.store import Json
+from feddistill.tasks import TASKS, Task
 
 STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
@@ -61,10 +62,15 @@ def figure(width: float, height: float, into: list[str]) -> Iterator[Axes]:
     into.append(re.sub(r"^.*?(?=<svg)|<metadata>.*?</metadata>", "", out.getvalue(), flags=re.DOTALL))
 
 
+def _task(result: Json) -> Task:
+    return TASKS[result.get("task", "classification")]
+
+
 def _series(result: Json) -> dict[str, list[tuple[int, float]]]:
     series: dict[str, list[tuple[int, float]]] = {}
     for row in result["by_round"]:
-        series.setdefault(row["series"], []).append((row["round"], row["test_accuracy"]))
+        figure = _task(result).decides
+        series.setdefault(row["series"], []).append((row["round"], row[f"test_{figure}"]))
     return series
 
 
@@ -82,14 +88,14 @@ def _accuracy(result: Json) -> str:
         local = result["metrics"].get("local_only")
         if local:
             axes.axhline(
-                local["best"]["accuracy"],
+                local["best"][_task(result).decides],
                 color="black",
                 linestyle=":",
                 linewidth=1,
                 label="best client alone",
             )
         axes.set_xlabel("round")
-        axes.set_ylabel("accuracy on the test set")
+        axes.set_ylabel(f"{_task(result).words} on the test set")
         axes.set_xticks(range(1, result["rounds"] + 1) if result["rounds"] <= 20 else axes.get_xticks())
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     return svg[0]
@@ -99,19 +105,28 @@ def _skew(skew: Skew) -> str:
     svg: list[str] = []
     clients = len(skew.clients)
     with figure(8, 1.6 + 0.36 * clients, svg) as axes:
-        axes.grid(visible=False)
-        axes.imshow(skew.counts, cmap="Blues", aspect="auto", vmin=0)
-        peak = max(max(row) for row in skew.counts)
-        for row, counts in enumerate(skew.counts):
-            for column, count in enumerate(counts):
-                colour = "white" if count > 0.6 * peak else "black"
-                axes.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=9)
-        axes.set_xticks(range(len(skew.labels)), skew.labels, rotation=30, ha="right")
-        axes.set_yticks(
-            range(clients), [f"{c} ({sum(n)})" for c, n in zip(skew.clients, skew.counts, strict=True)]
-        )
-        axes.set_title("private examples by client and label", fontsize=10)
+        _counts(axes, skew)
     return svg[0]
+
+
+def _counts(axes: Axes, skew: Skew) -> None:
+    clients = len(skew.clients)
+    axes.grid(visible=False)
+    if not skew.labels:  # texts without labels or topics
+        axes.text(0.5, 0.5, "texts without labels or topics", ha="center", transform=axes.transAxes)
+        axes.set_axis_off()
+        return
+    axes.imshow(skew.counts, cmap="Blues", aspect="auto", vmin=0)
+    peak = max(max(row) for row in skew.counts)
+    for row, counts in enumerate(skew.counts):
+        for column, count in enumerate(counts):
+            colour = "white" if count > 0.6 * peak else "black"
+            axes.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=9)
+    axes.set_xticks(range(len(skew.labels)), skew.labels, rotation=30, ha="right")
+    axes.set_yticks(
+        range(clients), [f"{c} ({sum(n)})" for c, n in zip(skew.clients, skew.counts, strict=True)]
+    )
+    axes.set_title("private examples by client and label", fontsize=10)
 
 
 def _traffic(result: Json) -> str:

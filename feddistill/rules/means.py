@@ -85,6 +85,7 @@ class Era(Weighted):
     kind: Literal["era"] = "era"
     temperature: float = Field(default=0.1, gt=0)
 
+    of_classes: ClassVar[bool] = True
     unanimous: ClassVar[bool] = False
 
     def combine(self, block: Block, shares: Tensor | None) -> Tensor:
@@ -122,6 +123,7 @@ class PriorCorrected(Weighted):
     strength: float = Field(default=0.5, ge=0)
     """0 is ``mean_probs``."""
 
+    of_classes: ClassVar[bool] = True
     unanimous: ClassVar[bool] = False
 
     def needs(self) -> frozenset[Need]:

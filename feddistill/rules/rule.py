@@ -41,6 +41,8 @@ class Rule(Setting):
     """Whether clients that agree get back what they said."""
     in_range: ClassVar[bool] = False
     """Whether, of up to ``tolerates`` liars, every coordinate is between what honest clients said of it."""
+    of_classes: ClassVar[bool] = False
+    """Whether it makes sense for classes alone, not for a vocabulary."""
     of_codes: ClassVar[bool] = False
     """Whether it can be taken on bytes, so that the result is the same to the bit on every machine."""
 

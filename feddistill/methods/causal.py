@@ -1,0 +1,155 @@
+"""A language model as the methods use it: texts are blocks, an answer's rows are tokens to come."""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from feddistill import evaluation, payload, training
+from feddistill.blocks import Blocks
+from feddistill.config.models import ModelConfig
+from feddistill.config.training import DistillConfig, TrainingConfig
+from feddistill.errors import ModelError
+from feddistill.heads import hidden_states, logits_of
+from feddistill.methods import uploads, wire
+from feddistill.methods.learner import Learner
+from feddistill.models import causal
+from feddistill.seeds import derive
+from feddistill.tensorfile import TopKFile
+from feddistill.training import blocks as lessons
+from feddistill.training.blocks import BlockLessons
+from feddistill.types import RoundSpec, TextSet, Tick
+
+
+class CausalLearner(Learner):
+    """See ``Learner``. A tensor of all tokens and the whole vocabulary is never made."""
+
+    specialist: causal.Causal  # type: ignore[assignment]  # reads blocks, not texts
+
+    def _build(self, config: ModelConfig) -> causal.Causal:  # type: ignore[override]
+        self._blocks: dict[tuple[str, int], Blocks] = {}
+        return causal.build(
+            config,
+            derive(self.session.config.seed, "init", self.name),
+            self.name,
+            self.session.splits.proxy.texts,
+            answers_only=self.session.config.language.positions == "answer",
+        )
+
+    def blocks(self, texts: TextSet, length: int | None = None) -> Blocks:
+        """``texts`` as this model reads them; kept, as every round asks for them again."""
+        key = texts.name, length or self.specialist.max_tokens
+        if key not in self._blocks:
+            self._blocks[key] = self.specialist.reader.blocks(texts, key[1])
+        return self._blocks[key]
+
+    def tokens(self, texts: TextSet) -> Sequence[Sequence[int]]:  # type: ignore[override]
+        """Of each block."""
+        return self.blocks(texts)  # type: ignore[return-value]  # it has a length and items
+
+    def lessons(self, texts: TextSet) -> BlockLessons:  # type: ignore[override]
+        """``texts`` and their next tokens."""
+        return lessons.lessons_of(self.blocks(texts))
+
+    def taught(self, teacher: str) -> BlockLessons:  # type: ignore[override]
+        """The proxy texts, and what the teacher in a file of the run says to those rows that it was asked."""
+        blocks, asked = self._asked()
+        file = TopKFile.open(self.session.run.path(teacher))
+        return lessons.lessons_of(blocks, file, asked)
+
+    def proxy_examples(self) -> int:
+        """How many blocks a pass over the proxy texts has."""
+        return len(self._asked()[0])
+
+    def _asked(self) -> tuple[Blocks, Tensor]:
+        question = self.session.question
+        assert question.blocks is not None, "the task has blocks"
+        assert question.rows is not None, "and rows"
+        return question.blocks, question.rows
+
+    def digested(  # type: ignore[override]
+        self, own: BlockLessons, chosen: NDArray[np.int64], shelf: uploads.Shelf, target: str
+    ) -> BlockLessons:
+        """``own``, and those blocks ``chosen`` of the proxy texts with what the teacher said to them."""
+        blocks, asked = self._asked()
+        picked = np.flatnonzero(np.isin(asked.numpy() // (blocks.length - 1), chosen))
+        teacher = wire.stacked(list(shelf.picked(wire.topk, picked)))
+        proxy = lessons.lessons_of(blocks, teacher, asked[torch.from_numpy(picked)])
+        if target == "hard":
+            proxy = lessons.hardened(proxy)
+        return lessons.together(own, lessons.some(proxy, chosen.tolist()))
+
+    def fit(  # type: ignore[override]
+        self,
+        given: BlockLessons,
+        config: TrainingConfig,
+        *,
+        seed: int,
+        steps: int | None = None,
+        distill: DistillConfig | None = None,
+        proximal: float = 0.0,
+        tick: Tick | None = None,
+    ) -> training.Trained:
+        """See ``Learner``."""
+        return self._fit(
+            given,
+            config,
+            seed=seed,
+            steps=steps,
+            distill=distill,
+            proximal=proximal,
+            vocab_size=self.specialist.reader.vocab_size,
+            tick=tick,
+        )
+
+    def compressed(
+        self, spec: RoundSpec, seed: int, start: int, stop: int, tick: Tick | None = None
+    ) -> payload.Answers:
+        """Rows from ``start`` to ``stop`` of what the model says to the proxy texts, in the round's codec."""
+        blocks, asked = self._asked()
+        return wire.compress_parts(self._logits(blocks, asked[start:stop].numpy(), tick), spec, seed)
+
+    def figures(self, texts: TextSet, tick: Tick | None = None) -> dict[str, float]:
+        """How well the model predicts ``texts``."""
+        blocks = self.blocks(texts)
+        rows = np.flatnonzero(blocks.wanted)
+        targets, at, total = torch.from_numpy(blocks.targets[rows]), 0, 0.0
+        for logits in self._logits(blocks, rows, tick):
+            wanted = targets[at : at + len(logits)]
+            nats = torch.nn.functional.cross_entropy(logits, wanted, reduction="none")
+            total += float(nats.double().sum())
+            at += len(logits)
+        size = self.specialist.reader.bytes(texts)
+        return evaluation.language(total, len(rows), size).as_dict()
+
+    def _logits(self, blocks: Blocks, rows: NDArray[np.int64], tick: Tick | None) -> Iterator[Tensor]:
+        """Logits ``[m, V]`` of ``rows``, which ascend, some rows at a time."""
+        model, size = self.model, self.session.config.clients.answer_batch_size
+        device = next(model.parameters()).device
+        vocab_size, step = self.specialist.reader.vocab_size, blocks.length - 1
+        needed = np.unique(rows // step)
+        model.eval()
+        for first in range(0, len(needed), size):
+            batch = needed[first : first + size]
+            ids = torch.full((len(batch), max(len(blocks[b]) for b in batch)), self.specialist.pad_id)
+            for at, block in enumerate(batch):
+                ids[at, : len(blocks[block])] = torch.from_numpy(blocks[block])
+            span = np.searchsorted(rows, [batch[0] * step, (batch[-1] + 1) * step])
+            here = rows[span[0] : span[1]]
+            places = np.searchsorted(batch, here // step) * ids.shape[1] + here % step
+            with torch.inference_mode():
+                with torch.autocast(device.type, torch.bfloat16, enabled=self.session.bf16):
+                    hidden = hidden_states(model, ids.to(device)).flatten(0, 1)
+                chosen = hidden[torch.from_numpy(places).to(device)]
+                for logits in logits_of(model, chosen, vocab_size, bf16=self.session.bf16):
+                    if math.isnan(float(logits.sum())):
+                        raise ModelError(
+                            f"{self.name}: the model answers NaN: training diverged; lower the learning rate"
+                        )
+                    yield logits.cpu()
+            self.meter.add(*ids.shape, training=False)
+            if tick:
+                tick(min(first + size, len(needed)), len(needed))

@@ -1,0 +1,74 @@
+"""What the proxy texts ask: the rows of an answer, what they are over, and what the server knows of them."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from feddistill import payload
+from feddistill.blocks import Blocks
+from feddistill.config import Config
+from feddistill.models.causal import Reader
+from feddistill.models.tokenizers import fingerprint, tokenizer_of
+from feddistill.types import Splits, TextSet
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """``N`` rows over ``V`` classes or tokens."""
+
+    positions: int
+    """``N``."""
+    vocab_size: int
+    """``V``."""
+    fingerprint: str
+    """Hash of the classes, or of the student's tokenizer."""
+    labels: Tensor
+    """``[N]``, true ids; negative where not known."""
+    domains: Tensor | None
+    """``[N]``, small integers: where each row is from."""
+    reader: Reader | None = None
+    """Of a language model: the student's."""
+    blocks: Blocks | None = None
+    """Of a language model: the proxy texts as the student reads them."""
+    rows: Tensor | None = None
+    """``[N]``, which rows of ``blocks`` are asked."""
+
+    @property
+    def compressed(self) -> bool:
+        """Whether a dense answer would be too large."""
+        return self.blocks is not None
+
+
+def question_of(config: Config, splits: Splits) -> Question:
+    """Of a run."""
+    proxy = splits.proxy
+    if config.task == "classification":
+        names = splits.label_names
+        labels = torch.from_numpy(proxy.labels)
+        return Question(len(proxy), len(names), payload.fingerprint(names), labels, _domains(proxy))
+    model, settings = config.student.model, config.language
+    tokenizer = tokenizer_of(model.source, "student.model", proxy.texts)
+    reader = Reader(tokenizer, settings.positions == "answer")
+    blocks = reader.blocks(proxy, model.max_tokens)
+    rows = np.flatnonzero(blocks.wanted)[settings.step - 1 :: settings.step]
+    where = _domains(proxy)
+    return Question(
+        positions=len(rows),
+        vocab_size=reader.vocab_size,
+        fingerprint=fingerprint(tokenizer),
+        labels=torch.from_numpy(blocks.targets[rows]),
+        domains=None if where is None else where[torch.from_numpy(blocks.texts[rows + 1])],
+        reader=reader,
+        blocks=blocks,
+        rows=torch.from_numpy(rows),
+    )
+
+
+def _domains(proxy: TextSet) -> Tensor | None:
+    """Where each text is from, as small integers; ``None`` where that is not known."""
+    if proxy.sources is None:
+        return None
+    names = {name: index for index, name in enumerate(sorted(set(proxy.sources)))}
+    return torch.tensor([names[name] for name in proxy.sources])

@@ -1,0 +1,98 @@
+"""Causal language models, and how texts become the blocks that they read."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from feddistill.blocks import Blocks, pack
+from feddistill.config.models import ModelConfig
+from feddistill.errors import ModelError
+from feddistill.heads import head_of, hidden_states
+from feddistill.models import cut, loaded, reads
+from feddistill.models.tokenizers import end_id, tokenizer_of
+from feddistill.types import TextSet
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """A tokenizer, and how it makes blocks of texts."""
+
+    tokenizer: PreTrainedTokenizerBase
+    answers_only: bool = False
+    """Whether tokens of a prompt are not wanted."""
+
+    @property
+    def vocab_size(self) -> int:
+        """``V``; a model's head may have more rows, which are padding."""
+        return len(self.tokenizer)
+
+    def blocks(self, texts: TextSet, length: int) -> Blocks:
+        """All of ``texts``, in blocks of ``length`` tokens."""
+        encoded = self.tokenizer(
+            list(texts.texts), add_special_tokens=False, return_offsets_mapping=self.answers_only
+        )
+        wanted = None
+        if self.answers_only and texts.starts is not None:
+            wanted = [
+                [first >= start for first, _ in offsets]
+                for offsets, start in zip(encoded["offset_mapping"], texts.starts, strict=True)
+            ]
+        return pack(encoded["input_ids"], end_id(self.tokenizer), length, wanted)
+
+    def bytes(self, texts: TextSet) -> int:
+        """Of what is wanted of ``texts``, in UTF-8: what bits per byte are counted over."""
+        if not self.answers_only or texts.starts is None:
+            return sum(len(text.encode()) for text in texts.texts)
+        return sum(len(t[start:].encode()) for t, start in zip(texts.texts, texts.starts, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Causal:
+    """A model with what it reads by."""
+
+    model: nn.Module
+    reader: Reader
+    max_tokens: int
+
+    @property
+    def pad_id(self) -> int:
+        """What stands behind a block that is shorter than others; no token sees it."""
+        return int(self.reader.tokenizer.pad_token_id)
+
+
+def build(
+    config: ModelConfig, seed: int, name: str, public: Sequence[str] = (), *, answers_only: bool = False
+) -> Causal:
+    """The model as it is before any training: as ``models.build``.
+
+    Raises:
+        ModelError: Also for a model that looks ahead, or whose head is not linear.
+    """
+    tokenizer = tokenizer_of(config.source, name, public)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: nn.Module = loaded(config, AutoModelForCausalLM, {}, tokenizer, name)
+    cut(model, config, name)
+    reads(model, tokenizer, config.max_tokens, name)
+    _is_causal(model, len(tokenizer), name)
+    return Causal(model, Reader(tokenizer, answers_only), config.max_tokens)
+
+
+def _is_causal(model: nn.Module, vocab_size: int, name: str) -> None:
+    """Two texts that differ in their last token, which nothing before it may see."""
+    ids = torch.arange(8).remainder(vocab_size).repeat(2, 1)
+    ids[1, -1] = vocab_size - 1
+    model.eval()
+    with torch.inference_mode():
+        weight, bias = head_of(model)
+        states, logits = hidden_states(model, ids), model(input_ids=ids).logits
+        made = nn.functional.linear(states, weight, bias)
+    if len(weight) < vocab_size:
+        raise ModelError(f"{name}: the head has {len(weight)} rows, the tokenizer {vocab_size} tokens")
+    if not torch.allclose(states[0, :-1], states[1, :-1], atol=1e-4):
+        raise ModelError(f"{name}: {type(model).__name__} looks ahead, so it is no causal language model")
+    if not torch.allclose(made, logits, rtol=1e-3, atol=1e-3):
+        raise ModelError(f"{name}: the head of {type(model).__name__} does more than a product")

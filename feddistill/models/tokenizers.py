@@ -1,0 +1,94 @@
+"""Tokenizers: of a model, or trained on the texts that everybody has."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from feddistill.config.models import ModelSource, ScratchModel, TrainedTokenizer
+from feddistill.errors import ModelError
+from feddistill.models.places import first_line, gguf_of, location
+
+END, PAD = "<|end|>", "<|pad|>"
+
+
+def tokenizer_of(
+    source: ModelSource | TrainedTokenizer, name: str, public: Sequence[str] = ()
+) -> PreTrainedTokenizerBase:
+    """The tokenizer that a model of ``source`` reads with.
+
+    Args:
+        source: Of the model, or of the tokenizer itself.
+        name: The setting that errors name, as ``student.model``.
+        public: The proxy texts, on which a ``trained`` one is trained.
+
+    Raises:
+        ModelError: It cannot be had.
+    """
+    while isinstance(source, ScratchModel):
+        source = source.tokenizer
+    if isinstance(source, TrainedTokenizer):
+        return _fast(_trained(source.vocab_size, tuple(public)))
+    where, gguf = location(source, name), gguf_of(source)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            where, revision=getattr(source, "revision", None) or "main", **gguf
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(
+            f"{name}.source: cannot load a tokenizer from {where!r}: {first_line(error)}"
+        ) from None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise ModelError(f"{name}.source: the tokenizer has neither a padding nor an end token")
+    return tokenizer
+
+
+def end_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Of the token that ends a text; of tokenizers without one (BERT's) the separator."""
+    for token in (tokenizer.eos_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id):
+        if token is not None:
+            return int(token)
+    raise ModelError("the tokenizer has no token that could end a text")
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of what decides into which ids a text is cut: equal ones cut alike."""
+    tokens: Any = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    how = ""
+    if tokenizer.is_fast:
+        whole = json.loads(tokenizer.backend_tokenizer.to_str())
+        for key in ("truncation", "padding", "post_processor"):  # of a call, not of the tokenizer
+            whole.pop(key, None)
+        how = json.dumps(whole, sort_keys=True)
+    return hashlib.blake2b(json.dumps([tokens, how]).encode(), digest_size=16).hexdigest()
+
+
+@lru_cache(maxsize=8)
+def _trained(vocab_size: int, texts: tuple[str, ...]) -> str:
+    """As JSON: whoever asks gets a tokenizer of its own."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    if not texts:
+        raise ModelError("a trained tokenizer needs the proxy texts, and there are none")
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    made.train_from_iterator(texts, trainer)
+    return str(made.to_str())
+
+
+def _fast(text: str) -> PreTrainedTokenizerBase:
+    from tokenizers import Tokenizer
+
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(text), eos_token=END, pad_token=PAD)

@@ -1,0 +1,57 @@
+"""What can be learned, and by which figure one model is better than another. This does not import torch."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Figures = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A task's figures."""
+
+    figures: tuple[str, ...]
+    """All that are recorded."""
+    shown: Mapping[str, str]
+    """Those of a table, with the words above them."""
+    decides: str
+    """By which models are selected, on validation."""
+    words: str
+    """What that is called in a sentence."""
+    larger_is_better: bool
+
+    def better(self, new: Figures, old: Figures) -> bool:
+        """Whether figures are better than others; equal ones are not."""
+        now, then = float(new[self.decides]), float(old[self.decides])
+        return now > then if self.larger_is_better else now < then
+
+    def best(self, records: Iterable[dict[str, Any]], on: str = "validation") -> dict[str, Any]:
+        """The first of those records that are best on a set.
+
+        >>> TASKS["causal_lm"].best([{"test": {"bits_per_byte": b}} for b in (2.0, 1.5)], "test")
+        {'test': {'bits_per_byte': 1.5}}
+        """
+        first, *others = records
+        for record in others:
+            if self.better(record[on], first[on]):
+                first = record
+        return first
+
+
+TASKS: dict[str, Task] = {
+    "classification": Task(
+        figures=("accuracy", "macro_f1", "mcc", "ece", "cross_entropy"),
+        shown={"accuracy": "accuracy", "macro_f1": "macro-F1", "mcc": "MCC", "ece": "ECE"},
+        decides="accuracy",
+        words="accuracy",
+        larger_is_better=True,
+    ),
+    "causal_lm": Task(
+        figures=("cross_entropy", "perplexity", "bits_per_byte"),
+        shown={"bits_per_byte": "bits/byte", "perplexity": "perplexity", "cross_entropy": "nats/token"},
+        decides="bits_per_byte",
+        words="bits per byte",
+        larger_is_better=False,
+    ),
+}

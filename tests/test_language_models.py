@@ -1,0 +1,414 @@
+"""Causal language models: blocks, the loss, who has an opinion, and a whole run of tiny models."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn import functional
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from feddistill import aggregation, experiment, payload
+from feddistill.blocks import pack
+from feddistill.config import dump, parse
+from feddistill.config.models import ModelConfig, TrainedTokenizer
+from feddistill.config.training import DistillConfig
+from feddistill.errors import ConfigError, ModelError
+from feddistill.evaluation import language
+from feddistill.heads import head_of, hidden_states
+from feddistill.methods import wire
+from feddistill.models import causal
+from feddistill.models.tokenizers import fingerprint, tokenizer_of
+from feddistill.rules import RULES
+from feddistill.tensorfile import TopKFile
+from feddistill.training.blocks import NOT_TAUGHT, block_loss, hardened, lessons_of, rows_of, some, together
+from feddistill.types import NO_LABEL, RoundSpec
+from feddistill_kernels import TopK, topk_compress
+
+TOKENIZER = {"kind": "trained", "vocab_size": 300}
+GPT2 = {
+    "source": {
+        "kind": "scratch",
+        "architecture": "gpt2",
+        "settings": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 48},
+        "tokenizer": TOKENIZER,
+    },
+    "max_tokens": 48,
+}
+LLAMA = {
+    "source": {
+        "kind": "scratch",
+        "architecture": "llama",
+        "settings": {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "intermediate_size": 64,
+            "max_position_embeddings": 48,
+        },
+        "tokenizer": TOKENIZER,
+    },
+    "max_tokens": 48,
+}
+TRAINING = {"epochs": 1, "batch_size": 8, "learning_rate": 3e-3}
+
+
+def settings(**changes):
+    return {
+        "name": "tiny-lm",
+        "task": "causal_lm",
+        "rounds": 2,
+        "threads": 1,
+        "precision": "fp32",
+        "data": {
+            "source": {"kind": "embedded", "name": "sotu_eras"},
+            "private": {"size": 16},
+            "proxy": {"size": 6},
+            "validation": {"size": 3},
+            "test": {"size": 4},
+            "partition": {"kind": "by_source"},
+        },
+        "clients": {"models": [GPT2, LLAMA], "training": TRAINING, "answer_batch_size": 16},
+        "student": {"model": {**GPT2, "layers": [0]}, "training": TRAINING},
+        "baselines": ["public_only", "local_only", "centralized", "fedavg"],
+        **changes,
+    }
+
+
+def outcome(result):
+    return {key: result[key] for key in ("metrics", "selected_round", "ledger", "by_round", "bytes")}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("lm") / "run"
+    return {"out": out, "result": experiment.run(parse(settings()), out)}
+
+
+def test_every_token_is_predicted_once_by_the_tokens_before_it():
+    texts = [list(range(10 * t, 10 * t + size)) for t, size in ((1, 3), (2, 7), (3, 1), (4, 0), (5, 9))]
+    blocks = pack(texts, end=0, length=5)
+    stream = [0] + [token for text in texts for token in (*text, 0)]
+    seen = []
+    for b in range(len(blocks)):
+        tokens = blocks[b].tolist()
+        assert len(tokens) == 5 or b == len(blocks) - 1
+        for place in range(len(tokens) - 1):
+            row = blocks.first(b) + place
+            assert blocks.targets[row] == tokens[place + 1]
+            assert stream[row] == tokens[place]
+            seen.append(row)
+    assert seen == list(range(blocks.rows)) == list(range(len(stream) - 1))
+    assert [blocks.texts[r + 1] for r in range(4)] == [0, 0, 0, 0]
+
+
+def test_tokens_of_a_prompt_are_not_wanted():
+    source = parse(settings()).student.model.source
+    reader = causal.Reader(tokenizer_of(source, "s", ["some words and other words"]), answers_only=True)
+    from feddistill.types import TextSet
+
+    texts = TextSet("t", ("0", "1"), ("Q: é? A: no", "ab"), np.zeros(2, np.int64), (), None, (5, 0))
+    blocks = reader.blocks(texts, 8)
+    said = [blocks.targets[(blocks.texts[1:] == t) & blocks.wanted] for t in (0, 1)]
+    assert [reader.tokenizer.decode(part, skip_special_tokens=True) for part in said] == [" A: no", "ab"]
+    assert reader.bytes(texts) == len(" A: no") + 2
+
+
+def test_bits_per_byte_by_hand(finished):
+    assert language(8 * math.log(2), 4, 2).bits_per_byte == pytest.approx(4)
+    figures = finished["result"]["metrics"]["student"]
+    assert figures["perplexity"] == pytest.approx(math.exp(figures["cross_entropy"]), rel=1e-4)
+    config = parse(settings())
+    splits = experiment.check(config, build=False)
+    model = causal.build(config.student.model, 0, "student.model", splits.proxy.texts)
+    from feddistill import models
+
+    best = finished["out"] / finished["result"]["student_weights"]
+    models.restore(model.model, best)
+    model.model.eval()
+    blocks, total = model.reader.blocks(splits.test, 48), 0.0
+    for b in range(len(blocks)):
+        ids = torch.from_numpy(blocks[b])[None]
+        with torch.no_grad():
+            logits = model.model(input_ids=ids).logits[0, :-1]
+        total += float(functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
+    size = sum(len(text.encode()) for text in splits.test.texts)
+    assert figures["bits_per_byte"] == pytest.approx(total / math.log(2) / size, rel=1e-4)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
+def test_the_loss_is_that_of_dense_autograd(tied, kind):
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=37, n_positions=16, n_embd=16, n_layer=1, n_head=2, tie_word_embeddings=tied,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    )  # fmt: skip
+    model = GPT2LMHeadModel(config)
+    blocks = pack([list(range(1, 20)), [5, 6, 7]], end=0, length=9)
+    asked = torch.arange(1, blocks.rows, 2)
+    teacher = topk_compress(torch.randn(len(asked), 37), 37)  # all are kept: the same as a dense one
+    given = lessons_of(blocks, teacher, asked)
+    distill = DistillConfig(kind=kind, temperature=1.0, kd_weight=0.3)
+    ids = torch.zeros(len(blocks), 9, dtype=torch.long)
+    for b in range(len(blocks)):
+        ids[b, : len(blocks[b])] = torch.from_numpy(blocks[b])
+    places, rows = rows_of(given, range(len(blocks)), 9)
+    answers = given.taught[rows]
+    taught = answers != NOT_TAUGHT
+    hidden = hidden_states(model, ids).flatten(0, 1)[places]
+    ours = block_loss(
+        hidden, *head_of(model), given.labels[rows], teacher[answers[taught]], taught, distill, 37
+    )
+    ours.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    log_p = model(input_ids=ids).logits.flatten(0, 1)[places].log_softmax(-1)
+    ce = functional.nll_loss(log_p, given.labels[rows], reduction="none")
+    q, p = teacher.expand()[answers[taught]], log_p[taught]
+    middle = torch.logaddexp(q, p) - math.log(2)
+    divergence = {
+        "forward_kl": (q.exp() * (q - p)).sum(-1),
+        "reverse_kl": (p.exp() * (p - q)).sum(-1),
+        "jsd": 0.5 * (q.exp() * (q - middle) + p.exp() * (p - middle)).sum(-1),
+    }[kind]
+    dense = (ce[~taught].sum() + (0.3 * divergence + 0.7 * ce[taught]).sum()) / len(rows)
+    dense.backward()
+    assert float(ours) == pytest.approx(float(dense), rel=1e-5)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(found[name], p.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_lessons_are_cut_joined_and_hardened():
+    blocks = pack([list(range(1, 12))], end=0, length=5)
+    asked = torch.tensor([1, 5, 9])
+    ids = torch.tensor([[30, 31], [32, 33], [0, 1]], dtype=torch.int32)
+    log_probs = torch.tensor([[0.2, 0.7], [0.6, 0.3], [0.0, 0.0]]).log()
+    teacher = TopK(ids, log_probs, torch.tensor([0.1, 0.1, 1.0]).log(), 40)
+    given = lessons_of(blocks, teacher, asked)
+    hard = hardened(given)
+    assert hard.labels[1] == 31
+    assert hard.labels[5] == 32
+    assert hard.labels[9] == given.labels[9], "where the teacher has no opinion the label stays"
+    picked = some(given, [2, 0])
+    assert picked.labels.tolist() == [*given.labels[8:].tolist(), *given.labels[:4].tolist()]
+    assert picked.taught.tolist()[1] == 2
+    own = lessons_of(pack([[7, 8]], end=0, length=5))
+    both = together(own, picked)
+    assert both.labels.tolist() == [*own.labels.tolist(), *picked.labels.tolist()]
+    assert both.taught[: len(own.labels)].eq(NOT_TAUGHT).all()
+    assert NO_LABEL not in both.labels
+
+
+def test_a_compressed_teacher_on_disk_is_read_back(tmp_path):
+    rows = topk_compress(torch.randn(10, 50), 4)
+    file = TopKFile.create(tmp_path / "t.safetensors", 10, 4, 50)
+    file.put(0, rows[:7])
+    file.put(7, rows[7:])
+    again = TopKFile.open(tmp_path / "t.safetensors")
+    assert len(again) == 10
+    for found, wanted in (
+        (again(2, 9), rows[2:9]),
+        (again[torch.tensor([8, 0])], rows[torch.tensor([8, 0])]),
+    ):
+        assert torch.equal(found.ids, wanted.ids)
+        assert torch.equal(found.log_probs, wanted.log_probs)
+        assert torch.equal(found.log_tail, wanted.log_tail)
+    assert set(load_file(tmp_path / "t.safetensors")) == {"ids", "log_probs", "log_tail"}
+
+
+def spec_of(rows, codec):
+    code = payload.max_code_of(0.001) if codec == "threshold" else 255
+    return RoundSpec("run", 1, "", rows, 50, "", codec, 4, "n", 1, ("a",), max_code=code)
+
+
+@pytest.mark.parametrize("codec", ["topk", "threshold"])
+def test_a_row_without_an_opinion_travels(codec):
+    rows = topk_compress(torch.randn(6, 50), 4)
+    rows.log_probs[2], rows.log_tail[2], rows.ids[2] = -math.inf, 0.0, torch.arange(4, dtype=torch.int32)
+    spec = spec_of(6, codec)
+    sent = payload.encode(wire.compress_parts([rows], spec, 0), spec, "a")
+    found = wire.topk(payload.admit(payload.seal(sent, spec, "a"), sent, spec, set()))
+    assert aggregation.answered(found).tolist() == [True, True, False, True, True, True]
+    assert found.log_tail[2] == 0
+
+
+@pytest.mark.parametrize("kind", sorted(k for k, rule in RULES.items() if not rule.of_classes))
+def test_who_has_no_opinion_is_not_there(kind):
+    """Rows that some have no opinion on are those of the others alone; where too few are left, nobody's."""
+    torch.manual_seed(1)
+    rule = RULES[kind].model_validate({"kind": kind})
+    clients = [topk_compress(torch.randn(9, 50), 4) for _ in range(6)]
+    everyone = rows_by(rule, clients)
+    nothing = aggregation.silent(9, 4, 50)
+    fewer = [*clients]
+    fewer[0] = TopK(
+        *(
+            torch.cat([getattr(nothing, f)[:3], getattr(clients[0], f)[3:]])
+            for f in ("ids", "log_probs", "log_tail")
+        ),
+        50,
+    )
+    found = rows_by(rule, fewer)
+    if "whole" not in rule.needs():
+        wanted = rows_by(rule, clients[1:])
+        assert torch.allclose(found.expand()[:3], wanted.expand()[:3], atol=1e-5)
+        assert torch.allclose(found.expand()[3:], everyone.expand()[3:], atol=1e-5)
+    assert torch.allclose(found.expand().exp().sum(-1), torch.ones(9), atol=1e-4)
+    alone = rows_by(rule, [clients[0], *[nothing] * 5])
+    enough = True
+    try:
+        rule.check(1)
+    except ConfigError:
+        enough = False
+    if "whole" not in rule.needs():
+        assert aggregation.answered(alone).all() == enough
+    assert not aggregation.answered(rows_by(rule, [nothing] * 6)).any()
+
+
+def rows_by(rule, clients):
+    labels = torch.randint(0, 50, (9,), generator=torch.Generator().manual_seed(2))
+    known = aggregation.Known(names=tuple("abcdef"[: len(clients)]), labels=labels)
+    answerers = [lambda a, b, c=client: c[a:b] for client in clients]
+    return aggregation.aggregate(answerers, 9, rule, known=known, k=4).teacher
+
+
+def test_a_run_is_whole(finished):
+    result, out = finished["result"], finished["out"]
+    assert result["task"] == "causal_lm"
+    assert set(result["metrics"]) >= {
+        "student",
+        "clients",
+        "public_only",
+        "local_only",
+        "centralized",
+        "fedavg",
+    }
+    teacher = load_file(out / "rounds/002/teacher.safetensors")
+    spec = payload.parse_spec((out / "rounds/002/spec.json").read_bytes())
+    assert teacher["ids"].shape == (spec.positions, 16)
+    assert teacher["log_probs"].exp().sum(1).add(teacher["log_tail"].exp()).sub(1).abs().max() < 1e-4
+    best = min(row["validation_bits_per_byte"] for row in result["by_round"] if row["series"] == "student")
+    chosen = [
+        r for r in result["by_round"] if r["series"] == "student" and r["round"] == result["selected_round"]
+    ]
+    assert chosen[0]["validation_bits_per_byte"] == best, "less is better"
+    assert result["bytes"]["a_row"] == pytest.approx(49, abs=8)  # tiny: the envelope counts
+    assert result["teacher"][0]["answered"] == dict.fromkeys(
+        result["trust"] and result["teacher"][0]["weights"], 1.0
+    )
+    from feddistill import report
+
+    assert "bits/byte" in report.write(out).read_text()
+    figures = experiment.evaluate(out)
+    assert figures["bits_per_byte"] == result["metrics"]["student"]["bits_per_byte"]
+
+
+def test_a_killed_run_resumes_to_the_same_numbers(finished, tmp_path):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(json.dumps(settings()))
+    code = """
+import os, signal, sys
+from pathlib import Path
+from feddistill import experiment
+from feddistill.config import load
+from feddistill.methods import wire
+original, calls = wire.compress_parts, 0
+def deadly(*args):
+    global calls
+    calls += 1
+    found = original(*args)
+    if calls == 7:  # round 2: four clients and the teacher have answered in round 1
+        os.kill(os.getpid(), signal.SIGKILL)
+    return found
+wire.compress_parts = deadly
+experiment.run(load(Path(sys.argv[1])), Path(sys.argv[2]))
+"""
+    out = tmp_path / "run"
+    killed = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, str(path), str(out)],
+        capture_output=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert (out / "records/rounds/001/student.json").exists()
+    assert outcome(experiment.run(parse(settings()), out, resume=True)) == outcome(finished["result"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"aggregation": {"rule": "era"}}, "aggregation.rule = era is for classification"),
+        (
+            {"aggregation": {"rule": {"kind": "mean_probs", "weights": "class_counts"}}},
+            "weights = class_counts",
+        ),
+        ({"distill": {"temperature": 2}}, "distill.temperature = 2"),
+        ({"distill": {"kind": "mae"}}, "distill.kind = mae"),
+        ({"payload": {"codec": "dense"}}, "payload.codec = dense"),
+        ({"baselines": ["fedmkt"]}, "baselines: fedmkt is for classification, not for task = causal_lm"),
+        ({"simulate": {"attack": "second_best"}}, "simulate.attack"),
+    ],
+)
+def test_what_is_of_classes_is_refused(changes, words):
+    with pytest.raises(ConfigError, match=words):
+        parse(settings(**changes))
+
+
+def test_defaults_of_the_task_survive_writing_and_reading():
+    import yaml
+
+    config = parse(settings())
+    assert (config.payload.codec, config.distill.temperature) == ("topk", 1.0)
+    assert config.clients.codistillation.target == "soft"
+    assert parse(yaml.safe_load(dump(config))) == config
+
+
+def test_a_model_that_looks_ahead_is_refused():
+    source = {"kind": "scratch", "architecture": "bert", "tokenizer": TOKENIZER}
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 16}
+    config = ModelConfig.model_validate({"source": {**source, "settings": small}, "max_tokens": 16})
+    with pytest.raises(ModelError, match="looks ahead"):
+        causal.build(config, 0, "clients.models.0", ["some text to learn from"] * 3)
+
+
+def test_everybody_trains_the_same_tokenizer():
+    code = """
+from feddistill.config.models import TrainedTokenizer
+from feddistill.models.tokenizers import fingerprint, tokenizer_of
+texts = ["a text of some words", "and words of another text, 1234"] * 5
+print(fingerprint(tokenizer_of(TrainedTokenizer(vocab_size=280), "s", texts)))
+"""
+    texts = ["a text of some words", "and words of another text, 1234"] * 5
+    own = fingerprint(tokenizer_of(TrainedTokenizer(vocab_size=280), "s", texts))
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == own
+
+
+@pytest.mark.parametrize("codec", ["threshold", "sampled"])
+def test_other_codecs_and_every_third_position(codec, tmp_path):
+    changes = {"payload": {"codec": codec}, "language": {"step": 3}, "rounds": 1, "baselines": []}
+    result = experiment.run(parse(settings(**changes)), tmp_path / "run")
+    spec = payload.parse_spec((tmp_path / "run/rounds/001/spec.json").read_bytes())
+    config = parse(settings(**changes))
+    splits = experiment.check(config, build=False)
+    rows = (
+        causal.Reader(tokenizer_of(config.student.model.source, "s", splits.proxy.texts))
+        .blocks(splits.proxy, 48)
+        .rows
+    )
+    assert spec.positions == rows // 3
+    assert result["metrics"]["student"]["bits_per_byte"] < 8
+
+
+def test_who_speaks_in_other_tokens_is_refused():
+    other = {**GPT2, "source": {**GPT2["source"], "tokenizer": {"kind": "trained", "vocab_size": 310}}}
+    config = parse(settings(clients={"models": [GPT2, other], "training": TRAINING}))
+    with pytest.raises(ModelError, match=r"clients\.models\.1: its tokenizer is not the student's"):
+        experiment.check(config)
