@@ -1,9 +1,10 @@
 """A distillation step of a language model, and the server's memory: ``python -m bench.language``.
 
 The step: a Llama-like student (H = 576, two layers) reads sequences of 512 tokens, V = 49,152; the teacher
-keeps k = 64. ``ours`` is the training's own loss; ``dense`` has the teacher's log-probabilities ``[tokens, V]`` and
-eager PyTorch. Forward and backward to all gradients, in turns, in one process; the most memory above what was
-there before, each in a process of its own. The server merges and stores one round of four clients.
+keeps k = 64. ``ours`` is the training's own loss; ``dense`` has the teacher's log-probabilities
+``[tokens, V]`` and eager PyTorch. Forward and backward to all gradients, in turns, in one process; the most
+memory above what was there before, each in a process of its own. The server merges and stores one round of
+four clients.
 """
 
 import json

@@ -112,7 +112,7 @@ def _jobs(session: Session, learners: list[Learner], student: Learner) -> Iterat
     rounds = config.rounds
     for place, private in zip(splits.places, splits.private, strict=True):
         learner = learners[place % len(config.clients.models)]
-        own, proxy = learner.tokens(private), learner.tokens(splits.proxy)
+        own, proxy = list(learner.tokens(private)), list(learner.tokens(splits.proxy))
         digest = config.clients.codistillation
         settings = config.clients.training
         later = settings.model_copy(update={"epochs": digest.epochs if digest.enabled else settings.epochs})

@@ -412,3 +412,15 @@ def test_who_speaks_in_other_tokens_is_refused():
     config = parse(settings(clients={"models": [GPT2, other], "training": TRAINING}))
     with pytest.raises(ModelError, match=r"clients\.models\.1: its tokenizer is not the student's"):
         experiment.check(config)
+
+
+def test_what_a_run_would_cost_is_known_before():
+    found = experiment.plan(parse(settings(baselines=["public_only"])))
+    config = parse(settings())
+    splits = experiment.check(config, build=False)
+    source = config.student.model.source
+    reader = causal.Reader(tokenizer_of(source, "student.model", splits.proxy.texts))
+    assert found["rows"] == reader.blocks(splits.proxy, 48).rows
+    assert found["bytes"]["codecs"]["topk k=16"]["a_text"] == pytest.approx(49, abs=2)
+    assert found["bytes"]["federated_lora"]["upload"] > 0
+    assert all(seconds > 0 for seconds in found["seconds"].values())

@@ -15,7 +15,7 @@ class HubModel(Setting):
     revision: str | None = None
     """A commit of the model; without one, the hub's newest."""
     gguf: str | None = None
-    """A GGUF file in it, which is de-quantised once and kept in transformers' form."""
+    """A GGUF file in it, which transformers de-quantises each time a model is built."""
 
 
 class PackageModel(Setting):

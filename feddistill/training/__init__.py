@@ -15,7 +15,8 @@ from feddistill.accounting import FlopMeter
 from feddistill.config.training import DistillConfig, TrainingConfig
 from feddistill.tensorfile import TensorFile
 from feddistill.training.blocks import BlockLessons
-from feddistill.types import NO_LABEL, Tick
+from feddistill.types import NO_LABEL as NO_LABEL
+from feddistill.types import Tick
 from feddistill_kernels import distillation_loss
 
 

@@ -53,7 +53,7 @@ def arguments(
 
 
 class _Rows(Dataset[dict[str, Any]]):
-    def __init__(self, tokens: Sequence[Sequence[int]]):
+    def __init__(self, tokens: Sequence[Any]):
         self.tokens = tokens
 
     def __len__(self) -> int:
@@ -148,7 +148,7 @@ class LessonTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
     def __init__(
         self,
         model: nn.Module,
-        tokens: Sequence[Sequence[int]],
+        tokens: Sequence[Any],
         batch_loss: BatchLoss,
         args: TrainingArguments,
         config: TrainingConfig,
