@@ -424,3 +424,12 @@ def test_what_a_run_would_cost_is_known_before():
     assert found["bytes"]["codecs"]["topk k=16"]["a_text"] == pytest.approx(49, abs=2)
     assert found["bytes"]["federated_lora"]["upload"] > 0
     assert all(seconds > 0 for seconds in found["seconds"].values())
+
+
+def test_a_study_of_them_is_refused(tmp_path):
+    from feddistill import study
+
+    (tmp_path / "base.yaml").write_text(json.dumps(settings()))
+    (tmp_path / "study.yaml").write_text(json.dumps({"name": "lm", "base": "base.yaml", "seeds": [0]}))
+    with pytest.raises(ConfigError, match="a study is of classification, not of causal_lm"):
+        study.load(tmp_path / "study.yaml")

@@ -196,6 +196,6 @@ def test_runs_stand_side_by_side(swept):
     one, other = comparison.side_by_side(cells)
     assert one.settings == {"seed": 0, "data.partition.alpha": 0.5}
     assert other.settings == {"seed": 1, "data.partition.alpha": 100.0}
-    assert set(one.accuracy) == set(other.accuracy)
+    assert set(one.figures) == set(other.figures)
     with pytest.raises(RunError, match="cannot read"):
         comparison.side_by_side([swept["out"]])
