@@ -44,8 +44,9 @@ class Study(Setting):
     cases: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """By a name of their own, groups of settings that are tried one after the other in every cell."""
     seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
-    target: float | None = Field(default=None, gt=0, lt=1)
-    """Accuracy on validation; the report says in which round it was reached, and after how many bytes."""
+    target: float | None = Field(default=None, gt=0)
+    """Accuracy (bits per byte) on validation; the report says in which round it was reached, and after how
+    many bytes."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,25 @@ class Task:
     words: str
     """What that is called in a sentence."""
     larger_is_better: bool
+    percent: bool
+    """Whether it is a share, which studies give in per cent."""
+
+    def reaches(self, value: float, target: float) -> bool:
+        """Whether ``value`` is as good as ``target``."""
+        return value >= target if self.larger_is_better else value <= target
+
+    @property
+    def axis(self) -> str:
+        """What it is called beside a figure."""
+        return f"{self.words} on the test set{', %' if self.percent else ''}"
+
+    def read(self, figures: Figures) -> float:
+        """What decides, as studies give it.
+
+        >>> TASKS["classification"].read({"accuracy": 0.5})
+        50.0
+        """
+        return float(figures[self.decides]) * (100 if self.percent else 1)
 
     def better(self, new: Figures, old: Figures) -> bool:
         """Whether figures are better than others; equal ones are not."""
@@ -46,6 +65,7 @@ TASKS: dict[str, Task] = {
         decides="accuracy",
         words="accuracy",
         larger_is_better=True,
+        percent=True,
     ),
     "causal_lm": Task(
         figures=("cross_entropy", "perplexity", "bits_per_byte"),
@@ -53,5 +73,6 @@ TASKS: dict[str, Task] = {
         decides="bits_per_byte",
         words="bits per byte",
         larger_is_better=False,
+        percent=False,
     ),
 }

@@ -11,6 +11,7 @@ import yaml
 from feddistill import experiment, report, study
 from feddistill.errors import ConfigError, RunError
 from feddistill.report import comparison, studies
+from feddistill.tasks import TASKS
 
 
 @pytest.fixture
@@ -134,12 +135,14 @@ def test_robustness_is_the_swing_over_the_first_axis(swept):
     summary = rows(swept["out"] / "summary.csv")
     for row in summary:
         row["accuracy"] = float(row["accuracy"])
-    found = {row["who"]: row for row in studies.robustness(summary)}
+    found = {row["who"]: row for row in studies.robustness(summary, TASKS["classification"])}
     of = {row["alpha"]: row["accuracy"] for row in summary if row["who"] == "fedavg"}
     assert found["FedAvg"]["spread"] == pytest.approx(max(of.values()) - min(of.values()))
     assert of[found["FedAvg"]["least_at"]] == min(of.values())
     assert "Robustness" in swept["page"]
-    assert studies.robustness([row for row in summary if row["alpha"] == "100"]) == []
+    assert (
+        studies.robustness([row for row in summary if row["alpha"] == "100"], TASKS["classification"]) == []
+    )
 
 
 def test_values_that_are_no_numbers_are_bars(swept):

@@ -9,10 +9,12 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from feddistill.report import NAMES, as_csv, metric_rows, rendered, size
+from feddistill.errors import RunError
+from feddistill.report import NAMES, as_csv, metric_rows, rendered, size, task_of
 from feddistill.report.figures import STYLE, figure
 from feddistill.store import Json
-from feddistill.study import CELLS, STUDY, collect, groups
+from feddistill.study import CELLS, STUDY, Cell, collect, groups
+from feddistill.tasks import Task
 
 PAGE = "study.html"
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
@@ -28,6 +30,7 @@ def write(out: Path) -> Path:
         RunError: No run of it is done.
     """
     study, found = collect(out)
+    task = _task(found)
     rows = [
         {
             **cell.labels,
@@ -43,8 +46,8 @@ def write(out: Path) -> Path:
     (out / "runs.csv").write_text(as_csv(rows), encoding="utf-8")
     summary = [row for labels, results in groups(found) for row in _summary(labels, results, study.target)]
     (out / "summary.csv").write_text(as_csv(summary), encoding="utf-8")
-    (out / "table.tex").write_text(latex(summary), encoding="utf-8")
-    steady = robustness(summary)
+    (out / "table.tex").write_text(latex(summary, task), encoding="utf-8")
+    steady = robustness(summary, task)
     drawn = draw([(labels, results) for labels, results in groups(found)])
     (out / "figures").mkdir(exist_ok=True)
     for name, svg in drawn.items():
@@ -55,6 +58,7 @@ def write(out: Path) -> Path:
         rendered(
             "study.html",
             study=study,
+            task=task,
             summary=summary,
             robustness=steady,
             names=NAMES,
@@ -71,6 +75,14 @@ def write(out: Path) -> Path:
     return path
 
 
+def _task(found: Sequence[tuple[Cell, Json]]) -> Task:
+    """Of all runs: they are one table."""
+    tasks = {task_of(result).decides: task_of(result) for _, result in found}
+    if len(tasks) > 1:
+        raise RunError(f"a study has one task, but its runs are judged by {' and by '.join(sorted(tasks))}")
+    return next(iter(tasks.values()))
+
+
 def _costs(result: Json, who: str) -> Json:
     """What it took to get there: bytes up, floating-point operations."""
     if who == "student":
@@ -85,11 +97,9 @@ def _reached(result: Json, who: str, target: float | None) -> Json:
     """The first round in which a method was as good as ``target`` on validation; what was sent by then."""
     if target is None:
         return {}
-    rounds = [
-        row["round"]
-        for row in result["by_round"]
-        if row["series"] == who and row["validation_accuracy"] >= target
-    ]
+    task = task_of(result)
+    there = [row for row in result["by_round"] if row["series"] == who]
+    rounds = [row["round"] for row in there if task.reaches(row[f"validation_{task.decides}"], target)]
     if not rounds:
         return {"target_round": None, "target_bytes": None}
     if who == "student":
@@ -109,7 +119,7 @@ def _summary(labels: Mapping[str, Any], results: Sequence[Json], target: float |
     for who, _ in metric_rows(results[0]):
         of = [dict(metric_rows(result))[who] for result in results]
         row: Json = {**labels, "who": who, "seeds": len(results)}
-        for metric in ("accuracy", "macro_f1", "mcc", "ece"):
+        for metric in task_of(results[0]).shown:
             values = [figures[metric] for figures in of]
             row[metric] = round(fmean(values), 6)
             row[f"{metric}_std"] = round(stdev(values), 6) if len(values) > 1 else None
@@ -125,8 +135,8 @@ def _summary(labels: Mapping[str, Any], results: Sequence[Json], target: float |
     return rows
 
 
-def robustness(summary: Sequence[Json]) -> list[Json]:
-    """How far a method's accuracy swings over the study's first axis: where it is least, where most, and by
+def robustness(summary: Sequence[Json], task: Task) -> list[Json]:
+    """How far what decides swings over the first axis of the study: where it is least, where most, and by
     how much; the student's for each value of the other axes. Nothing where there is one value only.
     """
     axes = _labels(summary)
@@ -140,30 +150,32 @@ def robustness(summary: Sequence[Json]) -> list[Json]:
             found.setdefault(who, []).append(row)
     rows = []
     for who, of in found.items():
-        low, high = (pick(of, key=lambda row: row["accuracy"]) for pick in (min, max))
+        low, high = (pick(of, key=lambda row: row[task.decides]) for pick in (min, max))
         rows.append(
             {
                 "who": who,
-                "least": low["accuracy"],
+                "least": low[task.decides],
                 "least_at": _said(low[first]),
-                "most": high["accuracy"],
+                "most": high[task.decides],
                 "most_at": _said(high[first]),
-                "spread": round(high["accuracy"] - low["accuracy"], 6),
+                "spread": round(high[task.decides] - low[task.decides], 6),
             }
         )
     return rows if len({_said(row[first]) for row in summary}) > 1 else []
 
 
-def latex(summary: Sequence[Json]) -> str:
-    """A ``tabular`` of accuracy, in per cent, one row for each cell and method."""
+def latex(summary: Sequence[Json], task: Task) -> str:
+    """A ``tabular`` of the figure that decides, one row for each cell and method."""
+    digits = 1 if task.percent else 3
     labels = [key for key in summary[0] if key in _labels(summary)]
-    head = " & ".join([*map(_tex, labels), "method", "accuracy", "uplink"])
+    head = " & ".join([*map(_tex, labels), "method", _tex(task.words), "uplink"])
     lines = [rf"\begin{{tabular}}{{{'l' * (len(labels) + 1)}rr}}", r"\toprule", head + r" \\", r"\midrule"]
     for row in summary:
-        spread = "" if row["accuracy_std"] is None else rf" $\pm$ {100 * row['accuracy_std']:.1f}"
+        std = row[f"{task.decides}_std"]
+        spread = "" if std is None else rf" $\pm$ {task.read({task.decides: std}):.{digits}f}"
         sent = "--" if row["uplink"] is None else size(row["uplink"])
         cells = [*(_tex(str(row[key])) for key in labels), _tex(NAMES[row["who"]])]
-        lines.append(" & ".join([*cells, f"{100 * row['accuracy']:.1f}{spread}", sent]) + r" \\")
+        lines.append(" & ".join([*cells, f"{task.read(row):.{digits}f}{spread}", sent]) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
 
 
@@ -178,7 +190,7 @@ def _tex(text: str) -> str:
 
 
 def draw(found: Sequence[tuple[Mapping[str, Any], list[Json]]]) -> dict[str, str]:
-    """Name to SVG: accuracy over the grid, by round, and against what it costs."""
+    """Name to SVG: the figure that decides over the grid, by round, and against what it costs."""
     with matplotlib.rc_context(rc=STYLE):  # type: ignore[arg-type]
         drawn = {"rounds": _by_round(found), "bytes": _against(found, "uplink", "MB up, all rounds", 1e6)}
         drawn["flops"] = _against(found, "flops", "TFLOP", 1e12)
@@ -189,7 +201,7 @@ def draw(found: Sequence[tuple[Mapping[str, Any], list[Json]]]) -> dict[str, str
 
 
 def _mean(results: Sequence[Json], who: str) -> tuple[float, float]:
-    values = [100 * dict(metric_rows(result))[who]["accuracy"] for result in results]
+    values = [task_of(result).read(dict(metric_rows(result))[who]) for result in results]
     return fmean(values), stdev(values) if len(values) > 1 else 0.0
 
 
@@ -198,8 +210,9 @@ def _style(index: int) -> dict[str, Any]:
 
 
 def _grid(found: Sequence[tuple[Mapping[str, Any], list[Json]]], axes: list[str]) -> str:
-    """Accuracy over the first axis; a line for each method or, of several axes, for each of the others."""
+    """What decides over the first axis; a line for each method or, of several axes, for each other value."""
     first, rest = axes[0], axes[1:]
+    task = task_of(found[0][1][0])
     values = list(dict.fromkeys(_said(labels[first]) for labels, _ in found))
     lines: dict[str, dict[str, tuple[float, float]]] = {}
     for labels, results in found:
@@ -212,14 +225,14 @@ def _grid(found: Sequence[tuple[Mapping[str, Any], list[Json]]], axes: list[str]
                 lines.setdefault(NAMES[who], {})[here] = _mean(results, who)
     into: list[str] = []
     if not rest and not all(isinstance(labels[first], int | float) for labels, _ in found):
-        return _bars(lines, values)
+        return _bars(lines, values, task)
     tall = max(4.4, 1.2 + 0.34 * len(lines)) if len(lines) > MANY else 4.4
     with figure(8, tall, into) as plot:
         if len(lines) > MANY:
-            _heat(plot, lines, values)
+            _heat(plot, lines, values, task)
         else:
             _lines(plot, lines, values)
-            plot.set_ylabel(f"accuracy on the test set, %{' (student)' if rest else ''}")
+            plot.set_ylabel(f"{task.axis}{' (student)' if rest else ''}")
         plot.set_xlabel(first)
     return into[0]
 
@@ -232,7 +245,7 @@ def _said(value: Any) -> str:
     return str(value)
 
 
-def _bars(lines: Mapping[str, Mapping[str, tuple[float, float]]], values: list[str]) -> str:
+def _bars(lines: Mapping[str, Mapping[str, tuple[float, float]]], values: list[str], task: Task) -> str:
     """A bar a value, the student's; what other methods have stands as a mark on it."""
     into: list[str] = []
     with figure(8, 1.4 + 0.42 * len(values), into) as plot:
@@ -246,14 +259,22 @@ def _bars(lines: Mapping[str, Mapping[str, tuple[float, float]]], values: list[s
                     error_kw=ends, label=name,
                 )  # fmt: skip
                 for place, mean in zip(places, means, strict=True):
-                    plot.text(mean, place - 0.31, f"{mean:.1f} ", ha="right", va="top", fontsize=8)
+                    plot.text(
+                        mean,
+                        place - 0.31,
+                        f"{mean:.{1 if task.percent else 3}f} ",
+                        ha="right",
+                        va="top",
+                        fontsize=8,
+                    )
             else:
                 plot.plot(means, places, linestyle="none", label=name, **_style(index))
         everything = [mean for points in lines.values() for mean, _ in points.values()]
-        plot.set_xlim(max(0.0, min(everything) - 10), min(100.0, max(everything) + 5))
+        room = 10 if task.percent else 0.1 * max(everything)
+        plot.set_xlim(max(0.0, min(everything) - room), max(everything) + room / 2)
         plot.set_yticks(range(len(values)), values)
         plot.invert_yaxis()
-        plot.set_xlabel("accuracy on the test set, %")
+        plot.set_xlabel(task.axis)
         plot.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     return into[0]
 
@@ -267,7 +288,9 @@ def _lines(plot: Axes, lines: Mapping[str, Mapping[str, tuple[float, float]]], v
     plot.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
 
 
-def _heat(plot: Axes, lines: Mapping[str, Mapping[str, tuple[float, float]]], values: list[str]) -> None:
+def _heat(
+    plot: Axes, lines: Mapping[str, Mapping[str, tuple[float, float]]], values: list[str], task: Task
+) -> None:
     grid = [[points.get(value, (float("nan"), 0.0))[0] for value in values] for points in lines.values()]
     known = [value for row in grid for value in row if value == value]
     low, high = min(known), max(known)
@@ -276,14 +299,17 @@ def _heat(plot: Axes, lines: Mapping[str, Mapping[str, tuple[float, float]]], va
     for y, row in enumerate(grid):
         for x, value in enumerate(row):
             ink = "white" if value < (low + high) / 2 else "black"
-            plot.text(x, y, f"{value:.1f}", ha="center", va="center", color=ink, fontsize=8)
+            plot.text(
+                x, y, f"{value:.{1 if task.percent else 2}f}", ha="center", va="center", color=ink, fontsize=8
+            )
     plot.set_xticks(range(len(values)), values)
     plot.set_yticks(range(len(lines)), list(lines))
-    plot.set_title("student's accuracy on the test set, %", fontsize=10)
+    plot.set_title(f"student's {task.axis}", fontsize=10)
 
 
 def _by_round(found: Sequence[tuple[Mapping[str, Any], list[Json]]]) -> str:
-    """The student's test accuracy after each round, a line a cell; other methods' where there is one cell."""
+    """The student's figure after each round, a line a cell; other methods' where there is one cell."""
+    task = task_of(found[0][1][0])
     lines: dict[str, dict[int, list[float]]] = {}
     for labels, results in found:
         cell = ", ".join(f"{key} {value}" for key, value in labels.items())
@@ -291,13 +317,14 @@ def _by_round(found: Sequence[tuple[Mapping[str, Any], list[Json]]]) -> str:
             for row in result["by_round"]:
                 if row["series"] == "student" or (len(found) == 1 and row["series"] in NAMES):
                     name = NAMES[row["series"]] if len(found) == 1 else cell
-                    lines.setdefault(name, {}).setdefault(row["round"], []).append(100 * row["test_accuracy"])
+                    value = task.read({task.decides: row[f"test_{task.decides}"]})
+                    lines.setdefault(name, {}).setdefault(row["round"], []).append(value)
     into: list[str] = []
     with figure(8, 4.2, into) as plot:
         for index, (name, points) in enumerate(lines.items()):
             plot.plot(list(points), [fmean(v) for v in points.values()], label=name, **_style(index))
         plot.set_xlabel("round")
-        plot.set_ylabel("accuracy on the test set, %")
+        plot.set_ylabel(task.axis)
         last = max(max(points) for points in lines.values())
         plot.set_xlim(0.5, last + 0.5)
         plot.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -309,12 +336,13 @@ def _by_round(found: Sequence[tuple[Mapping[str, Any], list[Json]]]) -> str:
 def _against(
     found: Sequence[tuple[Mapping[str, Any], list[Json]]], cost: str, unit: str, scale: float
 ) -> str:
-    """Accuracy against a cost on a logarithmic axis: a mark for each method, a point for each cell."""
+    """What decides against a cost on a logarithmic axis: a mark for each method, a point for each cell."""
+    task = task_of(found[0][1][0])
     points: dict[str, list[tuple[float, float]]] = {}
     for labels, results in found:
         for row in _summary(labels, results):
             if row[cost]:
-                points.setdefault(row["who"], []).append((row[cost] / scale, 100 * row["accuracy"]))
+                points.setdefault(row["who"], []).append((row[cost] / scale, task.read(row)))
     into: list[str] = []
     with figure(8, 4.2, into) as plot:
         for index, (who, places) in enumerate(points.items()):
@@ -322,6 +350,6 @@ def _against(
             plot.scatter(across, up, label=NAMES[who], s=36, alpha=0.85, **_style(index))
         plot.set_xscale("log")
         plot.set_xlabel(f"{unit} (logarithmic)")
-        plot.set_ylabel("accuracy on the test set, %")
+        plot.set_ylabel(task.axis)
         plot.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     return into[0]
