@@ -258,24 +258,19 @@ def _bars(lines: Mapping[str, Mapping[str, tuple[float, float]]], values: list[s
                     places, means, xerr=spreads, height=0.6, color="#A6CEE3", edgecolor="black",
                     error_kw=ends, label=name,
                 )  # fmt: skip
-                for place, mean in zip(places, means, strict=True):
-                    plot.text(
-                        mean,
-                        place - 0.31,
-                        f"{mean:.{1 if task.percent else 3}f} ",
-                        ha="right",
-                        va="top",
-                        fontsize=8,
-                    )
+                for place, mean, spread in zip(places, means, spreads, strict=True):
+                    text = f"{mean:.{1 if task.percent else 3}f}"
+                    beside = {"xytext": (5, 0), "textcoords": "offset points"}
+                    plot.annotate(text, (mean + spread, place), va="center", fontsize=8, **beside)
             else:
                 plot.plot(means, places, linestyle="none", label=name, **_style(index))
-        everything = [mean for points in lines.values() for mean, _ in points.values()]
-        room = 10 if task.percent else 0.1 * max(everything)
-        plot.set_xlim(max(0.0, min(everything) - room), max(everything) + room / 2)
+        plot.set_xlim(left=0)  # a bar's length is what it says
+        plot.margins(x=0.12)
         plot.set_yticks(range(len(values)), values)
         plot.invert_yaxis()
         plot.set_xlabel(task.axis)
-        plot.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+        if len(lines) > 1:
+            plot.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     return into[0]
 
 
