@@ -260,7 +260,7 @@ def _bars(lines: Mapping[str, Mapping[str, tuple[float, float]]], values: list[s
                 )  # fmt: skip
                 for place, mean, spread in zip(places, means, spreads, strict=True):
                     text = f"{mean:.{1 if task.percent else 3}f}"
-                    beside = {"xytext": (5, 0), "textcoords": "offset points"}
+                    beside: dict[str, Any] = {"xytext": (5, 0), "textcoords": "offset points"}
                     plot.annotate(text, (mean + spread, place), va="center", fontsize=8, **beside)
             else:
                 plot.plot(means, places, linestyle="none", label=name, **_style(index))
