@@ -112,8 +112,6 @@ def cells(study: Study) -> list[Cell]:
                     config = configuration.load(study.base, texts)
                 except ConfigError as error:
                     raise ConfigError(f"cell {name}: {error}") from None
-                if config.task != "classification":
-                    raise ConfigError(f"cell {name}: a study is of classification, not of {config.task}")
                 found.append(Cell(name, labels, seed, config))
     names = [cell.name for cell in found]
     if twice := sorted({name for name in names if names.count(name) > 1}):

@@ -1,5 +1,6 @@
 """Causal language models: blocks, the loss, who has an opinion, and a whole run of tiny models."""
 
+import csv
 import json
 import math
 import os
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from feddistill import aggregation, experiment, payload
+from feddistill import aggregation, experiment, payload, study
 from feddistill.blocks import pack
 from feddistill.config import dump, parse
 from feddistill.config.models import ModelConfig, TrainedTokenizer
@@ -25,6 +26,7 @@ from feddistill.heads import head_of, hidden_states
 from feddistill.methods import wire
 from feddistill.models import causal
 from feddistill.models.tokenizers import fingerprint, tokenizer_of
+from feddistill.report import studies
 from feddistill.rules import RULES
 from feddistill.tensorfile import TopKFile
 from feddistill.training.blocks import NOT_TAUGHT, block_loss, hardened, lessons_of, rows_of, some, together
@@ -426,10 +428,19 @@ def test_what_a_run_would_cost_is_known_before():
     assert all(seconds > 0 for seconds in found["seconds"].values())
 
 
-def test_a_study_of_them_is_refused(tmp_path):
-    from feddistill import study
-
-    (tmp_path / "base.yaml").write_text(json.dumps(settings()))
-    (tmp_path / "study.yaml").write_text(json.dumps({"name": "lm", "base": "base.yaml", "seeds": [0]}))
-    with pytest.raises(ConfigError, match="a study is of classification, not of causal_lm"):
-        study.load(tmp_path / "study.yaml")
+def test_a_study_of_them_is_told_in_bits_per_byte(tmp_path):
+    (tmp_path / "base.yaml").write_text(json.dumps(settings(rounds=1)))
+    content = {"name": "lm", "base": "base.yaml", "seeds": [0], "target": 20, "cases": {"little": {}}}
+    content["cases"]["much"] = {"distill.kd_weight": 0.9}
+    (tmp_path / "study.yaml").write_text(json.dumps(content))
+    assert study.sweep(study.load(tmp_path / "study.yaml"), tmp_path / "out") == {}
+    page = studies.write(tmp_path / "out").read_text()
+    assert "bits per byte on the test set" in page
+    assert "The target is bits per byte of 20" in page
+    with (tmp_path / "out/summary.csv").open() as file:
+        rows = {row["case"]: row for row in csv.DictReader(file) if row["who"] == "student"}
+    cells = tmp_path / "out/cells"
+    for case, row in rows.items():
+        result = json.loads((cells / f"case={case}_seed=0/result.json").read_text())
+        assert float(row["bits_per_byte"]) == result["metrics"]["student"]["bits_per_byte"]
+        assert float(row["target_round"]) == 1  # less is better, and nobody needs so many
