@@ -26,7 +26,7 @@ PACKAGES = {
     "bench": (
         "bench",
         {"click", "feddistill", "feddistill_kernels", "matplotlib", "numpy", "torch"}
-        | {"transformers", "triton", "yaml"}
+        | {"tokenizers", "transformers", "triton", "yaml"}
         | {"byzfl", "cut_cross_entropy", "distillkit", "liger_kernel"},  # peers, where they are installed
     ),
 }
@@ -35,7 +35,7 @@ PACKAGES = {
 FOUNDATION = {"errors", "setting", "types"}
 BELOW_STAGES = FOUNDATION | {"accounting", "attacks", "batches", "config", "keys", "rules", "seeds"}
 BELOW_STAGES |= {"blocks", "heads", "tasks", "tensorfile", "weights"}
-STAGES = {"aggregation", "answering", "data", "evaluation", "models", "payload", "training"}
+STAGES = {"aggregation", "alignment", "answering", "data", "evaluation", "models", "payload", "training"}
 BELOW_METHODS = BELOW_STAGES | STAGES | {"progress", "store"}
 MODULES = {
     "errors": set(),

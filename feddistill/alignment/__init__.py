@@ -1,0 +1,24 @@
+"""Clients with another tokenizer than the student's: their answers, said in the student's tokens."""
+
+from feddistill.alignment.baselines import mined_map, mined_project, uld_loss
+from feddistill.alignment.projection import THRESHOLD, Projection, project
+from feddistill.alignment.spans import Reading, spans
+from feddistill.alignment.vocabulary import Vocabulary, canonical_bytes, fingerprint
+from feddistill.alignment.vocabulary_map import VocabularyMap, check_alignable, map_vocabulary
+
+__all__ = [
+    "THRESHOLD",
+    "Projection",
+    "Reading",
+    "Vocabulary",
+    "VocabularyMap",
+    "canonical_bytes",
+    "check_alignable",
+    "fingerprint",
+    "map_vocabulary",
+    "mined_map",
+    "mined_project",
+    "project",
+    "spans",
+    "uld_loss",
+]
