@@ -118,11 +118,12 @@ class Vocabulary:
         for token in self.tokens:
             raw = b"" if token is None else token
             h.update((-1 if token is None else len(raw)).to_bytes(4, "little", signed=True) + raw)
-        keys = ("added_tokens", "model", "normalizer", "post_processor", "pre_tokenizer")
+        keys = ("added_tokens", "normalizer", "post_processor", "pre_tokenizer")
         settings = _set({key: self._state.get(key) for key in keys})
-        if merges := settings["model"].get("merges"):
-            settings["model"]["merges"] = [m if isinstance(m, str) else " ".join(m) for m in merges]
-        h.update(json.dumps([settings, self.eos_id], sort_keys=True, separators=(",", ":")).encode())
+        model = {key: value for key, value in self.model_json.items() if key not in ("vocab", "merges")}
+        merges = [m if isinstance(m, str) else " ".join(m) for m in self.model_json.get("merges") or ()]
+        for part in (settings, _set(model), self.model_json.get("vocab"), merges, self.eos_id):
+            h.update(json.dumps(part, sort_keys=True, separators=(",", ":")).encode() + b"\n")
         return h.hexdigest()
 
     @cached_property
