@@ -280,7 +280,10 @@ def test_least_edit_distance_is_that_of_all_pairs(kinds):
     found = alignment.mined_map(client, student, some)
     known = [(n, t) for n, t in enumerate(student.tokens) if t is not None]
     for n in some:
-        assert found[n] == min(known, key=lambda other: (plain_distance(client.tokens[n], other[1]), other[0]))[0]
+        assert (
+            found[n]
+            == min(known, key=lambda other: (plain_distance(client.tokens[n], other[1]), other[0]))[0]
+        )
 
 
 @given(a=st.binary(max_size=9), b=st.binary(max_size=9))

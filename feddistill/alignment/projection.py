@@ -112,9 +112,7 @@ class _Tokens:
         index = np.flatnonzero(ends > before)
         reads = np.maximum(reading.starts, before)[index]
         ids = reading.ids[index].astype(np.int64)
-        return _Tokens(
-            index, ids, before[index], reads, ends[index], reading.bare[index], faithful[index]
-        )
+        return _Tokens(index, ids, before[index], reads, ends[index], reading.bare[index], faithful[index])
 
 
 def _rows(answers: TopK, client: Reading, predicted: NDArray[np.integer] | None) -> Ints:
@@ -122,7 +120,7 @@ def _rows(answers: TopK, client: Reading, predicted: NDArray[np.integer] | None)
     about = np.arange(len(client)) if predicted is None else np.asarray(predicted, np.int64)
     if len(about) != len(answers):
         raise ValueError(f"{len(answers)} rows about {len(about)} of the client's tokens")
-    if about.size and not (0 <= about.min() and about.max() < len(client)):
+    if about.size and not (about.min() >= 0 and about.max() < len(client)):
         raise ValueError(f"rows must be about tokens 0..{len(client) - 1}")
     found = np.full(len(client), -1, np.int64)
     found[about] = np.arange(len(about))
@@ -162,9 +160,7 @@ def _check(
 class _Projector:
     """The student's tokens that the client has a row for, ``P`` places, and what has been said of each."""
 
-    def __init__(
-        self, answers: TopK, client: Reading, student: Reading, mapped: VocabularyMap, row_of: Ints
-    ):
+    def __init__(self, answers: TopK, client: Reading, student: Reading, mapped: VocabularyMap, row_of: Ints):
         self.mapped, self.text = mapped, student.text
         self.theirs = _Tokens.of(client, mapped.client.eos_id)
         ours = _Tokens.of(student, mapped.student.eos_id)

@@ -88,9 +88,7 @@ def spans(vocabulary: Vocabulary, text: str, *, special_tokens: bool = True) -> 
     return Reading(raw, ids, starts, ends, bare & ~added, faithful & ~added, added)
 
 
-def _offsets(
-    offsets: list[tuple[int, int]], text: str, lengths: Ints, added: Mask
-) -> tuple[Ints, Ints]:
+def _offsets(offsets: list[tuple[int, int]], text: str, lengths: Ints, added: Mask) -> tuple[Ints, Ints]:
     """Offsets in characters to bytes; within a character by the tokens' lengths."""
     points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
     sizes = 1 + (points >= 0x80).astype(np.int64) + (points >= 0x800) + (points >= 0x10000)

@@ -16,7 +16,6 @@ from safetensors.numpy import save
 from feddistill.alignment.vocabulary import (
     BYTES,
     LETTERS,
-    METASPACE,
     WORDPIECE,
     Vocabulary,
     adds_space,
