@@ -130,6 +130,14 @@ def sizes() -> str:
     return table(json.loads((ROOT / "bench" / "results" / "payload.json").read_text()))
 
 
+def tokenizers() -> str:
+    """Maps and projection between tokenizers, from ``python -m bench.alignment``."""
+    sys.path.insert(0, str(ROOT))
+    from bench.alignment import table
+
+    return table(json.loads((ROOT / "bench" / "results" / "alignment.json").read_text()))
+
+
 def merging() -> str:
     """Speed and memory of the server, from ``python -m bench.aggregation``."""
     sys.path.insert(0, str(ROOT))
@@ -206,6 +214,7 @@ TABLES = {
     "docs/gpu.md": {"gpu": gpu, "resources": resources},
     "docs/aggregation.md": {"rules": rules, "attacks": attacks, "robustness": robustness, "merging": merging},
     "docs/payload.md": {"sizes": sizes},
+    "docs/tokenizers.md": {"tokenizers": tokenizers},
     "docs/deployment.md": {"scale": scale, "faults": faults},
     **{
         str(page.relative_to(ROOT)): {"study": partial(study, page.stem)}

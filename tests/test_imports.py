@@ -27,7 +27,14 @@ PACKAGES = {
         "bench",
         {"click", "feddistill", "feddistill_kernels", "matplotlib", "numpy", "torch"}
         | {"tokenizers", "transformers", "triton", "yaml"}
-        | {"byzfl", "cut_cross_entropy", "distillkit", "liger_kernel"},  # peers, where they are installed
+        | {
+            "byzfl",
+            "cut_cross_entropy",
+            "distillkit",
+            "editdistance",
+            "liger_kernel",
+            "rapidfuzz",
+        },  # peers, where they are installed
     ),
 }
 

@@ -1,7 +1,8 @@
 """Clients with another tokenizer than the student's: their answers, said in the student's tokens."""
 
 from feddistill.alignment.baselines import mined_map, mined_project, uld_loss
-from feddistill.alignment.projection import THRESHOLD, Projection, project
+from feddistill.alignment.projection import THRESHOLD, project
+from feddistill.alignment.rows import Projection
 from feddistill.alignment.spans import Reading, spans
 from feddistill.alignment.vocabulary import Vocabulary, canonical_bytes, fingerprint
 from feddistill.alignment.vocabulary_map import VocabularyMap, check_alignable, map_vocabulary

@@ -32,8 +32,10 @@ class Joiner:
         for length in range(min(int((stop - skip).max(initial=0)) - 1, longest), 0, -1):
             rest = np.flatnonzero((found == NOWHERE) & (stop - skip > length))
             if len(rest):
-                part = [array[rest] for array in (begin, end, lead, token, skip)]
-                found[rest] = self._ids(*part, part[-1] + length)
+                leave = skip[rest]
+                found[rest] = self._ids(
+                    begin[rest], end[rest], lead[rest], token[rest], leave, leave + length
+                )
         for length in range(min(int((end - begin).max(initial=0)), longest), 0, -1):
             rest = np.flatnonzero((found == NOWHERE) & (end - begin >= length))
             if len(rest):

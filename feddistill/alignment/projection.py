@@ -249,7 +249,7 @@ class _Projector:
         norm[norm == 0] = 1
         mass[inner] = part / norm[:, None]
         rest[inner] /= norm
-        return short
+        return np.asarray(short)
 
     def _known(self, ids: Ints) -> tuple[Ints, Ints]:
         """Ids that the tokenizer has, and how many bytes they stand for; of others, none."""

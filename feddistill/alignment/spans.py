@@ -62,7 +62,8 @@ def spans(vocabulary: Vocabulary, text: str, *, special_tokens: bool = True) -> 
 
     >>> from tokenizers import Tokenizer, models, pre_tokenizers
     >>> from transformers import PreTrainedTokenizerFast
-    >>> t = Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
+    >>> letters = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    >>> t = Tokenizer(models.BPE(letters, []))
     >>> t.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     >>> read = spans(Vocabulary(PreTrainedTokenizerFast(tokenizer_object=t)), "aé")
     >>> read.starts.tolist(), read.ends.tolist()

@@ -101,9 +101,9 @@ class Vocabulary:
                     found[number] = None
         for number, token in self.backend.get_added_tokens_decoder().items():
             found[number] = token.content.encode()  # stands in a text as it is
-        for number in (*self.special_ids.values(), self.model_json.get("unk_id")):
-            if number is not None:
-                found[number] = None
+        for special in (*self.special_ids.values(), self.model_json.get("unk_id")):
+            if special is not None:
+                found[special] = None
         return [token or None if name else None for token, name in zip(found, names, strict=True)]
 
     @cached_property
@@ -215,8 +215,8 @@ def _kind(state: Mapping[str, Any], name: str) -> str:
         if "Metaspace" in types or any("▁" in json.dumps(part, ensure_ascii=False) for part in parts):
             return METASPACE
     raise ModelError(
-        f"{name} is {model['type']} with {', '.join(sorted(types)) or 'nothing'} around it; only byte-level BPE, "
-        "WordPiece, and BPE or unigram with a space written as '▁' can be told in bytes"
+        f"{name} is {model['type']} with {', '.join(sorted(types)) or 'nothing'} around it; only byte-level "
+        "BPE, WordPiece, and BPE or unigram with a space written as '▁' can be told in bytes"
     )
 
 

@@ -114,8 +114,8 @@ def check_alignable(client: str, student: str, same_tokenizer: bool, name: str) 
             raise ValueError(f"a language model is {' or '.join(kinds)}, not {kind!r}")
     if client == "masked" and student == "causal":
         raise ModelError(
-            f"{name}: a masked language model sees what follows, so it cannot say what comes next to a causal "
-            "student; give it a causal model, or the student a masked one"
+            f"{name}: a masked language model sees what follows, so it cannot say what comes next to a "
+            "causal student; give it a causal model, or the student a masked one"
         )
     if client != student:
         raise ModelError(
