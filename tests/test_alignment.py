@@ -1,5 +1,6 @@
 """Answers of clients with other tokenizers: spans, maps, projection, baselines."""
 
+import json
 import math
 
 import numpy as np
@@ -65,8 +66,6 @@ def kinds(corpus):
     fallback.add_tokens([])
     vocabulary = fallback.get_vocab()
     vocabulary |= {name: len(vocabulary) + n for n, name in enumerate(bytes_)}
-    import json
-
     state = json.loads(fallback.to_str())
     state["model"]["vocab"] = vocabulary
     fallback = Tokenizer.from_str(json.dumps(state))
@@ -88,6 +87,11 @@ def kinds(corpus):
             PreTrainedTokenizerFast(tokenizer_object=word, eos_token="<end>", unk_token="[UNK]")
         ),
     }
+
+
+@pytest.fixture(scope="module")
+def maps(kinds):
+    return {(a, b): map_vocabulary(kinds[a], kinds[b]) for a in kinds for b in kinds}
 
 
 def answers(tokens, vocabulary, k=16, seed=0):
@@ -155,10 +159,10 @@ def test_same_tokenizer_leaves_rows_as_they_are(kinds, kind):
 
 @pytest.mark.parametrize("client", ALL)
 @pytest.mark.parametrize("student", ALL)
-def test_no_mass_is_made_or_lost(kinds, client, student):
+def test_no_mass_is_made_or_lost(kinds, maps, client, student):
     theirs, ours = spans(kinds[client], TEXT), spans(kinds[student], TEXT)
     rows = answers(theirs, len(kinds[client]))
-    mapped = map_vocabulary(kinds[client], kinds[student])
+    mapped = maps[client, student]
     found = project(rows, theirs, ours, mapped, threshold=0.0)
     mass = found.rows.log_probs.double().exp().sum(1) + found.rows.log_tail.double().exp()
     assert torch.allclose(mass, torch.ones_like(mass), atol=1e-5)
@@ -172,7 +176,28 @@ def test_no_mass_is_made_or_lost(kinds, client, student):
     assert len(some.rows) == some.answered.sum()
 
 
-def letters(*pieces):
+@given(
+    text=st.text(max_size=30) | st.text(" \n\ttheT(é漢", max_size=30),
+    client=st.sampled_from(ALL), student=st.sampled_from(ALL), seed=st.integers(0, 99),
+)  # fmt: skip
+@settings(max_examples=150, deadline=None)
+def test_any_text_keeps_its_mass(kinds, maps, text, client, student, seed):
+    theirs, ours = spans(kinds[client], text), spans(kinds[student], text)
+    rng, size, k = np.random.default_rng(seed), len(kinds[client]), 12
+    ids = np.array([rng.choice(size, k, replace=False) for _ in theirs.ids], np.int32).reshape(-1, k)
+    ids[:, 0] = np.where((ids == theirs.ids[:, None]).any(1), ids[:, 0], theirs.ids)
+    probs = rng.dirichlet(np.full(k + 1, 0.3), len(ids)).reshape(-1, k + 1) + 1e-12
+    probs = torch.from_numpy(probs / probs.sum(1, keepdims=True)).log()
+    rows = TopK(torch.from_numpy(ids), probs[:, :-1], probs[:, -1], size)
+    found = project(rows, theirs, ours, maps[client, student], threshold=0.0)
+    mass = found.rows.log_probs.double().exp().sum(1) + found.rows.log_tail.double().exp()
+    assert torch.allclose(mass, torch.ones_like(mass), rtol=0, atol=1e-6)
+    assert len(found.rows) == found.answered.sum() <= len(ours)
+    ordered = found.rows.ids.sort(1).values
+    assert (ordered[:, 1:] != ordered[:, :-1]).all()
+
+
+def letters(*pieces, begin=None, end=None):
     """A byte-level tokenizer of single bytes and these pieces, each with all that it is merged from."""
     ids = {c: n for n, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     merges = []
@@ -183,18 +208,25 @@ def letters(*pieces):
                 merges.append((piece[:n], piece[n]))
     t = Tokenizer(models.BPE(ids, merges))
     t.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    return Vocabulary(PreTrainedTokenizerFast(tokenizer_object=t))
+    around = [name for name in (begin, end) if name]
+    t.add_special_tokens(around)
+    if around:
+        t.post_processor = processors.TemplateProcessing(
+            single=[*([begin] if begin else []), "$A", *([end] if end else [])],
+            special_tokens=[(name, t.token_to_id(name)) for name in around],
+        )
+    return Vocabulary(PreTrainedTokenizerFast(tokenizer_object=t, bos_token=begin, eos_token=end))
 
 
 def rows_of(vocabulary, *rows):
-    """Rows from ``{bytes: probability}``."""
-    ids = torch.tensor([[vocabulary.by_bytes[t] for t in row] for row in rows], dtype=torch.int32)
+    """Rows from ``{bytes or id: probability}``."""
+    ids = torch.tensor([[vocabulary.by_bytes.get(t, t) for t in row] for row in rows], dtype=torch.int32)
     probs = torch.tensor([list(row.values()) for row in rows], dtype=torch.float64)
     return TopK(ids, probs.log(), (1 - probs.sum(1)).log(), len(vocabulary))
 
 
 def said(found, row, vocabulary, text):
-    where = found.rows.ids[row].tolist().index(vocabulary.by_bytes[text])
+    where = found.rows.ids[row].tolist().index(vocabulary.by_bytes.get(text, text))
     return math.exp(found.rows.log_probs[row, where])
 
 
@@ -221,6 +253,71 @@ def test_inner_pieces_of_one_token_are_conditioned_on_what_agrees():
     assert said(found, 1, student, b"cd") == pytest.approx(0.6 / norm)
     assert said(found, 1, student, b"x") == pytest.approx(0.2 / norm)
     assert found.coverage[1] == pytest.approx((0.8 / norm) / 0.95)
+
+
+def test_an_end_goes_to_the_end_of_another_name():
+    client, student = letters("ab", end="</s>"), letters("abc", end="<end>")
+    theirs, ours = spans(client, "abc"), spans(student, "abc")
+    assert (len(theirs), len(ours)) == (3, 2)
+    stop, end = client.eos_id, student.eos_id
+    assert (theirs.ids[-1], ours.ids[-1]) == (stop, end)
+    rows = rows_of(client, {b"ab": 0.7, stop: 0.2}, {b"c": 0.5, stop: 0.3}, {stop: 0.9, b"a": 0.05})
+    found = project(rows, theirs, ours, map_vocabulary(client, student), k=4)
+    assert found.answered.all()
+    assert said(found, 0, student, b"abc") == pytest.approx(0.7 * 0.5)
+    assert said(found, 0, student, b"ab") == pytest.approx(0.7 * 0.3)  # "ab", and then the end
+    assert said(found, 0, student, end) == pytest.approx(0.2)
+    assert said(found, 1, student, end) == pytest.approx(0.9)
+    assert said(found, 1, student, b"a") == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize(("their_begin", "our_begin"), [("<s>", None), (None, "<b>"), ("<s>", "<b>")])
+def test_a_token_at_the_start_changes_no_other_row(their_begin, our_begin):
+    wanted = None
+    said_of = {b"ab": 0.5, b"x": 0.3}, {b"c": 0.6, b"y": 0.2}
+    for first, second in ((None, None), (their_begin, our_begin)):
+        client, student = letters("ab", begin=first), letters("abc", begin=second)
+        theirs, ours = spans(client, "abc"), spans(student, "abc")
+        about = np.flatnonzero(~theirs.added)
+        mapped = map_vocabulary(client, student)
+        found = project(rows_of(client, *said_of), theirs, ours, mapped, predicted=about, k=4)
+        assert found.answered.tolist() == [*([False] if second else []), True]
+        got = {text: said(found, 0, student, text) for text in (b"abc", b"ab", b"x")}
+        wanted = wanted or got
+        assert got == pytest.approx(wanted)
+    assert wanted[b"abc"] == pytest.approx(0.5 * 0.6)
+
+
+def word_pieces():
+    t = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1, "b": 2, "c": 3, "##b": 4}, unk_token="[UNK]"))
+    t.normalizer, t.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    return Vocabulary(PreTrainedTokenizerFast(tokenizer_object=t, unk_token="[UNK]"))
+
+
+@pytest.mark.parametrize("space", [" ", "\n", "  ", "\t "])
+def test_words_say_the_white_space_of_the_text(space):
+    client, student = word_pieces(), letters()
+    theirs, ours = spans(client, f"a{space}b"), spans(student, f"a{space}b")
+    assert (len(theirs), len(ours)) == (2, 2 + len(space))
+    rows = rows_of(client, {b" a": 0.7, b" c": 0.2}, {b" b": 0.6, b" c": 0.3})
+    found = project(rows, theirs, ours, map_vocabulary(client, student), k=3)
+    assert found.answered.all()
+    assert said(found, 0, student, b"a") == pytest.approx(0.7)
+    for place, letter in enumerate(space, 1):  # whatever word comes, its white space comes first
+        assert said(found, place, student, letter.encode()) == pytest.approx(0.9)
+    assert said(found, len(space) + 1, student, b"b") == pytest.approx(0.6)
+    assert said(found, len(space) + 1, student, b"c") == pytest.approx(0.3)
+
+
+def test_white_space_and_a_letter_make_a_word():
+    client, student = letters(), word_pieces()
+    theirs, ours = spans(client, "a b"), spans(student, "a b")
+    rows = rows_of(client, {b"a": 0.9, b"x": 0.05}, {b" ": 0.8, b"b": 0.1}, {b"b": 0.6, b"c": 0.3})
+    found = project(rows, theirs, ours, map_vocabulary(client, student), k=4)
+    assert said(found, 0, student, b" a") == pytest.approx(0.9)
+    assert said(found, 1, student, b" b") == pytest.approx(0.8 * 0.6)
+    assert said(found, 1, student, b" c") == pytest.approx(0.8 * 0.3)
+    assert said(found, 1, student, b"b") == pytest.approx(0.1)
 
 
 def test_a_beginning_only_one_has_shifts_nothing(kinds):
