@@ -198,7 +198,8 @@ def table(found: dict[str, Any]) -> str:
     note = (
         "× is always against our map of **all** ids. Processor seconds; the exact part on the wall clock. "
         f"Brute force: `editdistance`, a call a pair, as FedMKT does it ({row['timed_ids']} ids timed, the "
-        "rest in proportion); FedMKT looks for an equal token first, so the line below it is what it really does. "
+        "rest in proportion); FedMKT looks for an equal token first, so the line below it is what it really "
+        "does. "
         f"`rapidfuzz` does all pairs at once. Rows of k = {row['text']['k']} without a model. "
         f"{found['machine']['cpu']}, {found['machine']['cores']} cores."
     )

@@ -27,14 +27,8 @@ PACKAGES = {
         "bench",
         {"click", "feddistill", "feddistill_kernels", "matplotlib", "numpy", "torch"}
         | {"tokenizers", "transformers", "triton", "yaml"}
-        | {
-            "byzfl",
-            "cut_cross_entropy",
-            "distillkit",
-            "editdistance",
-            "liger_kernel",
-            "rapidfuzz",
-        },  # peers, where they are installed
+        # peers, where they are installed
+        | {"byzfl", "cut_cross_entropy", "distillkit", "editdistance", "liger_kernel", "rapidfuzz"},
     ),
 }
 
