@@ -132,6 +132,7 @@ def _run(
     out = out.resolve()
     (folder / "config.yaml").write_text(configuration.dump(config), encoding="utf-8")
     told = {
+        "config": str((folder / "config.yaml").resolve()),
         "folder": str(folder.resolve()),
         "out": str(out),
         "cwd": str(Path.cwd()),
