@@ -39,6 +39,8 @@ QUIET = {
 }
 NAME = "feddistill"
 START_SECONDS = 60.0
+REACH_SECONDS = 10.0
+PORTS = 65535
 POLL_SECONDS = 0.5
 END_SECONDS = 5.0
 """That a simulation has to end by itself."""
@@ -73,6 +75,8 @@ def train(
     at_clients = isinstance(config.data.partition, AtClientsPartition)
     if link is None and at_clients:
         raise ConfigError("data.partition at_clients needs clients elsewhere: --engine flower")
+    if link is not None:
+        _reach(link)
     if not resume:
         RunDirectory.check_free(out)
     splits = experiment.check(config, show)
@@ -81,11 +85,26 @@ def train(
             federation = _resources(config, max(splits.places) + 1)
             _run(config, out, folder, own, resume, patience, show, federation)
     else:
-        if link.root_certificates is None and not link.address.startswith(LOOPBACK):
-            raise ConfigError(f"--superlink {link.address} is on a network and needs --root-certificates")
         with _folder() as folder:
             _run(config, out, folder, link, resume, patience, show, None)
     return read_object(out / RESULT)
+
+
+def _reach(link: Link) -> None:
+    """Flower's own command tries an address for minutes at which there is nothing, and says nothing.
+
+    Raises:
+        ConfigError: Nothing answers there, or it is on a network and has no certificate.
+    """
+    host, _, port = link.address.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > PORTS:
+        raise ConfigError(f"--superlink {link.address} is not HOST:PORT")
+    if link.root_certificates is None and not link.address.startswith(LOOPBACK):
+        raise ConfigError(f"--superlink {link.address} is on a network and needs --root-certificates")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_SECONDS).close()
+    except OSError as error:
+        raise ConfigError(f"--superlink {link.address}: nothing answers there: {error}") from None
 
 
 def _resources(config: Config, clients: int) -> Json:
