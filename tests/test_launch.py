@@ -1,6 +1,12 @@
-"""What is refused before a federation is bothered."""
+"""What is refused before a federation is bothered, and what is left when its command is killed."""
 
+import os
+import signal
 import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
 
 import pytest
 
@@ -29,3 +35,69 @@ def test_an_address_where_nothing_answers_is_refused_and_any_other_is_not():
             _reach(Link(address))
         server.listen()
         _reach(Link(address))
+
+
+FAMILY = """
+import subprocess, sys, time
+from pathlib import Path
+
+sleep = [sys.executable, "-c", "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(99)"]
+orphan = "import subprocess, sys; print(subprocess.Popen(sys.argv[1:], stdout=-3, process_group=0).pid)"
+made = subprocess.run([sys.executable, "-c", orphan, *sleep], stdout=-1, text=True, check=True)
+child = subprocess.Popen(sleep, start_new_session=True)
+partial = Path(sys.argv[1], "partial")
+partial.write_text(f"{made.stdout} {child.pid}")
+partial.rename(Path(sys.argv[1], "pids"))
+if sys.argv[2] == "stay":
+    time.sleep(99)
+"""
+"""A process that starts others, an orphan among them, which do not end when they are asked to."""
+
+
+def kept(folder, notes, then):
+    """The keeper's command, with less patience."""
+    main = f"keeper.main(Path({str(folder)!r}), [sys.executable, '-c', {FAMILY!r}, {str(notes)!r}, {then!r}])"
+    code = "import sys; from pathlib import Path; from feddistill.engines.flower import keeper"
+    return [sys.executable, "-c", f"{code}; keeper.END_SECONDS = 0.3; {main}"]
+
+
+def gone(pids):
+    for pid in pids:
+        with suppress(OSError):
+            os.kill(pid, 0)
+            return False
+    return True
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_what_a_killed_command_has_started_ends_with_it(how, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    command = kept(folder, tmp_path, "stay")
+    holder = f"import subprocess, time; subprocess.Popen({command}, stdin=-1); time.sleep(99)"
+    with subprocess.Popen([sys.executable, "-c", holder]) as process:
+        pids = wait_for_family(tmp_path)
+        assert not gone(pids[:1])
+        assert not gone(pids[1:])
+        process.send_signal(how)
+    wait_until(lambda: gone(pids) and not folder.exists())
+
+
+def test_what_a_command_leaves_behind_ends_after_it(tmp_path):
+    with subprocess.Popen(kept(tmp_path, tmp_path, "go"), stdin=subprocess.PIPE) as process:
+        pids = wait_for_family(tmp_path)
+        wait_until(lambda: process.poll() is not None)
+        assert gone(pids)
+    assert tmp_path.exists()  # its log is still to be read
+
+
+def wait_for_family(folder):
+    wait_until((folder / "pids").exists)
+    return [int(pid) for pid in (folder / "pids").read_text().split()]
+
+
+def wait_until(what, seconds=30):
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end
+        time.sleep(0.05)

@@ -151,7 +151,8 @@ def test_a_simulation_listens_on_the_loopback_alone_and_leaves_nothing(tiny, tmp
     assert not processes() - there
 
 
-def test_an_interrupted_simulation_leaves_nothing(tiny, tmp_path):
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_simulation_whose_command_is_ended_leaves_nothing(how, tiny, tmp_path):
     pytest.importorskip("ray", reason="pip install 'feddistill[flower-sim]'")
     there = processes()
     program = Path(sys.executable).with_name("feddistill")
@@ -161,10 +162,12 @@ def test_an_interrupted_simulation_leaves_nothing(tiny, tmp_path):
         while not (tmp_path / "sim" / "federation.jsonl").exists():
             assert time.monotonic() < end
             time.sleep(0.2)
-        run.send_signal(signal.SIGINT)
+        assert len(processes() - there) > 2
+        run.send_signal(how)
     end = time.monotonic() + 60
     while processes() - there and time.monotonic() < end:
         time.sleep(0.5)
     assert not processes() - there
-    train(tiny, tmp_path / "sim", "--resume", "--engine", "flower-sim")
-    assert (tmp_path / "sim" / "result.json").exists()
+    if how == signal.SIGKILL:
+        train(tiny, tmp_path / "sim", "--resume", "--engine", "flower-sim")
+        assert (tmp_path / "sim" / "result.json").exists()

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.resources import as_file, files
@@ -23,6 +22,7 @@ from feddistill import config as configuration
 from feddistill import experiment
 from feddistill.config import Config
 from feddistill.config.data import AtClientsPartition
+from feddistill.engines.flower import keeper
 from feddistill.engines.flower.watch import Watch
 from feddistill.errors import ConfigError, RunError
 from feddistill.federation.protocol import Patience
@@ -42,8 +42,6 @@ START_SECONDS = 60.0
 REACH_SECONDS = 10.0
 PORTS = 65535
 POLL_SECONDS = 0.5
-END_SECONDS = 5.0
-"""That a simulation has to end by itself."""
 LOOPBACK = ("127.0.0.1:", "localhost:", "[::1]:")
 
 
@@ -81,9 +79,9 @@ def train(
         RunDirectory.check_free(out)
     splits = experiment.check(config, show)
     if link is None:
-        with _folder() as folder, _superlink(folder) as own:
+        with _folder() as folder, _superlink(folder) as (own, ended):
             federation = _resources(config, max(splits.places) + 1)
-            _run(config, out, folder, own, resume, patience, show, federation)
+            _run(config, out, folder, own, resume, patience, show, federation, ended)
     else:
         with _folder() as folder:
             _run(config, out, folder, link, resume, patience, show, None)
@@ -142,8 +140,9 @@ def _run(
     patience: Patience,
     show: Show,
     federation: Mapping[str, Any] | None,
+    ended: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Submit the run, show what happens until it ends.
+    """Submit the run, show what happens until it ends; ``ended`` says whether the SuperLink did, for good.
 
     Raises:
         RunError: It did not complete; what there is of it can be resumed.
@@ -167,6 +166,8 @@ def _run(
     watch = Watch(out, folder / "said.txt", show)
     try:
         while not (status := flower.status(run)).startswith("finished"):
+            if ended():
+                raise RunError(f"Flower's SuperLink ended: {_last_lines(folder / 'superlink.log')}")
             for _ in range(4):
                 watch.look()
                 time.sleep(POLL_SECONDS)
@@ -247,19 +248,28 @@ class _Cli:
 
 
 @contextmanager
-def _superlink(folder: Path) -> Iterator[Link]:
-    """A SuperLink for one simulation, on a free port of the loopback; nothing of it is left afterwards."""
+def _superlink(folder: Path) -> Iterator[tuple[Link, Callable[[], bool]]]:
+    """A SuperLink for one simulation, on a free port of the loopback, and whether it has ended.
+
+    Nothing of it is left afterwards, nor when this process is killed.
+    """
     home = folder / "home"
     home.mkdir()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [program("flower-superlink"), "--insecure", "--simulation", "--host", "127.0.0.1"]
+    command = [sys.executable, "-I", keeper.__file__, str(folder)]
+    command += [program("flower-superlink"), "--insecure", "--simulation", "--host", "127.0.0.1"]
     command += ["--port", str(port), "--disable-runtime-dependency-installation"]
     log = folder / "superlink.log"
     with log.open("wb") as file:
         process = subprocess.Popen(
-            command, env=environment(home), stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            env=environment(home),
+            stdin=subprocess.PIPE,  # closed when this process ends, however it does
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
     try:
         end = time.monotonic() + START_SECONDS
@@ -267,9 +277,9 @@ def _superlink(folder: Path) -> Iterator[Link]:
             if process.poll() is not None or time.monotonic() > end:
                 raise RunError(f"Flower's SuperLink did not start: {_last_lines(log)}")
             time.sleep(0.2)
-        yield Link(f"127.0.0.1:{port}")
+        yield Link(f"127.0.0.1:{port}"), lambda: process.poll() is not None
     finally:
-        _end(process)
+        process.communicate()
 
 
 def _healthy(port: int) -> bool:
@@ -278,44 +288,6 @@ def _healthy(port: int) -> bool:
             return True
     except (OSError, urllib.error.URLError):
         return False
-
-
-def _end(process: "subprocess.Popen[bytes]") -> None:
-    """The process and all that it has started, in sessions of their own too, as a simulation is."""
-    family = _family(process.pid)
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        family |= {child for pid in family for child in _family(pid)}
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-        for pid in family:
-            with suppress(ProcessLookupError, PermissionError):  # PermissionError: another's by now
-                os.kill(pid, number)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(15)
-        end = time.monotonic() + END_SECONDS
-        while number == signal.SIGTERM and any(map(_alive, family)) and time.monotonic() < end:
-            time.sleep(0.1)
-
-
-def _family(pid: int) -> set[int]:
-    """A process and all below it; alone where the system does not say."""
-    parents = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):
-            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
-    found, more = {pid}, {pid}
-    while more:
-        more = {child for child, parent in parents.items() if parent in more} - found
-        found |= more
-    return found
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except OSError:
-        return False
-    return True
 
 
 def program(name: str) -> str:
