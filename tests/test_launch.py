@@ -10,6 +10,7 @@ from contextlib import suppress
 
 import pytest
 
+from feddistill.engines.flower import keeper
 from feddistill.engines.flower.launch import Link, _reach
 from feddistill.errors import ConfigError
 
@@ -56,9 +57,9 @@ if sys.argv[2] == "stay":
 
 def kept(folder, notes, then):
     """The keeper's command, with less patience."""
-    main = f"keeper.main(Path({str(folder)!r}), [sys.executable, '-c', {FAMILY!r}, {str(notes)!r}, {then!r}])"
+    keep = f"keeper.keep(Path({str(folder)!r}), [sys.executable, '-c', {FAMILY!r}, {str(notes)!r}, {then!r}])"
     code = "import sys; from pathlib import Path; from feddistill.engines.flower import keeper"
-    return [sys.executable, "-c", f"{code}; keeper.END_SECONDS = 0.3; {main}"]
+    return [sys.executable, "-c", f"{code}; keeper.END_SECONDS = 0.3; {keep}"]
 
 
 def gone(pids):
@@ -89,6 +90,18 @@ def test_what_a_command_leaves_behind_ends_after_it(tmp_path):
         wait_until(lambda: process.poll() is not None)
         assert gone(pids)
     assert tmp_path.exists()  # its log is still to be read
+
+
+def test_flowers_own_command_ends_with_ours(tmp_path):
+    note = f"import os, time; os.symlink(str(os.getpid()), {str(tmp_path / 'pid')!r}); time.sleep(99)"
+    sleep = [sys.executable, "-c", note]
+    followed = [sys.executable, "-I", keeper.__file__, "follow", *sleep]
+    with subprocess.Popen(
+        [sys.executable, "-c", f"import subprocess; subprocess.run({followed})"]
+    ) as process:
+        wait_until((tmp_path / "pid").is_symlink)
+        process.kill()
+    wait_until(lambda: gone([int((tmp_path / "pid").readlink().name)]))
 
 
 def wait_for_family(folder):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from federation import Federation, environment
 
+import feddistill.engines.flower
 from feddistill.store import Json
 
 pytest.importorskip("flwr", reason="pip install 'feddistill[flower]'")
@@ -57,6 +58,25 @@ def test_supernodes_give_what_one_process_gives(federation, tiny, local, tmp_pat
     for name in federation.clients:  # each has its own state, and nobody else's
         folders = [path.name for path in (federation.node(name) / "state").iterdir()]
         assert folders == [name]
+
+
+def test_flwr_run_on_the_app_folder_gives_the_same(federation, tiny, local, tmp_path):
+    app = Path(feddistill.engines.flower.__file__).with_name("app")
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "config.toml").write_text(
+        f'[superlink.here]\naddress = "127.0.0.1:{federation.port}"\n'
+        f'root-certificates = "{federation.certificates}"\n'
+    )
+    out = tmp_path / "run"
+    told = f'config="{tiny}" out="{out}"'
+    command = [Path(sys.executable).with_name("flwr"), "run", app, "here", "--run-config", told]
+    flower = environment() | {"FLWR_HOME": str(tmp_path / "home")}
+    done = subprocess.run(command, env=flower, capture_output=True, text=True, check=False)
+    end = time.monotonic() + ENOUGH_SECONDS
+    while not (out / "result.json").exists():
+        assert time.monotonic() < end, done.stdout + done.stderr + federation.log("superexec")
+        time.sleep(0.5)
+    assert decisions(out) == decisions(local)
 
 
 def test_the_simulation_gives_what_one_process_gives(tiny, local, tmp_path):

@@ -1,8 +1,10 @@
-"""``python keeper.py FOLDER COMMAND...``: run a command for as long as somebody holds our standard input.
+"""What is started for a command of ours, and must not outlive it.
 
-The system closes it however the holder ends, by SIGKILL too. Then all that the command has started is ended,
-in sessions of its own as well, and the folder, where its notes are, removed. Nothing but the standard library
-is imported: it waits beside every simulation.
+``python keeper.py keep FOLDER COMMAND...`` runs it for as long as somebody holds our standard input. The
+system closes that however the holder ends, by SIGKILL too. Then all that the command has started is ended, in
+sessions of its own as well, and the folder removed, where its notes are.
+``python keeper.py follow COMMAND...`` becomes a command that has no children, and is ended with its parent.
+Nothing but the standard library is imported: it waits beside every simulation.
 """
 
 import ctypes
@@ -16,6 +18,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+PARENT_DEATH = 1
+"""Linux's PR_SET_PDEATHSIG."""
 LOOK_SECONDS = 0.5
 END_SECONDS = 10.0
 """That what was asked to end has for it."""
@@ -23,7 +27,7 @@ ADOPT = 36
 """Linux's PR_SET_CHILD_SUBREAPER: who loses its parent becomes our child, so that we know all of them."""
 
 
-def main(folder: Path, command: list[str]) -> None:
+def keep(folder: Path, command: list[str]) -> None:
     """Start it, wait for one of the two to end, end the rest."""
     ctypes.CDLL(None).prctl(ADOPT, 1, 0, 0, 0)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
@@ -35,6 +39,12 @@ def main(folder: Path, command: list[str]) -> None:
         end()
         if select.select([sys.stdin], [], [], 0)[0]:  # else the holder still wants to read why
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def follow(command: list[str]) -> None:
+    """Be that command."""
+    ctypes.CDLL(None).prctl(PARENT_DEATH, signal.SIGKILL, 0, 0, 0)
+    os.execvp(command[0], command)
 
 
 def end() -> None:
@@ -68,4 +78,7 @@ def below(pid: int) -> set[int]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    if sys.argv[1] == "keep":
+        keep(Path(sys.argv[2]), sys.argv[3:])
+    else:
+        follow(sys.argv[2:])

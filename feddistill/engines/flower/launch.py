@@ -237,9 +237,8 @@ class _Cli:
         self._said(["stop", run, NAME, "--format", "json"])
 
     def _said(self, command: list[str]) -> Json:
-        done = subprocess.run(
-            [program("flwr"), *command], env=self.environment, capture_output=True, text=True, check=False
-        )
+        followed = [sys.executable, "-I", keeper.__file__, "follow", program("flwr"), *command]
+        done = subprocess.run(followed, env=self.environment, capture_output=True, text=True, check=False)
         start = done.stdout.find("{")
         with suppress(ValueError):
             found: Json = json.loads(done.stdout[start:]) if start >= 0 else {}
@@ -258,7 +257,7 @@ def _superlink(folder: Path) -> Iterator[tuple[Link, Callable[[], bool]]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-I", keeper.__file__, str(folder)]
+    command = [sys.executable, "-I", keeper.__file__, "keep", str(folder)]
     command += [program("flower-superlink"), "--insecure", "--simulation", "--host", "127.0.0.1"]
     command += ["--port", str(port), "--disable-runtime-dependency-installation"]
     log = folder / "superlink.log"
