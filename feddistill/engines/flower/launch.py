@@ -23,7 +23,7 @@ from feddistill import experiment
 from feddistill.config import Config
 from feddistill.config.data import AtClientsPartition
 from feddistill.engines.flower import keeper
-from feddistill.engines.flower.watch import Watch
+from feddistill.engines.flower.watch import OUTCOME, Watch
 from feddistill.errors import ConfigError, RunError
 from feddistill.federation.protocol import Patience
 from feddistill.progress import Show
@@ -42,6 +42,8 @@ START_SECONDS = 60.0
 REACH_SECONDS = 10.0
 PORTS = 65535
 POLL_SECONDS = 0.5
+ASK_SECONDS = 20.0
+"""Between questions to Flower whether the run still goes on."""
 LOOPBACK = ("127.0.0.1:", "localhost:", "[::1]:")
 
 
@@ -165,12 +167,15 @@ def _run(
     run = flower.submit(told, federation)
     watch = Watch(out, folder / "said.txt", show)
     try:
-        while not (status := flower.status(run)).startswith("finished"):
+        status, asked = "", time.monotonic()
+        while not status.startswith("finished"):
+            watch.look()
+            time.sleep(POLL_SECONDS)
             if ended():
                 raise RunError(f"Flower's SuperLink ended: {_last_lines(folder / 'superlink.log')}")
-            for _ in range(4):
-                watch.look()
-                time.sleep(POLL_SECONDS)
+            # Flower's command takes seconds of a processor; the coordinator leaves a note when it is done.
+            if (folder / OUTCOME).exists() or time.monotonic() - asked > ASK_SECONDS:
+                status, asked = flower.status(run), time.monotonic()
         watch.look()
     except BaseException:
         with suppress(RunError):
@@ -183,7 +188,7 @@ def _run(
 
 
 def _why(folder: Path, status: str) -> str:
-    path = folder / "outcome.json"
+    path = folder / OUTCOME
     told: Json = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return str(told.get("error") or f"Flower says {status}, {_last_lines(folder / 'superlink.log')}")
 

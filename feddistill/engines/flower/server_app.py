@@ -9,14 +9,12 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from feddistill.engines.flower.transport import GridTransport
+from feddistill.engines.flower.watch import OUTCOME
 from feddistill.errors import ConfigError, FeddistillError
 from feddistill.federation.protocol import Patience
 from feddistill.progress import Quiet
 
 app = ServerApp()
-
-OUTCOME = "outcome.json"
-"""In the folder that the command made for this: whether all went well, or what the user can mend."""
 
 
 class Lines(Quiet):
