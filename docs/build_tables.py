@@ -162,6 +162,21 @@ def faults() -> str:
     return "\n".join(lines)
 
 
+def large() -> str:
+    """What both sides held of large answers, from ``python -m tests.engines.large``."""
+    found = json.loads((RESULTS / "large.json").read_text())
+    sent = found["uplink_bytes"].values()
+    lines = ["| clients | each sends, MB | messages | who | peak memory, MB |", "|--:|--:|--:|---|--:|"]
+    for who, name in (
+        ("coordinator", "coordinator, to the teacher"),
+        ("with_student", "coordinator, student included"),
+        ("clients", "a client, with its model"),
+    ):
+        peak = found[f"{who}_peak_bytes"] / 1e6
+        lines.append(f"| {len(sent)} | {min(sent) / 1e6:.0f} | {found['messages']} | {name} | {peak:.0f} |")
+    return "\n".join(lines)
+
+
 def study(name: str) -> str:
     """Accuracy of a committed study: of every method by the first axis; of several axes, the student's."""
     sys.path.insert(0, str(ROOT))
@@ -215,7 +230,7 @@ TABLES = {
     "docs/aggregation.md": {"rules": rules, "attacks": attacks, "robustness": robustness, "merging": merging},
     "docs/payload.md": {"sizes": sizes},
     "docs/tokenizers.md": {"tokenizers": tokenizers},
-    "docs/deployment.md": {"scale": scale, "faults": faults},
+    "docs/deployment.md": {"scale": scale, "faults": faults, "large": large},
     **{
         str(page.relative_to(ROOT)): {"study": partial(study, page.stem)}
         for page in sorted((ROOT / "docs" / "studies").glob("*.md"))

@@ -10,19 +10,23 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from feddistill.types import Cost
 
 _CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
+# torch's counter loads Triton, 75 MB: only who trains counts.
 # The counter calls these with whatever the operator was called with: there is nothing to type.
 def _attention(query, key, value, *args, out_shape=None, **kwargs):  # type: ignore[no-untyped-def]
+    from torch.utils.flop_counter import sdpa_flop_count
+
     return sdpa_flop_count(query, key, value)
 
 
 def _attention_backward(grad, query, key, value, *args, out_shape=None, **kwargs):  # type: ignore[no-untyped-def]
+    from torch.utils.flop_counter import sdpa_backward_flop_count
+
     return sdpa_backward_flop_count(grad, query, key, value)
 
 
@@ -52,6 +56,8 @@ class FlopMeter:
         self.flops += batch * self._one_text[length, training]
 
     def _count(self, length: int, training: bool) -> int:
+        from torch.utils.flop_counter import FlopCounterMode
+
         tokens = torch.ones(1, length, dtype=torch.long)
         counter = FlopCounterMode(display=False, custom_mapping=_ALSO_COUNTED)
         with torch.random.fork_rng(devices=[]), counter, torch.set_grad_enabled(training):

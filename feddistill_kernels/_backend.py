@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from feddistill_kernels._check import one_of
-from feddistill_kernels._dispatch import Entry, entries
+from feddistill_kernels._dispatch import entries
 
 BACKENDS = ("reference", "native", "triton")
 
@@ -52,8 +52,9 @@ def available_backends(op: str, device: str | torch.device = "cpu") -> tuple[str
     ('native', 'reference')
     """
     one_of("operator", op, operators())
-    choices = _choices(op, torch.device(device), None)
-    return next(backends for entry, backends in choices if entry is None)
+    place = torch.device(device)
+    whole = next(entry for entry in _entries(op, place, None) if entry.any_shape)
+    return tuple(name for name in whole.backends if _missing(op, name, place.type) is None)
 
 
 @contextmanager
@@ -107,12 +108,10 @@ def load(op: str, backend: str, like: torch.Tensor, **facts: int) -> ModuleType:
     if backend == AUTO:
         if wide:
             return _module(op, "reference")
-        for entry, backends in _choices(op, like.device, like.dtype):
-            if entry is None or entry.fits(like.shape):
-                return _module(
-                    op,
-                    next(name for name in backends if not (facts and _cannot(op, name, device_type, facts))),
-                )
+        choices = _entries(op, like.device, like.dtype)
+        entry = next(entry for entry in choices if entry.any_shape or entry.fits(like.shape))
+        # One by one: on a CPU Triton comes last and is not looked at, which would load it.
+        return _module(op, next(name for name in entry.backends if _can(op, name, device_type, facts)))
     if reason := _missing(op, backend, device_type):
         raise BackendError(f"backend {backend!r} cannot run {op} on {device_type}: {reason}")
     if wide and backend != "reference":
@@ -171,17 +170,12 @@ def operator(name: str, schema: str | None = None) -> Callable[[Callable[..., An
     return lambda function: Operator(name, function, schema)
 
 
-@cache
-def _choices(
-    op: str, device: torch.device, dtype: torch.dtype | None
-) -> tuple[tuple[Entry | None, tuple[str, ...]], ...]:
-    """Entries of the table, ``None`` for one of all shapes, and which of their backends are there."""
-    return tuple(
-        (
-            None if entry.any_shape else entry,
-            tuple(name for name in entry.backends if _missing(op, name, device.type) is None),
-        )
-        for entry in entries(op, device, dtype)
+_entries = cache(entries)
+
+
+def _can(op: str, backend: str, device_type: str, facts: dict[str, int]) -> bool:
+    return _missing(op, backend, device_type) is None and not (
+        facts and _cannot(op, backend, device_type, facts)
     )
 
 

@@ -77,6 +77,26 @@ def test_only_the_fleet_is_open_to_the_network(written):
         assert f"--superlink {host}:8000" in (folder / "clients/north/supernode.sh").read_text()
 
 
+def test_a_clients_container_reaches_the_server_alone(written):
+    folder, host = written
+    own = folder / "clients/north"
+    made = yaml.safe_load((own / "compose.yaml").read_text())
+    supernode = made["services"]["supernode"]
+    if HOSTS[host]:
+        assert supernode["network_mode"] == "host"
+    elif host == "link.example.org":
+        assert supernode["networks"] == ["inside"]
+        assert made["networks"]["inside"]["internal"] is True
+        address = made["services"]["way"]["networks"]["inside"]["ipv4_address"]
+        assert supernode["extra_hosts"] == [f"{host}:{address}"]
+        assert (own / "way.conf").read_text().count("proxy_pass") == 1
+        assert f"proxy_pass {host}:9092;" in (own / "way.conf").read_text()
+    else:  # an address cannot be given another one
+        assert list(made["services"]) == ["supernode"]
+        assert not (own / "way.conf").exists()
+        assert "firewall" in (own / "compose.yaml").read_text()
+
+
 @pytest.mark.parametrize(
     ("clients", "host", "message"),
     [

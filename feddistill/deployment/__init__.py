@@ -24,7 +24,7 @@ HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
 DAYS = 825
 """That certificates are valid: what browsers and clients accept at most."""
 SERVER = ("environment", "superlink.sh", "superexec.sh", "enrol.sh", "train.sh", "nginx.conf", "compose.yaml")
-CLIENT = ("environment", "make-key.sh", "supernode.sh", "data.yaml", "compose.yaml")
+CLIENT = ("environment", "make-key.sh", "supernode.sh", "data.yaml", "compose.yaml", "way.conf")
 
 
 def write(
@@ -58,6 +58,7 @@ def write(
         "port": runtime_port if loopback else port,
         "runtime_port": runtime_port,
         "loopback": loopback,
+        "named": not loopback and _address(host) is None,
     }
     authority, certificate, key = certificates(host)
     server = folder / "server"
@@ -72,6 +73,8 @@ def write(
     for place, client in enumerate(clients):
         own = folder / "clients" / client
         for name in CLIENT:
+            if name == "way.conf" and not facts["named"]:
+                continue
             _render(f"client/{name}", own / name, facts | {"client": client, "place": place})
         (own / "ca.crt").write_bytes(authority)
     _render("README.md", folder / "README.md", facts)

@@ -32,7 +32,7 @@ def deployed(tmp_path_factory):
             start_new_session=True,
         )
     try:
-        assert shell.wait(900) == 0, (folder / "terminal.log").read_text()
+        assert shell.wait(1800) == 0, (folder / "terminal.log").read_text()
         yield folder
     finally:
         with suppress(ProcessLookupError):

@@ -65,7 +65,7 @@ def test_the_table_decides_by_device_dtype_and_shape_and_never_over_a_name(monke
         columns=(9, 99),
     )
     monkeypatch.setattr(_dispatch, "TABLE", (few, *_dispatch.TABLE))
-    _backend._choices.cache_clear()
+    _backend._entries.cache_clear()
     try:
         chosen = {
             (op, dtype, shape): _backend.load(
@@ -81,7 +81,7 @@ def test_the_table_decides_by_device_dtype_and_shape_and_never_over_a_name(monke
         named = _backend.load("order_statistics", "native", torch.empty(2, 9), clients=1)
         assert named.__name__.endswith("._native")
     finally:
-        _backend._choices.cache_clear()
+        _backend._entries.cache_clear()
 
 
 def test_a_backend_with_limits_is_passed_by_or_says_so():
@@ -135,7 +135,7 @@ def test_what_cannot_run_says_why(call, error, message):
 @pytest.fixture
 def without_compiled_module(monkeypatch):
     """As on a machine where ``_C`` was not built."""
-    caches = (_backend._missing, _backend._choices, _native.compiled)
+    caches = (_backend._missing, _native.compiled)
     monkeypatch.setitem(sys.modules, "feddistill_kernels._C", None)
     for cached in caches:
         cached.cache_clear()
@@ -164,3 +164,28 @@ def test_importing_loads_no_triton_and_no_compiled_module():
         "print([m for m in sys.modules if m.split('.')[0] == 'triton' or m == 'feddistill_kernels._C'])"
     )
     assert loaded.strip() == "[]"
+
+
+def test_calls_on_the_cpu_load_no_triton():
+    """It is 70 MB that a coordinator without a GPU would hold for nothing."""
+    printed = python(
+        """
+import sys
+import torch
+import feddistill_kernels as fk
+
+rows = [torch.randn(4, 8) for _ in range(3)]
+fk.coordinate_median(rows)
+fk.geometric_median(rows)
+fk.mean_around_median(rows, 2)
+fk.aggregate_topk([fk.topk_compress(x, 2) for x in rows], "mean_probs")
+x = rows[0].requires_grad_()
+fk.distillation_loss(x, rows[1]).backward()
+print("triton" in sys.modules)
+head = fk.TeacherHead(rows[1], torch.randn(8, 8))
+fk.linear_distillation_loss(x, torch.randn(8, 8), head).backward()  # here torch's own compiler loads it
+print([name for name in sys.modules if name.startswith("feddistill_kernels.") and "_triton" in name])
+print([op for op in fk.operators() if f"feddistill_kernels.{op}._native" not in sys.modules])
+"""
+    )
+    assert printed.split("\n") == ["False", "[]", "['vocabulary_parallel']", ""]

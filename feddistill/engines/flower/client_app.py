@@ -47,9 +47,9 @@ def _handle(message: Message, context: Context) -> Reply:
         from feddistill.engines.remote import RemoteClient
 
         settings = context.node_config
-        if "partition-id" in settings:  # a simulation: paths are those of the command
+        if "partition-id" in settings and context.run_config["cwd"]:  # in a simulation, the command's
             os.chdir(str(context.run_config["cwd"]))
-        state = Path(str(settings.get("state") or context.run_config["state"]))
+        state = _state(context)
         file = settings.get("data")
         client = RemoteClient(name, state, Path(str(file)) if file else None)
         return client.handle(to_task(message.content))
@@ -66,15 +66,21 @@ def _name(context: Context) -> str:
     return str(settings.get("client") or f"client-{settings['partition-id']}")
 
 
+def _state(context: Context) -> Path:
+    """The institution's folder; in a simulation the one that all clients have theirs in."""
+    told = context.run_config
+    return Path(str(context.node_config.get("state") or told["state"] or Path(str(told["out"]), "clients")))
+
+
 def _keep(context: Context, error: Exception) -> None:
     """What went wrong, in full, where only the institution sees it."""
     import traceback
 
-    folder = context.node_config.get("state") or context.run_config["state"]
+    folder = _state(context)
     text = "".join(traceback.format_exception(error))
     try:
-        Path(str(folder)).mkdir(parents=True, exist_ok=True)
-        with open(os.path.join(str(folder), "errors.log"), "a", encoding="utf-8") as file:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "errors.log").open("a", encoding="utf-8") as file:
             file.write(f"{_name(context)}: {text}\n")
     except OSError:  # the disk may be what is full
         print(text)

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.resources import as_file, files
@@ -23,7 +22,8 @@ from feddistill import config as configuration
 from feddistill import experiment
 from feddistill.config import Config
 from feddistill.config.data import AtClientsPartition
-from feddistill.engines.flower.watch import Watch
+from feddistill.engines.flower import keeper
+from feddistill.engines.flower.watch import OUTCOME, Watch
 from feddistill.errors import ConfigError, RunError
 from feddistill.federation.protocol import Patience
 from feddistill.progress import Show
@@ -39,9 +39,11 @@ QUIET = {
 }
 NAME = "feddistill"
 START_SECONDS = 60.0
+REACH_SECONDS = 10.0
+PORTS = 65535
 POLL_SECONDS = 0.5
-END_SECONDS = 5.0
-"""That a simulation has to end by itself."""
+ASK_SECONDS = 20.0
+"""Between questions to Flower whether the run still goes on."""
 LOOPBACK = ("127.0.0.1:", "localhost:", "[::1]:")
 
 
@@ -73,19 +75,36 @@ def train(
     at_clients = isinstance(config.data.partition, AtClientsPartition)
     if link is None and at_clients:
         raise ConfigError("data.partition at_clients needs clients elsewhere: --engine flower")
+    if link is not None:
+        _reach(link)
     if not resume:
         RunDirectory.check_free(out)
     splits = experiment.check(config, show)
     if link is None:
-        with _folder() as folder, _superlink(folder) as own:
+        with _folder() as folder, _superlink(folder) as (own, ended):
             federation = _resources(config, max(splits.places) + 1)
-            _run(config, out, folder, own, resume, patience, show, federation)
+            _run(config, out, folder, own, resume, patience, show, federation, ended)
     else:
-        if link.root_certificates is None and not link.address.startswith(LOOPBACK):
-            raise ConfigError(f"--superlink {link.address} is on a network and needs --root-certificates")
         with _folder() as folder:
             _run(config, out, folder, link, resume, patience, show, None)
     return read_object(out / RESULT)
+
+
+def _reach(link: Link) -> None:
+    """Flower's own command tries an address for minutes at which there is nothing, and says nothing.
+
+    Raises:
+        ConfigError: Nothing answers there, or it is on a network and has no certificate.
+    """
+    host, _, port = link.address.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > PORTS:
+        raise ConfigError(f"--superlink {link.address} is not HOST:PORT")
+    if link.root_certificates is None and not link.address.startswith(LOOPBACK):
+        raise ConfigError(f"--superlink {link.address} is on a network and needs --root-certificates")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_SECONDS).close()
+    except OSError as error:
+        raise ConfigError(f"--superlink {link.address}: nothing answers there: {error}") from None
 
 
 def _resources(config: Config, clients: int) -> Json:
@@ -123,8 +142,9 @@ def _run(
     patience: Patience,
     show: Show,
     federation: Mapping[str, Any] | None,
+    ended: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Submit the run, show what happens until it ends.
+    """Submit the run, show what happens until it ends; ``ended`` says whether the SuperLink did, for good.
 
     Raises:
         RunError: It did not complete; what there is of it can be resumed.
@@ -132,6 +152,7 @@ def _run(
     out = out.resolve()
     (folder / "config.yaml").write_text(configuration.dump(config), encoding="utf-8")
     told = {
+        "config": str((folder / "config.yaml").resolve()),
         "folder": str(folder.resolve()),
         "out": str(out),
         "cwd": str(Path.cwd()),
@@ -146,10 +167,15 @@ def _run(
     run = flower.submit(told, federation)
     watch = Watch(out, folder / "said.txt", show)
     try:
-        while not (status := flower.status(run)).startswith("finished"):
-            for _ in range(4):
-                watch.look()
-                time.sleep(POLL_SECONDS)
+        status, asked = "", time.monotonic()
+        while not status.startswith("finished"):
+            watch.look()
+            time.sleep(POLL_SECONDS)
+            if ended():
+                raise RunError(f"Flower's SuperLink ended: {_last_lines(folder / 'superlink.log')}")
+            # Flower's command takes seconds of a processor; the coordinator leaves a note when it is done.
+            if (folder / OUTCOME).exists() or time.monotonic() - asked > ASK_SECONDS:
+                status, asked = flower.status(run), time.monotonic()
         watch.look()
     except BaseException:
         with suppress(RunError):
@@ -162,7 +188,7 @@ def _run(
 
 
 def _why(folder: Path, status: str) -> str:
-    path = folder / "outcome.json"
+    path = folder / OUTCOME
     told: Json = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return str(told.get("error") or f"Flower says {status}, {_last_lines(folder / 'superlink.log')}")
 
@@ -216,9 +242,8 @@ class _Cli:
         self._said(["stop", run, NAME, "--format", "json"])
 
     def _said(self, command: list[str]) -> Json:
-        done = subprocess.run(
-            [program("flwr"), *command], env=self.environment, capture_output=True, text=True, check=False
-        )
+        followed = [sys.executable, "-I", keeper.__file__, "follow", program("flwr"), *command]
+        done = subprocess.run(followed, env=self.environment, capture_output=True, text=True, check=False)
         start = done.stdout.find("{")
         with suppress(ValueError):
             found: Json = json.loads(done.stdout[start:]) if start >= 0 else {}
@@ -227,19 +252,28 @@ class _Cli:
 
 
 @contextmanager
-def _superlink(folder: Path) -> Iterator[Link]:
-    """A SuperLink for one simulation, on a free port of the loopback; nothing of it is left afterwards."""
+def _superlink(folder: Path) -> Iterator[tuple[Link, Callable[[], bool]]]:
+    """A SuperLink for one simulation, on a free port of the loopback, and whether it has ended.
+
+    Nothing of it is left afterwards, nor when this process is killed.
+    """
     home = folder / "home"
     home.mkdir()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [program("flower-superlink"), "--insecure", "--simulation", "--host", "127.0.0.1"]
+    command = [sys.executable, "-I", keeper.__file__, "keep", str(folder)]
+    command += [program("flower-superlink"), "--insecure", "--simulation", "--host", "127.0.0.1"]
     command += ["--port", str(port), "--disable-runtime-dependency-installation"]
     log = folder / "superlink.log"
     with log.open("wb") as file:
         process = subprocess.Popen(
-            command, env=environment(home), stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            env=environment(home),
+            stdin=subprocess.PIPE,  # closed when this process ends, however it does
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
     try:
         end = time.monotonic() + START_SECONDS
@@ -247,9 +281,9 @@ def _superlink(folder: Path) -> Iterator[Link]:
             if process.poll() is not None or time.monotonic() > end:
                 raise RunError(f"Flower's SuperLink did not start: {_last_lines(log)}")
             time.sleep(0.2)
-        yield Link(f"127.0.0.1:{port}")
+        yield Link(f"127.0.0.1:{port}"), lambda: process.poll() is not None
     finally:
-        _end(process)
+        process.communicate()
 
 
 def _healthy(port: int) -> bool:
@@ -258,44 +292,6 @@ def _healthy(port: int) -> bool:
             return True
     except (OSError, urllib.error.URLError):
         return False
-
-
-def _end(process: "subprocess.Popen[bytes]") -> None:
-    """The process and all that it has started, in sessions of their own too, as a simulation is."""
-    family = _family(process.pid)
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        family |= {child for pid in family for child in _family(pid)}
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-        for pid in family:
-            with suppress(ProcessLookupError, PermissionError):  # PermissionError: another's by now
-                os.kill(pid, number)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(15)
-        end = time.monotonic() + END_SECONDS
-        while number == signal.SIGTERM and any(map(_alive, family)) and time.monotonic() < end:
-            time.sleep(0.1)
-
-
-def _family(pid: int) -> set[int]:
-    """A process and all below it; alone where the system does not say."""
-    parents = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):
-            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
-    found, more = {pid}, {pid}
-    while more:
-        more = {child for child, parent in parents.items() if parent in more} - found
-        found |= more
-    return found
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except OSError:
-        return False
-    return True
 
 
 def program(name: str) -> str:

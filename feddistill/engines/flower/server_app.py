@@ -2,50 +2,54 @@
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from feddistill.engines.flower.transport import GridTransport
-from feddistill.errors import FeddistillError
+from feddistill.engines.flower.watch import OUTCOME
+from feddistill.errors import ConfigError, FeddistillError
 from feddistill.federation.protocol import Patience
 from feddistill.progress import Quiet
 
 app = ServerApp()
 
-OUTCOME = "outcome.json"
-"""In the folder that the command made for this: whether all went well, or what the user can mend."""
-
 
 class Lines(Quiet):
-    """Leaves what is worth keeping to the command that started the run."""
+    """Leaves what is worth keeping to the command that started the run; prints it where Flower's own did."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path | None):
         self.path = path
 
     def say(self, line: str) -> None:
         """See ``progress.Show``."""
+        if self.path is None:
+            print(line, flush=True)
+            return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """A run, new or resumed, in the folder that ``feddistill train`` has named."""
+    """A run, new or resumed, as ``feddistill train`` has written down, or ``flwr run`` was told."""
     from feddistill import config as configuration
     from feddistill import experiment
     from feddistill.engines.flower.averaging import GridAverager
     from feddistill.methods.learner import Engine
 
     told = context.run_config
-    os.chdir(str(told["cwd"]))
-    folder, out = Path(str(told["folder"])), Path(str(told["out"]))
-    show = Lines(folder / "said.txt")
+    folder = Path(str(told["folder"])) if told["folder"] else None
+    show = Lines(folder / "said.txt" if folder else None)
     patience = Patience(float(str(told["connect"])), float(str(told["reply"])), int(str(told["attempts"])))
     outcome: dict[str, str] = {}
     try:
-        config = configuration.load(folder / "config.yaml")
+        file, out = _absolute(told, "config"), _absolute(told, "out")
+        if told["cwd"]:
+            os.chdir(str(told["cwd"]))
+        config = configuration.load(file)
         transport = GridTransport(grid, show)
         engine = Engine(transport, str(told["engine"]), patience, GridAverager(transport))
         experiment.run(config, out, resume=bool(told["resume"]), show=show, engine=engine)
@@ -53,6 +57,15 @@ def main(grid: Grid, context: Context) -> None:
         outcome = {"error": str(error)}
         raise
     finally:
-        partial = folder / f"{OUTCOME}.partial"
-        partial.write_text(json.dumps(outcome), encoding="utf-8")
-        partial.replace(folder / OUTCOME)
+        if folder:
+            partial = folder / f"{OUTCOME}.partial"
+            partial.write_text(json.dumps(outcome), encoding="utf-8")
+            partial.replace(folder / OUTCOME)
+
+
+def _absolute(told: Mapping[str, object], key: str) -> Path:
+    """A path of the run's settings: this process was started in a folder that the user does not know."""
+    path = Path(str(told[key]))
+    if not path.is_absolute():
+        raise ConfigError(f"flwr run --run-config: {key} = {str(told[key])!r} has to be an absolute path")
+    return path

@@ -9,6 +9,8 @@ from feddistill.federation.journal import EVENTS
 from feddistill.progress import Show
 from feddistill.store import Json
 
+OUTCOME = "outcome.json"
+"""In the folder that the command made for this: whether all went well, or what the user can mend."""
 STATES = {"asked": "working", "replied": "done", "failed": "failed", "given_up": "left out"}
 
 
