@@ -1,8 +1,8 @@
 """A distillation step of a language model, and the server's memory: ``python -m bench.language``.
 
-The step: a Llama-like student (H = 576, two layers) reads sequences of 512 tokens, V = 49,152; the teacher
+The step: a Llama-like student of two layers reads four sequences of 512 tokens, V = 49,152; the teacher
 keeps k = 64. ``ours`` is the training's own loss; ``dense`` has the teacher's log-probabilities
-``[tokens, V]`` and eager PyTorch. Forward and backward to all gradients, in turns, in one process; the most
+``[tokens, V]`` and eager PyTorch. Both have the head's three products, which are most of a wide student's step. Forward and backward to all gradients, in turns, in one process; the most
 memory above what was there before, each in a process of its own. The server merges and stores one round of
 four clients.
 """
@@ -31,21 +31,23 @@ from feddistill.tensorfile import TopKFile
 from feddistill.training.blocks import block_loss
 from feddistill_kernels import TopK, topk_compress
 
-V, LENGTH, K, SEQUENCES, KD_WEIGHT = 49_152, 512, 64, 2, 0.5
+V, LENGTH, K, SEQUENCES, KD_WEIGHT = 49_152, 512, 64, 4, 0.5
+HIDDEN = (128, 256, 576)
+"""Sizes of students."""
 POSITIONS, CLIENTS, KEPT = 40_000, 4, 16
 
 
-def _student() -> Any:
+def _student(hidden: int) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     settings = LlamaConfig(
         vocab_size=V,
-        hidden_size=576,
-        intermediate_size=1536,
+        hidden_size=hidden,
+        intermediate_size=hidden * 8 // 3,
         num_hidden_layers=2,
-        num_attention_heads=9,
-        num_key_value_heads=3,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 64,
         tie_word_embeddings=True,
         use_cache=False,
     )
@@ -87,9 +89,9 @@ def dense(model: Any, ids: Tensor, labels: Tensor, teacher: Tensor) -> float:
     return float(loss.detach())
 
 
-def _measured(which: str, out: Any) -> None:
+def _measured(which: str, hidden: int, out: Any) -> None:
     """Peak memory of one step above what was there before it, the teacher included."""
-    model, (ids, labels, teacher) = _student(), _lesson()
+    model, (ids, labels, teacher) = _student(hidden), _lesson()
     model.zero_grad()
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
@@ -141,18 +143,15 @@ def _apart(target: Callable[..., None], *given: Any) -> Any:
     return found
 
 
-@click.command()
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path))
-@click.option("--times", default=3, show_default=True, help="Steps of each that are timed.")
-def main(out: Path | None, times: int) -> None:
-    """Measure, and write what was found."""
-    model, (ids, labels, teacher) = _student(), _lesson()
-    whole: Tensor | None = teacher.expand()
+def _step(hidden: int, times: int) -> dict[str, Any]:
+    """Both in turns, for a student of this size."""
+    model, (ids, labels, teacher) = _student(hidden), _lesson()
+    whole = teacher.expand()
     losses = {"ours": ours(model, ids, labels, teacher), "dense": dense(model, ids, labels, whole)}
     seconds: dict[str, list[float]] = {"ours": [], "dense": []}
-    steps = {
+    steps: dict[str, Callable[[], float]] = {
         "ours": lambda: ours(model, ids, labels, teacher),
-        "dense": lambda: dense(model, ids, labels, teacher.expand() if whole is None else whole),
+        "dense": lambda: dense(model, ids, labels, whole),
     }
     for _ in range(times):
         for name, step in steps.items():
@@ -160,25 +159,57 @@ def main(out: Path | None, times: int) -> None:
             step()
             seconds[name].append(time.perf_counter() - start)
     median = {name: statistics.median(values) for name, values in seconds.items()}
-    whole = None
-    memory = {which: _apart(_measured, which) for which in ("ours", "dense")}
+    memory = {which: _apart(_measured, which, hidden) for which in ("ours", "dense")}
+    return {
+        "hidden": hidden,
+        "seconds": {name: round(value, 3) for name, value in median.items()},
+        "memory_bytes": memory,
+        "loss": losses,
+        "times_faster": round(median["dense"] / median["ours"], 2),
+        "times_smaller": round(memory["dense"] / memory["ours"], 2),
+    }
+
+
+def table(found: dict[str, Any]) -> str:
+    """What was measured, for the documents."""
+    lines = [
+        "| student's width | ours, s | dense, s | faster | ours, MB | dense, MB | smaller | losses apart |",
+        "|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for step in found["steps"]:
+        s, m, loss = step["seconds"], step["memory_bytes"], step["loss"]
+        apart = abs(loss["ours"] - loss["dense"]) / loss["dense"]
+        lines.append(
+            f"| {step['hidden']} | {s['ours']:.2f} | {s['dense']:.2f} | {step['times_faster']:.2f}× "
+            f"| {m['ours'] / 1e6:.0f} | {m['dense'] / 1e6:.0f} | {step['times_smaller']:.1f}× | {apart:.0e} |"
+        )
+    server, on = found["server"], found["machine"]
+    note = (
+        f"A step of {found['sequences']} sequences of {found['sequence']} tokens, V = {found['vocabulary']:,}, "
+        f"k = {found['k']}, float32, {found['threads']} threads of {on['machine']['cpu']}, torch "
+        f"{on['versions']['torch']}, commit {on['commit'][:7]}. Memory is the most above what was there before, "
+        f"the dense teacher included. A server that merges {server['clients']} clients' answers to "
+        f"{server['positions']:,} positions (k = {server['k']}) peaks at "
+        f"{server['peak_memory_bytes'] / 2**30:.2f} GiB, its imports included."
+    )
+    return "\n".join([*lines, "", note])
+
+
+@click.command()
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--times", default=3, show_default=True, help="Steps of each that are timed.")
+def main(out: Path | None, times: int) -> None:
+    """Measure, and write what was found."""
     found = {
         "schema": "language-1",
         "machine": describe("cpu"),
         "threads": torch.get_num_threads(),
-        "step": {
-            "student": "Llama, H 576, 2 layers, tied head, float32",
-            "vocabulary": V,
-            "sequence": LENGTH,
-            "sequences": SEQUENCES,
-            "k": K,
-            "kd_weight": KD_WEIGHT,
-            "seconds": {name: round(value, 3) for name, value in median.items()},
-            "memory_bytes": memory,
-            "loss": losses,
-            "times_faster": round(median["dense"] / median["ours"], 2),
-            "times_smaller": round(memory["dense"] / memory["ours"], 2),
-        },
+        "vocabulary": V,
+        "sequence": LENGTH,
+        "sequences": SEQUENCES,
+        "k": K,
+        "kd_weight": KD_WEIGHT,
+        "steps": [_step(hidden, times) for hidden in HIDDEN],
         "server": {"vocabulary": V, "positions": POSITIONS, "clients": CLIENTS, "k": KEPT, **_apart(_server)},
     }
     text = json.dumps(found, indent=1) + "\n"

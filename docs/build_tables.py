@@ -146,6 +146,14 @@ def merging() -> str:
     return table(json.loads((ROOT / "bench" / "results" / "aggregation.json").read_text()))
 
 
+def language() -> str:
+    """A language model's step and the server's memory, from ``python -m bench.language``."""
+    sys.path.insert(0, str(ROOT))
+    from bench.language import table
+
+    return table(json.loads((ROOT / "bench" / "results" / "language.json").read_text()))
+
+
 def scale() -> str:
     """What one more client costs, from ``python -m bench.federation``."""
     sys.path.insert(0, str(ROOT))
@@ -230,6 +238,7 @@ TABLES = {
     "docs/aggregation.md": {"rules": rules, "attacks": attacks, "robustness": robustness, "merging": merging},
     "docs/payload.md": {"sizes": sizes},
     "docs/tokenizers.md": {"tokenizers": tokenizers},
+    "docs/language_models.md": {"language": language},
     "docs/deployment.md": {"scale": scale, "faults": faults, "large": large},
     **{
         str(page.relative_to(ROOT)): {"study": partial(study, page.stem)}
