@@ -2,11 +2,12 @@
 
 The step: a Llama-like student of two layers reads four sequences of 512 tokens, V = 49,152; the teacher
 keeps k = 64. ``ours`` is the training's own loss; ``dense`` has the teacher's log-probabilities
-``[tokens, V]`` and eager PyTorch. Both have the head's three products, which are most of a wide student's step. Forward and backward to all gradients, in turns, in one process; the most
-memory above what was there before, each in a process of its own. The server merges and stores one round of
-four clients.
+``[tokens, V]`` and eager PyTorch. Both have the head's three products, which are most of a wide student's
+step. Forward and backward to all gradients, in turns, in one process; the most memory above what was there
+before, each in a process of its own. The server merges and stores one round of four clients.
 """
 
+import ctypes
 import json
 import multiprocessing
 import statistics
@@ -23,7 +24,6 @@ from torch.nn import functional
 
 from bench.machine import describe
 from feddistill import aggregation
-from feddistill.accounting import peak_memory_bytes
 from feddistill.config.training import DistillConfig
 from feddistill.heads import head_of, hidden_states
 from feddistill.rules import MeanProbs
@@ -93,6 +93,7 @@ def _measured(which: str, hidden: int, out: Any) -> None:
     """Peak memory of one step above what was there before it, the teacher included."""
     model, (ids, labels, teacher) = _student(hidden), _lesson()
     model.zero_grad()
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed is not there to be filled again
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
     if which == "ours":
@@ -130,7 +131,7 @@ def _server(out: Any) -> None:
         names = [str(c) for c in range(CLIENTS)]
         aggregation.diagnose(names, clients, teacher, labels, found.mass, found.weights)
         seconds = time.perf_counter() - start
-    out.put({"peak_memory_bytes": peak_memory_bytes(), "seconds": round(seconds, 2)})
+    out.put({"peak_memory_bytes": _status("VmHWM"), "seconds": round(seconds, 2)})
 
 
 def _apart(target: Callable[..., None], *given: Any) -> Any:
@@ -185,10 +186,11 @@ def table(found: dict[str, Any]) -> str:
         )
     server, on = found["server"], found["machine"]
     note = (
-        f"A step of {found['sequences']} sequences of {found['sequence']} tokens, V = {found['vocabulary']:,}, "
+        f"A step of {found['sequences']} sequences of {found['sequence']} tokens, "
+        f"V = {found['vocabulary']:,}, "
         f"k = {found['k']}, float32, {found['threads']} threads of {on['machine']['cpu']}, torch "
-        f"{on['versions']['torch']}, commit {on['commit'][:7]}. Memory is the most above what was there before, "
-        f"the dense teacher included. A server that merges {server['clients']} clients' answers to "
+        f"{on['versions']['torch']}, commit {on['commit'][:7]}. Memory is the most above what was there "
+        f"before, the dense teacher included. A server that merges {server['clients']} clients' answers to "
         f"{server['positions']:,} positions (k = {server['k']}) peaks at "
         f"{server['peak_memory_bytes'] / 2**30:.2f} GiB, its imports included."
     )
