@@ -150,7 +150,9 @@ class Marked:
         name, value = self.mark.split("=")
         program = Path(sys.executable).with_name("feddistill")
         command = [program, "train", config, "--engine", "flower-sim", "--out", out, "--quiet"]
-        self.run = subprocess.Popen(command, env=environment() | {name: value}, stderr=subprocess.DEVNULL)
+        self.errors = out.with_suffix(".errors")
+        with self.errors.open("wb") as file:
+            self.run = subprocess.Popen(command, env=environment() | {name: value}, stderr=file)
 
     def __enter__(self) -> "Marked":
         return self
@@ -190,7 +192,7 @@ def test_a_simulation_listens_on_the_loopback_alone_and_leaves_nothing(tiny, tmp
             assert open_ports() <= before
             most = max(most, len(made.processes()))
             time.sleep(0.5)
-        assert made.run.returncode == 0
+        assert made.run.returncode == 0, made.errors.read_text()
     assert most > 5  # there was something to look at
     made.assert_gone()
 
@@ -201,7 +203,7 @@ def test_a_simulation_whose_command_is_ended_leaves_nothing(how, tiny, tmp_path)
     with Marked(tiny, tmp_path / "sim") as made:
         end = time.monotonic() + 300
         while not (tmp_path / "sim" / "federation.jsonl").exists():
-            assert made.run.poll() is None
+            assert made.run.poll() is None, made.errors.read_text()
             assert time.monotonic() < end
             time.sleep(0.2)
         assert len(made.processes()) > 5
