@@ -11,7 +11,8 @@ from feddistill.errors import FeddistillError
 COMMANDS = {
     "train": "Train a student on what several clients know.",
     "plan": "Say what a run would cost, before it runs.",
-    "evaluate": "Evaluate a run's student, on its own test set or on your texts.",
+    "evaluate": "Evaluate a run's student: its own test set, your texts, or a benchmark.",
+    "export": "Write a run's student as transformers loads it, with a model card.",
     "report": "Write a run's or a study's report again.",
     "sweep": "Run a study: a grid of settings and seeds, resumable.",
     "compare": "Show the figures of several runs side by side.",

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -15,18 +16,100 @@ import click
 )
 @click.option("--text-column", default="text", show_default=True)
 @click.option("--label-column", default="label", show_default=True)
+@click.option(
+    "--benchmark", metavar="NAME", help="A benchmark of the hub, as glue/sst2; see docs/evaluation.md."
+)
+@click.option(
+    "--path", type=click.Path(path_type=Path), help="A local folder with the benchmark, in the hub's layout."
+)
+@click.option("--tasks", metavar="A,B", help="Tasks of lm-evaluation-harness (extra eval).")
+@click.option(
+    "--task-folder", type=click.Path(path_type=Path), help="YAML files of tasks of your own for --tasks."
+)
+@click.option("--limit", type=click.IntRange(1), help="Only the first examples.")
+@click.option("--window", type=click.IntRange(2), help="Tokens that a prediction sees, of wikitext.")
+@click.option("--stride", type=click.IntRange(1), help="Tokens by which the window moves.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def evaluate(run: Path, texts: Path | None, text_column: str, label_column: str, as_json: bool) -> None:
-    """Evaluate RUN's student: the round that was best on validation."""
+def evaluate(
+    run: Path,
+    texts: Path | None,
+    text_column: str,
+    label_column: str,
+    benchmark: str | None,
+    path: Path | None,
+    tasks: str | None,
+    task_folder: Path | None,
+    limit: int | None,
+    window: int | None,
+    stride: int | None,
+    as_json: bool,
+) -> None:
+    """Evaluate RUN's student: the round that was best on validation.
+
+    With --benchmark or --tasks, RUN may also be a folder that `feddistill export` or transformers has
+    written.
+
+    \b
+    Example:
+      feddistill evaluate runs/warm --benchmark glue/sst2 --path ~/glue
+    """
+    from feddistill.errors import ConfigError
+
+    ways = {"--texts": texts, "--benchmark": benchmark, "--tasks": tasks}
+    if len(given := [name for name, value in ways.items() if value is not None]) > 1:
+        raise ConfigError(f"{' and '.join(given)} are measured one at a time")
+    belongs = {
+        "--path": (path, "--benchmark"),
+        "--window": (window, "--benchmark"),
+        "--stride": (stride, "--benchmark"),
+        "--task-folder": (task_folder, "--tasks"),
+    }
+    for option, (value, to) in belongs.items():
+        if value is not None and ways[to] is None:
+            raise ConfigError(f"{option} belongs to {to}")
+    if limit is not None and benchmark is None and tasks is None:
+        raise ConfigError("--limit belongs to --benchmark or --tasks")
+    if benchmark is not None:
+        figures = _benchmark(run, benchmark, path, limit, window, stride)
+    elif tasks is not None:
+        figures = _tasks(run, tasks, limit, task_folder)
+    else:
+        figures = _own(run, texts, text_column, label_column)
+    if as_json:
+        click.echo(json.dumps(figures, indent=2))
+        return
+    for name, value in figures.pop("results", {}).items():
+        figures |= {f"{name} {metric}": number for metric, number in value.items() if metric != "alias"}
+    width = max(14, *map(len, figures))
+    for name, value in figures.items():
+        click.echo(f"{name:{width}} {value:.4f}" if isinstance(value, float) else f"{name:{width}} {value}")
+
+
+def _own(run: Path, texts: Path | None, text_column: str, label_column: str) -> dict[str, Any]:
     from feddistill import experiment
     from feddistill.config.data import FileSource
 
     own = None
     if texts is not None:
         own = FileSource(path=texts, text_column=text_column, label_column=label_column)
-    figures = experiment.evaluate(run, own)
-    if as_json:
-        click.echo(json.dumps(figures, indent=2))
-    else:
-        for name, value in figures.items():
-            click.echo(f"{name:14} {value:.4f}" if isinstance(value, float) else f"{name:14} {value}")
+    return experiment.evaluate(run, own)
+
+
+def _benchmark(
+    run: Path, name: str, path: Path | None, limit: int | None, window: int | None, stride: int | None
+) -> dict[str, Any]:
+    from feddistill import presets
+
+    preset = presets.find(name)  # before torch is imported
+    from feddistill import benchmarks, students
+    from feddistill.progress import Terminal
+
+    request = benchmarks.Request(preset, path, limit, window, stride)
+    return benchmarks.evaluate(students.load(run), request, Terminal())
+
+
+def _tasks(run: Path, tasks: str, limit: int | None, folder: Path | None) -> dict[str, Any]:
+    from feddistill import students
+    from feddistill.benchmarks import harness
+
+    return harness.evaluate(students.load(run), tasks.split(","), limit=limit, folder=folder)

@@ -87,6 +87,47 @@ def tiny_model(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def tiny_causal(tmp_path_factory):
+    """A two-layer GPT-2 with random weights and a byte-level BPE, as ``save_pretrained`` leaves them."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    from feddistill.config.data import EmbeddedSource
+    from feddistill.data.sources import read
+
+    folder = tmp_path_factory.mktemp("tiny-gpt2")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(
+        read(EmbeddedSource(), "texts").texts[:1000],
+        trainers.BpeTrainer(
+            vocab_size=800,
+            special_tokens=["<end>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<end>",
+        eos_token="<end>",
+        pad_token="<end>",
+        model_max_length=64,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+    fast.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=len(fast), n_positions=64, n_embd=32, n_layer=2, n_head=2, initializer_range=0.3
+    )
+    config.bos_token_id = config.eos_token_id = fast.eos_token_id
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def tiny_settings(tiny_model):
     """Three clients, two rounds, a hundred texts each: settings as a mapping."""

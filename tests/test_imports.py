@@ -15,7 +15,7 @@ PACKAGES = {
     "feddistill": (
         "feddistill",
         {"cryptography", "datasets", "feddistill_kernels", "flwr", "flwr_datasets", "jinja2"}
-        | {"matplotlib", "peft"}
+        | {"httpx", "huggingface_hub", "lm_eval", "matplotlib", "peft", "rouge_score", "sacrebleu"}
         | {"numpy", "pandas", "pyarrow", "pydantic", "pydantic_core", "rich", "safetensors", "sklearn"}
         | {"tokenizers", "torch", "transformers", "yaml", "zstandard"},
     ),
@@ -34,7 +34,7 @@ PACKAGES = {
 
 # module of feddistill: the modules of feddistill below it that it may import
 FOUNDATION = {"errors", "setting", "types"}
-BELOW_STAGES = FOUNDATION | {"accounting", "attacks", "batches", "config", "keys", "rules", "seeds"}
+BELOW_STAGES = FOUNDATION | {"accounting", "attacks", "batches", "config", "keys", "presets", "rules", "seeds"}
 BELOW_STAGES |= {"blocks", "heads", "tasks", "tensorfile", "weights"}
 STAGES = {"aggregation", "alignment", "answering", "data", "evaluation", "models", "payload", "training"}
 BELOW_METHODS = BELOW_STAGES | STAGES | {"progress", "store"}
@@ -57,7 +57,8 @@ MODULES = {
     "rules": {"errors", "setting"},
     "attacks": {"errors", "setting"},
     "weights": {"types"},
-    "config": {"attacks", "errors", "rules", "setting"},
+    "presets": {"errors"},
+    "config": {"attacks", "errors", "presets", "rules", "setting"},
     **dict.fromkeys(sorted(STAGES), BELOW_STAGES),  # stages do not import each other
     "methods": BELOW_METHODS | {"federation"},
     "results": {"attacks", "config", "data", "rules", "store", "tasks", "types"},
@@ -67,6 +68,9 @@ MODULES = {
     "study": {"config", "errors", "experiment", "progress", "setting", "store"},
     "report": {"config", "data", "errors", "store", "study", "tasks"},
     "experiment": BELOW_METHODS | {"federation", "methods", "planning", "results"},
+    "students": BELOW_METHODS | {"experiment"},
+    "benchmarks": BELOW_METHODS | {"students"},
+    "release": BELOW_METHODS | {"experiment", "report", "students"},
     "engines": BELOW_METHODS | {"experiment", "federation", "methods"},
     "__init__": set(),
 }

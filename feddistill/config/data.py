@@ -1,10 +1,12 @@
 """Settings of the data: where texts come from, how they are divided."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from feddistill import presets
+from feddistill.errors import ConfigError
 from feddistill.setting import Setting
 
 
@@ -46,7 +48,29 @@ class HubSource(Columns):
     """A commit of the data set; without one, the hub's newest."""
 
 
-Source = Annotated[EmbeddedSource | FileSource | HubSource, Field(discriminator="kind")]
+class PresetSource(Setting):
+    """A benchmark by name (``docs/evaluation.md``): where it is and what its columns mean is known."""
+
+    kind: Literal["preset"] = "preset"
+    name: str
+    split: str = "train"
+    """As the hub calls it. Labels of ``test`` splits may be hidden: their texts can be a public set."""
+    path: Path | None = None
+    """A local folder in the hub's layout; ``null`` for the hub."""
+    revision: str | None = None
+    """A commit of the data set; without one, the hub's newest."""
+
+    @model_validator(mode="after")
+    def _exists(self) -> Self:
+        preset = presets.find(self.name)
+        if preset.kind not in ("classification", "language"):
+            raise ConfigError(f"{self.name} has no texts to learn classes or language from")
+        if self.split not in preset.splits:
+            raise ConfigError(f"{self.name} has no split {self.split!r}; it has {', '.join(preset.splits)}")
+        return self
+
+
+Source = Annotated[EmbeddedSource | FileSource | HubSource | PresetSource, Field(discriminator="kind")]
 
 
 class Part(Setting):

@@ -114,7 +114,7 @@ def _labelled(table: Table, labels: tuple[str, ...], name: str, *, optional: boo
     index = {label: i for i, label in enumerate(labels)}
     if table.labels is None:
         if not optional:
-            raise DataError(f"{name}: has no label column")
+            raise DataError(f"{name}: {table.unlabelled}")
         numbers = np.full(len(table.texts), UNLABELLED, np.int64)
     else:
         for row, label in enumerate(table.labels):

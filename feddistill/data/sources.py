@@ -8,7 +8,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from feddistill.config.data import Columns, EmbeddedSource, FileSource, HubSource, Source
+from feddistill import presets
+from feddistill.config.data import Columns, EmbeddedSource, FileSource, HubSource, PresetSource, Source
+from feddistill.data import benchmark, hub
 from feddistill.errors import DataError
 
 EMBEDDED_COLUMNS = {"wordnet_topics": ("label", None), "sotu_eras": ("era", "era")}
@@ -27,6 +29,8 @@ class Table:
     sources: tuple[str, ...] | None
     starts: tuple[int, ...] | None = None
     """Of each text, the character behind its prompt."""
+    unlabelled: str = "has no label column"
+    """What is said where labels are needed and there are none."""
 
 
 def read(source: Source, name: str) -> Table:
@@ -42,6 +46,8 @@ def read(source: Source, name: str) -> Table:
             return _files(source, name)
         case HubSource():
             return _hub(source, name)
+        case PresetSource():
+            return _preset(source, name)
 
 
 def _embedded(source: EmbeddedSource, name: str) -> Table:
@@ -136,24 +142,24 @@ def _lines(file: Path) -> list[str]:
 
 
 def _hub(source: HubSource, name: str) -> Table:
-    import datasets
+    loaded = hub.load(source.name, source.subset, source.split, source.revision, name)
+    return _table(hub.columns(loaded), source, name, Path(source.name).name)
 
-    try:
-        loaded = datasets.load_dataset(
-            source.name, source.subset, split=source.split, revision=source.revision
-        )
-    except (
-        OSError,
-        ValueError,
-        datasets.exceptions.DatasetsError,
-    ) as error:  # offline, no such set, no such split
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"{name}: cannot load data set {source.name!r}: {reason}") from None
-    columns = {key: list(loaded[key]) for key in loaded.column_names}
-    for key, feature in loaded.features.items():
-        if isinstance(feature, datasets.ClassLabel):
-            columns[key] = [None if v is None or v < 0 else feature.int2str(v) for v in columns[key]]
-    return _table(columns, source, name, Path(source.name).name)
+
+def _preset(source: PresetSource, name: str) -> Table:
+    preset = presets.find(source.name)
+    rows = benchmark.read(preset, source.split, source.path, source.revision, name)
+    if preset.kind == "language":
+        texts = tuple(benchmark.detokenise(page) for page in benchmark.pages(rows["text"]))
+        labels = None
+    else:
+        texts = benchmark.texts(preset, rows)
+        labels = None if source.split in preset.hidden else benchmark.labels(preset, rows, name)
+    unlabelled = "has no labels"
+    if source.split in preset.hidden:
+        unlabelled = f"the labels of {source.name}'s {source.split} split are hidden; take {preset.measured}"
+    ids = tuple(f"{source.name}/{source.split}/{row}" for row in range(len(texts)))
+    return Table(ids, texts, labels, None, unlabelled)
 
 
 def _table(columns: Mapping[str, Sequence[Any]], wanted: Columns, name: str, stem: str) -> Table:

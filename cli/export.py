@@ -1,0 +1,47 @@
+"""``feddistill export``."""
+
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option(
+    "--out", type=click.Path(file_okay=False, path_type=Path), help="A new folder.  [default: RUN-export]"
+)
+@click.option(
+    "--licence",
+    "--license",
+    default="unknown",
+    show_default=True,
+    metavar="NAME",
+    help="The student's, as the hub names it: apache-2.0, cc-by-4.0, ...",
+)
+@click.option("--anonymous", is_flag=True, help="Leave names and sizes of the clients out of the model card.")
+@click.option("--push", metavar="OWNER/NAME", help="Upload it to the Hugging Face hub as well.")
+@click.option("--private", is_flag=True, help="Make the hub's repository a private one.")
+def export(
+    run: Path, out: Path | None, licence: str, anonymous: bool, push: str | None, private: bool
+) -> None:
+    """Write RUN's student as transformers loads it: weights, tokenizer, model card.
+
+    \b
+    Example:
+      feddistill export runs/quickstart --out student --licence apache-2.0
+    """
+    from feddistill.errors import ConfigError
+    from feddistill.progress import Terminal
+    from feddistill.store import free
+
+    if private and push is None:
+        raise ConfigError("--private belongs to --push")
+    with Terminal().step("load torch and transformers"):
+        from feddistill import release
+
+    folder = release.export(
+        run, out or free(run.with_name(f"{run.name}-export")), licence=licence, anonymous=anonymous
+    )
+    click.echo(f"model: {folder}\ncard: {folder / 'README.md'}")
+    if push is not None:
+        click.echo(f"hub: {release.push(folder, push, private=private)}")

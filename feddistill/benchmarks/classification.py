@@ -1,0 +1,108 @@
+"""Labelled texts, by a classifier's answers or by what a causal language model finds likely."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from feddistill import answering, evaluation
+from feddistill.accounting import FlopMeter
+from feddistill.benchmarks.generation import fitted
+from feddistill.benchmarks.likelihood import continuation, encode, log_likelihoods
+from feddistill.data import benchmark
+from feddistill.errors import DataError
+from feddistill.presets import Preset
+from feddistill.store import Json
+from feddistill.students import Student
+from feddistill.types import Tick
+
+LINKS = {"cause": "because", "effect": "therefore"}
+"""COPA's questions as the word that joins premise and choice."""
+
+
+def by_answers(student: Student, preset: Preset, columns: benchmark.Columns, tick: Tick) -> Json:
+    """Figures of a classifier, which must know the benchmark's classes by name.
+
+    Where it knows others as well, those count as wrong.
+
+    Raises:
+        DataError: It does not know one of the classes.
+    """
+    unknown = [label for label in preset.labels if label not in student.labels]
+    if unknown:
+        raise DataError(
+            f"{preset.name} asks for {', '.join(preset.labels)}; "
+            f"{student.name} knows {', '.join(student.labels)}"
+        )
+    texts = benchmark.texts(preset, columns)
+    answers = answering.answer(
+        student.model,
+        student.specialist.encode(texts),
+        len(student.labels),
+        pad_id=student.specialist.pad_id,
+        batch_size=student.batch_size,
+        bf16=student.bf16,
+        meter=FlopMeter(student.model),
+        tick=tick,
+    ).numpy()
+    return figures(preset, answers, benchmark.labels(preset, columns, preset.name), student.labels)
+
+
+def by_likelihood(student: Student, preset: Preset, columns: benchmark.Columns, tick: Tick) -> Json:
+    """Figures of a causal language model: a text is of the class whose name is likeliest behind the prompt.
+
+    Summed over the tokens of `` name``, as lm-evaluation-harness's ``acc``; no examples are shown.
+    """
+    answers = [f" {answer}" for answer in preset.answers]
+    longest = max(len(encode(student, answer)) for answer in answers) + 1
+    room = student.max_tokens - longest
+    prompts = [
+        (
+            preset.prompt.format(**row)
+            if preset.cut is None
+            else fitted(student, preset.prompt, row, preset.cut, room),
+            answers,
+        )
+        for row in benchmark.rows(preset, columns)
+    ]
+    scores = _scores(student, prompts, tick)
+    labels = benchmark.labels(preset, columns, preset.name)
+    return figures(preset, scores, labels, preset.labels)
+
+
+def by_choice(student: Student, preset: Preset, columns: benchmark.Columns, tick: Tick) -> Json:
+    """COPA by a causal language model: the premise, ``because`` or ``therefore``, the likelier choice."""
+    prompts = []
+    for number, row in enumerate(benchmark.rows(preset, columns)):
+        if row["question"] not in LINKS:
+            raise DataError(f"{preset.name}: row {number} asks for {row['question']!r}, not cause or effect")
+        context = f"{row['premise'].removesuffix('.')} {LINKS[row['question']]}"
+        choices = [row["choice1"], row["choice2"]]
+        prompts.append((context, [f" {text[:1].lower()}{text[1:]}" for text in choices]))
+    scores = _scores(student, prompts, tick)
+    return figures(preset, scores, benchmark.labels(preset, columns, preset.name), preset.labels)
+
+
+def figures(
+    preset: Preset, log_probs: NDArray[np.float32], labels: Sequence[str], names: Sequence[str]
+) -> Json:
+    """Accuracy, macro-F1, Matthews, calibration; F1 of one class where the benchmark ranks by it."""
+    from sklearn.metrics import f1_score
+
+    index = {name: place for place, name in enumerate(names)}
+    right = np.array([index[label] for label in labels], np.int64)
+    found: Json = dict(evaluation.classification(log_probs, right).as_dict())
+    if preset.positive is not None:
+        place = index[preset.positive]
+        score = f1_score(right == place, log_probs.argmax(1) == place, zero_division=0.0)
+        found["f1"] = round(float(score), 6)
+    return found
+
+
+def _scores(
+    student: Student, prompts: Sequence[tuple[str, Sequence[str]]], tick: Tick
+) -> NDArray[np.float32]:
+    """``[N, choices]`` log-probabilities among the choices."""
+    asked = [continuation(student, context, text) for context, texts in prompts for text in texts]
+    sums = log_likelihoods(student, asked, tick).reshape(len(prompts), -1)
+    return np.asarray(sums - np.logaddexp.reduce(sums, axis=1, keepdims=True), np.float32)

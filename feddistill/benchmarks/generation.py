@@ -1,0 +1,98 @@
+"""Texts that a causal language model writes: prompts that fit, greedy search, where it stops."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from transformers import GenerationConfig
+
+from feddistill.benchmarks.likelihood import encode, prefix_of
+from feddistill.errors import ModelError
+from feddistill.students import Student
+from feddistill.types import Tick
+
+
+def fitted(student: Student, template: str, row: Mapping[str, str], cut: str, room: int) -> str:
+    """A prompt of at most ``room`` tokens: where it is longer, the column ``cut`` loses its end.
+
+    Raises:
+        ModelError: It is too long without that column.
+    """
+    text = template.format(**row)
+    if (over := len(encode(student, text)) - room) <= 0:
+        return text
+    ends = student.tokenizer(row[cut], add_special_tokens=False, return_offsets_mapping=True, verbose=False)[
+        "offset_mapping"
+    ]
+    keep = len(ends)
+    while over > 0 and keep > 0:
+        keep = max(0, keep - over)
+        shorter = row[cut][: ends[keep - 1][1]] if keep else ""
+        text = template.format(**{**row, cut: shorter})
+        over = len(encode(student, text)) - room
+    if over > 0:
+        raise ModelError(
+            f"{student.name} has room for a prompt of {room} tokens; without its {cut} one has {room + over}"
+        )
+    return text
+
+
+def generate(
+    student: Student,
+    prompts: Sequence[Sequence[int]],
+    *,
+    new_tokens: int,
+    stop: Sequence[str] = (),
+    tick: Tick | None = None,
+) -> list[str]:
+    """What the model writes behind each prompt, by greedy search.
+
+    It ends with an end token, before the first of ``stop``, or after ``new_tokens`` tokens. Prompts of like
+    lengths are padded on the left and go together.
+    """
+    tokenizer, size = student.tokenizer, student.batch_size
+    found = [""] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
+    filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else prefix_of(student)
+    settings = GenerationConfig(
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        num_beams=1,
+        use_cache=True,
+        pad_token_id=filler,
+        eos_token_id=tokenizer.eos_token_id,
+        stop_strings=list(stop) or None,
+    )
+    for start in range(0, len(order), size):
+        rows = order[start : start + size]
+        longest = max(len(prompts[row]) for row in rows)
+        ids = torch.full((len(rows), longest), filler)
+        mask = torch.zeros_like(ids)
+        for place, row in enumerate(rows):
+            ids[place, longest - len(prompts[row]) :] = torch.tensor(prompts[row])
+            mask[place, longest - len(prompts[row]) :] = 1
+        with (
+            torch.inference_mode(),
+            torch.autocast(student.device.type, torch.bfloat16, enabled=student.bf16),
+        ):
+            written = student.model.generate(  # type: ignore[operator]  # transformers' models have it
+                ids.to(student.device),
+                attention_mask=mask.to(student.device),
+                generation_config=settings,
+                tokenizer=tokenizer if stop else None,
+            )
+        for place, row in enumerate(rows):
+            text = tokenizer.decode(written[place, longest:], skip_special_tokens=True)
+            found[row] = before(text, stop).strip()
+        if tick is not None:
+            tick(start + len(rows), len(order))
+    return found
+
+
+def before(text: str, stop: Sequence[str]) -> str:
+    """What stands before the first of ``stop``.
+
+    >>> before("Paris\\n\\nQuestion: what", ["\\n", "Question"])
+    'Paris'
+    """
+    places = [place for mark in stop if (place := text.find(mark)) >= 0]
+    return text[: min(places)] if places else text

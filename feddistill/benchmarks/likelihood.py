@@ -1,0 +1,151 @@
+"""Log-likelihoods by a causal language model: of continuations, and of whole documents in windows."""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from feddistill.batches import pad
+from feddistill.errors import ModelError
+from feddistill.students import Student
+from feddistill.types import Tick
+
+ROWS = 2048
+"""Rows of logits that are held at once: 400 MB at a vocabulary of 50,000."""
+TOKENS = 8192
+"""Tokens of a forward pass."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """Token ids, of which the last ``count`` are asked for; there is at least one before these."""
+
+    ids: tuple[int, ...]
+    count: int
+
+
+def log_likelihoods(
+    student: Student, asked: Sequence[Scored], tick: Tick | None = None
+) -> NDArray[np.float64]:
+    """``[N]`` natural log-probabilities of each sequence's last tokens, given those before them.
+
+    Only logits that are asked for are made, where the architecture can leave the others out.
+    """
+    found = np.zeros(len(asked))
+    done = 0
+    for batch in _batches(asked):
+        part = [asked[place] for place in batch]
+        found[batch] = _sums(student, part).numpy()
+        done += len(batch)
+        if tick is not None:
+            tick(done, len(asked))
+    return found
+
+
+def windows(tokens: Sequence[int], prefix: int, length: int, stride: int) -> Iterator[Scored]:
+    """A document cut so that every token is predicted once, from as much before it as fits.
+
+    The first window has ``length - 1`` tokens behind the prefix. Each later one ends ``stride`` tokens
+    further and is asked for these alone, so that they see at least ``length - stride`` tokens.
+
+    >>> [(w.ids, w.count) for w in windows([1, 2, 3, 4, 5, 6], 0, 4, 2)]
+    [((0, 1, 2, 3), 3), ((2, 3, 4, 5), 2), ((3, 4, 5, 6), 1)]
+    """
+    whole = (prefix, *tokens)
+    end = min(length, len(whole))
+    yield Scored(whole[:end], end - 1)
+    while end < len(whole):
+        before, end = end, min(end + stride, len(whole))
+        yield Scored(whole[max(0, end - length) : end], end - before)
+
+
+def prefix_of(student: Student) -> int:
+    """The token that stands before a document: what begins a text, or else what ends one."""
+    tokenizer = student.tokenizer
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    raise ModelError(
+        f"{student.name}: the tokenizer has neither a first nor an end token to begin a text with"
+    )
+
+
+def encode(student: Student, text: str) -> list[int]:
+    """Tokens of a text that goes on: with what the tokenizer puts before it, without an end token."""
+    ids = [int(token) for token in student.tokenizer(text, verbose=False)["input_ids"]]
+    while ids and ids[-1] in (student.tokenizer.eos_token_id, student.tokenizer.sep_token_id):
+        ids.pop()
+    return ids
+
+
+def continuation(student: Student, context: str, text: str) -> Scored:
+    """``text`` behind ``context``, encoded together: the tokens that the context alone does not have.
+
+    Where both are longer than the model reads, the context loses its beginning.
+    """
+    before = encode(student, context)
+    whole = encode(student, context + text)
+    if not before:
+        before, whole = [prefix_of(student)], [prefix_of(student), *whole]
+    count = max(1, len(whole) - len(before))
+    if count >= student.max_tokens:
+        raise ModelError(
+            f"{student.name} reads {student.max_tokens} tokens, too few for {text!r} and a context"
+        )
+    return Scored(tuple(whole[-student.max_tokens :]), count)
+
+
+def _batches(asked: Sequence[Scored]) -> Iterator[list[int]]:
+    """Places in ``asked``, those of like lengths together, few enough that their logits fit."""
+    order = sorted(range(len(asked)), key=lambda place: (-len(asked[place].ids), asked[place].count))
+    batch: list[int] = []
+    for place in order:
+        if batch and _too_many([asked[other] for other in (*batch, place)]):
+            yield batch
+            batch = []
+        batch.append(place)
+    if batch:
+        yield batch
+
+
+def _too_many(part: Sequence[Scored]) -> bool:
+    longest = max(len(one.ids) for one in part)
+    asked = longest - min(len(one.ids) - one.count for one in part)  # positions that any of them asks for
+    return len(part) * asked > ROWS or len(part) * longest > TOKENS
+
+
+def _sums(student: Student, part: Sequence[Scored]) -> Tensor:
+    ids, mask = pad([one.ids for one in part], _filler(student))
+    lengths = torch.tensor([len(one.ids) for one in part])
+    counts = torch.tensor([one.count for one in part])
+    last = int(lengths.max())
+    ids, mask = ids[:, :last].to(student.device), mask[:, :last].to(student.device)
+    first = int((lengths - counts).min()) - 1  # the position that predicts the first token asked for
+    logits = _logits(student, ids, mask, first, last - 1).float()
+    targets = ids[:, first + 1 : last]
+    chosen = logits.gather(2, targets.unsqueeze(2)).squeeze(2) - logits.logsumexp(2)
+    places = torch.arange(first + 1, last)
+    wanted = (places >= (lengths - counts)[:, None]) & (places < lengths[:, None])
+    return chosen.cpu().double().masked_fill(~wanted, 0.0).sum(1)
+
+
+def _logits(student: Student, ids: Tensor, mask: Tensor, first: int, stop: int) -> Tensor:
+    """Logits of positions ``first`` to ``stop``, ``[B, stop - first, V]``."""
+    model: nn.Module = student.model
+    fewer = "logits_to_keep" in inspect.signature(model.forward).parameters
+    kept = {"logits_to_keep": torch.arange(first, stop, device=ids.device)} if fewer else {}
+    with (
+        torch.inference_mode(),
+        torch.autocast(student.device.type, torch.bfloat16, enabled=student.bf16),
+    ):
+        logits: Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False, **kept).logits
+    return logits if fewer else logits[:, first:stop]
+
+
+def _filler(student: Student) -> int:
+    pad_id = student.tokenizer.pad_token_id
+    return 0 if pad_id is None else int(pad_id)

@@ -1,0 +1,134 @@
+"""Benchmarks as they are read: columns checked, templates filled, WikiText's lines made pages."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from feddistill.data import hub
+from feddistill.errors import DataError
+from feddistill.presets import Preset
+
+Columns = dict[str, list[Any]]
+
+PAGE = re.compile(r"\s*= [^=](.*[^=])? =\s*")
+"""A heading of the first order, as it stands in a line of its own."""
+
+
+def read(preset: Preset, split: str, path: Path | None, revision: str | None, name: str) -> Columns:
+    """The columns of a split that a benchmark is made of.
+
+    Args:
+        preset: The benchmark.
+        split: One of its splits.
+        path: A local folder in the hub's layout; ``None`` for the hub.
+        revision: A commit of the hub's data set.
+        name: What errors call it.
+
+    Raises:
+        DataError: It cannot be loaded (the message says how to name a local copy), or is something else.
+    """
+    if path is not None and not path.is_dir():
+        raise DataError(f"{name}: no such folder: {path}")
+    place = preset.hub if path is None else str(path)
+    try:
+        loaded = hub.load(place, preset.subset, split, revision, name)
+    except DataError as error:
+        hint = "" if path else "; a local copy in the hub's layout is named by --path (in data.source: path)"
+        raise DataError(f"{error}{hint}") from None
+    found = hub.columns(loaded)
+    wanted = (*preset.columns, *(() if preset.kind == "language" else (preset.label_column,)))
+    for column in wanted:
+        if column not in found:
+            raise DataError(f"{name}: {place} has no column {column!r}, which {preset.name} has")
+    if not found[wanted[0]]:
+        raise DataError(f"{name}: {place} has no examples in {split}")
+    for column in preset.columns:
+        for row, value in enumerate(found[column]):
+            if not isinstance(value, str):
+                raise DataError(f"{name}: row {row} of {place} has no text in {column!r}")
+    return found
+
+
+def texts(preset: Preset, columns: Columns) -> tuple[str, ...]:
+    """What a classifier reads, row by row."""
+    return tuple(preset.text.format(**row) for row in rows(preset, columns))
+
+
+def rows(preset: Preset, columns: Columns) -> list[dict[str, str]]:
+    """The columns that the benchmark's templates name, row by row."""
+    parts = [[value.strip() for value in columns[name]] for name in preset.columns]
+    return [dict(zip(preset.columns, row, strict=True)) for row in zip(*parts, strict=True)]
+
+
+def labels(preset: Preset, columns: Columns, name: str) -> tuple[str, ...]:
+    """The labels by name; files hold numbers, or names.
+
+    Raises:
+        DataError: A row has no label, or one that the benchmark does not know.
+    """
+    found = []
+    for row, value in enumerate(columns[preset.label_column]):
+        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(preset.labels):
+            found.append(preset.labels[value])
+        elif value in preset.labels:
+            found.append(value)
+        elif value is None or value == -1:
+            raise DataError(f"{name}: row {row} has no label")
+        else:
+            known = ", ".join(preset.labels)
+            raise DataError(f"{name}: row {row} has label {value!r}, which is not one of {known}")
+    return tuple(found)
+
+
+def golds(columns: Columns, name: str) -> tuple[tuple[str, ...], ...]:
+    """SQuAD's answers to each question; none where it has no answer."""
+    found = []
+    for row, value in enumerate(columns["answers"]):
+        given = value.get("text") if isinstance(value, Mapping) else None
+        if not isinstance(given, Sequence) or not all(isinstance(text, str) for text in given):
+            raise DataError(
+                f"{name}: row {row} has no 'answers' in SQuAD's form, lists of text and answer_start"
+            )
+        found.append(tuple(given))
+    return tuple(found)
+
+
+def pages(lines: Sequence[str]) -> list[str]:
+    """Lines of WikiText, put together to the articles that they are.
+
+    An article begins with a heading of the first order between empty lines.
+
+    >>> pages(["", " = One = \\n", "", " Text . \\n", " = = Part = = \\n", "", " = Two = \\n", ""])
+    [' = One = \\n Text . \\n = = Part = = \\n', ' = Two = \\n']
+    """
+    found: list[list[str]] = []
+    for place, line in enumerate(lines):
+        alone = all(not lines[at].strip() for at in (place - 1, place + 1) if 0 <= at < len(lines))
+        if not found or (alone and PAGE.fullmatch(line)):
+            found.append([])
+        found[-1].append(line if line.endswith("\n") or not line else line + "\n")
+    return [page for parts in found if (page := "".join(parts)).strip()]
+
+
+def detokenise(page: str) -> str:
+    """WikiText's tokens put back to text, as is usual: Megatron-LM's ``wikitext_detokenizer``.
+
+    >>> detokenise(' = Title = \\n In 1 @,@ 024 cases ( or so ) , it \\'s " well @-@ known " . \\n')
+    ' = Title =\\nIn 1,024 cases (or so), it\\'s "well-known".\\n'
+    """
+    text = page.replace("s '", "s'")
+    text = re.sub(r"/' [0-9]/", r"/'[0-9]/", text)
+    for mark, plain in ((" @-@ ", "-"), (" @,@ ", ","), (" @.@ ", ".")):
+        text = text.replace(mark, plain)
+    for mark in ":;.!?,":
+        text = text.replace(f" {mark} ", f"{mark} ")
+    text = re.sub(r"\(\s*([^\)]*?)\s*\)", r"(\1)", text)
+    text = re.sub(r"\[\s*([^\]]*?)\s*\]", r"[\1]", text)
+    text = re.sub(r"{\s*([^}]*?)\s*}", r"{\1}", text)
+    text = re.sub(r"\"\s*([^\"]*?)\s*\"", r'"\1"', text)
+    text = re.sub(r"'\s*([^']*?)\s*'", r"'\1'", text)
+    for mark, plain in (("= = = =", "===="), ("= = =", "==="), ("= =", "==")):
+        text = text.replace(mark, plain)
+    text = text.replace(f" {chr(176)} ", chr(176)).replace(" \n", "\n").replace("\n ", "\n")
+    return text.replace(" N ", " 1 ").replace(" 's", "'s")
