@@ -16,6 +16,7 @@ import click
 )
 @click.option("--text-column", default="text", show_default=True)
 @click.option("--label-column", default="label", show_default=True)
+@click.option("--prompt-column", help="Of what stands before each text of --texts.")
 @click.option(
     "--benchmark", metavar="NAME", help="A benchmark of the hub, as glue/sst2; see docs/evaluation.md."
 )
@@ -35,6 +36,7 @@ def evaluate(
     texts: Path | None,
     text_column: str,
     label_column: str,
+    prompt_column: str | None,
     benchmark: str | None,
     path: Path | None,
     tasks: str | None,
@@ -59,6 +61,7 @@ def evaluate(
     if len(given := [name for name, value in ways.items() if value is not None]) > 1:
         raise ConfigError(f"{' and '.join(given)} are measured one at a time")
     belongs = {
+        "--prompt-column": (prompt_column, "--texts"),
         "--path": (path, "--benchmark"),
         "--window": (window, "--benchmark"),
         "--stride": (stride, "--benchmark"),
@@ -74,7 +77,7 @@ def evaluate(
     elif tasks is not None:
         figures = _tasks(run, tasks, limit, task_folder)
     else:
-        figures = _own(run, texts, text_column, label_column)
+        figures = _own(run, texts, text_column, label_column, prompt_column)
     if as_json:
         click.echo(json.dumps(figures, indent=2))
         return
@@ -85,13 +88,17 @@ def evaluate(
         click.echo(f"{name:{width}} {value:.4f}" if isinstance(value, float) else f"{name:{width}} {value}")
 
 
-def _own(run: Path, texts: Path | None, text_column: str, label_column: str) -> dict[str, Any]:
+def _own(
+    run: Path, texts: Path | None, text_column: str, label_column: str, prompt_column: str | None
+) -> dict[str, Any]:
     from feddistill import experiment
     from feddistill.config.data import FileSource
 
     own = None
     if texts is not None:
-        own = FileSource(path=texts, text_column=text_column, label_column=label_column)
+        own = FileSource(
+            path=texts, text_column=text_column, label_column=label_column, prompt_column=prompt_column
+        )
     return experiment.evaluate(run, own)
 
 

@@ -155,6 +155,17 @@ def stored_config(out: Path) -> Config:
     return configuration.load(_config_file(out))
 
 
+def stored_splits(config: Config, directory: RunDirectory) -> Splits:
+    """The data of a run.
+
+    Raises:
+        RunError: They are not what it was started with.
+    """
+    splits = data.load(config.data, config.seed, config.task)
+    _same_data(splits, directory)
+    return splits
+
+
 def environment(config: Config) -> Json:
     """What the numbers may depend on besides the configuration."""
     return {

@@ -22,7 +22,10 @@ from transformers import (
 )
 
 from feddistill import experiment, models
+from feddistill.config import Config
+from feddistill.config.models import ScratchModel, TrainedTokenizer
 from feddistill.errors import ModelError, RunError
+from feddistill.models import causal
 from feddistill.seeds import derive
 from feddistill.store import CONFIG, RESULT, RunDirectory
 
@@ -86,7 +89,10 @@ def load(path: Path) -> Student:
 
 
 def of_run(out: Path) -> Student:
-    """The student of a complete run: of the round that was best on validation."""
+    """The student of a complete run: of the round that was best on validation.
+
+    The data are read only where the run has trained a tokenizer on the proxy texts, which is trained again.
+    """
     config = experiment.stored_config(out)
     directory = RunDirectory.open(out)
     try:
@@ -95,16 +101,17 @@ def of_run(out: Path) -> Student:
         _quiet()
         experiment.prepare(config)
         weights = directory.read_json(RESULT)["student_weights"]
-        labels = tuple(directory.read_json(experiment.SKEW)["labels"])
-        name = "student.model"
-        built = models.build(config.student.model, len(labels), derive(config.seed, "init", name), name)
+        labels = ()
+        if config.task == "classification":
+            labels = tuple(directory.read_json(experiment.SKEW)["labels"])
+        built = _built(config, len(labels), _public(config, directory))
         directory.done(weights.removesuffix(".safetensors"))  # the file is what the step wrote
         models.restore(built.model, directory.path(weights))
     finally:
         directory.close()
     return Student(
         name=str(out),
-        task="classification",
+        task=config.task,
         model=_ready(built.model),
         tokenizer=built.tokenizer,
         max_tokens=built.max_tokens,
@@ -112,6 +119,26 @@ def of_run(out: Path) -> Student:
         bf16=config.precision == "bf16",
         batch_size=config.clients.answer_batch_size,
     )
+
+
+def _built(config: Config, classes: int, public: tuple[str, ...]) -> models.Specialist:
+    """The student as it is before any training."""
+    name = "student.model"
+    seed = derive(config.seed, "init", name)
+    if config.task == "classification":
+        return models.build(config.student.model, classes, seed, name, public)
+    built = causal.build(config.student.model, seed, name, public)
+    return models.Specialist(built.model, built.reader.tokenizer, built.max_tokens)
+
+
+def _public(config: Config, directory: RunDirectory) -> tuple[str, ...]:
+    """The proxy texts, if the student's tokenizer was trained on them."""
+    source: object = config.student.model.source
+    while isinstance(source, ScratchModel):
+        source = source.tokenizer
+    if not isinstance(source, TrainedTokenizer):
+        return ()
+    return experiment.stored_splits(config, directory).proxy.texts
 
 
 def of_folder(path: Path) -> Student:

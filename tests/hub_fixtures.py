@@ -124,6 +124,10 @@ def squad(folder, version=2):
     return write(folder, {subset: {"validation": rows}})
 
 
+def squad_1(folder):
+    return squad(folder, version=1)
+
+
 def wikitext(folder):
     return write(folder, {"wikitext-2-raw-v1": {"test": [{"text": line} for line in WIKI]}})
 

@@ -5,6 +5,7 @@ import math
 import re
 import string
 from collections import Counter
+from functools import cache
 from importlib.util import find_spec
 
 import hub_fixtures as hub
@@ -170,14 +171,18 @@ def test_what_a_language_model_writes_is_an_answer(tiny_causal, tmp_path, versio
     assert all("Where" in asked[0] and one.rstrip().endswith("Answer:") for one in asked)
 
 
-def by_hand(folder, tokens, context):
-    """``-log p`` of each token but the first, from the last ``context`` tokens before it, one at a time."""
+@cache
+def plain(folder):
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    nats = []
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+def by_hand(folder, tokens, context, first=1):
+    """``-log p`` of the tokens from ``first`` on, from the last ``context`` tokens before, one at a time."""
+    model, nats = plain(folder), []
     with torch.no_grad():
-        for place in range(1, len(tokens)):
+        for place in range(first, len(tokens)):
             seen = tokens[max(0, place - context(place)) : place]
             nats.append(-model(torch.tensor([seen])).logits[0, -1].log_softmax(-1)[tokens[place]].item())
     return nats
@@ -230,8 +235,7 @@ def test_labels_are_scored_by_the_likelihood_of_their_names(tiny_causal, glue):
         sums = []
         for answer in (" negative", " positive"):
             before, tokens = (tokenizer(text)["input_ids"] for text in (prompt, prompt + answer))
-            nats = by_hand(tiny_causal, tokens, lambda place: place)
-            sums.append(-sum(nats[len(before) - 1 :]))
+            sums.append(-sum(by_hand(tiny_causal, tokens, lambda place: place, len(before))))
         guess.append(int(sums[1] > sums[0]))
     found = evaluate(tiny_causal, "--benchmark", "glue/sst2", "--path", glue, "--limit", 6)
     right = [row["label"] for row in rows]

@@ -34,8 +34,8 @@ PACKAGES = {
 
 # module of feddistill: the modules of feddistill below it that it may import
 FOUNDATION = {"errors", "setting", "types"}
-BELOW_STAGES = FOUNDATION | {"accounting", "attacks", "batches", "config", "keys", "presets", "rules", "seeds"}
-BELOW_STAGES |= {"blocks", "heads", "tasks", "tensorfile", "weights"}
+BELOW_STAGES = FOUNDATION | {"accounting", "attacks", "batches", "config", "keys", "rules", "seeds"}
+BELOW_STAGES |= {"blocks", "heads", "presets", "tasks", "tensorfile", "weights"}
 STAGES = {"aggregation", "alignment", "answering", "data", "evaluation", "models", "payload", "training"}
 BELOW_METHODS = BELOW_STAGES | STAGES | {"progress", "store"}
 MODULES = {

@@ -1,18 +1,22 @@
 """A run's student as others load it: the same answers, a card of what it is, a hub that is not there."""
 
+import json
 import re
+import shutil
 
 import hub_fixtures as hub
 import pytest
 import torch
 import yaml
 from click.testing import CliRunner
+from test_language_models import GPT2, LLAMA, settings
 
-from feddistill import experiment, release, students
+from feddistill import experiment, models, release, students
 from feddistill.cli import main
 from feddistill.config import parse
 from feddistill.errors import ModelError, RunError
 from feddistill.evaluation import classification
+from feddistill.models import causal
 from feddistill.presets import PRESETS
 
 TEXTS = ["a warm film and a bright scene", "a dull story", "noisy " * 40]
@@ -42,7 +46,7 @@ def run(request, tiny_model, glue, tmp_path_factory):
             "precision": "fp32",
             "data": {
                 "source": sst2,
-                "private": {"size": 80},
+                "private": {"size": 48},
                 "proxy": {"source": {**sst2, "split": "test"}},
                 "validation": {"size": 40},
                 "test": {"source": {**sst2, "split": "validation"}},
@@ -53,6 +57,38 @@ def run(request, tiny_model, glue, tmp_path_factory):
         }
     )
     experiment.run(config, out)
+    return out
+
+
+def wider(model):
+    """Of 320 tokens: benchmarks' prompts are longer than the 48 of the other tests."""
+    source = model["source"]
+    length = "n_positions" if source["architecture"] == "gpt2" else "max_position_embeddings"
+    source = {**source, "settings": {**source["settings"], length: 320}}
+    return {"source": source, "max_tokens": 320}
+
+
+@pytest.fixture(scope="module")
+def language_run(tmp_path_factory):
+    """A complete run of language models, whose tokenizer it has trained itself."""
+    out = tmp_path_factory.mktemp("runs") / "speeches"
+    training = {"epochs": 1, "batch_size": 8, "learning_rate": 1e-2}
+    changes = {
+        "name": "speeches",
+        "rounds": 1,
+        "clients": {"models": [wider(GPT2)], "training": training},
+        "student": {"model": {**wider(LLAMA), "layers": [1]}, "training": training},
+        "baselines": [],
+    }
+    experiment.run(parse(settings(**changes)), out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def language_export(language_run, tmp_path_factory):
+    out = tmp_path_factory.mktemp("exports") / "student"
+    done = feddistill("export", language_run, "--out", out, "--licence", "mit")
+    assert done.exit_code == 0, done.stderr
     return out
 
 
@@ -142,8 +178,8 @@ def test_the_card_says_what_the_student_is_made_of(run, tmp_path):
     assert measured["accuracy"] == result["metrics"]["student"]["accuracy"]
     assert f"| student (feddistill) | {result['metrics']['student']['accuracy']:.3f} |" in body
     assert "glue/sst2 (nyu-mll/glue), test" in body
-    assert "client-0 | 40 | a local model |" in body
-    assert "client-1 | 40 | a local model, layers 1 |" in body
+    assert "client-0 | 24 | a local model |" in body
+    assert "client-1 | 24 | a local model, layers 1 |" in body
     assert "rule `mean_probs`" in body
     assert "no formal guarantee" in body
     assert str(tmp_path.parent) not in (tmp_path / "student" / "README.md").read_text(), "no path of ours"
@@ -224,3 +260,95 @@ def test_figures_of_the_release_are_those_of_the_definition(run, glue):
     expected = classification(answers.log_softmax(-1).numpy(), labels).as_dict()
     found = benchmarks.evaluate(student, benchmarks.Request(PRESETS["glue/sst2"], glue))
     assert {key: found[key] for key in expected} == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_run_of_language_models_is_exported_with_the_tokenizer_it_trained(language_run, language_export):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    config = experiment.stored_config(language_run)
+    splits = experiment.check(config, build=False)
+    student = causal.build(config.student.model, 0, "student.model", splits.proxy.texts)
+    weights = json.loads((language_run / "result.json").read_text())["student_weights"]
+    models.restore(student.model, language_run / weights)
+
+    model, tokenizer = (a.from_pretrained(language_export) for a in (AutoModelForCausalLM, AutoTokenizer))
+    text = splits.test.texts[0][:200]
+    batch = tokenizer(text, return_tensors="pt")
+    own = student.reader.tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert batch["input_ids"][0].tolist() == own
+    assert tokenizer.decode(own) == text
+    with torch.no_grad():
+        expected = student.model.eval()(input_ids=torch.tensor([own])).logits
+        torch.testing.assert_close(model.eval()(**batch).logits, expected, rtol=1e-4, atol=1e-5)
+
+    ids = list(own)
+    while len(ids) < len(own) + 6:  # greedy search without a cache
+        with torch.no_grad():
+            ids.append(int(student.model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+        if ids[-1] == tokenizer.eos_token_id:
+            break
+    assert model.generate(**batch, max_new_tokens=6, do_sample=False)[0].tolist() == ids
+    begun = model.generate(max_new_tokens=3, do_sample=False)[0].tolist()  # of nothing
+    assert begun[0] == tokenizer.eos_token_id
+    assert len(begun) > 1
+    assert tokenizer.model_max_length == 320
+
+
+def test_the_card_of_a_language_model(language_run, language_export, capsys):
+    metadata, body = card_of(language_export)
+    own = json.loads((language_run / "result.json").read_text())["metrics"]["student"]
+    assert metadata["pipeline_tag"] == "text-generation"
+    measured = {m["type"]: m["value"] for m in metadata["model-index"][0]["results"][0]["metrics"]}
+    assert measured == own
+    assert f"| student (feddistill) | {own['bits_per_byte']:.3f} | {own['perplexity']:.3f} |" in body
+    assert "started from llama from random weights, with a tokenizer trained on the public texts" in body
+    code = re.search(r"```python\n(.*?)```", body, flags=re.DOTALL)[1]
+    exec(code.replace('folder = "."', f"folder = {str(language_export)!r}"), {})
+    assert "Once upon a time" in capsys.readouterr().out
+
+
+def figures_of(place, *arguments):
+    done = feddistill("evaluate", place, *arguments, "--json")
+    assert done.exit_code == 0, done.stderr
+    return {**json.loads(done.stdout), "model": "", "run": ""}
+
+
+def test_a_language_model_is_evaluated_on_its_own_texts_and_on_others(language_run, tmp_path):
+    own = json.loads((language_run / "result.json").read_text())["metrics"]["student"]
+    found = figures_of(language_run)
+    assert {key: found[key] for key in own} == own
+    texts = experiment.check(experiment.stored_config(language_run), build=False).test.texts
+    rows = [{"before": text[:9], "said": text[9:]} for text in texts]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = figures_of(
+        language_run, "--texts", tmp_path / "mine.jsonl", "--text-column", "said", "--prompt-column", "before"
+    )
+    assert found["examples"] == 4
+    assert {key: found[key] for key in own} == pytest.approx(own, abs=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "ranks"),
+    [
+        ("wikitext-2", hub.wikitext, "bits_per_byte"),
+        ("squad", hub.squad_1, "f1"),
+        ("glue/sst2", hub.glue, "accuracy"),
+    ],
+)
+def test_a_run_of_language_models_has_the_figures_of_its_export(
+    language_run, language_export, tmp_path, name, folder, ranks
+):
+    arguments = ("--benchmark", name, "--path", folder(tmp_path), "--limit", 4)
+    found = figures_of(language_run, *arguments)
+    assert found == figures_of(language_export, *arguments)
+    assert found["ranks_by"] == ranks
+    assert found[ranks] >= 0
+
+
+def test_a_tokenizer_is_not_trained_on_other_texts(language_run, tmp_path):
+    changed = tmp_path / "changed"
+    shutil.copytree(language_run, changed)
+    digests = json.loads((changed / experiment.DIGESTS).read_text())
+    (changed / experiment.DIGESTS).write_text(json.dumps({**digests, "data.proxy": "0"}))
+    with pytest.raises(RunError, match=r"data\.proxy is not what .* the data have changed"):
+        release.export(changed, tmp_path / "student")

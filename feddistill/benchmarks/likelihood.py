@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from feddistill.batches import pad
 from feddistill.errors import ModelError
+from feddistill.models.tokenizers import end_id
 from feddistill.students import Student
 from feddistill.types import Tick
 
@@ -65,13 +66,8 @@ def windows(tokens: Sequence[int], prefix: int, length: int, stride: int) -> Ite
 
 def prefix_of(student: Student) -> int:
     """The token that stands before a document: what begins a text, or else what ends one."""
-    tokenizer = student.tokenizer
-    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return int(token)
-    raise ModelError(
-        f"{student.name}: the tokenizer has neither a first nor an end token to begin a text with"
-    )
+    first = student.tokenizer.bos_token_id
+    return end_id(student.tokenizer) if first is None else int(first)
 
 
 def encode(student: Student, text: str) -> list[int]:

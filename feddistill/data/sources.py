@@ -159,7 +159,7 @@ def _preset(source: PresetSource, name: str) -> Table:
     if source.split in preset.hidden:
         unlabelled = f"the labels of {source.name}'s {source.split} split are hidden; take {preset.measured}"
     ids = tuple(f"{source.name}/{source.split}/{row}" for row in range(len(texts)))
-    return Table(ids, texts, labels, None, unlabelled)
+    return Table(ids, texts, labels, None, unlabelled=unlabelled)
 
 
 def _table(columns: Mapping[str, Sequence[Any]], wanted: Columns, name: str, stem: str) -> Table:

@@ -11,6 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from feddistill import experiment, students
 from feddistill.errors import ModelError, RunError
 from feddistill.models import MeanPoolClassifier
+from feddistill.models.tokenizers import end_id
 from feddistill.release import card
 from feddistill.store import RESULT, Json, RunDirectory
 from feddistill.students import DENSE, MODULES, Student
@@ -104,9 +105,13 @@ def _facts(run: Path) -> Json:
 
 def write_model(student: Student, folder: Path) -> None:
     """Weights, configuration, tokenizer: what ``export`` writes but for the card."""
-    model = student.model.cpu()
-    student.tokenizer.model_max_length = student.max_tokens
-    student.tokenizer.save_pretrained(folder)
+    model, tokenizer = student.model.cpu(), student.tokenizer
+    tokenizer.model_max_length = student.max_tokens
+    if student.task == "causal_lm":
+        # Token types, as BERT's tokenizer gives, GPT-2 would add to what it reads, and Llama refuse.
+        tokenizer.model_input_names = ["input_ids", "attention_mask"]
+        tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names
+    tokenizer.save_pretrained(folder)
     names = dict(enumerate(student.labels))
     body = model.encoder if isinstance(model, MeanPoolClassifier) else model
     assert isinstance(body, PreTrainedModel)
@@ -116,8 +121,13 @@ def write_model(student: Student, folder: Path) -> None:
     if student.task == "causal_lm":
         body.config.use_cache = True
         body.generation_config = GenerationConfig.from_model_config(body.config)
-        for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            setattr(body.generation_config, token, getattr(student.tokenizer, token))
+        end = end_id(tokenizer)  # what stood before and behind each text in training
+        for token, given in (
+            ("bos_token_id", tokenizer.bos_token_id),
+            ("eos_token_id", end),
+            ("pad_token_id", tokenizer.pad_token_id),
+        ):
+            setattr(body.generation_config, token, end if given is None else given)
     body.save_pretrained(folder)
     if isinstance(model, MeanPoolClassifier):
         _write_head(model, student, folder)

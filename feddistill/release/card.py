@@ -10,11 +10,12 @@ from jinja2 import Environment, StrictUndefined
 from feddistill import presets
 from feddistill.config import Config
 from feddistill.config.data import EmbeddedSource, FileSource, GivenPartition, HubSource, PresetSource, Source
-from feddistill.config.models import HubModel, ModelConfig, PackageModel
+from feddistill.config.models import HubModel, ModelConfig, PackageModel, TrainedTokenizer
 from feddistill.models import MeanPoolClassifier
 from feddistill.report import NAMES, metric_rows, size
 from feddistill.store import Json
 from feddistill.students import Student
+from feddistill.tasks import TASKS
 
 PIPELINES = {"classification": "text-classification", "causal_lm": "text-generation"}
 EMBEDDED = {
@@ -22,15 +23,6 @@ EMBEDDED = {
     "sotu_eras": ("State of the Union addresses, 1790 to 2021", "public domain"),
 }
 """What the embedded sets are, and their licences."""
-SHOWN = {
-    "accuracy": "accuracy",
-    "macro_f1": "macro-F1",
-    "mcc": "MCC",
-    "ece": "ECE",
-    "bits_per_byte": "bits/byte",
-    "perplexity": "perplexity",
-}
-"""Figures of the card's table: those of these that a run has."""
 
 
 def text(student: Student, config: Config, facts: Json, licence: str, *, anonymous: bool) -> str:
@@ -45,7 +37,7 @@ def text(student: Student, config: Config, facts: Json, licence: str, *, anonymo
     """
     result = facts["result"]
     own = result["metrics"]["student"]
-    shown = {key: title for key, title in SHOWN.items() if key in own}
+    shown = TASKS[config.task].shown
     clients = [
         (f"client {place}", None, model) if anonymous else (name, facts["examples"].get(name), model)
         for place, (name, model) in enumerate(
@@ -96,8 +88,7 @@ def _metadata(student: Student, config: Config, own: Json, licence: str) -> Mode
                 metric_type=key,
                 metric_value=own[key],
             )
-            for key in SHOWN
-            if key in own
+            for key in TASKS[config.task].shown
         ],
     )
 
@@ -169,6 +160,8 @@ def _origin(model: ModelConfig) -> str:
         of = f"{source.package}/{source.path}"
     else:
         of = f"{source.architecture} from random weights"
+        if isinstance(source.tokenizer, TrainedTokenizer):
+            of += ", with a tokenizer trained on the public texts"
     return of if model.layers is None else f"{of}, layers {', '.join(map(str, model.layers))}"
 
 
