@@ -183,7 +183,7 @@ def test_the_loss_is_that_of_dense_autograd(tied, kind):
     }[kind]
     dense = (ce[~taught].sum() + (0.3 * divergence + 0.7 * ce[taught]).sum()) / len(rows)
     dense.backward()
-    assert float(ours) == pytest.approx(float(dense), rel=1e-5)
+    assert ours.item() == pytest.approx(dense.item(), rel=1e-5)
     for name, p in model.named_parameters():
         torch.testing.assert_close(found[name], p.grad, rtol=1e-3, atol=1e-6)
 
