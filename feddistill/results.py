@@ -83,6 +83,7 @@ def summarise(
             for r in rounds
             if r["teacher"]["diagnostics"]["duplicates"]
         },
+        "projection": _projections(rounds),
         "refused": {str(r["round"]): r["refused"] for r in rounds if r["refused"]},
         "missing": {str(r["round"]): r["missing"] for r in rounds if r["missing"]},
         "collapsed": {
@@ -92,6 +93,15 @@ def summarise(
         },
         "environment": environment,
     }
+
+
+def _projections(rounds: list[Json]) -> Json:
+    """By round, of clients with another tokenizer than the student's: how their answers were projected."""
+    found = {
+        str(r["round"]): {name: u["projection"] for name, u in r["uploads"].items() if "projection" in u}
+        for r in rounds
+    }
+    return {number: told for number, told in found.items() if told}
 
 
 def trust(config: Config, names: list[str]) -> Json:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -16,12 +17,16 @@ from feddistill.errors import ModelError
 from feddistill.heads import hidden_states, logits_of
 from feddistill.methods import uploads, wire
 from feddistill.methods.learner import Learner
+from feddistill.methods.translation import Side, Translation, kept_before
 from feddistill.models import causal
+from feddistill.models.tokenizers import fingerprint
 from feddistill.seeds import derive
+from feddistill.store import Json
 from feddistill.tensorfile import TopKFile
 from feddistill.training import blocks as lessons
 from feddistill.training.blocks import BlockLessons
 from feddistill.types import RoundSpec, TextSet, Tick
+from feddistill_kernels import topk_compress
 
 
 class CausalLearner(Learner):
@@ -62,7 +67,18 @@ class CausalLearner(Learner):
 
     def proxy_examples(self) -> int:
         """How many blocks a pass over the proxy texts has."""
-        return len(self._asked()[0])
+        return len(self._asked()[0] if self._translation is None else self._translation.client.blocks)
+
+    @cached_property
+    def _translation(self) -> Translation | None:
+        """Where this model has another tokenizer than the student."""
+        question, proxy = self.session.question, self.session.splits.proxy
+        assert question.reader is not None, "the task has a reader"
+        if fingerprint(self.specialist.reader.tokenizer) == question.fingerprint:
+            return None
+        client = Side(self.specialist.reader, proxy, self.blocks(proxy), self.name)
+        student = Side(question.reader, proxy, self._asked()[0], "student.model")
+        return Translation(client, student, self.session.run.path("maps"))
 
     def _asked(self) -> tuple[Blocks, Tensor]:
         question = self.session.question
@@ -74,6 +90,11 @@ class CausalLearner(Learner):
         self, own: BlockLessons, chosen: NDArray[np.int64], shelf: uploads.Shelf, target: str
     ) -> BlockLessons:
         """``own``, and those blocks ``chosen`` of the proxy texts with what the teacher said to them."""
+        if self._translation is not None:
+            proxy = self._translated(self._translation, chosen, shelf)
+            if target == "hard" and proxy.teacher is not None:
+                proxy = lessons.hardened(proxy)
+            return lessons.together(own, lessons.some(proxy, chosen.tolist()))
         blocks, asked = self._asked()
         picked = np.flatnonzero(np.isin(asked.numpy() // (blocks.length - 1), chosen))
         teacher = wire.stacked(list(shelf.picked(wire.topk, picked)))
@@ -81,6 +102,21 @@ class CausalLearner(Learner):
         if target == "hard":
             proxy = lessons.hardened(proxy)
         return lessons.together(own, lessons.some(proxy, chosen.tolist()))
+
+    def _translated(
+        self, translation: Translation, chosen: NDArray[np.int64], shelf: uploads.Shelf
+    ) -> BlockLessons:
+        """The proxy texts as this model reads them, with what the teacher said to its blocks ``chosen``."""
+        blocks, asked = translation.client.blocks, self._asked()[1].numpy()
+        here = np.isin(np.arange(blocks.rows) // (blocks.length - 1), chosen)
+        wanted = np.flatnonzero(here & blocks.wanted)
+        picked = np.flatnonzero(np.isin(asked, translation.taught_by(wanted)))
+        if not len(picked):
+            return lessons.lessons_of(blocks)
+        said = wire.stacked(list(shelf.picked(wire.topk, picked)))
+        k = min(shelf.spec.k, self.specialist.reader.vocab_size)
+        teacher, rows = translation.teacher(said, asked[picked], wanted, k)
+        return lessons.lessons_of(blocks, teacher, torch.from_numpy(rows))
 
     def fit(  # type: ignore[override]
         self,
@@ -109,8 +145,19 @@ class CausalLearner(Learner):
         self, spec: RoundSpec, seed: int, start: int, stop: int, tick: Tick | None = None
     ) -> payload.Answers:
         """Rows from ``start`` to ``stop`` of what the model says to the proxy texts, in the round's codec."""
-        blocks, asked = self._asked()
-        return wire.compress_parts(self._logits(blocks, asked[start:stop].numpy(), tick), spec, seed)
+        blocks, whole = self._asked()
+        asked = whole[start:stop].numpy()
+        if self._translation is None:
+            return wire.compress_parts(self._logits(blocks, asked, tick), spec, seed)
+        rows = self._translation.rows(asked)
+        kept = kept_before(spec.k, self.specialist.reader.vocab_size)
+        said = self._logits(self._translation.client.blocks, rows, tick)
+        own = (topk_compress(logits, kept, id_order=False) for logits in said)
+        return wire.compress_parts(self._translation.answers(own, rows, asked, spec.k), spec, seed)
+
+    def projection(self) -> Json | None:
+        """See ``Learner``."""
+        return None if self._translation is None else self._translation.counted()
 
     def figures(self, texts: TextSet, tick: Tick | None = None) -> dict[str, float]:
         """How well the model predicts ``texts``."""

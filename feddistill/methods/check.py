@@ -3,8 +3,10 @@
 from importlib.util import find_spec
 
 from feddistill import models
+from feddistill.alignment import Vocabulary, check_alignable
 from feddistill.attacks import liars
 from feddistill.config import Config
+from feddistill.config.models import ModelConfig
 from feddistill.errors import ConfigError, ModelError
 from feddistill.methods.question import question_of
 from feddistill.models import causal
@@ -52,18 +54,31 @@ def check(config: Config, splits: Splits, *, build: bool = True) -> None:
     }
     for name, model in {**several, "student.model": config.student.model}.items():
         if config.task == "causal_lm":
-            _speaks(config, causal.build(model, 0, name, splits.proxy.texts), question.fingerprint, name)
+            _speaks(config, _built(model, name, splits), question.fingerprint, name)
         else:
             models.build(model, classes, 0, name, splits.proxy.texts)
+
+
+def _built(model: ModelConfig, name: str, splits: Splits) -> causal.Causal:
+    try:
+        return causal.build(model, 0, name, splits.proxy.texts)
+    except causal.LooksAheadError:
+        if name != "student.model":
+            check_alignable("masked", "causal", False, name)
+        raise
 
 
 def _speaks(config: Config, built: causal.Causal, wanted: str, name: str) -> None:
     """Whether a language model can answer about the student's tokens."""
     length = config.student.model.max_tokens
     if fingerprint(built.reader.tokenizer) != wanted:
-        raise ModelError(
-            f"{name}: its tokenizer is not the student's, and answers are about the student's tokens"
-        )
+        if config.payload.codec == "sampled":
+            raise ConfigError(
+                "payload.codec = 'sampled' cannot say that a row has no opinion, but the tokenizer of "
+                f"{name} is not the student's; use 'topk' or 'threshold'"
+            )
+        Vocabulary(built.reader.tokenizer, f"{name}: its tokenizer")
+        return
     if built.max_tokens < length:
         raise ModelError(
             f"{name}.max_tokens = {built.max_tokens}, but the student's blocks have {length} tokens"

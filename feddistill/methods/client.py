@@ -126,7 +126,16 @@ class Client:
                 run.write_bytes(content, encoded)
                 run.write_bytes(envelope, payload.seal(encoded, spec, self.name, shard))
             cost.flops = learner.meter.flops - before
-        return uploads.store(run, name, spec, cost.cost)
+        projection = learner.projection()
+        if projection is not None and not self._answered_before(spec.round):
+            self.session.show.say(
+                f"{self.name} has another tokenizer: it answers {projection['answered']:.1%} of the rows, "
+                f"with {projection['coverage']:.1%} of what it knows, projected in {projection['seconds']} s"
+            )
+        return uploads.store(run, name, spec, cost.cost, projection)
+
+    def _answered_before(self, number: int) -> bool:
+        return any(self._has(f"rounds/{n:03d}/payloads/{self.name}") for n in range(1, number))
 
     def _lessons(self, number: int, asked: RoundSpec | None) -> Any:
         """Private texts with their labels and, co-distilling, proxy texts with the last teacher's answers."""

@@ -177,6 +177,14 @@ class Learner:
         """Rows from ``start`` to ``stop`` of what the model says to the proxy texts, in the round's codec."""
         return wire.compress(self.answer(self.session.splits.proxy, tick, start, stop), spec, seed)
 
+    def projection(self) -> Json | None:
+        """How answers were projected since this was asked last; ``None`` where they need not be.
+
+        ``rows``, of them ``answered`` (a share), ``coverage`` (the mean share of the mass that is kept) and
+        ``seconds``.
+        """
+        return None
+
     def answer(
         self, texts: TextSet, tick: Tick | None = None, start: int = 0, stop: int | None = None
     ) -> Tensor:

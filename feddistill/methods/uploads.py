@@ -41,11 +41,13 @@ def draws(seed: int, number: int, name: str, shard: int) -> int:
     return derive(seed, "draws", number, name, *([shard] if shard else []))
 
 
-def store(run: RunDirectory, step: str, spec: RoundSpec, cost: Cost) -> Json:
-    """Record what a client sent as done; its files are in place."""
+def store(run: RunDirectory, step: str, spec: RoundSpec, cost: Cost, projection: Json | None = None) -> Json:
+    """Record what a client sent as done; its files are in place. ``projection``: see ``Learner``."""
     names = flat(step, spec)
     size = sum(run.path(name).stat().st_size for name in names)
     record: Json = {"shards": payload.shards(spec), "bytes": size, "cost": asdict(cost)}
+    if projection is not None:
+        record["projection"] = projection
     return run.commit(step, record, names)
 
 

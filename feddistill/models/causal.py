@@ -16,6 +16,10 @@ from feddistill.models.tokenizers import end_id, tokenizer_of
 from feddistill.types import TextSet
 
 
+class LooksAheadError(ModelError):
+    """A model sees the tokens that it is to predict: it is a masked one."""
+
+
 @dataclass(frozen=True, slots=True)
 class Reader:
     """A tokenizer, and how it makes blocks of texts."""
@@ -93,6 +97,7 @@ def _is_causal(model: nn.Module, vocab_size: int, name: str) -> None:
     if len(weight) < vocab_size:
         raise ModelError(f"{name}: the head has {len(weight)} rows, the tokenizer {vocab_size} tokens")
     if not torch.allclose(states[0, :-1], states[1, :-1], atol=1e-4):
-        raise ModelError(f"{name}: {type(model).__name__} looks ahead, so it is no causal language model")
+        kind = type(model).__name__
+        raise LooksAheadError(f"{name}: {kind} looks ahead, so it is no causal language model")
     if not torch.allclose(made, logits, rtol=1e-3, atol=1e-3):
         raise ModelError(f"{name}: the head of {type(model).__name__} does more than a product")
