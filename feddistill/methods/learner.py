@@ -20,6 +20,7 @@ from feddistill.errors import ModelError
 from feddistill.federation.protocol import Patience, Transport
 from feddistill.methods import uploads, wire
 from feddistill.methods.question import Question, question_of
+from feddistill.models.frozen import States
 from feddistill.progress import Show
 from feddistill.seeds import derive
 from feddistill.store import Json, RunDirectory
@@ -79,6 +80,11 @@ class Session:
     show: Show
     engine: Engine = field(default_factory=Engine)
 
+    @cached_property
+    def frozen(self) -> dict[str, States]:
+        """What frozen layers made of the texts so far, by the layers' fingerprint."""
+        return {}
+
     @property
     def bf16(self) -> bool:
         """Whether passes run in bfloat16."""
@@ -119,6 +125,8 @@ class Learner:
         if torch.cuda.is_available():
             self.model.cuda()
         self.meter = FlopMeter(self.model)
+        if config.frozen_cache_mb:
+            models.remember_frozen(self.model, config, name, session.frozen)
         self._initial = {key: value.clone() for key, value in self.model.state_dict().items()}
         self._tokens: dict[str, list[list[int]]] = {}
 

@@ -25,6 +25,8 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from feddistill.config.models import ModelConfig, ScratchModel
 from feddistill.errors import ModelError
+from feddistill.models import frozen
+from feddistill.models.frozen import States
 from feddistill.models.places import first_line, gguf_of, location
 from feddistill.models.tokenizers import tokenizer_of
 
@@ -270,6 +272,20 @@ def _freeze(model: nn.Module, config: ModelConfig, name: str) -> None:
             parameter.requires_grad = False
     for layer in layers[: config.freeze_layers]:
         layer.requires_grad_(False)
+
+
+def remember_frozen(model: nn.Module, config: ModelConfig, name: str, known: dict[str, States]) -> None:
+    """Compute what the frozen layers make of a text once; ``known`` are the states of models that are alike.
+
+    Nothing is done to a model that is trained from its first layer on, as one with adapters is.
+    """
+    path, layers = _layer_list(model, name)
+    body = model.get_submodule(path.partition(".")[0])
+    count = frozen.depth(body, layers)
+    if count:
+        empty = States(config.frozen_cache_mb << 20)
+        states = known.setdefault(frozen.fingerprint(body, layers, count), empty)
+        frozen.remember(body, layers, count, states)
 
 
 def reads(model: nn.Module, tokenizer: PreTrainedTokenizerBase, length: int, name: str) -> None:
