@@ -20,6 +20,7 @@ from feddistill.methods import feddistill as federation
 from feddistill.methods.learner import Engine, Session
 from feddistill.methods.learners import learner_of
 from feddistill.progress import Quiet, Show
+from feddistill.sharing import Shared
 from feddistill.store import CONFIG, PROVENANCE, RESULT, Json, RunDirectory
 from feddistill.types import Splits
 
@@ -36,6 +37,7 @@ def run(
     resume: bool = False,
     show: Show | None = None,
     engine: Engine | None = None,
+    shared: Path | None = None,
 ) -> Json:
     """Run ``config`` in the directory ``out``; returns what ``result.json`` holds.
 
@@ -45,6 +47,7 @@ def run(
         resume: Go on after the last step that is whole. A complete run is returned as it is.
         show: Where progress is shown; nowhere by default.
         engine: What carries the federation; by default all clients work in this process.
+        shared: A folder of steps that other runs have done and this one need not do (``sharing``).
 
     Raises:
         FeddistillError: The user's to mend; nothing that a resume would trust is half-written.
@@ -71,7 +74,8 @@ def run(
         engine = _engine(engine, directory)
         skew = data.skew(splits)
         directory.write_json(SKEW, asdict(skew))
-        session = Session(config, splits, directory, show, engine)
+        common = None if shared is None else Shared(shared, config)
+        session = Session(config, splits, directory, show, engine, common)
         found = {name: _method(session, name) for name in ("feddistill", *config.baselines)}
         _tidy(directory, config)
         result = results.summarise(config, splits, skew.non_iid, found, environment(config))

@@ -1,7 +1,7 @@
 """A study: one configuration over a grid of settings and seeds, a run for each cell, tables over all.
 
 A cell is an ordinary run in a folder of its own, so a study that was killed goes on where it was, and what is
-done is not done again.
+done is not done again; what several cells have in common is done by the first of them (``sharing``).
 """
 
 import itertools
@@ -19,6 +19,7 @@ import yaml
 from pydantic import Field, ValidationError
 
 from feddistill import config as configuration
+from feddistill import sharing
 from feddistill.config import Config
 from feddistill.errors import ConfigError, FeddistillError, RunError
 from feddistill.progress import Quiet, Show
@@ -27,6 +28,8 @@ from feddistill.store import RESULT, Json, read_object
 
 STUDY = "study.yaml"
 CELLS = "cells"
+SHARED = "shared"
+"""Steps that cells have in common, until all cells are done."""
 
 
 class Study(Setting):
@@ -151,13 +154,15 @@ def sweep(
     failed: dict[str, str] = {}
     if jobs == 1:
         for cell in todo:
-            failed |= _told(cell.name, _run(cell, out / CELLS / cell.name, show, after), show)
-        return failed
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=spawn) as pool:
-        waiting = {pool.submit(_run, cell, out / CELLS / cell.name, None, after): cell.name for cell in todo}
-        for future in as_completed(waiting):
-            failed |= _told(waiting[future], future.result(), show)
+            failed |= _told(cell.name, _run(cell, out, show, after), show)
+    else:
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(jobs, mp_context=spawn) as pool:
+            waiting = {pool.submit(_run, cell, out, None, after): cell.name for cell in todo}
+            for future in as_completed(waiting):
+                failed |= _told(waiting[future], future.result(), show)
+    if not failed:
+        sharing.clear(out / SHARED)
     return failed
 
 
@@ -174,12 +179,13 @@ def collect(out: Path) -> tuple[Study, list[tuple[Cell, Json]]]:
     return study, found
 
 
-def _run(cell: Cell, folder: Path, show: Show | None, after: Callable[[Path], object] | None) -> str | None:
+def _run(cell: Cell, out: Path, show: Show | None, after: Callable[[Path], object] | None) -> str | None:
     from feddistill import experiment  # seconds: a study that is wrong has said so by then
 
+    folder = out / CELLS / cell.name
     resume = (folder / "config.yaml").exists()
     try:
-        experiment.run(cell.config, folder, resume=resume, show=show)
+        experiment.run(cell.config, folder, resume=resume, show=show, shared=out / SHARED)
         if after is not None:
             after(folder)
     except FeddistillError as error:

@@ -23,6 +23,7 @@ from feddistill.methods.question import Question, question_of
 from feddistill.models.frozen import States
 from feddistill.progress import Show
 from feddistill.seeds import derive
+from feddistill.sharing import Shared
 from feddistill.store import Json, RunDirectory
 from feddistill.tasks import TASKS, Task
 from feddistill.tensorfile import TensorFile
@@ -79,6 +80,8 @@ class Session:
     run: RunDirectory
     show: Show
     engine: Engine = field(default_factory=Engine)
+    shared: Shared | None = None
+    """Steps that it has in common with other runs of a study."""
 
     @cached_property
     def frozen(self) -> dict[str, States]:
@@ -273,8 +276,10 @@ class Learner:
         Returns the record: ``weights`` (a file of the run), ``trained``, ``costs`` and, where it was
         evaluated, ``validation`` and ``test``.
         """
-        run = self.session.run
+        run, shared = self.session.run, self.session.shared
         if (record := run.done(name)) is not None:
+            return record
+        if shared is not None and (record := shared.take(run, name)) is not None:
             return record
         if start is None:
             self.reset()
@@ -303,7 +308,10 @@ class Learner:
             "trained": asdict(trained),
             "costs": {"train": asdict(train.cost), "evaluate": asdict(cost)},
         }
-        return run.commit(name, content, [weights])
+        record = run.commit(name, content, [weights])
+        if shared is not None:
+            shared.give(run, name)
+        return record
 
     def measured(self, label: str) -> tuple[dict[str, dict[str, float]], Cost]:
         """``evaluate``, and what that took."""
