@@ -2,6 +2,7 @@
 
 import csv
 import io
+from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 
@@ -159,6 +160,8 @@ def phase_rows(result: Json) -> list[tuple[str, str, str]]:
 def skew_lines(skew: Skew) -> list[str]:
     """The skew report as a table in plain text."""
     width = max(map(len, (*skew.clients, "proxy (labelled)")))
+    if len(skew.labels) > figures.WRITTEN:
+        return [*_many_labels(skew, width), *_skew_words(skew)]
     columns = [max(len(label), 4) for label in skew.labels]
 
     def line(name: str, cells: tuple[object, ...], total: object) -> str:
@@ -172,6 +175,24 @@ def skew_lines(skew: Skew) -> list[str]:
             for client, counts in zip(skew.clients, skew.counts, strict=True)
         ),
         line("proxy (labelled)", skew.proxy_counts, sum(skew.proxy_counts)),
+        *_skew_words(skew),
+    ]
+
+
+def _many_labels(skew: Skew, width: int) -> Iterator[str]:
+    """Of labels that are too many for a column each."""
+    yield f"{''.ljust(width)}  labels   total  its most frequent label"
+    for name, counts in (
+        *zip(skew.clients, skew.counts, strict=True),
+        ("proxy (labelled)", skew.proxy_counts),
+    ):
+        has, most = sum(count > 0 for count in counts), max(counts)
+        top = f"{skew.labels[counts.index(most)]}: {most}" if most else ""
+        yield f"{name.ljust(width)}  {str(has).rjust(6)}  {str(sum(counts)).rjust(6)}  {top}"
+
+
+def _skew_words(skew: Skew) -> list[str]:
+    return [
         "how the private texts are divided is known at the clients alone"
         if skew.non_iid is None
         else f"non-IID {skew.non_iid:.3f} (mean total variation from the pool); "

@@ -39,6 +39,10 @@ BASELINES: dict[str, dict[str, Any]] = {
 }
 
 
+WRITTEN = 40
+"""Labels, and clients, up to which each cell of the skew says its number."""
+
+
 def draw(result: Json, skew: Skew) -> dict[str, str]:
     """Name to SVG."""
     with matplotlib.rc_context(rc=STYLE):  # type: ignore[arg-type]  # its keys are a literal of 300 names
@@ -104,7 +108,7 @@ def _accuracy(result: Json) -> str:
 def _skew(skew: Skew) -> str:
     svg: list[str] = []
     clients = len(skew.clients)
-    with figure(8, 1.6 + 0.36 * clients, svg) as axes:
+    with figure(8, 1.6 + 0.36 * min(clients, WRITTEN), svg) as axes:
         _counts(axes, skew)
     return svg[0]
 
@@ -116,16 +120,25 @@ def _counts(axes: Axes, skew: Skew) -> None:
         axes.text(0.5, 0.5, "texts without labels or topics", ha="center", transform=axes.transAxes)
         axes.set_axis_off()
         return
-    axes.imshow(skew.counts, cmap="Blues", aspect="auto", vmin=0)
-    peak = max(max(row) for row in skew.counts)
-    for row, counts in enumerate(skew.counts):
-        for column, count in enumerate(counts):
-            colour = "white" if count > 0.6 * peak else "black"
-            axes.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=9)
-    axes.set_xticks(range(len(skew.labels)), skew.labels, rotation=30, ha="right")
-    axes.set_yticks(
-        range(clients), [f"{c} ({sum(n)})" for c, n in zip(skew.clients, skew.counts, strict=True)]
-    )
+    written = max(clients, len(skew.labels)) <= WRITTEN
+    image = axes.imshow(skew.counts, cmap="Blues", aspect="auto", vmin=0)
+    if written:
+        peak = max(max(row) for row in skew.counts)
+        for row, counts in enumerate(skew.counts):
+            for column, count in enumerate(counts):
+                colour = "white" if count > 0.6 * peak else "black"
+                axes.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=9)
+    else:
+        axes.figure.colorbar(image, label="private examples")
+    if len(skew.labels) <= WRITTEN:
+        axes.set_xticks(range(len(skew.labels)), skew.labels, rotation=30, ha="right")
+    else:
+        axes.set_xlabel(f"label, by its number from 0: {skew.labels[0]} to {skew.labels[-1]}")
+    if clients <= WRITTEN:
+        names = [f"{c} ({sum(n)})" for c, n in zip(skew.clients, skew.counts, strict=True)]
+        axes.set_yticks(range(clients), names)
+    else:
+        axes.set_ylabel("client, by its number from 0")
     axes.set_title("private examples by client and label", fontsize=10)
 
 
