@@ -16,7 +16,13 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from feddistill import deployment
 from feddistill.errors import ConfigError
 
-HOSTS = {"link.example.org": False, "10.1.2.3": False, "127.0.0.1": True, "localhost": True}
+HOSTS = {
+    "link.example.org": False,
+    "10.1.2.3": False,
+    "2001:db8::7": False,
+    "127.0.0.1": True,
+    "localhost": True,
+}
 
 
 @pytest.fixture(params=HOSTS)
@@ -72,7 +78,8 @@ def test_only_the_fleet_is_open_to_the_network(written):
     if proxy.exists():
         assert proxy.read_text().count("proxy_pass") == 1
         assert "location /v1/fleet/ {" in proxy.read_text()
-        assert f"--superlink {host}:9092" in (folder / "clients/north/supernode.sh").read_text()
+        reached = f"[{host}]" if ":" in host else host
+        assert f"--superlink {reached}:9092 " in (folder / "clients/north/supernode.sh").read_text()
     else:
         assert f"--superlink {host}:8000" in (folder / "clients/north/supernode.sh").read_text()
 
@@ -104,6 +111,7 @@ def test_a_clients_container_reaches_the_server_alone(written):
         (("north", "north"), "link.example.org", "each once"),
         ((), "link.example.org", "must be named"),
         (("north",), "https://x", "host 'https://x' is neither"),
+        (("north",), "::1", "listens at 127.0.0.1: name that"),
         (("north",), "x; rm -rf /", "is neither a domain name nor an address"),
     ],
 )

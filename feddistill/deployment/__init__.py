@@ -51,14 +51,16 @@ def write(
         raise ConfigError("clients must be named, each once")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} already exists; choose another folder")
-    loopback = _is_loopback(host)
+    loopback, address = _is_loopback(host), _address(host)
+    if loopback and isinstance(address, ipaddress.IPv6Address):
+        raise ConfigError(f"host {host!r}: on this machine the SuperLink listens at 127.0.0.1: name that")
     facts = {
         "clients": list(clients),
-        "host": host,
+        "host": f"[{host}]" if isinstance(address, ipaddress.IPv6Address) else host,  # as in an URL
         "port": runtime_port if loopback else port,
         "runtime_port": runtime_port,
         "loopback": loopback,
-        "named": not loopback and _address(host) is None,
+        "named": not loopback and address is None,
     }
     authority, certificate, key = certificates(host)
     server = folder / "server"
