@@ -1,10 +1,13 @@
 """A distillation step of a language model, and the server's memory: ``python -m bench.language``.
 
 The step: a Llama-like student of two layers reads four sequences of 512 tokens, V = 49,152; the teacher
-keeps k = 64. ``ours`` is the training's own loss; ``dense`` has the teacher's log-probabilities
-``[tokens, V]`` and eager PyTorch. Both have the head's three products, which are most of a wide student's
-step. Forward and backward to all gradients, in turns, in one process; the most memory above what was there
-before, each in a process of its own. The server merges and stores one round of four clients.
+keeps k = 64. ``ours`` is the training's own loss. Two losses of eager PyTorch have the teacher whole,
+``[tokens, V]``: ``textbook`` as tutorials write it, from both models' logits, and ``dense`` with all that can
+be spared by hand, from the teacher's log-probabilities and one log-softmax for both terms. All have the
+head's three products, which are most of a wide student's step. Forward and backward to all gradients, in
+turns, in one process, in float32 and in bfloat16 (autocast; what ``precision: auto`` takes where the
+processor has it); the most memory above what was there before, each in a process of its own. The server
+merges and stores one round of four clients.
 """
 
 import ctypes
@@ -67,39 +70,53 @@ def _lesson() -> tuple[Tensor, Tensor, TopK]:
     return ids[:, :-1].contiguous(), ids[:, 1:].flatten(), teacher
 
 
-def ours(model: Any, ids: Tensor, labels: Tensor, teacher: TopK) -> float:
+def ours(model: Any, ids: Tensor, labels: Tensor, teacher: TopK, bf16: bool) -> float:
     """The step of ``training.blocks``."""
     model.zero_grad()
     taught = torch.ones(len(labels), dtype=torch.bool)
     distill = DistillConfig(temperature=1.0, kd_weight=KD_WEIGHT)
-    loss = block_loss(
-        hidden_states(model, ids).flatten(0, 1), *head_of(model), labels, teacher, taught, distill, V
-    )
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        hidden = hidden_states(model, ids).flatten(0, 1)
+    kind = torch.bfloat16 if bf16 else torch.float32
+    weight, _ = head_of(model)
+    loss = block_loss(hidden.to(kind), weight.to(kind), None, labels, teacher, taught, distill, V)
     loss.backward()
     return float(loss.detach())
 
 
-def dense(model: Any, ids: Tensor, labels: Tensor, teacher: Tensor) -> float:
-    """The same loss by a person who has the teacher's whole rows; the tail has next to nothing."""
+def dense(model: Any, ids: Tensor, labels: Tensor, teacher: Tensor, bf16: bool) -> float:
+    """The same loss by a person who has the teacher's log-probabilities whole, as sparing as can be."""
     model.zero_grad()
-    log_p = model(input_ids=ids).logits.flatten(0, 1).log_softmax(-1)
-    loss = KD_WEIGHT * functional.kl_div(log_p, teacher, log_target=True, reduction="batchmean")
-    loss = loss + (1 - KD_WEIGHT) * functional.nll_loss(log_p, labels)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        log_p = model(input_ids=ids).logits.flatten(0, 1).log_softmax(-1)
+        loss = KD_WEIGHT * functional.kl_div(log_p, teacher, log_target=True, reduction="batchmean")
+        loss = loss + (1 - KD_WEIGHT) * functional.nll_loss(log_p, labels)
     loss.backward()
     return float(loss.detach())
 
 
-def _measured(which: str, hidden: int, out: Any) -> None:
+def textbook(model: Any, ids: Tensor, labels: Tensor, teacher: Tensor, bf16: bool) -> float:
+    """The same loss as tutorials write it: soft targets and cross-entropy, from logits."""
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        logits = model(input_ids=ids).logits.flatten(0, 1)
+        soft = functional.kl_div(logits.log_softmax(-1), teacher.softmax(-1), reduction="batchmean")
+        loss = KD_WEIGHT * soft + (1 - KD_WEIGHT) * functional.cross_entropy(logits, labels)
+    loss.backward()
+    return float(loss.detach())
+
+
+STEPS: dict[str, Callable[..., float]] = {"ours": ours, "dense": dense, "textbook": textbook}
+
+
+def _measured(which: str, hidden: int, bf16: bool, out: Any) -> None:
     """Peak memory of one step above what was there before it, the teacher included."""
     model, (ids, labels, teacher) = _student(hidden), _lesson()
     model.zero_grad()
     ctypes.CDLL(None).malloc_trim(0)  # what was freed is not there to be filled again
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
-    if which == "ours":
-        ours(model, ids, labels, teacher)
-    else:
-        dense(model, ids, labels, teacher.expand())
+    STEPS[which](model, ids, labels, teacher if which == "ours" else teacher.expand(), bf16)
     out.put(_status("VmHWM") - before)
 
 
@@ -144,51 +161,46 @@ def _apart(target: Callable[..., None], *given: Any) -> Any:
     return found
 
 
-def _step(hidden: int, times: int) -> dict[str, Any]:
-    """Both in turns, for a student of this size."""
+def _step(hidden: int, bf16: bool, times: int) -> dict[str, Any]:
+    """All of them in turns, for a student of this size."""
     model, (ids, labels, teacher) = _student(hidden), _lesson()
-    whole = teacher.expand()
-    losses = {"ours": ours(model, ids, labels, teacher), "dense": dense(model, ids, labels, whole)}
-    seconds: dict[str, list[float]] = {"ours": [], "dense": []}
-    steps: dict[str, Callable[[], float]] = {
-        "ours": lambda: ours(model, ids, labels, teacher),
-        "dense": lambda: dense(model, ids, labels, whole),
-    }
+    given = {name: teacher if name == "ours" else teacher.expand() for name in STEPS}
+    losses = {name: step(model, ids, labels, given[name], bf16) for name, step in STEPS.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in STEPS}
     for _ in range(times):
-        for name, step in steps.items():
+        for name, step in STEPS.items():
             start = time.perf_counter()
-            step()
+            step(model, ids, labels, given[name], bf16)
             seconds[name].append(time.perf_counter() - start)
-    median = {name: statistics.median(values) for name, values in seconds.items()}
-    memory = {which: _apart(_measured, which, hidden) for which in ("ours", "dense")}
     return {
         "hidden": hidden,
-        "seconds": {name: round(value, 3) for name, value in median.items()},
-        "memory_bytes": memory,
+        "precision": "bfloat16" if bf16 else "float32",
+        "seconds": {name: round(statistics.median(values), 3) for name, values in seconds.items()},
+        "memory_bytes": {name: _apart(_measured, name, hidden, bf16) for name in STEPS},
         "loss": losses,
-        "times_faster": round(median["dense"] / median["ours"], 2),
-        "times_smaller": round(memory["dense"] / memory["ours"], 2),
     }
 
 
 def table(found: dict[str, Any]) -> str:
     """What was measured, for the documents."""
     lines = [
-        "| student's width | ours, s | dense, s | faster | ours, MB | dense, MB | smaller | losses apart |",
-        "|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "| student's width, precision | ours, s | dense, s | textbook, s | faster | ours, MB | dense, MB "
+        "| textbook, MB | smaller | losses apart |",
+        "|--|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for step in found["steps"]:
         s, m, loss = step["seconds"], step["memory_bytes"], step["loss"]
-        apart = abs(loss["ours"] - loss["dense"]) / loss["dense"]
-        lines.append(
-            f"| {step['hidden']} | {s['ours']:.2f} | {s['dense']:.2f} | {step['times_faster']:.2f}× "
-            f"| {m['ours'] / 1e6:.0f} | {m['dense'] / 1e6:.0f} | {step['times_smaller']:.1f}× | {apart:.0e} |"
-        )
+        faster, smaller = ("–".join(f"{c[n] / c['ours']:.1f}" for n in ("dense", "textbook")) for c in (s, m))
+        apart = max(abs(loss["ours"] / loss[name] - 1) for name in ("dense", "textbook"))
+        took = " | ".join(f"{s[name]:.2f}" for name in STEPS)
+        held = " | ".join(f"{m[name] / 1e6:.0f}" for name in STEPS)
+        who = f"{step['hidden']}, {step['precision']}"
+        lines.append(f"| {who} | {took} | {faster}× | {held} | {smaller}× | {apart:.0e} |")
     server, on = found["server"], found["machine"]
     note = (
         f"A step of {found['sequences']} sequences of {found['sequence']} tokens, "
         f"V = {found['vocabulary']:,}, "
-        f"k = {found['k']}, float32, {found['threads']} threads of {on['machine']['cpu']}, torch "
+        f"k = {found['k']}, {found['threads']} threads of {on['machine']['cpu']}, torch "
         f"{on['versions']['torch']}, commit {on['commit'][:7]}. Memory is the most above what was there "
         f"before, the dense teacher included. A server that merges {server['clients']} clients' answers to "
         f"{server['positions']:,} positions (k = {server['k']}) peaks at "
@@ -203,7 +215,7 @@ def table(found: dict[str, Any]) -> str:
 def main(out: Path | None, times: int) -> None:
     """Measure, and write what was found."""
     found = {
-        "schema": "language-1",
+        "schema": "language-2",
         "machine": describe("cpu"),
         "threads": torch.get_num_threads(),
         "vocabulary": V,
@@ -211,7 +223,7 @@ def main(out: Path | None, times: int) -> None:
         "sequences": SEQUENCES,
         "k": K,
         "kd_weight": KD_WEIGHT,
-        "steps": [_step(hidden, times) for hidden in HIDDEN],
+        "steps": [_step(hidden, bf16, times) for hidden in HIDDEN for bf16 in (False, True)],
         "server": {"vocabulary": V, "positions": POSITIONS, "clients": CLIENTS, "k": KEPT, **_apart(_server)},
     }
     text = json.dumps(found, indent=1) + "\n"

@@ -139,6 +139,7 @@ def evaluate(out: Path, texts: FileSource | None = None) -> Json:
         result = _result(directory)
         if result is None:
             raise RunError(f"{out} is not complete; go on with: feddistill train --resume --out {out}")
+        keeps_student(config, out)
         prepare(config)
         splits = check(config)
         _same_data(splits, directory)
@@ -152,6 +153,16 @@ def evaluate(out: Path, texts: FileSource | None = None) -> Json:
         return {"run": str(out), "round": result["selected_round"], "examples": len(chosen), **figures}
     finally:
         directory.close()
+
+
+def keeps_student(config: Config, out: Path) -> None:
+    """Refuse a run that has left no weights.
+
+    Raises:
+        RunError: It says ``keep_checkpoints: none``.
+    """
+    if config.keep_checkpoints == "none":
+        raise RunError(f"{out} has left no weights: it was run with keep_checkpoints: none")
 
 
 def stored_config(out: Path) -> Config:
@@ -284,9 +295,13 @@ def _method(session: Session, name: str) -> Json:
 
 def _tidy(directory: RunDirectory, config: Config) -> None:
     """Weights of the baselines: their figures are in the records."""
-    if config.keep_checkpoints == "last":
+    if config.keep_checkpoints != "all":
         for name in ("alone", "baselines"):
             directory.remove(name)
+    if config.keep_checkpoints == "none":
+        for number in range(1, config.rounds + 1):
+            directory.remove(f"rounds/{number:03d}/specialists")
+            directory.remove(f"rounds/{number:03d}/student.safetensors")
 
 
 def _result(directory: RunDirectory) -> Json | None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from feddistill.config import Config
 from feddistill.errors import RunError
+from feddistill.models.frozen import States
 from feddistill.store import Json, RunDirectory
 
 _NO_TRAINING = ("name", "baselines", "payload", "aggregation", "language", "keep_checkpoints")
@@ -44,11 +45,21 @@ INDEPENDENT = {
 """By the beginning of a step's name, the settings that it does not depend on: all others must be equal."""
 
 
+_MODELS = 4
+"""Whose frozen layers' states one process keeps."""
+
+_FROZEN: dict[str, States] = {}
+
+
 class Shared:
-    """A folder of steps, under a digest of what they depend on."""
+    """A folder of steps, under a digest of what they depend on; and what frozen layers made of texts."""
 
     def __init__(self, root: Path, config: Config):
         self._root = root
+        while len(_FROZEN) > _MODELS:
+            del _FROZEN[next(iter(_FROZEN))]
+        self.frozen = _FROZEN
+        """Of all runs of this process."""
         self._keys = {
             beginning: key(config, settings)
             for beginning, settings in INDEPENDENT.items()

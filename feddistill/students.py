@@ -98,6 +98,7 @@ def of_run(out: Path) -> Student:
     try:
         if not directory.path(RESULT).exists():
             raise RunError(f"{out} is not complete; go on with: feddistill train --resume --out {out}")
+        experiment.keeps_student(config, out)
         _quiet()
         experiment.prepare(config)
         weights = directory.read_json(RESULT)["student_weights"]

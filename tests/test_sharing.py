@@ -5,7 +5,7 @@ import json
 import pytest
 import yaml
 
-from feddistill import config, experiment, sharing, study
+from feddistill import config, experiment, sharing, students, study
 from feddistill.config import parse
 from feddistill.store import read_object
 
@@ -120,6 +120,19 @@ def test_a_damaged_step_is_not_taken_over(whole, tiny_settings, tmp_path):
             place.write_bytes(path.read_bytes())
     with pytest.raises(experiment.RunError, match="missing or damaged"):
         experiment.run(settings(tiny_settings), tmp_path / "run", shared=damaged)
+
+
+def test_a_study_may_leave_no_weights(whole, tiny_settings, tmp_path):
+    run = tmp_path / "run"
+    kept = {"rounds": 2, "keep_checkpoints": "none", "distill.accept": "always"}
+    result = experiment.run(settings(tiny_settings, **kept), run, shared=whole / "shared")
+    assert result["status"] == "complete"
+    for place in ("alone", "baselines", "rounds/*/specialists", "rounds/*/student.safetensors"):
+        assert not list(run.glob(place)), place
+    assert list(run.glob("rounds/002/payloads/*.safetensors"))
+    for ask in (experiment.evaluate, students.load):
+        with pytest.raises(experiment.RunError, match=r"left no weights: .* keep_checkpoints: none"):
+            ask(run)
 
 
 def test_a_study_leaves_nothing_shared_when_all_is_done(tiny_settings, tmp_path):

@@ -93,8 +93,9 @@ class Config(Setting):
     fedmd: FedMdConfig = FedMdConfig()
     fedlora: FedLoraConfig = FedLoraConfig()
     fedfed: FedFedConfig = FedFedConfig()
-    keep_checkpoints: Literal["last", "all"] = "last"
-    """Whether the specialists of earlier rounds stay on disk."""
+    keep_checkpoints: Literal["none", "last", "all"] = "last"
+    """Whether the specialists of earlier rounds stay on disk. ``none``: nobody's weights do once the run is
+    complete, the student's neither, as where a study wants figures alone."""
 
     @model_validator(mode="before")
     @classmethod

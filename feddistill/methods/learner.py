@@ -86,7 +86,7 @@ class Session:
     @cached_property
     def frozen(self) -> dict[str, States]:
         """What frozen layers made of the texts so far, by the layers' fingerprint."""
-        return {}
+        return {} if self.shared is None else self.shared.frozen
 
     @property
     def bf16(self) -> bool:
