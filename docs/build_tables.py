@@ -228,8 +228,12 @@ def take(folders: list[str]) -> None:
     for folder in map(Path, folders):
         to = RESULTS / folder.name
         to.mkdir(parents=True, exist_ok=True)
-        for path in (folder / "study.yaml", folder / "summary.csv", *(folder / "figures").glob("*.svg")):
+        for path in (folder / "summary.csv", *(folder / "figures").glob("*.svg")):
             shutil.copy(path, to)
+        # Where it stood when it ran is nobody's business: the base is named as the study's own file names it.
+        text = (folder / "study.yaml").read_text(encoding="utf-8")
+        text = re.sub(r"^base: .*/examples/studies/", "base: ", text, flags=re.MULTILINE)
+        (to / "study.yaml").write_text(text, encoding="utf-8")
 
 
 TABLES = {

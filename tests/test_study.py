@@ -125,6 +125,7 @@ def test_the_page_needs_nothing_else(swept):
     assert page.count("<svg") == 4
     assert "Does alpha matter?" in page
     assert "://" not in page.replace("http://www.w3.org/", "")
+    assert len(list((swept["out"] / "figures").glob("*.png"))) == 4
     for path in (swept["out"] / "figures").glob("*.svg"):
         ElementTree.parse(path)
     for name in re.findall(r'href="(cells/[^"]+)"', page):
@@ -148,7 +149,7 @@ def test_robustness_is_the_swing_over_the_first_axis(swept):
 def test_values_that_are_no_numbers_are_bars(swept):
     _, found = study.collect(swept["out"])
     cases = [({"case": f"alpha {labels['alpha']}"}, results) for labels, results in study.groups(found)]
-    drawn = studies.draw(cases)["grid"]
+    drawn = studies.draw(cases)["grid"].svg
     assert "alpha 0.5" in drawn
     mean = 100 * sum(r["metrics"]["student"]["accuracy"] for r in cases[0][1]) / 2
     assert f"{mean:.1f}" in drawn

@@ -56,10 +56,14 @@ def draw(result: Json, skew: Skew) -> dict[str, str]:
 
 
 @contextmanager
-def figure(width: float, height: float, into: list[str]) -> Iterator[Axes]:
-    """Axes to draw on; the drawing is added to ``into`` as SVG."""
+def figure(width: float, height: float, into: list[str], pixels: list[bytes] | None = None) -> Iterator[Axes]:
+    """Axes to draw on; the drawing is added to ``into`` as SVG and, if given, to ``pixels`` as PNG."""
     drawing = Figure(figsize=(width, height), layout="constrained")
     yield drawing.add_subplot()
+    if pixels is not None:
+        image = io.BytesIO()
+        drawing.savefig(image, format="png", dpi=150, metadata={"Software": None})
+        pixels.append(image.getvalue())
     out = io.StringIO()
     drawing.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
     # Into a page goes the drawing: no XML prologue, no block of licence vocabulary.

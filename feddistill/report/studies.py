@@ -1,6 +1,8 @@
 """The report of a study: mean and standard deviation over seeds, drawn and in tables to take along."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -50,8 +52,9 @@ def write(out: Path) -> Path:
     steady = robustness(summary, task)
     drawn = draw([(labels, results) for labels, results in groups(found)])
     (out / "figures").mkdir(exist_ok=True)
-    for name, svg in drawn.items():
-        (out / "figures" / f"{name}.svg").write_text(svg, encoding="utf-8")
+    for name, drawing in drawn.items():
+        (out / "figures" / f"{name}.svg").write_text(drawing.svg, encoding="utf-8")
+        (out / "figures" / f"{name}.png").write_bytes(drawing.png)
     path = out / PAGE
     total = len(study.seeds) * len(list(groups(found)))
     path.write_text(
@@ -62,7 +65,7 @@ def write(out: Path) -> Path:
             summary=summary,
             robustness=steady,
             names=NAMES,
-            figures=drawn,
+            figures={name: drawing.svg for name, drawing in drawn.items()},
             done=len(found),
             total=total,
             cells=[(cell.name, f"{CELLS}/{cell.name}") for cell, _ in found],
@@ -189,8 +192,25 @@ def _tex(text: str) -> str:
     return text
 
 
-def draw(found: Sequence[tuple[Mapping[str, Any], list[Json]]]) -> dict[str, str]:
-    """Name to SVG: the figure that decides over the grid, by round, and against what it costs."""
+@dataclass(frozen=True, slots=True)
+class Drawing:
+    """One figure."""
+
+    svg: str
+    png: bytes
+
+
+@contextmanager
+def _figure(width: float, height: float, into: list[Drawing]) -> Iterator[Axes]:
+    svg: list[str] = []
+    png: list[bytes] = []
+    with figure(width, height, svg, png) as plot:
+        yield plot
+    into.append(Drawing(svg[0], png[0]))
+
+
+def draw(found: Sequence[tuple[Mapping[str, Any], list[Json]]]) -> dict[str, Drawing]:
+    """Name to figure: the figure that decides over the grid, by round, and against what it costs."""
     with matplotlib.rc_context(rc=STYLE):  # type: ignore[arg-type]
         drawn = {"rounds": _by_round(found), "bytes": _against(found, "uplink", "MB up, all rounds", 1e6)}
         drawn["flops"] = _against(found, "flops", "TFLOP", 1e12)
@@ -209,7 +229,7 @@ def _style(index: int) -> dict[str, Any]:
     return {"color": COLOURS[index % len(COLOURS)], "marker": MARKS[index % len(MARKS)]}
 
 
-def _grid(found: Sequence[tuple[Mapping[str, Any], list[Json]]], axes: list[str]) -> str:
+def _grid(found: Sequence[tuple[Mapping[str, Any], list[Json]]], axes: list[str]) -> Drawing:
     """What decides over the first axis; a line for each method or, of several axes, for each other value."""
     first, rest = axes[0], axes[1:]
     task = task_of(found[0][1][0])
@@ -223,11 +243,11 @@ def _grid(found: Sequence[tuple[Mapping[str, Any], list[Json]]], axes: list[str]
         else:
             for who, _ in metric_rows(results[0]):
                 lines.setdefault(NAMES[who], {})[here] = _mean(results, who)
-    into: list[str] = []
+    into: list[Drawing] = []
     if not rest and not all(isinstance(labels[first], int | float) for labels, _ in found):
         return _bars(lines, values, task)
     tall = max(4.4, 1.2 + 0.34 * len(lines)) if len(lines) > MANY else 4.4
-    with figure(8, tall, into) as plot:
+    with _figure(8, tall, into) as plot:
         if len(lines) > MANY:
             _heat(plot, lines, values, task)
         else:
@@ -245,10 +265,10 @@ def _said(value: Any) -> str:
     return str(value)
 
 
-def _bars(lines: Mapping[str, Mapping[str, tuple[float, float]]], values: list[str], task: Task) -> str:
+def _bars(lines: Mapping[str, Mapping[str, tuple[float, float]]], values: list[str], task: Task) -> Drawing:
     """A bar a value, the student's; what other methods have stands as a mark on it."""
-    into: list[str] = []
-    with figure(8, 1.4 + 0.42 * len(values), into) as plot:
+    into: list[Drawing] = []
+    with _figure(8, 1.4 + 0.42 * len(values), into) as plot:
         for index, (name, points) in enumerate(lines.items()):
             places = [values.index(value) for value in points]
             means, spreads = zip(*points.values(), strict=True)
@@ -258,10 +278,10 @@ def _bars(lines: Mapping[str, Mapping[str, tuple[float, float]]], values: list[s
                     places, means, xerr=spreads, height=0.6, color="#A6CEE3", edgecolor="black",
                     error_kw=ends, label=name,
                 )  # fmt: skip
-                for place, mean, spread in zip(places, means, spreads, strict=True):
+                for place, mean in zip(places, means, strict=True):
                     text = f"{mean:.{1 if task.percent else 3}f}"
-                    beside: dict[str, Any] = {"xytext": (5, 0), "textcoords": "offset points"}
-                    plot.annotate(text, (mean + spread, place), va="center", fontsize=8, **beside)
+                    inside: dict[str, Any] = {"xytext": (5, 0), "textcoords": "offset points"}
+                    plot.annotate(text, (0, place), va="center", fontsize=8, **inside)
             else:
                 plot.plot(means, places, linestyle="none", label=name, **_style(index))
         plot.set_xlim(left=0)  # a bar's length is what it says
@@ -302,7 +322,7 @@ def _heat(
     plot.set_title(f"student's {task.axis}", fontsize=10)
 
 
-def _by_round(found: Sequence[tuple[Mapping[str, Any], list[Json]]]) -> str:
+def _by_round(found: Sequence[tuple[Mapping[str, Any], list[Json]]]) -> Drawing:
     """The student's figure after each round, a line a cell; other methods' where there is one cell."""
     task = task_of(found[0][1][0])
     lines: dict[str, dict[int, list[float]]] = {}
@@ -314,8 +334,8 @@ def _by_round(found: Sequence[tuple[Mapping[str, Any], list[Json]]]) -> str:
                     name = NAMES[row["series"]] if len(found) == 1 else cell
                     value = task.read({task.decides: row[f"test_{task.decides}"]})
                     lines.setdefault(name, {}).setdefault(row["round"], []).append(value)
-    into: list[str] = []
-    with figure(8, 4.2, into) as plot:
+    into: list[Drawing] = []
+    with _figure(8, 4.2, into) as plot:
         for index, (name, points) in enumerate(lines.items()):
             plot.plot(list(points), [fmean(v) for v in points.values()], label=name, **_style(index))
         plot.set_xlabel("round")
@@ -330,7 +350,7 @@ def _by_round(found: Sequence[tuple[Mapping[str, Any], list[Json]]]) -> str:
 
 def _against(
     found: Sequence[tuple[Mapping[str, Any], list[Json]]], cost: str, unit: str, scale: float
-) -> str:
+) -> Drawing:
     """What decides against a cost on a logarithmic axis: a mark for each method, a point for each cell."""
     task = task_of(found[0][1][0])
     points: dict[str, list[tuple[float, float]]] = {}
@@ -338,8 +358,8 @@ def _against(
         for row in _summary(labels, results):
             if row[cost]:
                 points.setdefault(row["who"], []).append((row[cost] / scale, task.read(row)))
-    into: list[str] = []
-    with figure(8, 4.2, into) as plot:
+    into: list[Drawing] = []
+    with _figure(8, 4.2, into) as plot:
         for index, (who, places) in enumerate(points.items()):
             across, up = zip(*places, strict=True)
             plot.scatter(across, up, label=NAMES[who], s=36, alpha=0.85, **_style(index))
