@@ -129,6 +129,11 @@ class Config(Setting):
             raise ConfigError(
                 f"aggregation.rule = {what} needs labelled proxy texts, but data.proxy.labelled is 0"
             )
+        if self.student.model.lora is not None:
+            raise ConfigError(
+                "student.model.lora is for clients: the student is exported whole (baselines: [fedlora] "
+                "averages adapters of it)"
+            )
         if "local_only" in self.baselines and not self.clients.evaluate:
             raise ConfigError("baselines: local_only needs clients.evaluate, which is false")
         if len(set(self.baselines)) < len(self.baselines):

@@ -54,6 +54,14 @@ TokenizerSource = Annotated[
 ]
 
 
+class LoraConfig(Setting):
+    """Low-rank adapters on the attention's projections in the place of training the layers themselves."""
+
+    rank: int = Field(default=8, ge=1)
+    alpha: float = Field(default=16.0, gt=0)
+    """Adapters are scaled by ``alpha / rank``."""
+
+
 class ModelConfig(Setting):
     """One architecture: source, layers kept, layers frozen, head."""
 
@@ -67,6 +75,9 @@ class ModelConfig(Setting):
     freeze_embeddings: bool = False
     freeze_layers: int = Field(default=0, ge=0)
     """How many of the kept layers, counted from the input, are not trained."""
+    lora: LoraConfig | None = None
+    """Of a client: train adapters in the layers that are not frozen, and of classification the head; ``peft``
+    has to be installed."""
     frozen_cache_mb: int = Field(default=0, ge=0)
     """Memory in MiB for what the frozen layers make of each text, which is then computed once and not in
     every epoch: ``4 L H`` bytes a text. The frozen layers run without dropout then. 0: each time."""

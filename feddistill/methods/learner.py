@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,6 +20,7 @@ from feddistill.errors import ModelError
 from feddistill.federation.protocol import Patience, Transport
 from feddistill.methods import uploads, wire
 from feddistill.methods.question import Question, question_of
+from feddistill.models import adapters
 from feddistill.models.frozen import States
 from feddistill.progress import Show
 from feddistill.seeds import derive
@@ -115,12 +116,22 @@ class Learner:
         *,
         adapt: Callable[[nn.Module], None] | None = None,
     ):
-        """``adapt`` changes the model in place before anything is done with it."""
+        """``adapt`` changes the model in place before anything is done with it; ``None``: ``config.lora``."""
         self.session = session
         self.name = name
         self.classes = len(session.splits.label_names)
         self.specialist = self._build(config)
         self.model = self.specialist.model
+        if adapt is None and config.lora is not None:
+            adapt = partial(
+                adapters.add,
+                rank=config.lora.rank,
+                alpha=config.lora.alpha,
+                name=name,
+                wanted=f"{name}.lora",
+                head=session.config.task == "classification",
+                first=config.freeze_layers,
+            )
         if adapt is not None:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(derive(session.config.seed, "adapt", name))

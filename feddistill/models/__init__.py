@@ -237,6 +237,11 @@ def _layer_list(model: nn.Module, name: str) -> tuple[str, nn.ModuleList]:
     raise ModelError(f"{name}: found no list of {depth} layers to cut or freeze in {type(model).__name__}")
 
 
+def depth(model: nn.Module, name: str) -> int:
+    """How many transformer layers it has."""
+    return len(_layer_list(model, name)[1])
+
+
 def _keep_layers(model: nn.Module, keep: tuple[int, ...], name: str) -> None:
     path, layers = _layer_list(model, name)
     for index in keep:

@@ -1,0 +1,51 @@
+"""Low-rank adapters (LoRA: Hu et al., ICLR 2022) on the attention's projections, peft's."""
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from feddistill import models
+from feddistill.errors import ConfigError, ModelError
+
+
+def add(
+    model: nn.Module, rank: int, alpha: float, name: str, wanted: str, *, head: bool, first: int = 0
+) -> None:
+    """Put adapters on the projections, in place, and freeze all but them and, with ``head``, the head.
+
+    Args:
+        model: As ``models.build`` or ``causal.build`` makes it.
+        rank: Of the two factors.
+        alpha: What they are scaled by is ``alpha / rank``.
+        name: The setting of the model, and ``wanted`` the one that asks for adapters: what errors name.
+        wanted: See there.
+        head: Whether the head is trained whole, as one that starts from random weights must be.
+        first: Layers below this one have none.
+
+    Raises:
+        ConfigError: peft is not installed.
+        ModelError: The model has no projections by a name that is known, or none in those layers.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError:
+        raise ConfigError(f"{wanted} needs the package peft: pip install 'feddistill[lora]'") from None
+    leaves = {path.rsplit(".", 1)[-1] for path, _ in model.named_modules()}
+    targets = sorted(leaves & set(models.PROJECTIONS))
+    if not targets:
+        known = ", ".join(models.PROJECTIONS)
+        raise ModelError(f"{name} has none of the projections that {wanted} adapts: {known}")
+    heads = models.head_parameters(model) if head else set()
+    layers = list(range(first, models.depth(model, name))) if first else None
+    if layers == []:
+        raise ModelError(f"{name}: {wanted} adapts nothing: all its layers are frozen")
+    settings = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=targets,
+        lora_dropout=0.0,
+        layers_to_transform=layers,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2's
+    )
+    inject_adapter_in_model(settings, model)
+    for path, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in path or path in heads)
