@@ -7,7 +7,6 @@ costs that it had where it was done, so that no figure depends on who came first
 
 import hashlib
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +114,3 @@ def key(config: Config, independent: tuple[str, ...]) -> str:
             group = group[part]
         del group[last]  # a name that is none is a mistake
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def clear(root: Path) -> None:
-    """Once every run is done."""
-    shutil.rmtree(root, ignore_errors=True)

@@ -9,6 +9,7 @@ import json
 import math
 import multiprocessing
 import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -19,7 +20,6 @@ import yaml
 from pydantic import Field, ValidationError
 
 from feddistill import config as configuration
-from feddistill import sharing
 from feddistill.config import Config
 from feddistill.errors import ConfigError, FeddistillError, RunError
 from feddistill.progress import Quiet, Show
@@ -162,7 +162,7 @@ def sweep(
             for future in as_completed(waiting):
                 failed |= _told(waiting[future], future.result(), show)
     if not failed:
-        sharing.clear(out / SHARED)
+        shutil.rmtree(out / SHARED, ignore_errors=True)
     return failed
 
 
