@@ -9,10 +9,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from feddistill import evaluation, payload, training
+from feddistill import evaluation, payload
 from feddistill.blocks import Blocks
 from feddistill.config.models import ModelConfig
-from feddistill.config.training import DistillConfig, TrainingConfig
 from feddistill.errors import ModelError
 from feddistill.heads import hidden_states, logits_of
 from feddistill.methods import uploads, wire
@@ -118,28 +117,9 @@ class CausalLearner(Learner):
         teacher, rows = translation.teacher(said, asked[picked], wanted, k)
         return lessons.lessons_of(blocks, teacher, torch.from_numpy(rows))
 
-    def fit(  # type: ignore[override]
-        self,
-        given: BlockLessons,
-        config: TrainingConfig,
-        *,
-        seed: int,
-        steps: int | None = None,
-        distill: DistillConfig | None = None,
-        proximal: float = 0.0,
-        tick: Tick | None = None,
-    ) -> training.Trained:
-        """See ``Learner``."""
-        return self._fit(
-            given,
-            config,
-            seed=seed,
-            steps=steps,
-            distill=distill,
-            proximal=proximal,
-            vocab_size=self.specialist.reader.vocab_size,
-            tick=tick,
-        )
+    @property
+    def _vocab_size(self) -> int:
+        return self.specialist.reader.vocab_size
 
     def compressed(
         self, spec: RoundSpec, seed: int, start: int, stop: int, tick: Tick | None = None

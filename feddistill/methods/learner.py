@@ -229,7 +229,7 @@ class Learner:
 
     def fit(
         self,
-        lessons: Lessons,
+        lessons: Lessons | BlockLessons,
         config: TrainingConfig,
         *,
         seed: int,
@@ -239,23 +239,26 @@ class Learner:
         tick: Tick | None = None,
     ) -> training.Trained:
         """Train on ``lessons`` from the weights as they are."""
-        return self._fit(
-            lessons, config, seed=seed, steps=steps, distill=distill, proximal=proximal, tick=tick
-        )
-
-    def _fit(
-        self, lessons: Lessons | BlockLessons, config: TrainingConfig, **settings: Any
-    ) -> training.Trained:
         return training.fit(
             self.model,
             lessons,
             config,
+            seed=seed,
             bf16=self.session.bf16,
             pad_id=self.specialist.pad_id,
             head=models.head_parameters(self.model),
             meter=self.meter,
-            **settings,
+            steps=steps,
+            distill=distill,
+            proximal=proximal,
+            vocab_size=self._vocab_size,
+            tick=tick,
         )
+
+    @property
+    def _vocab_size(self) -> int:
+        """Of a language model, ``V``."""
+        return 0
 
     def figures(self, texts: TextSet, tick: Tick | None = None) -> dict[str, float]:
         """How well the model does on labelled ``texts``."""
