@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 
-.PHONY: train test lint types results docs-results bench setup clean
+.PHONY: train test lint types results language-model docs-results bench setup clean
 
 setup: $(VENV)/ready
 
@@ -32,6 +32,10 @@ results: setup
 	for seed in 0 1 2; do $(BIN)/feddistill train --set seed=$$seed --out runs/results/quickstart-$$seed || exit; done
 	mkdir -p docs/results
 	$(BIN)/python docs/build_tables.py --collect runs/results/quickstart-* > docs/results/quickstart.json
+
+language-model: setup
+	$(BIN)/feddistill train examples/language_model.yaml --out runs/results/language-model
+	$(BIN)/python docs/build_tables.py --collect runs/results/language-model > docs/results/language_model.json
 
 docs-results: setup
 	$(BIN)/python docs/build_tables.py

@@ -50,6 +50,27 @@ def quickstart() -> str:
     return "\n".join([*lines, "", note])
 
 
+def language_model() -> str:
+    """The example of a language model: the student, the server alone, and each client alone."""
+    sys.path.insert(0, str(ROOT))
+    from feddistill.report import size
+
+    (run,) = json.loads((RESULTS / "language_model.json").read_text())["runs"]
+    metrics, bytes_, e = run["metrics"], run["bytes"], run["environment"]
+    alone = {f"client {name}, alone": m for name, m in metrics["local_only"]["clients"].items()}
+    lines = ["| mixed test text | bits per byte |", "|---|--:|"]
+    rows = {"student": metrics["student"], "public texts only, same steps": metrics["public_only"], **alone}
+    lines += [f"| {name} | {m['bits_per_byte']:.3f} |" for name, m in rows.items()]
+    fedavg, lora = (size(bytes_[f"{name}_uplink_same_rounds"]) for name in ("fedavg", "lora"))
+    note = (
+        f"Seed {run['seed']}, {run['rounds']} rounds; threads: {e['threads']}, {e['precision']}; "
+        f"{run['seconds']['total']:.0f} seconds of work, baselines included. All clients together upload "
+        f"{size(bytes_['uplink'])}, {bytes_['a_row']:.1f} B a token; FedAvg of this student would upload "
+        f"{fedavg}, federated LoRA {lora}."
+    )
+    return "\n".join([*lines, "", note])
+
+
 def kernels() -> str:
     """The README's table of kernels, from ``make bench``."""
     sys.path.insert(0, str(ROOT))
@@ -242,7 +263,7 @@ TABLES = {
     "docs/aggregation.md": {"rules": rules, "attacks": attacks, "robustness": robustness, "merging": merging},
     "docs/payload.md": {"sizes": sizes},
     "docs/tokenizers.md": {"tokenizers": tokenizers},
-    "docs/language_models.md": {"language": language},
+    "docs/language_models.md": {"language": language, "language_model": language_model},
     "docs/deployment.md": {"scale": scale, "faults": faults, "large": large},
     **{
         str(page.relative_to(ROOT)): {"study": partial(study, page.stem)}
