@@ -64,8 +64,6 @@ def _print(found: dict[str, Any]) -> None:
     for phase, operations in found["flops"].items():
         costs.add_row(phase, f"{found['seconds'][phase]:,.0f}", f"{operations:.3g}")
     console.print(costs)
-    if found["not_counted"]:
-        console.print(f"not counted: the baselines {', '.join(found['not_counted'])}")
     memory, disk = found["memory_bytes"], found["disk_bytes"]
     console.print(
         f"memory: {_bytes(memory['training'])} to train here, {_bytes(memory['aggregation'])} to aggregate; "

@@ -17,6 +17,7 @@ from feddistill.aggregation.answers import CHUNK
 from feddistill.batches import pad
 from feddistill.config import Config
 from feddistill.config.training import PayloadConfig, TrainingConfig
+from feddistill.methods import fedlora
 from feddistill.methods.centralized import pool
 from feddistill.methods.check import DENSE_CLASSES
 from feddistill.methods.feddistill import LORA_RANK, request
@@ -26,10 +27,8 @@ from feddistill.progress import Quiet, Show
 from feddistill.results import proxy_bytes
 from feddistill.store import Json, RunDirectory
 from feddistill.training import Lessons
-from feddistill.types import UNLABELLED, RoundSpec, Splits
+from feddistill.types import UNLABELLED, RoundSpec, Splits, TextSet
 
-COUNTED = ("public_only", "local_only", "centralized")
-"""Baselines whose costs are foretold."""
 FLOAT = 4
 TRIAL_STEPS = 3
 
@@ -41,8 +40,10 @@ class Job:
     phase: str
     learner: Learner
     texts: Sequence[Sequence[int]]
-    steps: int | None
+    settings: TrainingConfig | None = None
     """Of training; ``None`` for a pass over ``texts``."""
+    steps: int = 0
+    """Of the optimiser, in training."""
     times: int = 1
 
 
@@ -75,14 +76,15 @@ def _plan(session: Session) -> Json:
     ]
     student = learner_of(session, config.student.model, "student.model")
     jobs = list(_jobs(session, learners, student))
-    speeds = {}
-    for learner in {id(job.learner): job.learner for job in jobs}.values():
-        with session.show.step(f"try {learner.name} for a few steps"):
-            speeds[id(learner)] = _speed(session, learner)
+    speeds: dict[tuple[int, int], float] = {}
+    for job in jobs:
+        if (tried := _tried(job)) not in speeds:
+            with session.show.step(f"try {job.learner.name} for a few steps"):
+                speeds[tried] = _speed(session, job)
     flops: dict[str, int] = {}
     seconds: dict[str, float] = {}
     for job in jobs:
-        operations, time_ = _cost(job, config, *speeds[id(job.learner)])
+        operations, time_ = _cost(job, config, speeds[_tried(job)])
         flops[job.phase] = flops.get(job.phase, 0) + operations * job.times
         seconds[job.phase] = seconds.get(job.phase, 0.0) + time_ * job.times
     sent = _bytes(session, student)
@@ -92,7 +94,6 @@ def _plan(session: Session) -> Json:
         "proxy_texts": len(splits.proxy),
         "rows": session.question.positions,
         "classes": session.question.vocab_size,
-        "not_counted": [name for name in config.baselines if name not in COUNTED],
         "bytes": sent,
         "flops": {**flops, "total": sum(flops.values())},
         "seconds": {name: round(s, 1) for name, s in {**seconds, "total": sum(seconds.values())}.items()},
@@ -108,64 +109,162 @@ def _plan(session: Session) -> Json:
 
 def _jobs(session: Session, learners: list[Learner], student: Learner) -> Iterator[Job]:
     """As the methods go about it: see ``feddistill.methods``."""
-    config, splits = session.config, session.splits
-    rounds = config.rounds
-    for place, private in zip(splits.places, splits.private, strict=True):
-        learner = learners[place % len(config.clients.models)]
-        own, proxy = list(learner.tokens(private)), list(learner.tokens(splits.proxy))
-        digest = config.clients.codistillation
-        settings = config.clients.training
-        later = settings.model_copy(update={"epochs": digest.epochs if digest.enabled else settings.epochs})
-        digested = min(digest.examples or len(proxy), len(proxy)) if digest.enabled else 0
-        steps = (training.steps_of(settings, len(own)), training.steps_of(later, len(own) + digested))
-        yield Job("clients_train", learner, own, steps[0])
-        yield Job("clients_train", learner, [*own, *proxy[:digested]], steps[1], rounds - 1)
-        yield Job("clients_answer", learner, proxy, None, rounds)
-        yield from _evaluated(session, learner, rounds)
-        if "local_only" in config.baselines:
-            yield Job("baseline_local_only", learner, own, steps[1], rounds - 1)
-            yield from _evaluated(session, learner, rounds - 1)
-    proxy = student.tokens(splits.proxy)
-    steps_of_student = training.steps_of(config.student.training, len(proxy))
-    yield Job("server_train", student, proxy, steps_of_student, rounds)
-    yield from _evaluated(session, student, rounds)
-    labelled = np.flatnonzero(splits.proxy.labels != UNLABELLED)
+    config = session.config
+    yield from _federation(session, learners, student)
+    labelled = np.flatnonzero(session.splits.proxy.labels != UNLABELLED)
     if session.question.compressed:  # a language model has the next tokens
-        labelled = np.arange(len(splits.proxy))
-    sets = {"public_only": splits.proxy.select(labelled, "labelled"), "centralized": pool(splits.private)}
-    for name, texts in sets.items():
+        labelled = np.arange(len(session.splits.proxy))
+    known = session.splits.proxy.select(labelled, "labelled")
+    learns = config.student.training
+    steps = training.steps_of(learns, len(student.tokens(session.splits.proxy)))
+    for name, texts in (("public_only", known), ("centralized", pool(session.splits.private))):
         if name in config.baselines:
-            yield Job(f"baseline_{name}", student, student.tokens(texts), steps_of_student, rounds)
-            yield from _evaluated(session, student, rounds)
+            yield Job(f"baseline_{name}", student, student.tokens(texts), learns, steps, config.rounds)
+            yield from _evaluated(session, student, config.rounds)
+    if "local_only" in config.baselines:
+        for learner, own in _clients(session, learners):
+            _, later = _client_steps(config, len(own), learner.proxy_examples())
+            settings, times = config.clients.training, config.rounds - 1
+            yield Job("baseline_local_only", learner, own, settings, later, times)
+            yield from _evaluated(session, learner, times)
+    if "centralized_distillation" in config.baselines:
+        yield from _distilled_pool(session, learners, student)
+    if "fedmkt" in config.baselines:
+        yield from _federation(session, learners, student, "baseline_fedmkt")
+    if "fedmd" in config.baselines:
+        yield from _mutual(session, learners, known)
+    for name in ("fedavg", "feddf", "fedlora", "fedfed"):
+        if name in config.baselines:
+            yield from _averaging(session, name, student)
+
+
+def _clients(session: Session, learners: list[Learner]) -> Iterator[tuple[Learner, list[Sequence[int]]]]:
+    """Each client's model, and its private texts as that reads them."""
+    for place, private in zip(session.splits.places, session.splits.private, strict=True):
+        learner = learners[place % len(learners)]
+        yield learner, list(learner.tokens(private))
+
+
+def _client_steps(config: Config, own: int, proxy: int) -> tuple[int, int]:
+    """Of the first round, and of each later one."""
+    digest, settings = config.clients.codistillation, config.clients.training
+    later = settings.model_copy(update={"epochs": digest.epochs if digest.enabled else settings.epochs})
+    digested = min(digest.examples or proxy, proxy) if digest.enabled else 0
+    return training.steps_of(settings, own), training.steps_of(later, own + digested)
+
+
+def _federation(
+    session: Session, learners: list[Learner], student: Learner, baseline: str | None = None
+) -> Iterator[Job]:
+    """The rounds; of a ``baseline``, that one's, whose first round's clients are the federation's."""
+    config, rounds = session.config, session.config.rounds
+    settings, digest = config.clients.training, config.clients.codistillation
+    for learner, own in _clients(session, learners):
+        proxy = list(learner.tokens(session.splits.proxy))
+        first, later = _client_steps(config, len(own), len(proxy))
+        digested = min(digest.examples or len(proxy), len(proxy)) if digest.enabled else 0
+        phase = baseline or "clients_train"
+        yield Job(phase, learner, own, settings, first)
+        yield Job(phase, learner, [*own, *proxy[:digested]], settings, later, rounds - 1)
+        yield Job(baseline or "clients_answer", learner, proxy, times=rounds)
+        if baseline is None and config.clients.evaluate:
+            yield from _evaluated(session, learner, rounds)
+    proxy, learns = list(student.tokens(session.splits.proxy)), config.student.training
+    steps = training.steps_of(learns, len(proxy))
+    yield Job(baseline or "server_train", student, proxy, learns, steps, rounds)
+    yield from _evaluated(session, student, rounds)
+
+
+def _distilled_pool(session: Session, learners: list[Learner], student: Learner) -> Iterator[Job]:
+    config, rounds, phase = session.config, session.config.rounds, "baseline_centralized_distillation"
+    teacher, settings, learns = learners[0], config.clients.training, config.student.training
+    texts = teacher.tokens(pool(session.splits.private))
+    steps = sum(training.steps_of(settings, len(private)) for private in session.splits.private)
+    yield Job(phase, teacher, texts, settings, steps, rounds)
+    proxy = student.tokens(session.splits.proxy)
+    yield Job(phase, student, proxy, learns, training.steps_of(learns, len(proxy)), rounds)
+    yield from _evaluated(session, student, rounds)
+
+
+def _mutual(session: Session, learners: list[Learner], known: TextSet) -> Iterator[Job]:
+    config, rounds, phase = session.config, session.config.rounds, "baseline_fedmd"
+    settings = config.clients.training
+
+    def steps(epochs: float, examples: int) -> int:
+        return training.steps_of(settings.model_copy(update={"epochs": epochs}), examples)
+
+    for learner, own in _clients(session, learners):
+        proxy, public = learner.tokens(session.splits.proxy), learner.tokens(known)
+        for texts in (public, own):
+            if len(texts):
+                yield Job(phase, learner, texts, settings, steps(settings.epochs, len(texts)))
+        yield Job(phase, learner, proxy, times=rounds)
+        digested = steps(config.fedmd.digest_epochs, len(proxy))
+        yield Job(phase, learner, proxy, settings, digested, rounds)
+        yield Job(phase, learner, own, settings, steps(config.fedmd.revisit_epochs, len(own)), rounds)
+        yield from _evaluated(session, learner, rounds)
+
+
+def _averaging(session: Session, name: str, student: Learner) -> Iterator[Job]:
+    config, rounds, phase = session.config, session.config.rounds, f"baseline_{name}"
+    settings = config.clients.training
+    if config.fedavg.epochs is not None:
+        settings = settings.model_copy(update={"epochs": config.fedavg.epochs})
+    learner = fedlora.adapted(session) if name == "fedlora" else student
+    private = [list(learner.tokens(texts)) for texts in session.splits.private]
+    shared: list[Sequence[int]] = []
+    if name == "fedfed":  # what matters in the texts is learned first, and then shared
+        alone = config.clients.training
+        for own in private:
+            yield Job(phase, learner, own, alone, training.steps_of(alone, len(own)))
+            yield Job(phase, learner, own, alone, -(-len(own) // alone.batch_size))  # a gradient of each
+            kept = (text[: max(1, round(config.fedfed.share * len(text)))] for text in own)
+            shared += kept
+    for own in private:
+        texts = [*own, *shared]
+        yield Job(phase, learner, texts, settings, training.steps_of(settings, len(texts)), rounds)
+    if name == "feddf":
+        proxy, learns = list(learner.tokens(session.splits.proxy)), config.student.training
+        yield Job(phase, learner, proxy, times=rounds * len(private))  # the ensemble
+        yield Job(phase, learner, proxy, learns, training.steps_of(learns, len(proxy)), rounds)
+    yield from _evaluated(session, learner, rounds)
 
 
 def _evaluated(session: Session, learner: Learner, times: int) -> Iterator[Job]:
     for texts in (session.splits.validation, session.splits.test):
-        yield Job("evaluate", learner, learner.tokens(texts), None, times)
+        yield Job("evaluate", learner, learner.tokens(texts), times=times)
 
 
-def _speed(session: Session, learner: Learner) -> tuple[float, float]:
-    """Seconds a training step, and seconds a token of an answer."""
-    config, texts = session.config, session.splits.proxy
-    training_config = config.student.training if learner.name == "student.model" else config.clients.training
-    need = training_config.batch_size * training_config.gradient_accumulation
+def _tried(job: Job) -> tuple[int, int]:
+    """Jobs of which one tells how fast the others are: of a model, in batches of a size, or passes."""
+    return id(job.learner), 0 if job.settings is None else _batch(job.settings)
+
+
+def _batch(settings: TrainingConfig) -> int:
+    return settings.batch_size * settings.gradient_accumulation
+
+
+def _speed(session: Session, job: Job) -> float:
+    """Seconds a training step or, of a pass, a token."""
+    learner, texts = job.learner, session.splits.proxy
     tokens = learner.tokens(texts)
+    if job.settings is None:
+        some = texts.select(range(min(session.config.clients.answer_batch_size, len(texts))), "trial")
+        known = replace(some, labels=some.labels.clip(0))
+        learner.figures(known)
+        start = time.perf_counter()
+        learner.figures(known)
+        return (time.perf_counter() - start) / _padded(learner.tokens(some), session.config)
     lessons: Any = learner.lessons(texts)
     if isinstance(lessons, Lessons):  # the server knows few labels; any will do
         lessons = Lessons(tokens, labels_of(texts).clamp_min(0))
-    _fit(learner, lessons, training_config, session, 1)  # what is done once
-    one, several = (_fit(learner, lessons, training_config, session, steps) for steps in (1, 1 + TRIAL_STEPS))
-    some = texts.select(range(min(need, len(texts))), "trial")
-    known = replace(some, labels=some.labels.clip(0))
-    learner.figures(known)
-    start = time.perf_counter()
-    learner.figures(known)
-    answered = time.perf_counter() - start
+    _fit(learner, lessons, job.settings, 1)  # what is done once
+    one, several = (_fit(learner, lessons, job.settings, steps) for steps in (1, 1 + TRIAL_STEPS))
     learner.reset()
-    return max(several - one, 1e-6) / TRIAL_STEPS, answered / _padded(learner.tokens(some), config)
+    return max(several - one, 1e-6) / TRIAL_STEPS
 
 
-def _fit(learner: Learner, lessons: Any, settings: TrainingConfig, session: Session, steps: int) -> float:
+def _fit(learner: Learner, lessons: Any, settings: TrainingConfig, steps: int) -> float:
     start = time.perf_counter()
     learner.fit(lessons, settings, seed=0, steps=steps)
     return time.perf_counter() - start
@@ -179,23 +278,21 @@ def _padded(tokens: Sequence[Sequence[int]], config: Config) -> int:
     return sum(len(batch) * _length(batch[-1]) for batch in batches)
 
 
-def _cost(job: Job, config: Config, step_seconds: float, token_seconds: float) -> tuple[int, float]:
+def _cost(job: Job, config: Config, speed: float) -> tuple[int, float]:
     """Operations and seconds of one of the job's times."""
     meter = job.learner.meter
     before = meter.flops
-    if job.steps is None:
+    if job.settings is None:
         ordered = sorted(map(len, job.texts))
         size = config.clients.answer_batch_size
         for start in range(0, len(ordered), size):
             batch = ordered[start : start + size]
             meter.add(len(batch), _length(batch[-1]), training=False)
-        return meter.flops - before, token_seconds * _padded(job.texts, config)
-    settings = config.student.training if job.learner.name == "student.model" else config.clients.training
-    lengths = list(map(len, job.texts))
-    batches = islice(_batches(lengths, settings.batch_size), job.steps * settings.gradient_accumulation)
-    for batch in batches:
+        return meter.flops - before, speed * _padded(job.texts, config)
+    batches = _batches(list(map(len, job.texts)), job.settings.batch_size)
+    for batch in islice(batches, job.steps * job.settings.gradient_accumulation):
         meter.add(len(batch), _length(max(batch)), training=True)
-    return meter.flops - before, step_seconds * job.steps
+    return meter.flops - before, speed * job.steps
 
 
 def _batches(lengths: list[int], size: int) -> Iterator[list[int]]:

@@ -155,7 +155,8 @@ def test_fedfed_shares_the_tokens_that_matter(tiny_settings, tmp_path):
         for t in (tokens, most, least)
     )
     assert (whole - without_most).abs().mean() > (whole - without_least).abs().mean()
-    shared, labels = share(learner.session, learner, private)
+    shared, labels, cost = share(learner.session, learner, private)
+    assert cost.flops > 0
     assert torch.equal(labels, labels_of(private))
     for text, part in zip(tokens, shared, strict=True):
         assert len(part) == max(1, round(0.5 * len(text)))
@@ -180,3 +181,11 @@ def test_fedmds_loss_is_the_mean_absolute_difference_of_centred_scores():
     a, b = (x.numpy().astype(np.float64) for x in (student, teacher))
     expected = np.abs(a - a.mean(1, keepdims=True) - b + b.mean(1, keepdims=True)).mean()
     assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_fedfed_works_where_frozen_layers_are_remembered(tiny_settings, tmp_path):
+    """It wants gradients of embeddings, which nothing that is looked up has."""
+    frozen = {"freeze_embeddings": True, "freeze_layers": 1, "frozen_cache_mb": 16}
+    tiny_settings["student"]["model"] = {**tiny_settings["student"]["model"], "layers": None, **frozen}
+    config = parse(tiny_settings | {"baselines": ["fedfed"], "rounds": 1})
+    assert experiment.run(config, tmp_path / "run")["metrics"]["fedfed"]["accuracy"] > 0

@@ -12,6 +12,17 @@ from feddistill.config import parse
         {},
         {"payload": {"codec": "topk", "k": 3}, "keep_checkpoints": "all"},
         {"payload": {"codec": "threshold", "k": 3}, "baselines": []},
+        {
+            "baselines": [
+                "centralized_distillation",
+                "fedavg",
+                "feddf",
+                "fedlora",
+                "fedmd",
+                "fedmkt",
+                "fedfed",
+            ]
+        },
         {"payload": {"codec": "sampled", "draws": 9}, "baselines": []},
     ],
     ids=str,

@@ -8,6 +8,7 @@ private texts leave the client.**
 """
 
 from collections.abc import Sequence
+from dataclasses import asdict
 
 import numpy as np
 import torch
@@ -15,13 +16,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from feddistill import models
+from feddistill.accounting import measure
 from feddistill.batches import pad
 from feddistill.methods.averaging import rounds
 from feddistill.methods.learner import Learner, Session, labels_of, lessons_of
 from feddistill.seeds import generator
 from feddistill.store import Json
 from feddistill.training import Lessons
-from feddistill.types import TextSet
+from feddistill.types import Cost, TextSet
 
 BYTES = 4
 """Of a token or a label that is shared."""
@@ -29,10 +31,12 @@ BYTES = 4
 
 def run(session: Session) -> Json:
     """Share sensitive tokens once, then average weights as ``fedavg`` does, over private and shared texts."""
-    learner = Learner(session, session.config.student.model, "student.model")
+    model = session.config.student.model.model_copy(update={"frozen_cache_mb": 0})  # gradients of embeddings
+    learner = Learner(session, model, "student.model")
     shared = {private.name: share(session, learner, private) for private in session.splits.private}
-    tokens = [text for texts, _ in shared.values() for text in texts]
-    labels = torch.cat([labels for _, labels in shared.values()])
+    tokens = [text for texts, _, _ in shared.values() for text in texts]
+    labels = torch.cat([labels for _, labels, _ in shared.values()])
+    cost = sum((spent for _, _, spent in shared.values()), Cost())
 
     def lessons(private: TextSet) -> Lessons:
         own = lessons_of(learner, private)
@@ -43,11 +47,12 @@ def run(session: Session) -> Json:
     first = dict(records[0]["bytes"])
     first["uplink"] += sent
     first["downlink"] += sent * len(shared)
-    return {"rounds": [{**records[0], "bytes": first}, *records[1:]]}
+    costs = {**records[0]["costs"], "share": asdict(cost)}
+    return {"rounds": [{**records[0], "bytes": first, "costs": costs}, *records[1:]]}
 
 
-def share(session: Session, learner: Learner, private: TextSet) -> tuple[list[list[int]], Tensor]:
-    """The sensitive tokens of each private text, noised, in their order; and the labels."""
+def share(session: Session, learner: Learner, private: TextSet) -> tuple[list[list[int]], Tensor, Cost]:
+    """The sensitive tokens of each private text, noised, in their order; the labels; what it took."""
     config = session.config
     record = learner.step(
         f"baselines/fedfed/000/{private.name}",
@@ -60,15 +65,18 @@ def share(session: Session, learner: Learner, private: TextSet) -> tuple[list[li
     learner.restore(record["weights"])
     random = generator(config.seed, "fedfed", private.name)
     size = models.embeddings(learner.model).num_embeddings
-    tokens, kept = learner.tokens(private), []
-    for text, scores in zip(tokens, sensitivity(learner, tokens, labels_of(private)), strict=True):
+    tokens, kept, before = learner.tokens(private), [], learner.meter.flops
+    with measure() as finding:
+        found = sensitivity(learner, tokens, labels_of(private))
+        finding.flops = learner.meter.flops - before
+    for text, scores in zip(tokens, found, strict=True):
         count = max(1, round(config.fedfed.share * len(text)))
         chosen = np.sort(np.argsort(-scores, kind="stable")[:count])
         picked = [text[place] for place in chosen]
         noised = random.random(count) < config.fedfed.noise
         others = random.integers(0, size, count)
         kept.append([int(o) if n else t for t, n, o in zip(picked, noised, others, strict=True)])
-    return kept, labels_of(private)
+    return kept, labels_of(private), Cost(**record["costs"]["train"]) + finding.cost
 
 
 def sensitivity(learner: Learner, tokens: Sequence[Sequence[int]], labels: Tensor) -> list[np.ndarray]:

@@ -14,10 +14,14 @@ from feddistill.store import Json
 
 def run(session: Session) -> Json:
     """As ``fedavg``, of the adapters and the head alone."""
+    return {"rounds": rounds(session, "fedlora", learner=adapted(session))}
+
+
+def adapted(session: Session) -> Learner:
+    """The student's architecture, of which adapters and head are trained."""
     config = session.config.fedlora
 
     def adapt(model: nn.Module) -> None:
         adapters.add(model, config.rank, config.alpha, "student.model", "baselines: fedlora", head=True)
 
-    learner = Learner(session, session.config.student.model, "student.model", adapt=adapt)
-    return {"rounds": rounds(session, "fedlora", learner=learner)}
+    return Learner(session, session.config.student.model, "student.model", adapt=adapt)
