@@ -21,7 +21,7 @@ from feddistill.tasks import Task
 PAGE = "study.html"
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999", "#F0E442")
-MANY = 8
+MANY = 10
 """Values of an axis from which lines tell less than a heat map."""
 
 
@@ -250,6 +250,7 @@ def _grid(found: Sequence[tuple[Mapping[str, Any], list[Json]]], axes: list[str]
     with _figure(8, tall, into) as plot:
         if len(lines) > MANY:
             _heat(plot, lines, values, task)
+            plot.set_title(f"{'student: ' if rest else ''}{task.axis}", fontsize=10)
         else:
             _lines(plot, lines, values)
             plot.set_ylabel(f"{task.axis}{' (student)' if rest else ''}")
@@ -298,7 +299,10 @@ def _lines(plot: Axes, lines: Mapping[str, Mapping[str, tuple[float, float]]], v
     for index, (name, points) in enumerate(lines.items()):
         places = [values.index(value) for value in points]
         means, spreads = zip(*points.values(), strict=True)
-        plot.errorbar(places, means, yerr=spreads, label=name, capsize=3, linewidth=1.2, **_style(index))
+        # Colours come again after nine lines: those are broken then.
+        looks = {**_style(index), "linestyle": "-" if index < len(COLOURS) else "--"}
+        wide = 2.6 if name == NAMES["student"] else 1.2
+        plot.errorbar(places, means, yerr=spreads, label=name, capsize=3, linewidth=wide, **looks)
     plot.set_xticks(range(len(values)), values)
     plot.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
 
@@ -319,7 +323,6 @@ def _heat(
             )
     plot.set_xticks(range(len(values)), values)
     plot.set_yticks(range(len(lines)), list(lines))
-    plot.set_title(f"student's {task.axis}", fontsize=10)
 
 
 def _by_round(found: Sequence[tuple[Mapping[str, Any], list[Json]]]) -> Drawing:
@@ -343,7 +346,7 @@ def _by_round(found: Sequence[tuple[Mapping[str, Any], list[Json]]]) -> Drawing:
         last = max(max(points) for points in lines.values())
         plot.set_xlim(0.5, last + 0.5)
         plot.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        if 1 < len(lines) <= 2 * MANY:
+        if 1 < len(lines) <= 16:
             plot.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     return into[0]
 
