@@ -217,24 +217,34 @@ def study(name: str) -> str:
     first, *rest = labels
     if rest:
         rows = [row for row in rows if row["who"] == "student"]
-    values = list(dict.fromkeys(row[first] for row in rows))
+    sides = [", ".join(row[label] for label in rest) if rest else NAMES[row["who"]] for row in rows]
+    tops = [row[first] for row in rows]
+    what, across = ", ".join(rest) if rest else "method", first
+    if not rest and not all(map(_is_number, tops)):  # names of cases are long: a row each
+        sides, tops, what, across = tops, sides, first, ""
+    columns = list(dict.fromkeys(tops))
     lines: dict[str, dict[str, dict[str, str]]] = {}
-    for row in rows:
-        of = ", ".join(row[label] for label in rest) if rest else NAMES[row["who"]]
-        lines.setdefault(of, {})[row[first]] = row
-    what = ", ".join(rest) if rest else "method"
-    table = [f"| {what} | {' | '.join(f'{first} {value}' for value in values)} | uploaded |"]
-    table.append(f"|---|{'--:|' * (len(values) + 1)}")
-    for of, found in lines.items():
-        cells = [_accuracy(found.get(value)) for value in values]
+    for side, top, row in zip(sides, tops, rows, strict=True):
+        lines.setdefault(side, {})[top] = row
+    heads = [f"{across} {column}".strip() for column in columns]
+    table = [f"| {what} | {' | '.join(heads)} | uploaded |", f"|---|{'--:|' * (len(heads) + 1)}"]
+    for side, found in lines.items():
+        cells = [_accuracy(found.get(column)) for column in columns]
         sent = next(iter(found.values()))["uplink"]
-        table.append(f"| {of} | {' | '.join(cells)} | {size(int(sent)) if sent else '–'} |")
-    seeds = {row["seeds"] for row in rows}
-    note = (
-        f"Accuracy on the test set in per cent, mean ± standard deviation of {'/'.join(sorted(seeds))} seeds"
-    )
+        table.append(f"| {side} | {' | '.join(cells)} | {size(int(sent)) if sent else '–'} |")
+    seeds = "/".join(sorted({row["seeds"] for row in rows}))
+    of = "one seed" if seeds == "1" else f"mean ± standard deviation of {seeds} seeds"
     who = "; the student's" if rest else ""
-    return "\n".join([*table, "", f"{note}{who}. `docs/results/{name}/summary.csv` has everything else."])
+    note = f"Accuracy on the test set in per cent, {of}{who}."
+    return "\n".join([*table, "", f"{note} `docs/results/{name}/summary.csv` has everything else."])
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _accuracy(row: dict[str, str] | None) -> str:

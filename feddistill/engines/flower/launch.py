@@ -303,7 +303,7 @@ def program(name: str) -> str:
 def environment(home: Path) -> dict[str, str]:
     """Of Flower's programs: they start each other by bare name, and keep what they keep in ``home``."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    # glibc keeps a heap for each of many threads: two of them do, and a server's memory stays near what it uses.
+    # glibc keeps a heap for each of many threads; with two, a server's memory stays near what it uses.
     few = {"MALLOC_ARENA_MAX": os.environ.get("MALLOC_ARENA_MAX", "2")}
     return {**os.environ, **QUIET, **few, "FLWR_HOME": str(home), "PATH": path}
 
