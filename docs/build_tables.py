@@ -239,6 +239,29 @@ def study(name: str) -> str:
     return "\n".join([*table, "", f"{note} `docs/results/{name}/summary.csv` has everything else."])
 
 
+def paired(name: str) -> str:
+    """How far the student of a study is above other methods, the same seeds of both compared."""
+    sys.path.insert(0, str(ROOT))
+    from feddistill.report import NAMES
+
+    with (RESULTS / name / "runs.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    axis = next(iter(rows[0]))
+    of = {(row["who"], row[axis], row["seed"]): 100 * float(row["accuracy"]) for row in rows}
+    values, seeds = (list(dict.fromkeys(row[key] for row in rows)) for key in (axis, "seed"))
+    lines = [
+        f"| student above | {' | '.join(f'{axis} {v}' for v in values)} |",
+        f"|---|{'--:|' * len(values)}",
+    ]
+    for who in dict.fromkeys(row["who"] for row in rows):
+        if who not in ("student", "clients_before", "clients_after"):
+            apart = [[of["student", v, s] - of[who, v, s] for s in seeds] for v in values]
+            cells = [f"{fmean(found):+.1f} ± {stdev(found):.1f}" for found in apart]
+            lines.append(f"| {NAMES[who]} | {' | '.join(cells)} |")
+    note = f"Points of accuracy, mean ± standard deviation of the differences of {len(seeds)} seeds."
+    return "\n".join([*lines, "", note])
+
+
 def _is_number(text: str) -> bool:
     try:
         float(text)
@@ -259,7 +282,7 @@ def take(folders: list[str]) -> None:
     for folder in map(Path, folders):
         to = RESULTS / folder.name
         to.mkdir(parents=True, exist_ok=True)
-        for path in (folder / "summary.csv", *(folder / "figures").glob("*.svg")):
+        for path in (folder / "summary.csv", folder / "runs.csv", *(folder / "figures").glob("*.svg")):
             shutil.copy(path, to)
         # Where it stood when it ran is nobody's business: the base is named as the study's own file names it.
         text = (folder / "study.yaml").read_text(encoding="utf-8")
@@ -276,7 +299,10 @@ TABLES = {
     "docs/language_models.md": {"language": language, "language_model": language_model},
     "docs/deployment.md": {"scale": scale, "faults": faults, "large": large},
     **{
-        str(page.relative_to(ROOT)): {"study": partial(study, page.stem)}
+        str(page.relative_to(ROOT)): {
+            "study": partial(study, page.stem),
+            **({"paired": partial(paired, page.stem)} if "<!-- table: paired" in page.read_text() else {}),
+        }
         for page in sorted((ROOT / "docs" / "studies").glob("*.md"))
     },
 }

@@ -100,3 +100,10 @@ def test_the_student_is_trained_whole(tiny_settings):
     tiny_settings["student"]["model"]["lora"] = LORA
     with pytest.raises(ConfigError, match=r"student\.model\.lora is for clients"):
         parse(tiny_settings)
+
+
+def test_a_run_that_cannot_adapt_writes_nothing(given, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ConfigError, match=r"clients\.models\.0\.lora needs the package peft"):
+        experiment.run(parse(given), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -9,7 +9,7 @@ from feddistill.config import Config
 from feddistill.config.models import ModelConfig
 from feddistill.errors import ConfigError, ModelError
 from feddistill.methods.question import question_of
-from feddistill.models import causal
+from feddistill.models import adapters, causal
 from feddistill.models.tokenizers import fingerprint
 from feddistill.types import UNLABELLED, Splits
 
@@ -54,9 +54,12 @@ def check(config: Config, splits: Splits, *, build: bool = True) -> None:
     }
     for name, model in {**several, "student.model": config.student.model}.items():
         if config.task == "causal_lm":
-            _speaks(config, _built(model, name, splits), question.fingerprint, name)
+            built = _built(model, name, splits)
+            _speaks(config, built, question.fingerprint, name)
+            adapters.adapt(built.model, model, name, head=False)
         else:
-            models.build(model, classes, 0, name, splits.proxy.texts)
+            made = models.build(model, classes, 0, name, splits.proxy.texts)
+            adapters.adapt(made.model, model, name, head=True)
 
 
 def _built(model: ModelConfig, name: str, splits: Splits) -> causal.Causal:

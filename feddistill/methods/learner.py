@@ -123,15 +123,8 @@ class Learner:
         self.specialist = self._build(config)
         self.model = self.specialist.model
         if adapt is None and config.lora is not None:
-            adapt = partial(
-                adapters.add,
-                rank=config.lora.rank,
-                alpha=config.lora.alpha,
-                name=name,
-                wanted=f"{name}.lora",
-                head=session.config.task == "classification",
-                first=config.freeze_layers,
-            )
+            head = session.config.task == "classification"
+            adapt = partial(adapters.adapt, config=config, name=name, head=head)
         if adapt is not None:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(derive(session.config.seed, "adapt", name))

@@ -4,7 +4,15 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from feddistill import models
+from feddistill.config.models import ModelConfig
 from feddistill.errors import ConfigError, ModelError
+
+
+def adapt(model: nn.Module, config: ModelConfig, name: str, *, head: bool) -> None:
+    """Put the adapters of ``config.lora``, if any, into the layers that are not frozen; see ``add``."""
+    if config.lora is not None:
+        rank, alpha = config.lora.rank, config.lora.alpha
+        add(model, rank, alpha, name, f"{name}.lora", head=head, first=config.freeze_layers)
 
 
 def add(
