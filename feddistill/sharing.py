@@ -17,7 +17,7 @@ from feddistill.store import Json, RunDirectory
 
 _NO_TRAINING = ("name", "baselines", "payload", "aggregation", "language", "keep_checkpoints")
 _BASELINES = ("fedavg", "fedmd", "fedlora", "fedfed")
-_LOSS = ("distill.kind", "distill.temperature", "distill.kd_weight", "distill.beta")
+_LOSS = tuple(f"distill.{name}" for name in ("kind", "temperature", "kd_weight", "beta", "replay"))
 
 INDEPENDENT = {
     "alone/001/": (

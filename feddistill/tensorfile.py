@@ -3,9 +3,9 @@
 import json
 import math
 import mmap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +19,8 @@ TYPES = {"F32": np.dtype("<f4"), "I32": np.dtype("<i4")}
 
 Layout = Mapping[str, tuple[str, tuple[int, ...]]]
 """By name, the type and shape of each tensor."""
+
+T = TypeVar("T", Tensor, TopK)
 
 
 class _Mapped:
@@ -146,3 +148,38 @@ class TopKFile:
         ids, log_probs, log_tail = parts
         self._file.forget()
         return TopK(ids, log_probs, log_tail, self.vocab_size)
+
+
+class Chained:
+    """Teachers of one kind, one after the other, as if they were one."""
+
+    def __init__(self, files: Sequence[TensorFile | TopKFile]):
+        self._files = files
+        self._ends = torch.tensor([len(file) for file in files]).cumsum(0)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, rows: Tensor) -> Any:
+        """A copy of these rows, in this order: a tensor or a ``TopK``, as the files have."""
+        rows = rows.cpu()
+        which = torch.bucketize(rows, self._ends, right=True)
+        parts: list[Any] = []
+        for number, file in enumerate(self._files):
+            here = rows[which == number]
+            if len(here):
+                parts.append(file[here - (self._ends[number] - len(file))])
+        return stacked(parts)[which.argsort(stable=True).argsort()] if parts else self._files[0][rows]
+
+
+def stacked(parts: list[T]) -> T:
+    """Rows one after the other."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    if isinstance(first, Tensor):
+        return torch.cat(parts)
+    ids, log_probs, log_tail = (
+        torch.cat([getattr(part, name) for part in parts]) for name in ("ids", "log_probs", "log_tail")
+    )
+    return TopK(ids, log_probs, log_tail, first.vocab_size)

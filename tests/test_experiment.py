@@ -7,8 +7,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from feddistill import experiment, payload
+from feddistill import experiment, payload, training
 from feddistill.config import load, parse
 from feddistill.errors import ConfigError, FeddistillError, ModelError, RoundError, RunError
 from feddistill.store import RunDirectory
@@ -232,6 +234,26 @@ def test_codistillation_has_its_variants(codistillation, tiny_settings, tmp_path
     clients = {**tiny_settings["clients"], "codistillation": codistillation}
     result = experiment.run(parse({**tiny_settings, "clients": clients, "baselines": []}), tmp_path / "run")
     assert (result["bytes"]["downlink"] > 5000) == codistillation.get("enabled", True)
+
+
+def test_the_last_teachers_are_replayed_in_as_many_steps(tiny_settings, tmp_path, monkeypatch):
+    taught, fitted = [], training.fit
+
+    def seen(model, lessons, *args, **more):
+        if lessons.teacher is not None:  # the student: clients take the teacher's first choices for labels
+            count = len(lessons.tokens)
+            taught.append((count, lessons.teacher[torch.arange(count)], more["steps"]))
+        return fitted(model, lessons, *args, **more)
+
+    monkeypatch.setattr(training, "fit", seen)
+    settings = {**tiny_settings, "rounds": 3, "baselines": [], "distill": {"replay": 1}}
+    experiment.run(parse(settings), tmp_path / "run")
+    rounds = tmp_path / "run" / "rounds"
+    teachers = [load_file(rounds / f"00{n}" / "teacher.safetensors")["log_probs"] for n in (1, 2, 3)]
+    assert [count for count, _, _ in taught] == [120, 240, 240]
+    assert torch.equal(taught[1][1], torch.cat([teachers[1], teachers[0]]))
+    assert torch.equal(taught[2][1], torch.cat([teachers[2], teachers[1]]))
+    assert len({steps for _, _, steps in taught}) == 1
 
 
 def test_top_k_answers_are_smaller_than_dense_ones_of_many_classes(tiny_settings, tmp_path):

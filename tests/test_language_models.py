@@ -35,7 +35,16 @@ from feddistill.report import studies
 from feddistill.rules import RULES
 from feddistill.store import RunDirectory
 from feddistill.tensorfile import TopKFile
-from feddistill.training.blocks import NOT_TAUGHT, block_loss, hardened, lessons_of, rows_of, some, together
+from feddistill.training.blocks import (
+    NOT_TAUGHT,
+    block_loss,
+    hardened,
+    lessons_of,
+    repeated,
+    rows_of,
+    some,
+    together,
+)
 from feddistill.types import NO_LABEL, RoundSpec, TextSet
 from feddistill_kernels import TopK, topk_compress
 
@@ -211,6 +220,18 @@ def test_lessons_are_cut_joined_and_hardened():
     assert both.labels.tolist() == [*own.labels.tolist(), *picked.labels.tolist()]
     assert both.taught[: len(own.labels)].eq(NOT_TAUGHT).all()
     assert NO_LABEL not in both.labels
+
+
+def test_blocks_are_repeated_with_the_next_teacher():
+    blocks = pack([list(range(1, 12))], end=0, length=5)
+    asked = torch.tensor([1, 5, 9])
+    given = lessons_of(blocks, topk_compress(torch.randn(6, 40), 2), asked)
+    twice = repeated(given, 2, len(asked))
+    assert len(twice.tokens) == 2 * len(blocks)
+    again = some(twice, range(len(blocks), 2 * len(blocks)))
+    assert torch.equal(again.labels, given.labels)
+    assert again.taught[asked].tolist() == [3, 4, 5]
+    assert (again.taught != NOT_TAUGHT).sum() == 3
 
 
 def test_a_compressed_teacher_on_disk_is_read_back(tmp_path):

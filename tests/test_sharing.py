@@ -18,6 +18,7 @@ CHANGED = {
     "distill.kind": "jsd",
     "distill.temperature": 3,
     "distill.kd_weight": 0.9,
+    "distill.replay": 1,
     "clients.codistillation.examples": 10,
     "fedmd.digest_epochs": 2,
     "keep_checkpoints": "all",

@@ -4,7 +4,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from feddistill.tensorfile import TensorFile
+from feddistill.tensorfile import Chained, TensorFile, TopKFile
+from feddistill_kernels import topk_compress
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (7, 3), (100, 1000), (1, 9_999_999)])
@@ -32,3 +33,24 @@ def test_rows_are_read_back_and_are_copies(tmp_path):
     rows = again(0, 10)
     rows.zero_()
     assert torch.equal(again(0, 10), values)
+
+
+def test_teachers_one_after_the_other_are_read_as_one(tmp_path):
+    dense = [torch.randn(rows, 4) for rows in (3, 5, 1)]
+    files, few = [], []
+    for number, values in enumerate(dense):
+        files.append(TensorFile.create(tmp_path / f"{number}", tuple(values.shape)))
+        files[-1].put(0, values)
+        kept = topk_compress(values, 2)
+        few.append(TopKFile.create(tmp_path / f"{number}k", len(values), 2, 4))
+        few[-1].put(0, kept)
+    chained, whole = Chained(files), torch.cat(dense)
+    assert len(chained) == 9
+    wanted = topk_compress(whole, 2)
+    for rows in ([8, 0, 3, 2, 7, 0], [4], range(9), []):
+        rows = torch.tensor(rows, dtype=torch.int64)
+        assert torch.equal(chained[rows], whole[rows])
+        found = Chained(few)[rows]
+        assert torch.equal(found.ids, wanted[rows].ids)
+        assert torch.equal(found.log_probs, wanted[rows].log_probs)
+        assert torch.equal(found.log_tail, wanted[rows].log_tail)

@@ -66,8 +66,8 @@ TEXTS = tuple(
 LABELS = torch.arange(len(TEXTS)) // 3
 
 
-def train(specialist, lessons, seed=0, **more):
-    config = TrainingConfig(epochs=1, batch_size=4, learning_rate=1e-3, head_learning_rate=1e-2)
+def train(specialist, lessons, seed=0, ema=0.0, **more):
+    config = TrainingConfig(epochs=1, batch_size=4, learning_rate=1e-3, head_learning_rate=1e-2, ema=ema)
     return fit(
         specialist.model,
         lessons,
@@ -115,6 +115,42 @@ def test_the_seed_decides_the_outcome(tiny_model):
 
     assert torch.equal(outcome(3), outcome(3))
     assert not torch.equal(outcome(3), outcome(4))
+
+
+def test_a_training_can_end_with_the_average_of_its_weights(tiny_model):
+    """Of steps from equal weights with equal batches; the decays are those of the formula."""
+
+    def weights(steps, ema=0.0):
+        config = ModelConfig(source=HubModel(name=str(tiny_model)), max_tokens=16, freeze_embeddings=True)
+        specialist = models.build(config, CLASSES, 0, "m")
+        specialist.model.eval()  # no dropout: steps do not depend on how many come after
+        constant = {"schedule": "constant_with_warmup", "warmup_ratio": 0.0}
+        settings = TrainingConfig(batch_size=4, learning_rate=1e-3, ema=ema, **constant)
+        fit(
+            specialist.model,
+            Lessons(specialist.encode(TEXTS), LABELS),
+            settings,
+            seed=0,
+            bf16=False,
+            pad_id=specialist.pad_id,
+            head=set(),
+            meter=FlopMeter(specialist.model),
+            steps=steps,
+        )
+        return {name: p.detach().clone() for name, p in specialist.model.named_parameters()}
+
+    config = ModelConfig(source=HubModel(name=str(tiny_model)), max_tokens=16)
+    mean = dict(models.build(config, CLASSES, 0, "m").model.named_parameters())
+    for step in range(1, 5):
+        decay = min(0.25, (1 + step) / (10 + step))
+        mean = {name: decay * mean[name] + (1 - decay) * p for name, p in weights(step).items()}
+    found, last = weights(4, ema=0.25), weights(4)
+    for name, p in found.items():
+        torch.testing.assert_close(p, mean[name], rtol=1e-5, atol=1e-6)
+    assert any(not torch.allclose(p, last[name], atol=1e-5) for name, p in found.items())
+    assert torch.equal(
+        found["encoder.embeddings.word_embeddings.weight"], last["encoder.embeddings.word_embeddings.weight"]
+    )
 
 
 def test_answers_do_not_depend_on_the_batch(specialist):

@@ -25,6 +25,9 @@ class TrainingConfig(Setting):
     warmup_ratio: float = Field(default=0.06, ge=0, lt=1)
     schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
     max_grad_norm: float = Field(default=1.0, gt=0)
+    ema: float = Field(default=0.0, ge=0, lt=1)
+    """Decay a step of an exponential average of the weights, which the training ends with; the first steps
+    decay faster. 0: the last weights."""
 
 
 class Codistillation(Setting):
@@ -150,6 +153,8 @@ class DistillConfig(Setting):
     kd_weight: float = Field(default=0.5, ge=0, le=1)
     """Weight of the divergence where a proxy text has a label; where it has none the weight is 1. In
     ``causal_lm`` the next token is the label."""
+    replay: int = Field(default=0, ge=0)
+    """Earlier rounds' teachers that the student learns from besides the newest, in as many steps."""
     accept: Literal["improve", "always"] = "improve"
     """Whether a round that makes the student worse on validation is rolled back before the next."""
 

@@ -21,7 +21,7 @@ from feddistill.models import causal
 from feddistill.models.tokenizers import fingerprint
 from feddistill.seeds import derive
 from feddistill.store import Json
-from feddistill.tensorfile import TopKFile
+from feddistill.tensorfile import Chained, TopKFile, stacked
 from feddistill.training import blocks as lessons
 from feddistill.training.blocks import BlockLessons
 from feddistill.types import RoundSpec, TextSet, Tick
@@ -58,11 +58,12 @@ class CausalLearner(Learner):
         """``texts`` and their next tokens."""
         return lessons.lessons_of(self.blocks(texts))
 
-    def taught(self, teacher: str) -> BlockLessons:  # type: ignore[override]
-        """The proxy texts, and what the teacher in a file of the run says to those rows that it was asked."""
+    def taught(self, *teachers: str) -> BlockLessons:  # type: ignore[override]
+        """The proxy texts, and what the teacher in a file of the run says to those rows that it was asked;
+        the same with several teachers one after the other."""
         blocks, asked = self._asked()
-        file = TopKFile.open(self.session.run.path(teacher))
-        return lessons.lessons_of(blocks, file, asked)
+        files = [TopKFile.open(self.session.run.path(teacher)) for teacher in teachers]
+        return lessons.repeated(lessons.lessons_of(blocks, Chained(files), asked), len(files), len(asked))
 
     def proxy_examples(self) -> int:
         """How many blocks a pass over the proxy texts has."""
@@ -96,7 +97,7 @@ class CausalLearner(Learner):
             return lessons.together(own, lessons.some(proxy, chosen.tolist()))
         blocks, asked = self._asked()
         picked = np.flatnonzero(np.isin(asked.numpy() // (blocks.length - 1), chosen))
-        teacher = wire.stacked(list(shelf.picked(wire.topk, picked)))
+        teacher = stacked(list(shelf.picked(wire.topk, picked)))
         proxy = lessons.lessons_of(blocks, teacher, asked[torch.from_numpy(picked)])
         if target == "hard":
             proxy = lessons.hardened(proxy)
@@ -112,7 +113,7 @@ class CausalLearner(Learner):
         picked = np.flatnonzero(np.isin(asked, translation.taught_by(wanted)))
         if not len(picked):
             return lessons.lessons_of(blocks)
-        said = wire.stacked(list(shelf.picked(wire.topk, picked)))
+        said = stacked(list(shelf.picked(wire.topk, picked)))
         k = min(shelf.spec.k, self.specialist.reader.vocab_size)
         teacher, rows = translation.teacher(said, asked[picked], wanted, k)
         return lessons.lessons_of(blocks, teacher, torch.from_numpy(rows))

@@ -13,7 +13,7 @@ from statistics import fmean
 
 from pydantic import TypeAdapter, ValidationError
 
-from feddistill import aggregation, data, models, payload
+from feddistill import aggregation, data, models, payload, training
 from feddistill.accounting import measure
 from feddistill.config import Config, digest
 from feddistill.errors import PayloadError, RoundError
@@ -112,7 +112,7 @@ class _Rounds:
     def _round(self, number: int, step: str) -> Json:
         decided = self.decide(number)
         teacher = decided["teacher"]
-        student = self._distil(teacher["log_probs"], number, step)
+        student = self._distil(number, step)
         request = payload.canonical(self.specs[number])
         downlink = len(request) + (teacher["feedback_bytes"] if number < self.session.config.rounds else 0)
         task = self.session.task
@@ -375,9 +375,11 @@ class _Rounds:
             digests.append(payload.digest(encoded))
         return payload.digest_of(digests), uploads.flat(step, back)
 
-    def _distil(self, teacher_file: str, number: int, step: str) -> Json:
-        """(4) The student on the teacher's answers and the labels that the server has."""
+    def _distil(self, number: int, step: str) -> Json:
+        """(4) The student on the teachers' answers and the labels that the server has."""
         config = self.session.config
+        first = max(1, number - config.distill.replay)
+        teachers = [f"rounds/{n:03d}/teacher.safetensors" for n in range(number, first - 1, -1)]
         settings = config.student.training
         if number > 1:
             settings = later(settings, None, config.student.later_head_learning_rate)
@@ -386,8 +388,9 @@ class _Rounds:
             f"{step}/student",
             f"round {number}: the student learns",
             start["weights"] if start else None,
-            lambda: self.student.taught(teacher_file),
+            lambda: self.student.taught(*teachers),
             settings,
+            steps=training.steps_of(settings, self.student.proxy_examples()),
             distill=config.distill,
         )
 

@@ -27,7 +27,7 @@ from feddistill.seeds import derive
 from feddistill.sharing import Shared
 from feddistill.store import Json, RunDirectory
 from feddistill.tasks import TASKS, Task
-from feddistill.tensorfile import TensorFile
+from feddistill.tensorfile import Chained, TensorFile
 from feddistill.training import Lessons
 from feddistill.training.blocks import BlockLessons
 from feddistill.types import NO_LABEL, UNLABELLED, Cost, RoundSpec, Splits, TextSet, Tick
@@ -108,6 +108,9 @@ class Session:
 class Learner:
     """One architecture, whose weights are put back, trained and saved. Holds two copies of the weights."""
 
+    closed = False
+    """Whether it is only asked: then what it costs is not known before, and its operations never."""
+
     def __init__(
         self,
         session: Session,
@@ -164,11 +167,12 @@ class Learner:
         """``texts`` with the labels that they have."""
         return Lessons(self.tokens(texts), labels_of(texts))
 
-    def taught(self, teacher: str) -> Lessons:
-        """The proxy texts with their labels and the answers of the teacher in a file of the run."""
-        proxy = self.session.splits.proxy
-        file = TensorFile.open(self.session.run.path(teacher))
-        return Lessons(self.tokens(proxy), labels_of(proxy), file)
+    def taught(self, *teachers: str) -> Lessons:
+        """The proxy texts with their labels and the answers of the teacher in a file of the run; with those
+        of several teachers one after the other."""
+        proxy, count = self.session.splits.proxy, len(teachers)
+        files = [TensorFile.open(self.session.run.path(teacher)) for teacher in teachers]
+        return Lessons(self.tokens(proxy) * count, labels_of(proxy).repeat(count), Chained(files))
 
     def proxy_examples(self) -> int:
         """How many examples a pass over the proxy texts has."""

@@ -14,10 +14,10 @@ from feddistill import aggregation
 from feddistill.alignment import Reading, Vocabulary, VocabularyMap, map_vocabulary, project, spans
 from feddistill.blocks import Blocks
 from feddistill.errors import ModelError
-from feddistill.methods import wire
 from feddistill.models.causal import Reader
 from feddistill.models.tokenizers import end_id
 from feddistill.store import Json
+from feddistill.tensorfile import stacked
 from feddistill.types import TextSet
 from feddistill_kernels import TopK
 
@@ -200,7 +200,7 @@ class Translation:
         """The teacher's answers to ``rows`` of the student's, to those of the client's ``asked`` rows that
         they say enough about; and which these are."""
         parts = translate([said], rows, asked, self.student, self.client, self._back, k, Tally())
-        whole = wire.stacked(list(parts))
+        whole = stacked(list(parts))
         good = aggregation.answered(whole)
         return whole[good], asked[good.numpy()]
 
@@ -220,7 +220,7 @@ def _cut(said: Iterable[TopK], sizes: Sequence[int]) -> Iterator[TopK | None]:
         parts: list[TopK] = [] if held is None else [held]
         while sum(len(part) for part in parts) < size:
             parts.append(next(source))
-        whole = wire.stacked(parts)
+        whole = stacked(parts)
         held = whole[size:]
         yield whole[:size]
 

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from feddistill import payload
-from feddistill.methods import wire
 from feddistill.seeds import derive
 from feddistill.store import Json, RunDirectory
+from feddistill.tensorfile import stacked
 from feddistill.types import Cost, RoundSpec
 from feddistill_kernels import TopK
 
@@ -101,6 +101,6 @@ def answerer(read: Callable[[payload.Answers], T], shelf: Shelf) -> Callable[[in
     """``(start, stop)`` to these rows of what is on a shelf, as ``read`` opens them."""
 
     def rows(start: int, stop: int) -> T:
-        return wire.stacked([read(answers) for answers in shelf.rows(start, stop)])
+        return stacked([read(answers) for answers in shelf.rows(start, stop)])
 
     return rows

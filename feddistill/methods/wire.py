@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -11,8 +10,6 @@ from torch import Tensor
 from feddistill import payload
 from feddistill.types import RoundSpec
 from feddistill_kernels import TopK, topk_compress, topk_sample
-
-T = TypeVar("T", Tensor, TopK)
 
 SERVER = "server"
 """Who sends the teacher back to the clients."""
@@ -76,19 +73,6 @@ def topk(answers: payload.Answers) -> TopK:
     kept[silent], tail[silent] = -np.inf, 0.0
     ids = torch.from_numpy(np.array(answers.ids))  # what was admitted cannot be written to
     return TopK(ids, torch.from_numpy(kept), torch.from_numpy(tail), answers.vocab_size)
-
-
-def stacked(parts: list[T]) -> T:
-    """Rows one after the other."""
-    first = parts[0]
-    if len(parts) == 1:
-        return first
-    if isinstance(first, Tensor):
-        return torch.cat(parts)
-    ids, log_probs, log_tail = (
-        torch.cat([getattr(part, name) for part in parts]) for name in ("ids", "log_probs", "log_tail")
-    )
-    return TopK(ids, log_probs, log_tail, first.vocab_size)
 
 
 def codes(answers: payload.Answers) -> Tensor:

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from feddistill.accounting import FlopMeter
 from feddistill.config.training import DistillConfig, TrainingConfig
-from feddistill.tensorfile import TensorFile
+from feddistill.tensorfile import Chained, TensorFile
 from feddistill.training.blocks import BlockLessons
 from feddistill.types import NO_LABEL as NO_LABEL
 from feddistill.types import Tick
@@ -28,7 +28,7 @@ class Lessons:
     """Token ids of each text."""
     labels: Tensor
     """``[N]`` int64; ``NO_LABEL`` where there is none."""
-    teacher: Tensor | TensorFile | None = None
+    teacher: Tensor | TensorFile | Chained | None = None
     """``[N, V]`` log-probabilities; ``None`` when there is no teacher."""
     taught: Tensor | None = None
     """``[N]`` bool, which rows of ``teacher`` count; ``None`` for all of them."""

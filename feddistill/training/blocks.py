@@ -13,7 +13,7 @@ from torch import Tensor
 
 from feddistill.blocks import Blocks
 from feddistill.config.training import DistillConfig
-from feddistill.tensorfile import TopKFile
+from feddistill.tensorfile import Chained, TopKFile
 from feddistill.types import NO_LABEL
 from feddistill_kernels import TopK, linear_distillation_loss
 
@@ -31,14 +31,14 @@ class BlockLessons:
     """``[B]``, a block's first row: it has one for each token but its last."""
     labels: Tensor
     """``[R]`` next tokens; ``NO_LABEL`` where they are not to be learned."""
-    teacher: TopK | TopKFile | None = None
+    teacher: TopK | TopKFile | Chained | None = None
     """Answers to some rows."""
     taught: Tensor | None = None
     """``[R]``, which row of ``teacher`` answers; ``NOT_TAUGHT`` where none does."""
 
 
 def lessons_of(
-    blocks: Blocks, teacher: TopK | TopKFile | None = None, rows: Tensor | None = None
+    blocks: Blocks, teacher: TopK | TopKFile | Chained | None = None, rows: Tensor | None = None
 ) -> BlockLessons:
     """All of ``blocks``; ``rows`` are those that ``teacher`` answers, in its order."""
     labels = torch.from_numpy(np.where(blocks.wanted, blocks.targets, NO_LABEL))
@@ -89,6 +89,19 @@ def together(own: BlockLessons, more: BlockLessons) -> BlockLessons:
         torch.cat([own.labels, more.labels]),
         more.teacher,
         taught,
+    )
+
+
+def repeated(lessons: BlockLessons, count: int, answers: int) -> BlockLessons:
+    """The same blocks ``count`` times, each time taught by the next ``answers`` rows of the teacher."""
+    assert lessons.taught is not None, "which rows are answered"
+    taught, rows = lessons.taught, len(lessons.labels)
+    return BlockLessons(
+        list(lessons.tokens) * count,
+        np.concatenate([lessons.first + rows * n for n in range(count)]),
+        lessons.labels.repeat(count),
+        lessons.teacher,
+        torch.cat([torch.where(taught == NOT_TAUGHT, taught, taught + answers * n) for n in range(count)]),
     )
 
 

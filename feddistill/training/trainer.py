@@ -81,6 +81,25 @@ class _Ticker(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
         self.tick(state.global_step, state.max_steps)
 
 
+class _Averages(TrainerCallback):  # type: ignore[misc]
+    """Ends a training with an exponential moving average of the weights.
+
+    The decay grows to the one that is asked for, ``min(decay, (1 + step) / (10 + step))``, so that the
+    weights of the beginning are forgotten however short the training is.
+    """
+
+    def __init__(self, weights: list[nn.Parameter], decay: float):
+        self.weights, self.decay = weights, decay
+        self.mean = [weight.detach().clone() for weight in weights]
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        decay = min(self.decay, (1 + state.global_step) / (10 + state.global_step))
+        torch._foreach_lerp_(self.mean, [weight.detach() for weight in self.weights], 1 - decay)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        torch._foreach_copy_([weight.detach() for weight in self.weights], self.mean)
+
+
 class BatchLoss(Protocol):
     """The loss of a batch."""
 
@@ -166,6 +185,8 @@ class LessonTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
             data_collator=_Padding(pad_id),
             callbacks=[_Ticker(tick)] if tick else None,
         )
+        if config.ema:
+            self.add_callback(_Averages(self._trained(), config.ema))
         self.remove_callback(PrinterCallback)  # its lines of numbers; ours go to the records
         self.lengths = [len(text) for text in tokens]
         self.batch_loss, self.config, self.head, self.meter = batch_loss, config, head, meter
