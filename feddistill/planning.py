@@ -75,7 +75,7 @@ def _plan(session: Session) -> Json:
         for index, model in enumerate(config.clients.models[:count])
     ]
     student = learner_of(session, config.student.model, "student.model")
-    jobs = list(_jobs(session, learners, student))
+    jobs = [job for job in _jobs(session, learners, student) if not job.learner.closed]
     speeds: dict[tuple[int, int], float] = {}
     for job in jobs:
         if (tried := _tried(job)) not in speeds:

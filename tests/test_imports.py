@@ -60,8 +60,9 @@ MODULES = {
     "presets": {"errors"},
     "config": {"attacks", "errors", "presets", "rules", "setting"},
     **dict.fromkeys(sorted(STAGES), BELOW_STAGES),  # stages do not import each other
+    "black_box": {"alignment", "config", "errors", "models", "payload"},
     "sharing": {"config", "errors", "models", "store"},
-    "methods": BELOW_METHODS | {"federation", "sharing"},
+    "methods": BELOW_METHODS | {"black_box", "federation", "sharing"},
     "results": {"attacks", "config", "data", "rules", "store", "tasks", "types"},
     "planning": BELOW_METHODS | {"methods", "results"},
     "revision": BELOW_METHODS | {"experiment", "methods"},

@@ -53,6 +53,9 @@ Baseline = Literal[
 AT_CLIENTS = ("fedavg", "public_only")
 """Baselines that can be where the server has nobody's private texts."""
 
+TRAINS_CLIENTS = ("fedmd", "fedmkt", "centralized_distillation")
+"""Baselines that train the clients' own models, as black boxes cannot be."""
+
 OF_LANGUAGE = ("public_only", "local_only", "centralized", "fedavg")
 """Baselines that can be where the task is ``causal_lm``."""
 
@@ -134,6 +137,7 @@ class Config(Setting):
                 "student.model.lora is for clients: the student is exported whole (baselines: [fedlora] "
                 "averages adapters of it)"
             )
+        self._fits_black_boxes()
         if "local_only" in self.baselines and not self.clients.evaluate:
             raise ConfigError("baselines: local_only needs clients.evaluate, which is false")
         if len(set(self.baselines)) < len(self.baselines):
@@ -157,6 +161,25 @@ class Config(Setting):
         for what, is_wrong in wrong.items():
             if is_wrong:
                 raise ConfigError(f"{what} is for classification, not for task = causal_lm")
+
+    def _fits_black_boxes(self) -> None:
+        """What is only asked cannot be trained."""
+        if self.student.model.black_box:
+            kind = self.student.model.source.kind
+            raise ConfigError(f"student.model.source.kind = {kind} is for clients: the student is trained")
+        for index, model in enumerate(self.clients.models):
+            if not model.black_box:
+                continue
+            name = f"clients.models.{index}"
+            for baseline in self.baselines:
+                if baseline in TRAINS_CLIENTS:
+                    raise ConfigError(
+                        f"baselines: {baseline} trains the clients' models, but {name} is only asked"
+                    )
+            if self.task == "classification" and model.source.kind == "endpoint":
+                raise ConfigError(f"{name}.source.kind = endpoint is for task = causal_lm")
+            if self.task == "causal_lm" and getattr(model.source, "tokenizer", None) is None:
+                raise ConfigError(f"{name}.source.tokenizer is missing: its blocks are token ids")
 
     def _fits_clients(self, clients: int) -> None:
         """A rule sees those that are asked in a round."""

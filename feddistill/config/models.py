@@ -48,7 +48,42 @@ class ScratchModel(Setting):
     """Whose tokenizer it reads with."""
 
 
-ModelSource = Annotated[HubModel | PackageModel | ScratchModel, Field(discriminator="kind")]
+class CallableModel(Setting):
+    """A client's model that is only asked: a Python function (``docs/black_boxes.md``)."""
+
+    kind: Literal["callable"] = "callable"
+    name: str = Field(pattern=r"^[\w.]+:[\w.]+$")
+    """``package.module:function``, found as ``import`` finds it."""
+    tokenizer: "TokenizerSource | None" = None
+    """Of ``causal_lm``: whose ids the blocks have that the function is called with."""
+
+
+class EndpointModel(Setting):
+    """A client's language model that is only asked, over HTTP in the manner of OpenAI's completions."""
+
+    kind: Literal["endpoint"] = "endpoint"
+    url: str = Field(pattern=r"^https?://\S+$")
+    """What ``/completions`` stands behind: ``http://127.0.0.1:8000/v1``."""
+    model: str
+    """What the endpoint calls it."""
+    tokenizer: "TokenizerSource"
+    """The model's own."""
+    top: int = Field(default=20, ge=1, le=1000)
+    """Log-probabilities of each token to ask for; many servers give 5 or 20 at the most."""
+    echo: bool = True
+    """Whether it tells the log-probabilities of a prompt's tokens; where not, each token takes a prompt."""
+    parallel: int = Field(default=4, ge=1, le=64)
+    """Requests at a time."""
+    timeout: float = Field(default=120.0, gt=0)
+    """Seconds that a request may take."""
+    key_variable: str | None = Field(default=None, pattern=r"^[A-Za-z_]\w*$")
+    """The environment variable that holds the key; the key itself stands in no file of a run."""
+
+
+BlackBoxModel = CallableModel | EndpointModel
+ModelSource = Annotated[
+    HubModel | PackageModel | ScratchModel | CallableModel | EndpointModel, Field(discriminator="kind")
+]
 TokenizerSource = Annotated[
     HubModel | PackageModel | ScratchModel | TrainedTokenizer, Field(discriminator="kind")
 ]
@@ -84,6 +119,21 @@ class ModelConfig(Setting):
     max_tokens: int = Field(default=128, ge=2)
     """Longer texts are cut. Of ``causal_lm``: the length of the blocks that texts are packed into."""
 
+    @property
+    def black_box(self) -> bool:
+        """Whether it is asked, and neither trained nor looked into."""
+        return isinstance(self.source, BlackBoxModel)
+
+    @model_validator(mode="after")
+    def _closed(self) -> Self:
+        changed = self.layers or self.freeze_embeddings or self.freeze_layers or self.lora
+        if self.black_box and (changed or self.frozen_cache_mb):
+            raise ValueError(
+                f"a model of kind {self.source.kind} is only asked: layers, freeze_embeddings, "
+                "freeze_layers, frozen_cache_mb and lora are not for it"
+            )
+        return self
+
     @model_validator(mode="after")
     def _frozen_first(self) -> Self:
         if self.frozen_cache_mb and not (self.freeze_embeddings and self.freeze_layers):
@@ -91,4 +141,5 @@ class ModelConfig(Setting):
         return self
 
 
-ScratchModel.model_rebuild()
+for _waits in (ScratchModel, CallableModel, EndpointModel):
+    _waits.model_rebuild()

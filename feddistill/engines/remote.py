@@ -33,6 +33,9 @@ class RemoteClient:
     file: Path | None = None
     """Its ``Institution``; ``None`` in a simulation, where every process knows all texts and takes its own
     ones."""
+    simulated: bool = False
+    """Whether server and client are one user's: only then may the server's settings name code to call, or
+    an address to ask."""
 
     def handle(self, task: Task) -> Reply:
         """Do what the server asks.
@@ -100,6 +103,11 @@ class RemoteClient:
     def _with_own_model(self, config: Config) -> Config:
         own = None if self.file is None else institution.load(self.file).model
         if own is None:
+            if not self.simulated and any(model.black_box for model in config.clients.models):
+                raise ConfigError(
+                    f"{self.name}: a model of kind callable or endpoint is named by the institution's own "
+                    "file (model:), not by the server"
+                )
             return config
         return config.model_copy(update={"clients": config.clients.model_copy(update={"models": (own,)})})
 

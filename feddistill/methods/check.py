@@ -8,6 +8,7 @@ from feddistill.attacks import liars
 from feddistill.config import Config
 from feddistill.config.models import ModelConfig
 from feddistill.errors import ConfigError, ModelError
+from feddistill.methods import black_box
 from feddistill.methods.question import question_of
 from feddistill.models import adapters, causal
 from feddistill.models.tokenizers import fingerprint
@@ -53,7 +54,11 @@ def check(config: Config, splits: Splits, *, build: bool = True) -> None:
         for index, model in enumerate(config.clients.models[: max(splits.places) + 1])
     }
     for name, model in {**several, "student.model": config.student.model}.items():
-        if config.task == "causal_lm":
+        if model.black_box:
+            asked = black_box.tried(model, name, splits.proxy, classes, config.task)
+            if asked is not None:
+                _speaks(config, asked, question.fingerprint, name)
+        elif config.task == "causal_lm":
             built = _built(model, name, splits)
             _speaks(config, built, question.fingerprint, name)
             adapters.adapt(built.model, model, name, head=False)

@@ -6,6 +6,7 @@ from torch import nn
 
 from feddistill import training
 from feddistill.config.models import ModelConfig
+from feddistill.methods.black_box import ClosedCausal, ClosedClassifier
 from feddistill.methods.causal import CausalLearner
 from feddistill.methods.learner import Learner, Session, best_of, later
 from feddistill.store import Json
@@ -14,12 +15,16 @@ from feddistill.types import TextSet
 LEARNERS: dict[str, type[Learner]] = {"classification": Learner, "causal_lm": CausalLearner}
 """By task."""
 
+CLOSED: dict[str, type[Learner]] = {"classification": ClosedClassifier, "causal_lm": ClosedCausal}
+"""By task, of models that are only asked."""
+
 
 def learner_of(
     session: Session, config: ModelConfig, name: str, *, adapt: Callable[[nn.Module], None] | None = None
 ) -> Learner:
     """The learner of the session's task."""
-    return LEARNERS[session.config.task](session, config, name, adapt=adapt)
+    kinds = CLOSED if config.black_box else LEARNERS
+    return kinds[session.config.task](session, config, name, adapt=adapt)
 
 
 def student_rounds(session: Session, name: str, texts: TextSet) -> list[Json]:

@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from feddistill.config.models import ModelConfig, ScratchModel
+from feddistill.config.models import BlackBoxModel, ModelConfig, ScratchModel
 from feddistill.errors import ModelError
 from feddistill.models import frozen
 from feddistill.models.frozen import States
@@ -182,6 +182,7 @@ def loaded(
         except (ValueError, RuntimeError, TypeError) as error:
             raise ModelError(f"{name}.source.settings: {first_line(error)}") from None
     else:
+        assert not isinstance(config.source, BlackBoxModel), "there is nothing to load"
         where = location(config.source, name)
         more = {"revision": getattr(config.source, "revision", None) or "main", **gguf_of(config.source)}
         try:

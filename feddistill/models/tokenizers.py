@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from feddistill.config.models import ModelSource, ScratchModel, TrainedTokenizer
+from feddistill.config.models import BlackBoxModel, ModelSource, ScratchModel, TrainedTokenizer
 from feddistill.errors import ModelError
 from feddistill.models.places import first_line, gguf_of, location
 
@@ -28,7 +28,8 @@ def tokenizer_of(
     Raises:
         ModelError: It cannot be had.
     """
-    while isinstance(source, ScratchModel):
+    while isinstance(source, ScratchModel | BlackBoxModel):
+        assert source.tokenizer is not None, "the configuration has one where it is asked for"
         source = source.tokenizer
     if isinstance(source, TrainedTokenizer):
         return _fast(_trained(source.vocab_size, tuple(public)))

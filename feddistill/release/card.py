@@ -10,7 +10,7 @@ from jinja2 import Environment, StrictUndefined
 from feddistill import presets
 from feddistill.config import Config
 from feddistill.config.data import EmbeddedSource, FileSource, GivenPartition, HubSource, PresetSource, Source
-from feddistill.config.models import HubModel, ModelConfig, PackageModel, TrainedTokenizer
+from feddistill.config.models import BlackBoxModel, HubModel, ModelConfig, PackageModel, TrainedTokenizer
 from feddistill.models import MeanPoolClassifier
 from feddistill.report import NAMES, metric_rows, size
 from feddistill.store import Json
@@ -158,6 +158,8 @@ def _origin(model: ModelConfig) -> str:
         of = source.name if _of_hub(source.name) else "a local model"
     elif isinstance(source, PackageModel):
         of = f"{source.package}/{source.path}"
+    elif isinstance(source, BlackBoxModel):
+        of = "a model that was only asked"
     else:
         of = f"{source.architecture} from random weights"
         if isinstance(source.tokenizer, TrainedTokenizer):

@@ -47,11 +47,12 @@ def _handle(message: Message, context: Context) -> Reply:
         from feddistill.engines.remote import RemoteClient
 
         settings = context.node_config
-        if "partition-id" in settings and context.run_config["cwd"]:  # in a simulation, the command's
+        simulated = "partition-id" in settings
+        if simulated and context.run_config["cwd"]:  # in a simulation, the command's
             os.chdir(str(context.run_config["cwd"]))
         state = _state(context)
         file = settings.get("data")
-        client = RemoteClient(name, state, Path(str(file)) if file else None)
+        client = RemoteClient(name, state, Path(str(file)) if file else None, simulated)
         return client.handle(to_task(message.content))
     except Exception as error:
         _keep(context, error)
