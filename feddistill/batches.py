@@ -9,9 +9,15 @@ PAD_TO = 8
 """Batches are padded to a multiple of this: few shapes, aligned rows."""
 
 
-def pad(tokens: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Token ids and mask, ``[B, L]`` each, ``L`` a multiple of ``PAD_TO``."""
-    length = -(-max(map(len, tokens)) // PAD_TO) * PAD_TO
+def padded(length: int) -> int:
+    """Tokens of a batch whose longest text has ``length``."""
+    return -(-length // PAD_TO) * PAD_TO
+
+
+def pad(tokens: Sequence[Sequence[int]], pad_id: int, *, exact: bool = False) -> tuple[Tensor, Tensor]:
+    """Token ids and mask, ``[B, L]`` each; ``L`` is a multiple of ``PAD_TO``, but if ``exact``."""
+    longest = max(map(len, tokens))
+    length = longest if exact else padded(longest)
     ids = torch.full((len(tokens), length), pad_id, dtype=torch.long)
     mask = torch.zeros(len(tokens), length, dtype=torch.long)
     for i, text in enumerate(tokens):

@@ -6,7 +6,7 @@ predicts token ``r + 1`` of the stream, and stands in block ``r // (length - 1)`
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,19 @@ class Blocks:
     """``[R]``, whether the token that a row predicts is one to learn and to judge by."""
     length: int
     """Tokens of a block, at most."""
+    shown: Ints | None = None
+    """``[R + 1]``, what is read in the place of ``stream``, where tokens are hidden."""
+
+    def hiding(self, rows: Ints, token: int) -> "Blocks":
+        """The same, with ``token`` read in the place of those that ``rows`` predict.
+
+        >>> blocks = pack([[5, 6, 7], [8]], end=0, length=4).hiding(np.array([1]), 9)
+        >>> [blocks[b].tolist() for b in range(len(blocks))], blocks.targets.tolist()
+        ([[0, 5, 9, 7], [7, 0, 8, 0]], [5, 6, 7, 0, 8, 0])
+        """
+        shown = self.stream.copy()
+        shown[rows + 1] = token
+        return replace(self, shown=shown)
 
     @property
     def rows(self) -> int:
@@ -46,7 +59,8 @@ class Blocks:
         if not 0 <= block < len(self):
             raise IndexError(block)
         start = self.first(block)
-        return self.stream[start : start + self.length]
+        read = self.stream if self.shown is None else self.shown
+        return read[start : start + self.length]
 
     def first(self, block: int) -> int:
         """The first row of a block; one that is past the last block is ``R``."""

@@ -43,6 +43,32 @@ class Language:
         return {name: round(value, 6) for name, value in asdict(self).items()}
 
 
+@dataclass(frozen=True, slots=True)
+class Masked:
+    """Figures of a masked language model on the hidden tokens of one set of texts."""
+
+    cross_entropy: float
+    """Mean nats of the hidden token."""
+    perplexity: float
+    """``exp(cross_entropy)``."""
+    accuracy: float
+    """Share of the hidden tokens that are the likeliest ones."""
+
+    def as_dict(self) -> dict[str, float]:
+        """By name, rounded to six digits: what the records hold."""
+        return {name: round(value, 6) for name, value in asdict(self).items()}
+
+
+def masked(nats: float, right: int, tokens: int) -> Masked:
+    """Of ``tokens`` that cost ``nats`` together, ``right`` of which are the likeliest.
+
+    >>> masked(4 * math.log(2), 1, 4)
+    Masked(cross_entropy=0.69..., perplexity=2.0, accuracy=0.25)
+    """
+    mean = nats / tokens
+    return Masked(mean, math.exp(min(mean, 700.0)), right / tokens)
+
+
 def language(nats: float, tokens: int, size: int) -> Language:
     """Of ``tokens`` that cost ``nats`` together, of texts of ``size`` bytes.
 

@@ -1,4 +1,4 @@
-"""A causal language model in two: a body that gives hidden states, and a linear head.
+"""A language model in two: a body that gives hidden states, and a linear head.
 
 Applied to all of them the head gives ``B L V`` numbers, which nobody has the memory for: so the two are used
 apart. ``L`` tokens of a block, ``H`` hidden size, ``V`` vocabulary.
@@ -18,6 +18,26 @@ def hidden_states(model: nn.Module, ids: Tensor) -> Tensor:
     body = getattr(model, str(model.base_model_prefix))
     states: Tensor = body(input_ids=ids).last_hidden_state
     return states
+
+
+def masked_states(model: nn.Module, ids: Tensor, attention: Tensor | None, places: Tensor) -> Tensor:
+    """What the head of a masked language model multiplies, ``[n, H]``, at ``places`` of ``ids [B * L]``.
+
+    Between the body and the product there are layers, another in each architecture: so the whole model runs,
+    and the product is left out.
+    """
+    held: list[Tensor] = []
+
+    def gather(_: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor]:
+        held.append(given[0].flatten(0, -2)[places])
+        return (held[0][:0],)
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(gather)  # type: ignore[operator]
+    try:
+        model(input_ids=ids, attention_mask=attention)
+    finally:
+        hook.remove()
+    return held[0]
 
 
 def head_of(model: nn.Module) -> tuple[Tensor, Tensor | None]:

@@ -13,6 +13,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -29,11 +30,12 @@ from feddistill.models import causal
 from feddistill.seeds import derive
 from feddistill.store import CONFIG, RESULT, RunDirectory
 
-Task = Literal["classification", "causal_lm", "reading"]
+Task = Literal["classification", "causal_lm", "masked_lm", "reading"]
 HEADS: dict[str, tuple[Task, Any]] = {
     "ForSequenceClassification": ("classification", AutoModelForSequenceClassification),
     "ForCausalLM": ("causal_lm", AutoModelForCausalLM),
     "LMHeadModel": ("causal_lm", AutoModelForCausalLM),
+    "ForMaskedLM": ("masked_lm", AutoModelForMaskedLM),
     "ForQuestionAnswering": ("reading", AutoModelForQuestionAnswering),
 }
 """By the end of an architecture's name."""
@@ -128,7 +130,8 @@ def _built(config: Config, classes: int, public: tuple[str, ...]) -> models.Spec
     seed = derive(config.seed, "init", name)
     if config.task == "classification":
         return models.build(config.student.model, classes, seed, name, public)
-    built = causal.build(config.student.model, seed, name, public)
+    masked = config.task == "masked_lm"
+    built = causal.build(config.student.model, seed, name, public, masked=masked)
     return models.Specialist(built.model, built.reader.tokenizer, built.max_tokens)
 
 

@@ -75,4 +75,12 @@ TASKS: dict[str, Task] = {
         larger_is_better=False,
         percent=False,
     ),
+    "masked_lm": Task(
+        figures=("cross_entropy", "perplexity", "accuracy"),
+        shown={"cross_entropy": "nats/token", "perplexity": "perplexity", "accuracy": "accuracy"},
+        decides="cross_entropy",
+        words="nats a hidden token",
+        larger_is_better=False,
+        percent=False,
+    ),
 }

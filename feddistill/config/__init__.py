@@ -56,15 +56,19 @@ AT_CLIENTS = ("fedavg", "public_only")
 TRAINS_CLIENTS = ("fedmd", "fedmkt", "centralized_distillation")
 """Baselines that train the clients' own models, as black boxes cannot be."""
 
+LANGUAGE = ("causal_lm", "masked_lm")
+"""Tasks whose classes are tokens."""
+
 OF_LANGUAGE = ("public_only", "local_only", "centralized", "fedavg")
-"""Baselines that can be where the task is ``causal_lm``."""
+"""Baselines that can be where the task is one of those."""
 
 DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
-    "causal_lm": {
+    task: {
         "payload": {"codec": "topk"},
         "distill": {"temperature": 1.0},
         "clients": {"codistillation": {"target": "soft"}},
     }
+    for task in LANGUAGE
 }
 """By task, defaults that are not the fields' own."""
 
@@ -74,8 +78,9 @@ class Config(Setting):
 
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9_-]{1,64}$")
     """Names the default output directory."""
-    task: Literal["classification", "causal_lm"] = "classification"
-    """What is learned: a text's class, or each next token (``docs/language_models.md``)."""
+    task: Literal["classification", "causal_lm", "masked_lm"] = "classification"
+    """What is learned: a text's class, each next token, or tokens that are hidden
+    (``docs/language_models.md``)."""
     seed: int = Field(default=0, ge=0, lt=2**31)
     rounds: int = Field(default=3, ge=1, le=10_000)
     threads: int | None = Field(default=None, ge=1)
@@ -125,7 +130,7 @@ class Config(Setting):
                 "payload.codec = 'sampled' is unbiased in the mean alone: "
                 f"aggregation.rule must be mean_probs, not {rule.kind}"
             )
-        if self.task == "causal_lm":
+        if self.task in LANGUAGE:
             self._fits_language()
         elif "labels" in rule.needs() and not self.data.proxy.labelled:
             what = rule.kind if rule.weighting() == "uniform" else f"{rule.kind}, weights: {rule.weighting()}"
@@ -160,7 +165,11 @@ class Config(Setting):
         wrong |= {f"baselines: {name}": name not in OF_LANGUAGE for name in self.baselines}
         for what, is_wrong in wrong.items():
             if is_wrong:
-                raise ConfigError(f"{what} is for classification, not for task = causal_lm")
+                raise ConfigError(f"{what} is for classification, not for task = {self.task}")
+        if self.task == "masked_lm" and self.language.step != 1:
+            raise ConfigError(
+                "language.step is for task = causal_lm; of masked_lm, language.masked says how many"
+            )
 
     def _fits_black_boxes(self) -> None:
         """What is only asked cannot be trained."""
@@ -176,6 +185,8 @@ class Config(Setting):
                     raise ConfigError(
                         f"baselines: {baseline} trains the clients' models, but {name} is only asked"
                     )
+            if self.task == "masked_lm":
+                raise ConfigError(f"{name}.source.kind = {model.source.kind} is not for task = masked_lm")
             if self.task == "classification" and model.source.kind == "endpoint":
                 raise ConfigError(f"{name}.source.kind = endpoint is for task = causal_lm")
             if self.task == "causal_lm" and getattr(model.source, "tokenizer", None) is None:

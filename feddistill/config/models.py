@@ -34,6 +34,8 @@ class TrainedTokenizer(Setting):
 
     kind: Literal["trained"] = "trained"
     vocab_size: int = Field(default=2048, ge=257, le=65_536)
+    mask: bool = False
+    """Whether it has a token that hides others, as ``masked_lm`` needs."""
 
 
 class ScratchModel(Setting):

@@ -124,12 +124,14 @@ def _several(value: Any) -> Any:
 
 
 class LanguageConfig(Setting):
-    """Of the task ``causal_lm``."""
+    """Of the tasks ``causal_lm`` and ``masked_lm``."""
 
     positions: Literal["every", "answer"] = "every"
     """Tokens that are learned, answered and judged by: all, or those that are not of a prompt."""
     step: int = Field(default=1, ge=1)
     """Of these, every ``step``-th one of the proxy texts is answered; the others have their labels alone."""
+    masked: float = Field(default=0.15, gt=0, lt=1)
+    """Of ``masked_lm``, the share of the tokens that are hidden."""
 
 
 class SimulateConfig(Setting):

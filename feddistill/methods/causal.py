@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from feddistill import evaluation, payload
+from feddistill.batches import pad
 from feddistill.blocks import Blocks
 from feddistill.config.models import ModelConfig
 from feddistill.errors import ModelError
@@ -41,6 +42,7 @@ class CausalLearner(Learner):
             self.name,
             self.session.splits.proxy.texts,
             answers_only=self.session.config.language.positions == "answer",
+            masked=self.session.config.task == "masked_lm",
         )
 
     def blocks(self, texts: TextSet, length: int | None = None) -> Blocks:
@@ -129,7 +131,8 @@ class CausalLearner(Learner):
         blocks, whole = self._asked()
         asked = whole[start:stop].numpy()
         if self._translation is None:
-            return wire.compress_parts(self._logits(blocks, asked, tick), spec, seed)
+            said = self._logits(self._shown(blocks, whole.numpy()), asked, tick)
+            return wire.compress_parts(said, spec, seed)
         rows = self._translation.rows(asked)
         kept = kept_before(spec.k, self.specialist.reader.vocab_size)
         said = self._logits(self._translation.client.blocks, rows, tick)
@@ -153,6 +156,14 @@ class CausalLearner(Learner):
         size = self.specialist.reader.bytes(texts)
         return evaluation.language(total, len(rows), size).as_dict()
 
+    def _shown(self, blocks: Blocks, rows: NDArray[np.int64]) -> Blocks:
+        """``blocks`` as the model reads them when it is asked ``rows``."""
+        return blocks
+
+    def _states(self, ids: Tensor, attention: Tensor, places: Tensor) -> Tensor:
+        """What the head multiplies, ``[n, H]``, for the tokens behind ``places`` of ``ids [B * L]``."""
+        return hidden_states(self.model, ids).flatten(0, 1)[places]
+
     def _logits(self, blocks: Blocks, rows: NDArray[np.int64], tick: Tick | None) -> Iterator[Tensor]:
         """Logits ``[m, V]`` of ``rows``, which ascend, some rows at a time."""
         model, size = self.model, self.session.config.clients.answer_batch_size
@@ -162,16 +173,13 @@ class CausalLearner(Learner):
         model.eval()
         for first in range(0, len(needed), size):
             batch = needed[first : first + size]
-            ids = torch.full((len(batch), max(len(blocks[b]) for b in batch)), self.specialist.pad_id)
-            for at, block in enumerate(batch):
-                ids[at, : len(blocks[block])] = torch.from_numpy(blocks[block])
+            ids, attention = pad([blocks[b].tolist() for b in batch], self.specialist.pad_id, exact=True)
             span = np.searchsorted(rows, [batch[0] * step, (batch[-1] + 1) * step])
             here = rows[span[0] : span[1]]
-            places = np.searchsorted(batch, here // step) * ids.shape[1] + here % step
+            places = torch.from_numpy(np.searchsorted(batch, here // step) * ids.shape[1] + here % step)
             with torch.inference_mode():
                 with torch.autocast(device.type, torch.bfloat16, enabled=self.session.bf16):
-                    hidden = hidden_states(model, ids.to(device)).flatten(0, 1)
-                chosen = hidden[torch.from_numpy(places).to(device)]
+                    chosen = self._states(ids.to(device), attention.to(device), places.to(device))
                 for logits in logits_of(model, chosen, vocab_size, bf16=self.session.bf16):
                     if math.isnan(float(logits.sum())):
                         raise ModelError(

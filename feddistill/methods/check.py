@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from feddistill import models
 from feddistill.alignment import Vocabulary, check_alignable
 from feddistill.attacks import liars
-from feddistill.config import Config
+from feddistill.config import LANGUAGE, Config
 from feddistill.config.models import ModelConfig
 from feddistill.errors import ConfigError, ModelError
 from feddistill.methods import black_box
@@ -42,7 +42,7 @@ def check(config: Config, splits: Splits, *, build: bool = True) -> None:
         )
     if "fedlora" in config.baselines and find_spec("peft") is None:
         raise ConfigError("baselines: fedlora needs the package peft: pip install 'feddistill[lora]'")
-    labelled = config.task == "causal_lm" or (splits.proxy.labels != UNLABELLED).any()
+    labelled = config.task in LANGUAGE or (splits.proxy.labels != UNLABELLED).any()
     if "fedmkt" in config.baselines and not labelled:
         raise ConfigError("baselines: fedmkt needs labels, but data.proxy.labelled is 0")
     if "public_only" in config.baselines and not labelled:
@@ -58,8 +58,8 @@ def check(config: Config, splits: Splits, *, build: bool = True) -> None:
             asked = black_box.tried(model, name, splits.proxy, classes, config.task)
             if asked is not None:
                 _speaks(config, asked, question.fingerprint, name)
-        elif config.task == "causal_lm":
-            built = _built(model, name, splits)
+        elif config.task in LANGUAGE:
+            built = _built(model, name, splits, masked=config.task == "masked_lm")
             _speaks(config, built, question.fingerprint, name)
             adapters.adapt(built.model, model, name, head=False)
         else:
@@ -67,12 +67,13 @@ def check(config: Config, splits: Splits, *, build: bool = True) -> None:
             adapters.adapt(made.model, model, name, head=True)
 
 
-def _built(model: ModelConfig, name: str, splits: Splits) -> causal.Causal:
+def _built(model: ModelConfig, name: str, splits: Splits, *, masked: bool) -> causal.Causal:
+    client, student = ("causal", "masked") if masked else ("masked", "causal")
     try:
-        return causal.build(model, 0, name, splits.proxy.texts)
-    except causal.LooksAheadError:
+        return causal.build(model, 0, name, splits.proxy.texts, masked=masked)
+    except (causal.LooksAheadError, causal.LooksBackError):
         if name != "student.model":
-            check_alignable("masked", "causal", False, name)
+            check_alignable(client, student, False, name)
         raise
 
 
@@ -80,6 +81,8 @@ def _speaks(config: Config, built: causal.Causal, wanted: str, name: str) -> Non
     """Whether a language model can answer about the student's tokens."""
     length = config.student.model.max_tokens
     if fingerprint(built.reader.tokenizer) != wanted:
+        if config.task == "masked_lm":
+            check_alignable("masked", "masked", False, name)
         if config.payload.codec == "sampled":
             raise ConfigError(
                 "payload.codec = 'sampled' cannot say that a row has no opinion, but the tokenizer of "

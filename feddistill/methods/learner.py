@@ -29,7 +29,7 @@ from feddistill.store import Json, RunDirectory
 from feddistill.tasks import TASKS, Task
 from feddistill.tensorfile import Chained, TensorFile
 from feddistill.training import Lessons
-from feddistill.training.blocks import BlockLessons
+from feddistill.training.blocks import BlockLessons, Hiding
 from feddistill.types import NO_LABEL, UNLABELLED, Cost, RoundSpec, Splits, TextSet, Tick
 
 
@@ -249,6 +249,7 @@ class Learner:
             distill=distill,
             proximal=proximal,
             vocab_size=self._vocab_size,
+            hiding=self._hiding,
             tick=tick,
         )
 
@@ -256,6 +257,11 @@ class Learner:
     def _vocab_size(self) -> int:
         """Of a language model, ``V``."""
         return 0
+
+    @property
+    def _hiding(self) -> Hiding | None:
+        """Of a masked language model, how tokens are hidden."""
+        return None
 
     def figures(self, texts: TextSet, tick: Tick | None = None) -> dict[str, float]:
         """How well the model does on labelled ``texts``."""

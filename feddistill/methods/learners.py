@@ -9,10 +9,15 @@ from feddistill.config.models import ModelConfig
 from feddistill.methods.black_box import ClosedCausal, ClosedClassifier
 from feddistill.methods.causal import CausalLearner
 from feddistill.methods.learner import Learner, Session, best_of, later
+from feddistill.methods.masked import MaskedLearner
 from feddistill.store import Json
 from feddistill.types import TextSet
 
-LEARNERS: dict[str, type[Learner]] = {"classification": Learner, "causal_lm": CausalLearner}
+LEARNERS: dict[str, type[Learner]] = {
+    "classification": Learner,
+    "causal_lm": CausalLearner,
+    "masked_lm": MaskedLearner,
+}
 """By task."""
 
 CLOSED: dict[str, type[Learner]] = {"classification": ClosedClassifier, "causal_lm": ClosedCausal}

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from feddistill.config import LANGUAGE
 from feddistill.methods.learner import Session
 from feddistill.methods.learners import student_rounds
 from feddistill.store import Json
@@ -11,7 +12,7 @@ from feddistill.types import UNLABELLED
 def run(session: Session) -> Json:
     """What a server could do without any client."""
     proxy = session.splits.proxy
-    if session.config.task == "causal_lm":  # the next tokens are there
+    if session.config.task in LANGUAGE:  # the tokens are there
         return {"rounds": student_rounds(session, "public_only", proxy)}
     labelled = np.flatnonzero(proxy.labels != UNLABELLED)
     return {"rounds": student_rounds(session, "public_only", proxy.select(labelled, "data.proxy (labelled)"))}

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from feddistill import payload
@@ -11,6 +12,7 @@ from feddistill.blocks import Blocks
 from feddistill.config import Config
 from feddistill.models.causal import Reader
 from feddistill.models.tokenizers import fingerprint, tokenizer_of
+from feddistill.seeds import generator
 from feddistill.types import Splits, TextSet
 
 
@@ -52,7 +54,10 @@ def question_of(config: Config, splits: Splits) -> Question:
     tokenizer = tokenizer_of(model.source, "student.model", proxy.texts)
     reader = Reader(tokenizer, settings.positions == "answer")
     blocks = reader.blocks(proxy, model.max_tokens)
-    rows = np.flatnonzero(blocks.wanted)[settings.step - 1 :: settings.step]
+    if config.task == "masked_lm":
+        rows = hidden_rows(config, blocks, proxy.name)
+    else:
+        rows = np.flatnonzero(blocks.wanted)[settings.step - 1 :: settings.step]
     where = _domains(proxy)
     return Question(
         positions=len(rows),
@@ -64,6 +69,15 @@ def question_of(config: Config, splits: Splits) -> Question:
         blocks=blocks,
         rows=torch.from_numpy(rows),
     )
+
+
+def hidden_rows(config: Config, blocks: Blocks, name: str) -> NDArray[np.int64]:
+    """Rows whose tokens are hidden when a masked model answers, or is judged, about the set ``name``: a
+    random share of the wanted ones, the same for everybody."""
+    wanted = np.flatnonzero(blocks.wanted)
+    count = max(1, round(config.language.masked * len(wanted)))
+    drawn = generator(config.seed, "hidden", name).permutation(len(wanted))[:count]
+    return wanted[np.sort(drawn)]
 
 
 def _domains(proxy: TextSet) -> Tensor | None:

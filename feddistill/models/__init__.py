@@ -23,6 +23,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from feddistill.batches import PAD_TO, padded
 from feddistill.config.models import BlackBoxModel, ModelConfig, ScratchModel
 from feddistill.errors import ModelError
 from feddistill.models import frozen
@@ -299,6 +300,11 @@ def reads(model: nn.Module, tokenizer: PreTrainedTokenizerBase, length: int, nam
     longest = getattr(_hf_config(model), "max_position_embeddings", None)
     if longest is not None and length > longest:
         raise ModelError(f"{name}.max_tokens = {length}, but the model reads at most {longest}")
+    if longest is not None and padded(length) > longest:
+        raise ModelError(
+            f"{name}.max_tokens = {length} is padded to {padded(length)}, but the model reads at most "
+            f"{longest}; take {longest - longest % PAD_TO}"
+        )
     text = torch.full((1, length), len(tokenizer) - 1)
     model.eval()
     try:

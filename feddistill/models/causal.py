@@ -1,23 +1,27 @@
-"""Causal language models, and how texts become the blocks that they read."""
+"""Language models, causal and masked, and how texts become the blocks that they read."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedTokenizerBase
 
 from feddistill.blocks import Blocks, pack
 from feddistill.config.models import ModelConfig
 from feddistill.errors import ModelError
-from feddistill.heads import head_of, hidden_states
+from feddistill.heads import head_of, hidden_states, masked_states
 from feddistill.models import cut, loaded, reads
-from feddistill.models.tokenizers import end_id, tokenizer_of
+from feddistill.models.tokenizers import end_id, mask_id, tokenizer_of
 from feddistill.types import TextSet
 
 
 class LooksAheadError(ModelError):
     """A model sees the tokens that it is to predict: it is a masked one."""
+
+
+class LooksBackError(ModelError):
+    """A model does not see what follows: it is a causal one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,41 +67,77 @@ class Causal:
 
     @property
     def pad_id(self) -> int:
-        """What stands behind a block that is shorter than others; no token sees it."""
+        """What stands behind a block that is shorter than others; no token of it sees that."""
         return int(self.reader.tokenizer.pad_token_id)
 
 
 def build(
-    config: ModelConfig, seed: int, name: str, public: Sequence[str] = (), *, answers_only: bool = False
+    config: ModelConfig,
+    seed: int,
+    name: str,
+    public: Sequence[str] = (),
+    *,
+    answers_only: bool = False,
+    masked: bool = False,
 ) -> Causal:
     """The model as it is before any training: as ``models.build``.
 
     Raises:
-        ModelError: Also for a model that looks ahead, or whose head is not linear.
+        ModelError: Also for a model that looks ahead or, where it is to be ``masked``, does not; and for one
+            whose head is not linear.
     """
     tokenizer = tokenizer_of(config.source, name, public)
+    if masked:
+        mask_id(tokenizer, name)
+    auto = AutoModelForMaskedLM if masked else AutoModelForCausalLM
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: nn.Module = loaded(config, AutoModelForCausalLM, {}, tokenizer, name)
+        model: nn.Module = loaded(config, auto, {}, tokenizer, name)
     cut(model, config, name)
     reads(model, tokenizer, config.max_tokens, name)
-    _is_causal(model, len(tokenizer), name)
+    check = _is_masked if masked else _is_causal
+    check(model, len(tokenizer), name)
     return Causal(model, Reader(tokenizer, answers_only), config.max_tokens)
 
 
 def _is_causal(model: nn.Module, vocab_size: int, name: str) -> None:
     """Two texts that differ in their last token, which nothing before it may see."""
-    ids = torch.arange(8).remainder(vocab_size).repeat(2, 1)
-    ids[1, -1] = vocab_size - 1
+    ids = _two_texts(vocab_size)
     model.eval()
     with torch.inference_mode():
-        weight, bias = head_of(model)
         states, logits = hidden_states(model, ids), model(input_ids=ids).logits
-        made = nn.functional.linear(states, weight, bias)
+        if not torch.allclose(states[0, :-1], states[1, :-1], atol=1e-4):
+            kind = type(model).__name__
+            raise LooksAheadError(f"{name}: {kind} looks ahead, so it is no causal language model")
+        _is_linear(model, states, logits, vocab_size, name)
+
+
+def _is_masked(model: nn.Module, vocab_size: int, name: str) -> None:
+    """Two texts that differ in their last token, which what is before it must see."""
+    ids = _two_texts(vocab_size)
+    model.eval()
+    with torch.inference_mode():
+        logits = model(input_ids=ids).logits
+        states = masked_states(model, ids, None, torch.arange(ids.numel())).unflatten(0, ids.shape)
+        if torch.equal(states[0, :-1], states[1, :-1]):
+            kind = type(model).__name__
+            raise LooksBackError(
+                f"{name}: {kind} does not see what follows, so it is no masked language model"
+            )
+        _is_linear(model, states, logits, vocab_size, name)
+
+
+def _two_texts(vocab_size: int) -> Tensor:
+    ids = torch.arange(8).remainder(vocab_size).repeat(2, 1)
+    ids[1, -1] = vocab_size - 1
+    return ids
+
+
+def _is_linear(model: nn.Module, states: Tensor, logits: Tensor, vocab_size: int, name: str) -> None:
+    """Whether logits are a product of the head with ``states``."""
+    weight, bias = head_of(model)
     if len(weight) < vocab_size:
         raise ModelError(f"{name}: the head has {len(weight)} rows, the tokenizer {vocab_size} tokens")
-    if not torch.allclose(states[0, :-1], states[1, :-1], atol=1e-4):
-        kind = type(model).__name__
-        raise LooksAheadError(f"{name}: {kind} looks ahead, so it is no causal language model")
+    made = nn.functional.linear(states, weight, bias)
     if not torch.allclose(made, logits, rtol=1e-3, atol=1e-3):
         raise ModelError(f"{name}: the head of {type(model).__name__} does more than a product")

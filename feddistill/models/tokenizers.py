@@ -12,7 +12,7 @@ from feddistill.config.models import BlackBoxModel, ModelSource, ScratchModel, T
 from feddistill.errors import ModelError
 from feddistill.models.places import first_line, gguf_of, location
 
-END, PAD = "<|end|>", "<|pad|>"
+END, PAD, MASK = "<|end|>", "<|pad|>", "<|mask|>"
 
 
 def tokenizer_of(
@@ -32,7 +32,7 @@ def tokenizer_of(
         assert source.tokenizer is not None, "the configuration has one where it is asked for"
         source = source.tokenizer
     if isinstance(source, TrainedTokenizer):
-        return _fast(_trained(source.vocab_size, tuple(public)))
+        return _fast(_trained(source.vocab_size, source.mask, tuple(public)), source.mask)
     where, gguf = location(source, name), gguf_of(source)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
@@ -57,6 +57,17 @@ def end_id(tokenizer: PreTrainedTokenizerBase) -> int:
     raise ModelError("the tokenizer has no token that could end a text")
 
 
+def mask_id(tokenizer: PreTrainedTokenizerBase, name: str) -> int:
+    """Of the token that hides others.
+
+    Raises:
+        ModelError: There is none.
+    """
+    if tokenizer.mask_token_id is None:
+        raise ModelError(f"{name}: its tokenizer has no token that hides others, as task = masked_lm needs")
+    return int(tokenizer.mask_token_id)
+
+
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """A hash of what decides into which ids a text is cut: equal ones cut alike."""
     tokens: Any = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
@@ -70,7 +81,7 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 @lru_cache(maxsize=8)
-def _trained(vocab_size: int, texts: tuple[str, ...]) -> str:
+def _trained(vocab_size: int, mask: bool, texts: tuple[str, ...]) -> str:
     """As JSON: whoever asks gets a tokenizer of its own."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -81,7 +92,7 @@ def _trained(vocab_size: int, texts: tuple[str, ...]) -> str:
     made.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END, PAD],
+        special_tokens=[END, PAD, *([MASK] if mask else [])],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -89,7 +100,12 @@ def _trained(vocab_size: int, texts: tuple[str, ...]) -> str:
     return str(made.to_str())
 
 
-def _fast(text: str) -> PreTrainedTokenizerBase:
+def _fast(text: str, mask: bool) -> PreTrainedTokenizerBase:
     from tokenizers import Tokenizer
 
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(text), eos_token=END, pad_token=PAD)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(text),
+        eos_token=END,
+        pad_token=PAD,
+        mask_token=MASK if mask else None,
+    )

@@ -17,7 +17,11 @@ from feddistill.store import Json
 from feddistill.students import Student
 from feddistill.tasks import TASKS
 
-PIPELINES = {"classification": "text-classification", "causal_lm": "text-generation"}
+PIPELINES = {
+    "classification": "text-classification",
+    "causal_lm": "text-generation",
+    "masked_lm": "fill-mask",
+}
 EMBEDDED = {
     "wordnet_topics": ("definitions of WordNet 3.0 (Princeton University)", "WordNet 3.0 licence"),
     "sotu_eras": ("State of the Union addresses, 1790 to 2021", "public domain"),

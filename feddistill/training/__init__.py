@@ -14,7 +14,7 @@ from torch.nn import functional
 from feddistill.accounting import FlopMeter
 from feddistill.config.training import DistillConfig, TrainingConfig
 from feddistill.tensorfile import Chained, TensorFile
-from feddistill.training.blocks import BlockLessons
+from feddistill.training.blocks import BlockLessons, Hiding
 from feddistill.types import NO_LABEL as NO_LABEL
 from feddistill.types import Tick
 from feddistill_kernels import distillation_loss
@@ -109,6 +109,7 @@ def fit(
     distill: DistillConfig | None = None,
     proximal: float = 0.0,
     vocab_size: int = 0,
+    hiding: Hiding | None = None,
     tick: Tick | None = None,
 ) -> Trained:
     """Train ``model`` in place.
@@ -128,6 +129,7 @@ def fit(
         proximal: Adds ``proximal / 2 * |w - w_0|**2`` to the loss, ``w_0`` the weights as they are now
             (FedProx: Li et al., MLSys 2020, equation 2).
         vocab_size: Of blocks: ``V``.
+        hiding: Of blocks: how tokens are hidden from a masked model; ``None`` for a causal one.
         tick: Told of every step.
     """
     from feddistill.training import trainer  # 100 MB: a server that only merges answers does without
@@ -136,8 +138,10 @@ def fit(
     batch_loss: trainer.BatchLoss
     if isinstance(lessons, Lessons):
         batch_loss = trainer.TextLoss(lessons, distill)
-    else:
+    elif hiding is None:
         batch_loss = trainer.BlockLoss(lessons, distill, vocab_size, bf16)
+    else:
+        batch_loss = trainer.MaskedLoss(lessons, distill, vocab_size, bf16, hiding, seed)
     with tempfile.TemporaryDirectory() as scratch:
         loop = trainer.LessonTrainer(
             model,

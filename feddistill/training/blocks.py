@@ -22,6 +22,16 @@ NOT_TAUGHT = -1
 
 
 @dataclass(frozen=True, slots=True)
+class Hiding:
+    """How tokens are hidden from a masked model that learns them (Devlin et al., NAACL 2019): of ten that are
+    drawn eight are read as ``token``, one as any other, one as it is."""
+
+    token: int
+    share: float
+    """Of the tokens that are learned."""
+
+
+@dataclass(frozen=True, slots=True)
 class BlockLessons:
     """What is to be learned."""
 

@@ -13,10 +13,10 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from feddistill.accounting import FlopMeter
 from feddistill.batches import pad
 from feddistill.config.training import DistillConfig, TrainingConfig
-from feddistill.heads import head_of, hidden_states
+from feddistill.heads import head_of, hidden_states, masked_states
 from feddistill.training import Lessons, lesson_loss
-from feddistill.training.blocks import NOT_TAUGHT, BlockLessons, block_loss, rows_of
-from feddistill.types import Tick
+from feddistill.training.blocks import NOT_TAUGHT, BlockLessons, Hiding, block_loss, rows_of
+from feddistill.types import NO_LABEL, Tick
 
 
 def in_batches(lengths: list[int], batch_size: int, order: torch.Generator) -> LengthGroupedSampler:
@@ -133,32 +133,93 @@ class BlockLoss:
 
     def __call__(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         """See ``BatchLoss``."""
-        ids, lessons = inputs["input_ids"], self.lessons
+        ids = inputs["input_ids"]
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.bf16):
             hidden = hidden_states(model, ids)
+        places, rows = rows_of(self.lessons, inputs["rows"].tolist(), ids.shape[1])
+        return self._loss(model, hidden.flatten(0, 1)[places.to(ids.device)], rows, self._answers(rows))
+
+    def _answers(self, rows: Tensor) -> Tensor:
+        """Which of the teacher's rows answers each; ``NOT_TAUGHT`` for none."""
+        taught = self.lessons.taught
+        return torch.full_like(rows, NOT_TAUGHT) if taught is None else taught[rows]
+
+    def _loss(self, model: nn.Module, hidden: Tensor, rows: Tensor, answers: Tensor) -> Tensor:
+        """Of ``hidden [n, H]``, which predict the tokens of ``rows``."""
+        lessons, device = self.lessons, hidden.device
         kind = torch.bfloat16 if self.bf16 else torch.float32
-        places, rows = rows_of(lessons, inputs["rows"].tolist(), ids.shape[1])
-        labels, teacher, taught = lessons.labels[rows], None, None
-        if lessons.taught is not None and lessons.teacher is not None:
-            answers = lessons.taught[rows]
+        teacher, taught = None, None
+        if lessons.teacher is not None:
             taught = answers != NOT_TAUGHT
-            teacher = lessons.teacher[answers[taught]].to(ids.device)
+            teacher = lessons.teacher[answers[taught]].to(device)
             said = (teacher.log_probs > -torch.inf).any(-1).cpu()
             taught[taught.clone()] = said
-            teacher = teacher[said.to(ids.device)]
-            taught = taught.to(ids.device)
+            teacher = teacher[said.to(device)]
+            taught = taught.to(device)
         weight, bias = head_of(model)
-        with torch.autocast(ids.device.type, enabled=False):
+        with torch.autocast(device.type, enabled=False):
             return block_loss(
-                hidden.flatten(0, 1)[places.to(ids.device)].to(kind),
+                hidden.to(kind),
                 weight.to(kind),
                 None if bias is None else bias.to(kind),
-                labels.to(ids.device),
+                lessons.labels[rows].to(device),
                 teacher,
                 taught,
                 self.distill,
                 self.vocab_size,
             )
+
+
+class MaskedLoss(BlockLoss):
+    """Of blocks, some of whose tokens are hidden.
+
+    A block that the teacher was asked about has the tokens hidden that it was asked, half of the times that
+    it is read; in all other cases they are drawn anew.
+    """
+
+    def __init__(
+        self,
+        lessons: BlockLessons,
+        distill: DistillConfig | None,
+        vocab_size: int,
+        bf16: bool,
+        hiding: Hiding,
+        seed: int,
+    ):
+        super().__init__(lessons, distill, vocab_size, bf16)
+        self.hiding = hiding
+        self.random = torch.Generator().manual_seed(seed)
+
+    def __call__(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        """See ``BatchLoss``."""
+        ids, blocks = inputs["input_ids"], inputs["rows"].tolist()
+        places, rows = rows_of(self.lessons, blocks, ids.shape[1])
+        places, answers = places + 1, self._answers(rows)  # a row is about the token behind it
+        asked = (torch.rand(len(blocks), generator=self.random) < 0.5)[places // ids.shape[1]]
+        asked &= self._has_answers(answers, places // ids.shape[1], len(blocks))
+        drawn = torch.rand(len(rows), generator=self.random) < self.hiding.share
+        learned = self.lessons.labels[rows] != NO_LABEL
+        hidden = torch.where(asked, answers != NOT_TAUGHT, drawn & learned)
+        if not hidden.any():  # few tokens, and none was drawn
+            hidden[int(torch.randint(len(rows), (1,), generator=self.random))] = True
+        shown = ids.flatten().clone()
+        how = torch.rand(len(rows), generator=self.random)
+        shown[places[hidden & (asked | (how < 0.8))].to(ids.device)] = self.hiding.token
+        other = hidden & ~asked & (how >= 0.9)
+        drawn_ids = torch.randint(self.vocab_size, (int(other.sum()),), generator=self.random)
+        shown[places[other].to(ids.device)] = drawn_ids.to(ids.device)
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.bf16):
+            states = masked_states(
+                model, shown.view_as(ids), inputs["attention_mask"], places[hidden].to(ids.device)
+            )
+        answers = torch.where(asked, answers, NOT_TAUGHT)
+        return self._loss(model, states, rows[hidden], answers[hidden])
+
+    @staticmethod
+    def _has_answers(answers: Tensor, block: Tensor, blocks: int) -> Tensor:
+        """Of each row, whether its block has a row that is answered."""
+        count = torch.zeros(blocks, dtype=torch.int64).index_add_(0, block, (answers != NOT_TAUGHT).long())
+        return count[block] > 0
 
 
 class LessonTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
