@@ -16,9 +16,7 @@ struct Settings {
 extern "C" int run(const Settings& x, const Matrix& student, const Matrix& teacher, const Matrix& ids,
                    const Matrix& log_tail, const std::int64_t* labels, const float* scale, const Matrix& gradient,
                    float* loss, char* message, std::size_t room) {
-    emulator::shared_limit = x.shared_limit;
-    emulator::processor_count = x.processors;
-    emulator::capability = x.capability;
+    const emulator::Machine machine(x.shared_limit, x.processors, x.capability);
     try {
         distillation_cuda({x.rows, x.vocab, x.width, student, teacher, ids, log_tail, x.kept, labels, scale, gradient,
                            loss, static_cast<Kind>(x.kind), x.beta, x.temperature, x.kd, x.ce},
@@ -30,6 +28,7 @@ extern "C" int run(const Settings& x, const Matrix& student, const Matrix& teach
     }
 }
 
-extern "C" void scale(const void* gradient, std::int64_t n, int dtype, const float* factor, void* out) {
-    scale_cuda(gradient, n, static_cast<DType>(dtype), factor, out, nullptr);
+extern "C" const char* scale(const void* gradient, std::int64_t n, int dtype, const float* factor, void* out) {
+    return emulator::guarded(
+        [&] { scale_cuda(gradient, n, static_cast<DType>(dtype), factor, out, nullptr); });
 }

@@ -85,7 +85,7 @@ struct Cluster {
 inline Cluster* cluster = nullptr;
 inline Thread* self = nullptr;
 inline int grid = 0;
-inline int shared_limit = 227 * 1024, most_in_cluster = 8, processor_count = 4, capability = 90;  // tests may set them
+inline int shared_limit = 227 * 1024, most_in_cluster = 8, processor_count = 4, capability = 90;  // see Machine
 inline std::mt19937 order;
 
 // Returns how often the gate must have opened before this thread may pass.
@@ -196,6 +196,35 @@ inline void run(const std::function<void()>& kernel, int blocks, int threads, in
         cluster = &all;
         run_cluster(all);
         cluster = nullptr;
+    }
+}
+
+// What is launched while this lives runs on such a machine.  Libraries of one process have one emulator: what is set
+// here and left would be the others' machine too.
+class Machine {
+  public:
+    Machine(int shared, int processors, int version)
+        : shared_(std::exchange(shared_limit, shared)),
+          processors_(std::exchange(processor_count, processors)),
+          capability_(std::exchange(capability, version)) {}
+    ~Machine() { shared_limit = shared_, processor_count = processors_, capability = capability_; }
+    Machine(const Machine&) = delete;
+    Machine& operator=(const Machine&) = delete;
+
+  private:
+    int shared_, processors_, capability_;
+};
+
+// What a call says goes wrong, for Python to raise; null where nothing does.
+template <typename Call>
+const char* guarded(Call call) {
+    static std::string text;
+    try {
+        call();
+        return nullptr;
+    } catch (const std::exception& error) {
+        text = error.what();
+        return text.c_str();
     }
 }
 

@@ -3,7 +3,9 @@
 
 using namespace feddistill;
 
-extern "C" void trimmed(const void* const* clients, int count, std::int64_t n, int dtype, int trim, int nearest,
-                        void* out) {
-    trimmed_mean_cuda({clients, count, n, static_cast<DType>(dtype), trim, out, nearest}, nullptr);
+extern "C" const char* trimmed(const void* const* clients, int count, std::int64_t n, int dtype, int trim, int nearest,
+                               void* out) {
+    return emulator::guarded([&] {
+        trimmed_mean_cuda({clients, count, n, static_cast<DType>(dtype), trim, out, nearest}, nullptr);
+    });
 }
