@@ -1,12 +1,16 @@
-"""Ask a model about texts: one pass, sorted by length, in the order asked."""
+"""Ask a model about texts or tokens: one pass, in the order asked."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from feddistill.accounting import FlopMeter
 from feddistill.batches import pad
+from feddistill.blocks import Blocks
+from feddistill.heads import logits_of
 from feddistill.types import Tick
 
 
@@ -39,3 +43,51 @@ def answer(
             if tick:
                 tick(start + len(rows), len(order))
     return out
+
+
+def answer_rows(
+    model: nn.Module,
+    states: Callable[[Tensor, Tensor, Tensor], Tensor],
+    blocks: Blocks,
+    rows: NDArray[np.int64],
+    vocab_size: int,
+    *,
+    pad_id: int,
+    batch_size: int,
+    bf16: bool,
+    meter: FlopMeter,
+    tick: Tick | None = None,
+) -> Iterator[Tensor]:
+    """Logits ``[m, V]``, float32, of ``rows`` of blocks, which ascend, some rows at a time.
+
+    Args:
+        model: A language model with a linear head.
+        states: Given token ids and mask ``[B, L]`` and places ``[n]`` in ``B * L``, what the head multiplies
+            to predict what is behind them, ``[n, H]``.
+        blocks: What is read.
+        rows: Which of its rows are asked.
+        vocab_size: ``V``.
+        pad_id: What shorter blocks are filled with.
+        batch_size: Blocks a forward pass.
+        bf16: Whether passes run in bfloat16.
+        meter: Counts the operations.
+        tick: Told of every batch.
+
+    Memory: one batch of activations, and the logits of a few rows.
+    """
+    device, step = next(model.parameters()).device, blocks.length - 1
+    needed = np.unique(rows // step)
+    model.eval()
+    for first in range(0, len(needed), batch_size):
+        batch = needed[first : first + batch_size]
+        ids, mask = pad([blocks[b].tolist() for b in batch], pad_id, exact=True)
+        here = rows[slice(*np.searchsorted(rows, [batch[0] * step, (batch[-1] + 1) * step]))]
+        places = torch.from_numpy(np.searchsorted(batch, here // step) * ids.shape[1] + here % step)
+        with torch.inference_mode():
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                chosen = states(ids.to(device), mask.to(device), places.to(device))
+            for logits in logits_of(model, chosen, vocab_size, bf16=bf16):
+                yield logits.cpu()
+        meter.add(*ids.shape, training=False)
+        if tick:
+            tick(min(first + batch_size, len(needed)), len(needed))

@@ -20,7 +20,7 @@ from feddistill.config.training import PayloadConfig, TrainingConfig
 from feddistill.methods import fedlora
 from feddistill.methods.centralized import pool
 from feddistill.methods.check import DENSE_CLASSES
-from feddistill.methods.feddistill import LORA_RANK, request
+from feddistill.methods.feddistill import LORA_RANK, asked_of, request
 from feddistill.methods.learner import Learner, Session, labels_of
 from feddistill.methods.learners import learner_of
 from feddistill.progress import Quiet, Show
@@ -122,11 +122,12 @@ def _jobs(session: Session, learners: list[Learner], student: Learner) -> Iterat
             yield Job(f"baseline_{name}", student, student.tokens(texts), learns, steps, config.rounds)
             yield from _evaluated(session, student, config.rounds)
     if "local_only" in config.baselines:
-        for learner, own in _clients(session, learners):
-            _, later = _client_steps(config, len(own), learner.proxy_examples())
-            settings, times = config.clients.training, config.rounds - 1
-            yield Job("baseline_local_only", learner, own, settings, later, times)
-            yield from _evaluated(session, learner, times)
+        for (learner, own), turns in zip(_clients(session, learners), _turns(session), strict=True):
+            first, later = _client_steps(config, len(own), learner.proxy_examples())
+            settings, missed = config.clients.training, int(1 not in turns)
+            yield Job("baseline_local_only", learner, own, settings, first, missed)
+            yield Job("baseline_local_only", learner, own, settings, later, config.rounds - 1)
+            yield from _evaluated(session, learner, config.rounds - 1 + missed)
     if "centralized_distillation" in config.baselines:
         yield from _distilled_pool(session, learners, student)
     if "fedmkt" in config.baselines:
@@ -145,6 +146,13 @@ def _clients(session: Session, learners: list[Learner]) -> Iterator[tuple[Learne
         yield learner, list(learner.tokens(private))
 
 
+def _turns(session: Session) -> list[list[int]]:
+    """Of each client, the rounds in which it is asked."""
+    names = tuple(private.name for private in session.splits.private)
+    asked = {n: asked_of(session.config, names, n) for n in range(1, session.config.rounds + 1)}
+    return [[n for n, those in asked.items() if name in those] for name in names]
+
+
 def _client_steps(config: Config, own: int, proxy: int) -> tuple[int, int]:
     """Of the first round, and of each later one."""
     digest, settings = config.clients.codistillation, config.clients.training
@@ -159,16 +167,17 @@ def _federation(
     """The rounds; of a ``baseline``, that one's, whose first round's clients are the federation's."""
     config, rounds = session.config, session.config.rounds
     settings, digest = config.clients.training, config.clients.codistillation
-    for learner, own in _clients(session, learners):
+    for (learner, own), turns in zip(_clients(session, learners), _turns(session), strict=True):
         proxy = list(learner.tokens(session.splits.proxy))
         first, later = _client_steps(config, len(own), len(proxy))
         digested = min(digest.examples or len(proxy), len(proxy)) if digest.enabled else 0
         phase = baseline or "clients_train"
-        yield Job(phase, learner, own, settings, first)
-        yield Job(phase, learner, [*own, *proxy[:digested]], settings, later, rounds - 1)
-        yield Job(baseline or "clients_answer", learner, proxy, times=rounds)
+        begins = int(1 in turns)
+        yield Job(phase, learner, own, settings, first, begins)
+        yield Job(phase, learner, [*own, *proxy[:digested]], settings, later, len(turns) - begins)
+        yield Job(baseline or "clients_answer", learner, proxy, times=len(turns))
         if baseline is None and config.clients.evaluate:
-            yield from _evaluated(session, learner, rounds)
+            yield from _evaluated(session, learner, len(turns))
     proxy, learns = list(student.tokens(session.splits.proxy)), config.student.training
     steps = training.steps_of(learns, len(proxy))
     yield Job(baseline or "server_train", student, proxy, learns, steps, rounds)

@@ -199,8 +199,9 @@ def _phases(found: Mapping[str, Json]) -> dict[str, Json]:
     for name in baselines(found):
         for record in found[name].get("rounds", []):
             add_training(f"baseline_{name}", record)
-        for records in found[name].get("clients", {}).values():
-            # A client alone: its first segment is the federation's own first round.
-            for record in records[1:] if name == "local_only" else records:
+        began = found["feddistill"]["rounds"][0]["specialists"]
+        for client, records in found[name].get("clients", {}).items():
+            # A client alone: its first segment is the federation's own first round, if it was asked in that.
+            for record in records[1:] if name == "local_only" and client in began else records:
                 add_training(f"baseline_{name}", record)
     return phases

@@ -424,3 +424,16 @@ def test_a_server_may_not_name_code_for_an_institution_to_call(speaker, tiny_cau
     task = Task("describe", digest(config)[:16], 0, content)
     with pytest.raises(ConfigError, match="named by the institution's own file"):
         RemoteClient("1790-1860", tmp_path).handle(task)
+
+
+def test_an_institution_names_its_own_black_box(tmp_path):
+    config = parse({"task": "causal_lm", "baselines": []})
+    file = tmp_path / "own.yaml"
+    box = {"source": {"kind": "callable", "name": "a:b", "tokenizer": {"kind": "trained"}}}
+    file.write_text(json.dumps({"source": {"kind": "files", "path": "x.txt"}, "model": box}))
+    own = RemoteClient("north", tmp_path, file)._with_own_model(config)
+    assert own.clients.models[0].black_box
+    del box["source"]["tokenizer"]
+    file.write_text(json.dumps({"source": {"kind": "files", "path": "x.txt"}, "model": box}))
+    with pytest.raises(ConfigError, match=r"own\.yaml: as clients\.models\.0 .*tokenizer is missing"):
+        RemoteClient("north", tmp_path, file)._with_own_model(config)

@@ -46,6 +46,16 @@ def test_bytes_operations_and_disk_are_foretold(change, tiny_settings, tmp_path)
     assert plan["disk_bytes"]["total"] >= 0.9 * sum(weights)
 
 
+def test_clients_cost_the_rounds_in_which_they_are_asked(tiny_settings, tmp_path):
+    clients = {**tiny_settings["clients"], "per_round": 2}
+    config = parse(tiny_settings | {"clients": clients, "rounds": 3, "baselines": ["local_only"]})
+    plan, result = experiment.plan(config), experiment.run(config, tmp_path / "run")
+    uplink = [sum(of_round["uplink"].values()) for of_round in result["bytes"]["by_round"]]
+    assert plan["bytes"]["codecs"]["dense"]["all_rounds_and_clients"] == sum(uplink)
+    for phase in ("clients_train", "clients_answer", "baseline_local_only", "evaluate"):
+        assert plan["flops"][phase] == pytest.approx(result["flops"][phase], rel=0.05), phase
+
+
 def test_what_zstd_will_take_off_is_not_foretold(tiny_settings, tmp_path):
     config = parse(tiny_settings | {"payload": {"compression": "zstd"}, "baselines": [], "rounds": 1})
     sent = experiment.plan(config)["bytes"]

@@ -109,7 +109,11 @@ class RemoteClient:
                     "file (model:), not by the server"
                 )
             return config
-        return config.model_copy(update={"clients": config.clients.model_copy(update={"models": (own,)})})
+        changed = config.model_copy(update={"clients": config.clients.model_copy(update={"models": (own,)})})
+        try:
+            return configuration.parse(changed.model_dump(mode="json"))
+        except ConfigError as error:
+            raise ConfigError(f"{self.file}: as clients.models.0 of this run: {error}") from None
 
     def _client(self, session: Session) -> Client:
         (client,) = Crew(session).clients

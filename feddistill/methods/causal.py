@@ -9,12 +9,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from feddistill import evaluation, payload
-from feddistill.batches import pad
+from feddistill import answering, evaluation, payload
 from feddistill.blocks import Blocks
 from feddistill.config.models import ModelConfig
 from feddistill.errors import ModelError
-from feddistill.heads import hidden_states, logits_of
+from feddistill.heads import hidden_states
 from feddistill.methods import uploads, wire
 from feddistill.methods.learner import Learner
 from feddistill.methods.translation import Side, Translation, kept_before
@@ -166,26 +165,20 @@ class CausalLearner(Learner):
 
     def _logits(self, blocks: Blocks, rows: NDArray[np.int64], tick: Tick | None) -> Iterator[Tensor]:
         """Logits ``[m, V]`` of ``rows``, which ascend, some rows at a time."""
-        model, size = self.model, self.session.config.clients.answer_batch_size
-        device = next(model.parameters()).device
-        vocab_size, step = self.specialist.reader.vocab_size, blocks.length - 1
-        needed = np.unique(rows // step)
-        model.eval()
-        for first in range(0, len(needed), size):
-            batch = needed[first : first + size]
-            ids, attention = pad([blocks[b].tolist() for b in batch], self.specialist.pad_id, exact=True)
-            span = np.searchsorted(rows, [batch[0] * step, (batch[-1] + 1) * step])
-            here = rows[span[0] : span[1]]
-            places = torch.from_numpy(np.searchsorted(batch, here // step) * ids.shape[1] + here % step)
-            with torch.inference_mode():
-                with torch.autocast(device.type, torch.bfloat16, enabled=self.session.bf16):
-                    chosen = self._states(ids.to(device), attention.to(device), places.to(device))
-                for logits in logits_of(model, chosen, vocab_size, bf16=self.session.bf16):
-                    if math.isnan(float(logits.sum())):
-                        raise ModelError(
-                            f"{self.name}: the model answers NaN: training diverged; lower the learning rate"
-                        )
-                    yield logits.cpu()
-            self.meter.add(*ids.shape, training=False)
-            if tick:
-                tick(min(first + size, len(needed)), len(needed))
+        for logits in answering.answer_rows(
+            self.model,
+            self._states,
+            blocks,
+            rows,
+            self.specialist.reader.vocab_size,
+            pad_id=self.specialist.pad_id,
+            batch_size=self.session.config.clients.answer_batch_size,
+            bf16=self.session.bf16,
+            meter=self.meter,
+            tick=tick,
+        ):
+            if math.isnan(float(logits.sum())):
+                raise ModelError(
+                    f"{self.name}: the model answers NaN: training diverged; lower the learning rate"
+                )
+            yield logits
