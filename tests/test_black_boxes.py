@@ -5,6 +5,7 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import language_fixtures
 import numpy as np
 import pytest
 import torch
@@ -122,30 +123,11 @@ def serve(speaker, monkeypatch):
 
 
 def settings(folder, source, **changes):
-    hub = {"kind": "hub", "name": str(folder)}
-    training = {"epochs": 1, "batch_size": 8, "learning_rate": 3e-3}
-    return {
-        "name": "boxes",
-        "task": "causal_lm",
-        "rounds": 2,
-        "threads": 1,
-        "precision": "fp32",
-        "data": {
-            "source": {"kind": "embedded", "name": "sotu_eras"},
-            "private": {"size": 8},
-            "proxy": {"size": 4},
-            "validation": {"size": 2},
-            "test": {"size": 2},
-            "partition": {"kind": "by_source"},
-        },
-        "clients": {
-            "models": [{"source": hub, "max_tokens": 48}, {"source": source, "max_tokens": 48}],
-            "training": training,
-            "answer_batch_size": 4,
-        },
-        "student": {"model": {"source": hub, "max_tokens": 48, "layers": [0]}, "training": training},
-        **changes,
-    }
+    own = {"source": {"kind": "hub", "name": str(folder)}, "max_tokens": 48}
+    models = [own, {"source": source, "max_tokens": 48}]
+    return language_fixtures.settings(
+        "boxes", models, {**own, "layers": [0]}, sizes=(8, 4, 2, 2), batch=4, **changes
+    )
 
 
 def called(folder):

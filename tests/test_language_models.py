@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 
+import language_fixtures
 import numpy as np
 import pytest
 import torch
@@ -74,29 +75,14 @@ LLAMA = {
     },
     "max_tokens": 48,
 }
-TRAINING = {"epochs": 1, "batch_size": 8, "learning_rate": 3e-3}
+BASELINES = ["public_only", "local_only", "centralized", "fedavg"]
 
 
 def settings(**changes):
-    return {
-        "name": "tiny-lm",
-        "task": "causal_lm",
-        "rounds": 2,
-        "threads": 1,
-        "precision": "fp32",
-        "data": {
-            "source": {"kind": "embedded", "name": "sotu_eras"},
-            "private": {"size": 16},
-            "proxy": {"size": 6},
-            "validation": {"size": 3},
-            "test": {"size": 4},
-            "partition": {"kind": "by_source"},
-        },
-        "clients": {"models": [GPT2, LLAMA], "training": TRAINING, "answer_batch_size": 16},
-        "student": {"model": {**GPT2, "layers": [0]}, "training": TRAINING},
-        "baselines": ["public_only", "local_only", "centralized", "fedavg"],
-        **changes,
-    }
+    student = {**GPT2, "layers": [0]}
+    return language_fixtures.settings(
+        "tiny-lm", [GPT2, LLAMA], student, **{"baselines": BASELINES, **changes}
+    )
 
 
 def outcome(result):
@@ -454,7 +440,12 @@ class Said(Quiet):
 
 def of_two_tokenizers(**changes):
     """The second and the fourth client read in other pieces than the student, and in shorter blocks."""
-    clients = {"models": [GPT2, OTHER], "training": TRAINING, "answer_batch_size": 16, "evaluate": False}
+    clients = {
+        "models": [GPT2, OTHER],
+        "training": language_fixtures.TRAINING,
+        "answer_batch_size": 16,
+        "evaluate": False,
+    }
     return parse(settings(clients=clients, baselines=[], **changes))
 
 
@@ -597,7 +588,9 @@ def test_who_cannot_be_projected_is_refused():
     source = {"kind": "scratch", "architecture": "bert", "tokenizer": TOKENIZER, "settings": small}
     masked = {"source": source, "max_tokens": 48}
     with pytest.raises(ModelError, match=r"clients\.models\.1: a masked language model sees what follows"):
-        experiment.check(parse(settings(clients={"models": [GPT2, masked], "training": TRAINING})))
+        experiment.check(
+            parse(settings(clients={"models": [GPT2, masked], "training": language_fixtures.TRAINING}))
+        )
 
 
 def test_what_a_run_would_cost_is_known_before():

@@ -2,6 +2,7 @@
 
 import math
 
+import language_fixtures
 import numpy as np
 import pytest
 import torch
@@ -39,29 +40,13 @@ ROBERTA = scratch("roberta", max_position_embeddings=64, **SMALL)
 DISTILBERT = scratch("distilbert", dim=32, n_layers=2, n_heads=2, hidden_dim=64, max_position_embeddings=48)
 MODERN = scratch("modernbert", max_position_embeddings=48, **SMALL)
 ELECTRA = scratch("electra", embedding_size=32, max_position_embeddings=48, **SMALL)
-TRAINING = {"epochs": 1, "batch_size": 8, "learning_rate": 3e-3}
 
 
 def settings(**changes):
-    return {
-        "name": "tiny-mlm",
-        "task": "masked_lm",
-        "rounds": 2,
-        "threads": 1,
-        "precision": "fp32",
-        "data": {
-            "source": {"kind": "embedded", "name": "sotu_eras"},
-            "private": {"size": 12},
-            "proxy": {"size": 6},
-            "validation": {"size": 3},
-            "test": {"size": 4},
-            "partition": {"kind": "by_source"},
-        },
-        "clients": {"models": [BERT, DISTILBERT], "training": TRAINING, "answer_batch_size": 16},
-        "student": {"model": {**BERT, "layers": [0]}, "training": TRAINING},
-        "baselines": ["public_only", "fedavg"],
-        **changes,
-    }
+    student, changes = {**BERT, "layers": [0]}, {"baselines": ["public_only", "fedavg"], **changes}
+    return language_fixtures.settings(
+        "tiny-mlm", [BERT, DISTILBERT], student, task="masked_lm", sizes=(12, 6, 3, 4), **changes
+    )
 
 
 @pytest.mark.parametrize(
