@@ -11,7 +11,6 @@ merges and stores one round of four clients.
 """
 
 import ctypes
-import json
 import multiprocessing
 import statistics
 import tempfile
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bench.machine import describe
+from bench.machine import describe, publish
 from feddistill import aggregation
 from feddistill.config.training import DistillConfig
 from feddistill.heads import head_of, hidden_states
@@ -226,10 +225,7 @@ def main(out: Path | None, times: int) -> None:
         "steps": [_step(hidden, bf16, times) for hidden in HIDDEN for bf16 in (False, True)],
         "server": {"vocabulary": V, "positions": POSITIONS, "clients": CLIENTS, "k": KEPT, **_apart(_server)},
     }
-    text = json.dumps(found, indent=1) + "\n"
-    click.echo(text)
-    if out:
-        out.write_text(text, encoding="utf-8")
+    publish(found, out)
 
 
 if __name__ == "__main__":

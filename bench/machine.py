@@ -1,5 +1,6 @@
 """What a measurement was made on."""
 
+import json
 import os
 import platform
 import subprocess
@@ -7,7 +8,9 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
+import click
 import torch
 
 import feddistill_kernels as fk
@@ -34,6 +37,14 @@ def describe(device: str) -> dict[str, object]:
         "dirty": dirty,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def publish(found: dict[str, Any], out: Path | None) -> None:
+    """Print what was found, and write it to a file."""
+    text = json.dumps(found, indent=1) + "\n"
+    click.echo(text)
+    if out:
+        out.write_text(text, encoding="utf-8")
 
 
 def _cpu() -> str:

@@ -35,7 +35,7 @@ from feddistill.progress import Quiet
 from feddistill.report import studies
 from feddistill.rules import RULES
 from feddistill.store import RunDirectory
-from feddistill.tensorfile import TopKFile
+from feddistill.tensorfile import TopKFile, stacked
 from feddistill.training.blocks import (
     NOT_TAUGHT,
     block_loss,
@@ -551,7 +551,7 @@ def test_projected_answers_of_the_same_tokenizer_are_the_direct_ones(step):
     assert np.array_equal(needed(rows, mine, theirs), rows)
     logits, tally = torch.randn(len(rows), 280) * 4, Tally()
     pieces = [topk_compress(part, 64, id_order=False) for part in logits.split(4)]
-    found = wire.stacked(list(translate(pieces, rows, rows, theirs, mine, mapped, 5, tally)))
+    found = stacked(list(translate(pieces, rows, rows, theirs, mine, mapped, 5, tally)))
     wanted = topk_compress(logits, 5, id_order=False)
     assert torch.equal(found.ids, wanted.ids)
     torch.testing.assert_close(found.log_probs, wanted.log_probs, rtol=1e-5, atol=1e-6)
@@ -571,7 +571,7 @@ def test_what_is_projected_is_a_distribution(step):
     logits = 6 * torch.nn.functional.one_hot(torch.from_numpy(theirs.blocks.targets[rows]), 290).float()
     said = topk_compress(logits + torch.rand(len(rows), 290), 64, id_order=False)
     pieces = [said[a : a + 2] for a in range(0, len(rows), 2)]
-    found = wire.stacked(list(translate(pieces, rows, asked, theirs, mine, mapped, 5, tally)))
+    found = stacked(list(translate(pieces, rows, asked, theirs, mine, mapped, 5, tally)))
     good = aggregation.answered(found)
     assert len(found) == len(asked) == tally.rows
     assert (mass_of(found) - 1).abs().max() < 1e-6
