@@ -167,6 +167,13 @@ def merging() -> str:
     return table(json.loads((ROOT / "bench" / "results" / "aggregation.json").read_text()))
 
 
+def answering() -> str:
+    """How fast a client answers, from ``python -m bench.answering``."""
+    from bench.answering import table
+
+    return table(json.loads((ROOT / "bench" / "results" / "answering.json").read_text()))
+
+
 def language() -> str:
     """A language model's step and the server's memory, from ``python -m bench.language``."""
     sys.path.insert(0, str(ROOT))
@@ -296,7 +303,11 @@ TABLES = {
     "docs/aggregation.md": {"rules": rules, "attacks": attacks, "robustness": robustness, "merging": merging},
     "docs/payload.md": {"sizes": sizes},
     "docs/tokenizers.md": {"tokenizers": tokenizers},
-    "docs/language_models.md": {"language": language, "language_model": language_model},
+    "docs/language_models.md": {
+        "answering": answering,
+        "language": language,
+        "language_model": language_model,
+    },
     "docs/deployment.md": {"scale": scale, "faults": faults, "large": large},
     **{
         str(page.relative_to(ROOT)): {
