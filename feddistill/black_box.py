@@ -229,7 +229,7 @@ class Endpoint:
                 raise ModelError(f"{name}.source.key_variable: {source.key_variable} is not set")
             headers["Authorization"] = f"Bearer {key}"
         self._http = httpx.Client(timeout=source.timeout, headers=headers)
-        self._errors = httpx.TransportError
+        self._errors = (httpx.TransportError, httpx.InvalidURL)
 
     def ask(self, blocks: Sequence[Block], width: int) -> list[TopK]:
         """See ``BlackBox``."""
@@ -335,8 +335,10 @@ class Endpoint:
             known: dict[int, float] = {}
             for token, value in row.items():
                 number = self._id(token)
+                if not isinstance(value, int | float):
+                    raise ModelError(f"{self.name}: the log-probability of {token!r} is {value!r}")
                 if number is not None:  # two spellings of one id: the likelier
-                    known[number] = max(known.get(number, -np.inf), float(value))
+                    known[number] = max(known.get(number, -np.inf), value)
             ids[at, : len(known)], log_probs[at, : len(known)] = list(known), list(known.values())
         return ranked(ids, log_probs, len(self.tokenizer), self.name, width)
 

@@ -212,6 +212,10 @@ def test_an_endpoint_without_echo_is_asked_for_each_token(serve, speaker, tiny_c
         ([(200, "[]")], "has no choices"),
         ([(200, '{"choices": []}')], "1 prompts, but 0 choices"),
         ([(200, '{"choices": [{"text": "a"}]}')], "no logprobs.top_logprobs"),
+        (
+            [(200, '{"choices": [{"logprobs": {"top_logprobs": [null, {"token_id:5": null}, {}]}}]}')],
+            "log-probability of 'token_id:5' is None",
+        ),
         ([(200, '{"choices": [{"logprobs": {"top_logprobs": [{"a": -1}]}}]}')], "set echo: false"),
         ([(200, '{"choices": [{"logprobs": {"top_logprobs": [null, {}, null]}}]}')], "without log-prob"),
         (
@@ -237,6 +241,9 @@ def test_an_endpoint_that_is_not_there_and_a_key_that_is_missing(speaker, tiny_c
     source = EndpointModel.model_validate(served(tiny_causal, "http://127.0.0.1:9/v1"))
     with pytest.raises(ModelError, match=r"cannot be reached: .*4 tries"):
         Endpoint(source, speaker.tokenizer, "m").ask([[1, 2]], 4)
+    nowhere = source.model_copy(update={"url": "http://[::1/v1"})
+    with pytest.raises(ModelError, match="cannot be reached"):
+        Endpoint(nowhere, speaker.tokenizer, "m").ask([[1, 2]], 4)
     secret = source.model_copy(update={"key_variable": "NOT_SET_ANYWHERE"})
     with pytest.raises(ModelError, match="NOT_SET_ANYWHERE is not set"):
         Endpoint(secret, speaker.tokenizer, "m")
