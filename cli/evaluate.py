@@ -17,6 +17,7 @@ import click
 @click.option("--text-column", default="text", show_default=True)
 @click.option("--label-column", default="label", show_default=True)
 @click.option("--prompt-column", help="Of what stands before each text of --texts.")
+@click.option("--question-column", help="Of what is asked of each text of --texts, a passage.")
 @click.option(
     "--benchmark", metavar="NAME", help="A benchmark of the hub, as glue/sst2; see docs/evaluation.md."
 )
@@ -37,6 +38,7 @@ def evaluate(
     text_column: str,
     label_column: str,
     prompt_column: str | None,
+    question_column: str | None,
     benchmark: str | None,
     path: Path | None,
     tasks: str | None,
@@ -62,6 +64,7 @@ def evaluate(
         raise ConfigError(f"{' and '.join(given)} are measured one at a time")
     belongs = {
         "--prompt-column": (prompt_column, "--texts"),
+        "--question-column": (question_column, "--texts"),
         "--path": (path, "--benchmark"),
         "--window": (window, "--benchmark"),
         "--stride": (stride, "--benchmark"),
@@ -77,7 +80,7 @@ def evaluate(
     elif tasks is not None:
         figures = _tasks(run, tasks, limit, task_folder)
     else:
-        figures = _own(run, texts, text_column, label_column, prompt_column)
+        figures = _own(run, texts, text_column, label_column, prompt_column, question_column)
     if as_json:
         click.echo(json.dumps(figures, indent=2))
         return
@@ -89,7 +92,12 @@ def evaluate(
 
 
 def _own(
-    run: Path, texts: Path | None, text_column: str, label_column: str, prompt_column: str | None
+    run: Path,
+    texts: Path | None,
+    text_column: str,
+    label_column: str,
+    prompt_column: str | None,
+    question_column: str | None,
 ) -> dict[str, Any]:
     from feddistill import experiment
     from feddistill.config.data import FileSource
@@ -97,7 +105,11 @@ def _own(
     own = None
     if texts is not None:
         own = FileSource(
-            path=texts, text_column=text_column, label_column=label_column, prompt_column=prompt_column
+            path=texts,
+            text_column=text_column,
+            label_column=label_column,
+            prompt_column=prompt_column,
+            question_column=question_column,
         )
     return experiment.evaluate(run, own)
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from feddistill.types import Cost
 
@@ -61,9 +61,10 @@ class FlopMeter:
         tokens = torch.ones(1, length, dtype=torch.long)
         counter = FlopCounterMode(display=False, custom_mapping=_ALSO_COUNTED)
         with torch.random.fork_rng(devices=[]), counter, torch.set_grad_enabled(training):
-            logits = self._copy(input_ids=tokens).logits
-            if training:
-                logits.sum().backward()
+            said = self._copy(input_ids=tokens)
+            if training:  # of one tensor, the logits, or of two: where an answer starts, and where it ends
+                parts = [part.sum() for part in said.values() if isinstance(part, Tensor)]
+                torch.stack(parts).sum().backward()
         return int(counter.get_total_flops())
 
 

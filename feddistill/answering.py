@@ -1,4 +1,4 @@
-"""Ask a model about texts or tokens: one pass, in the order asked."""
+"""Ask a model about texts, tokens or questions: one pass, in the order asked."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from feddistill.accounting import FlopMeter
 from feddistill.batches import pad
 from feddistill.blocks import Blocks
-from feddistill.heads import logits_of
+from feddistill.heads import logits_of, span_logits
+from feddistill.passages import Page
 from feddistill.types import Tick
 
 
@@ -91,3 +92,48 @@ def answer_rows(
         meter.add(*ids.shape, training=False)
         if tick:
             tick(min(first + batch_size, len(needed)), len(needed))
+
+
+def answer_pages(
+    model: nn.Module,
+    pages: Sequence[Page],
+    *,
+    pad_id: int,
+    types: bool,
+    batch_size: int,
+    bf16: bool,
+    meter: FlopMeter,
+    tick: Tick | None = None,
+) -> list[Tensor]:
+    """Logits ``[2, T]``, float32, of each page: where the answer starts, and where it ends.
+
+    Args:
+        model: For question answering.
+        pages: Questions and passages.
+        pad_id: What shorter pages are filled with.
+        types: Whether the model reads types of tokens.
+        batch_size: Pages a forward pass.
+        bf16: Whether passes run in bfloat16.
+        meter: Counts the operations.
+        tick: Told of every batch.
+
+    Returns:
+        One for each page; ``-inf`` at tokens that can be neither.
+    """
+    device = next(model.parameters()).device
+    order = sorted(range(len(pages)), key=lambda i: (len(pages[i]), i))
+    found = [torch.empty(0)] * len(pages)
+    model.eval()
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            ids, mask = pad([pages[i].ids for i in rows], pad_id)
+            kinds = pad([pages[i].types for i in rows], 0)[0].to(device) if types else None
+            logits = span_logits(model, ids.to(device), mask.to(device), kinds).float().cpu()
+            for row, said in zip(rows, logits, strict=True):
+                chosen = torch.from_numpy(pages[row].choices)
+                found[row] = said[:, : len(chosen)].masked_fill(~chosen, -torch.inf)
+            meter.add(*ids.shape, training=False)
+            if tick:
+                tick(start + len(rows), len(order))
+    return found

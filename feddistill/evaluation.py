@@ -1,10 +1,13 @@
-"""How good answers are: accuracy, macro-F1, Matthews correlation, calibration; bits per byte."""
+"""How good answers are: accuracy, macro-F1, Matthews correlation, calibration; bits per byte; spans."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from feddistill import squad
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +60,26 @@ class Masked:
     def as_dict(self) -> dict[str, float]:
         """By name, rounded to six digits: what the records hold."""
         return {name: round(value, 6) for name, value in asdict(self).items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """Figures of spans that answer questions, by SQuAD's rules."""
+
+    f1: float
+    """Mean over questions of the F1 of the words, with the right answer that is nearest."""
+    exact_match: float
+    """Share of the answers that are, normalised, a right one."""
+
+    def as_dict(self) -> dict[str, float]:
+        """By name, rounded to six digits: what the records hold."""
+        return {name: round(value, 6) for name, value in asdict(self).items()}
+
+
+def reading(given: Sequence[str], golds: Sequence[Sequence[str]], *, unanswerable: bool) -> Reading:
+    """Of answers ``given`` to questions whose right answers are ``golds``; see ``squad.figures``."""
+    found = squad.figures(given, golds, no_answer=unanswerable)
+    return Reading(found["f1"] / 100, found["exact_match"] / 100)
 
 
 def masked(nats: float, right: int, tokens: int) -> Masked:

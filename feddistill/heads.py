@@ -1,4 +1,4 @@
-"""A language model in two: a body that gives hidden states, and a linear head.
+"""A language model in two: a body that gives hidden states, and a linear head; what points at an answer.
 
 Applied to all of them the head gives ``B L V`` numbers, which nobody has the memory for: so the two are used
 apart. ``L`` tokens of a block, ``H`` hidden size, ``V`` vocabulary.
@@ -38,6 +38,18 @@ def masked_states(model: nn.Module, ids: Tensor, attention: Tensor | None, place
     finally:
         hook.remove()
     return held[0]
+
+
+def takes_types(model: nn.Module) -> bool:
+    """Whether a model tells a question's tokens from its passage's by their types, as BERT does."""
+    return getattr(model.config, "type_vocab_size", None) in range(2, 100)
+
+
+def span_logits(model: nn.Module, ids: Tensor, attention: Tensor, types: Tensor | None) -> Tensor:
+    """``[B, 2, L]`` of a model for question answering: where the answer starts, and where it ends."""
+    more = {} if types is None else {"token_type_ids": types}
+    said = model(input_ids=ids, attention_mask=attention, **more)
+    return torch.stack([said.start_logits, said.end_logits], 1)
 
 
 def head_of(model: nn.Module) -> tuple[Tensor, Tensor | None]:

@@ -15,7 +15,7 @@ from feddistill import models, payload, training
 from feddistill.accounting import peak_memory_bytes
 from feddistill.aggregation.answers import CHUNK
 from feddistill.batches import pad
-from feddistill.config import Config
+from feddistill.config import LANGUAGE, Config
 from feddistill.config.training import PayloadConfig, TrainingConfig
 from feddistill.methods import fedlora
 from feddistill.methods.centralized import pool
@@ -27,7 +27,7 @@ from feddistill.progress import Quiet, Show
 from feddistill.results import proxy_bytes
 from feddistill.store import Json, RunDirectory
 from feddistill.training import Lessons
-from feddistill.types import UNLABELLED, RoundSpec, Splits, TextSet
+from feddistill.types import RoundSpec, Splits, TextSet
 
 FLOAT = 4
 TRIAL_STEPS = 3
@@ -111,8 +111,8 @@ def _jobs(session: Session, learners: list[Learner], student: Learner) -> Iterat
     """As the methods go about it: see ``feddistill.methods``."""
     config = session.config
     yield from _federation(session, learners, student)
-    labelled = np.flatnonzero(session.splits.proxy.labels != UNLABELLED)
-    if session.question.compressed:  # a language model has the next tokens
+    labelled = np.flatnonzero(session.splits.proxy.known)
+    if config.task in LANGUAGE:  # the next tokens are there
         labelled = np.arange(len(session.splits.proxy))
     known = session.splits.proxy.select(labelled, "labelled")
     learns = config.student.training

@@ -26,7 +26,7 @@ from feddistill import experiment, models
 from feddistill.config import Config
 from feddistill.config.models import ScratchModel, TrainedTokenizer
 from feddistill.errors import ModelError, RunError
-from feddistill.models import causal
+from feddistill.models import causal, reading
 from feddistill.seeds import derive
 from feddistill.store import CONFIG, RESULT, RunDirectory
 
@@ -130,6 +130,9 @@ def _built(config: Config, classes: int, public: tuple[str, ...]) -> models.Spec
     seed = derive(config.seed, "init", name)
     if config.task == "classification":
         return models.build(config.student.model, classes, seed, name, public)
+    if config.task == "reading":
+        reader = reading.build(config.student.model, config.reading, seed, name, public)
+        return models.Specialist(reader.model, reader.tokenizer, reader.max_tokens)
     masked = config.task == "masked_lm"
     built = causal.build(config.student.model, seed, name, public, masked=masked)
     return models.Specialist(built.model, built.reader.tokenizer, built.max_tokens)

@@ -83,4 +83,12 @@ TASKS: dict[str, Task] = {
         larger_is_better=False,
         percent=False,
     ),
+    "reading": Task(
+        figures=("f1", "exact_match"),
+        shown={"f1": "F1", "exact_match": "exact match"},
+        decides="f1",
+        words="F1",
+        larger_is_better=True,
+        percent=True,
+    ),
 }

@@ -1,6 +1,7 @@
 """The values that travel between stages. Frozen; numpy only."""
 
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -11,6 +12,9 @@ UNLABELLED = -1
 
 NO_LABEL = -100
 """torch's own mark of a row without label."""
+
+Span = tuple[int, int]
+"""Of a passage: the first character, and the one behind the last."""
 
 Tick = Callable[[int, int], None]
 """Called with how much is done and how much there is: steps, texts, clients."""
@@ -30,10 +34,27 @@ class TextSet:
     sources: tuple[str, ...] | None = None
     """Where each text is from (a domain, an era, a hospital), for partitions by source."""
     starts: tuple[int, ...] | None = None
-    """Of each text, the character behind its prompt; ``None`` where there are no prompts."""
+    """Of each text, the character behind its prompt, or where the passage begins that stands behind a
+    question; ``None`` where there are neither."""
+    answers: tuple[tuple[Span, ...] | None, ...] | None = None
+    """Of each question the right answers, spans of its passage: none where it has no answer, ``None`` where
+    they are not known."""
+
+    @property
+    def known(self) -> NDArray[np.bool_]:
+        """``[N]``, of which the label is known or, of questions, the answers."""
+        if self.answers is None:
+            return np.asarray(self.labels != UNLABELLED)
+        return np.array([right is not None for right in self.answers], np.bool_)
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    def question(self, row: int) -> tuple[str, str]:
+        """A question, and the passage that it is about."""
+        assert self.starts is not None, "texts are questions"
+        text, start = self.texts[row], self.starts[row]
+        return text[:start].strip(), text[start:]
 
     def select(self, rows: Sequence[int] | NDArray[np.int64], name: str | None = None) -> "TextSet":
         """The examples at ``rows``, in that order."""
@@ -46,6 +67,7 @@ class TextSet:
             label_names=self.label_names,
             sources=None if self.sources is None else tuple(self.sources[i] for i in pick),
             starts=None if self.starts is None else tuple(self.starts[i] for i in pick),
+            answers=None if self.answers is None else tuple(self.answers[i] for i in pick),
         )
 
     def label_counts(self) -> NDArray[np.int64]:
@@ -54,10 +76,13 @@ class TextSet:
         return np.bincount(known, minlength=len(self.label_names)).astype(np.int64)
 
     def digest(self, *, labels: bool = False) -> str:
-        """A hash of ids and texts in order, the same on every machine; with ``labels``, of these as well."""
+        """A hash of ids and texts in order, the same on every machine; with ``labels``, of these as well, and
+        of answers."""
         h = hashlib.blake2b(digest_size=16)
         if labels:
             h.update(self.labels.astype("<i8").tobytes())
+            if self.answers is not None:
+                h.update(json.dumps(self.answers).encode())
         if self.starts is not None:
             h.update(np.array(self.starts, "<i8").tobytes())
         for i, text in zip(self.ids, self.texts, strict=True):

@@ -14,8 +14,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from feddistill import benchmarks, presets, students
-from feddistill.benchmarks import generation, likelihood, spans
+from feddistill import benchmarks, presets, squad, students
+from feddistill.benchmarks import generation, likelihood
 from feddistill.cli import main
 from feddistill.config import parse
 from feddistill.data import benchmark
@@ -135,7 +135,7 @@ def test_spans_are_measured_by_the_official_formula(version):
     golds = [[text() for _ in range(draw.integers(2 - version, 4))] or [] for _ in given]
     golds = [of or ["the tower"] if version == 1 else of for of in golds]
     exact, f1 = official(given, golds, version)
-    found = spans.figures(given, golds, no_answer=version == 2)
+    found = squad.figures(given, golds, no_answer=version == 2)
     assert 1 < exact < 99 > f1 > 1
     assert found["exact_match"] == pytest.approx(exact, abs=1e-6)
     assert found["f1"] == pytest.approx(f1, abs=1e-6)
@@ -144,7 +144,7 @@ def test_spans_are_measured_by_the_official_formula(version):
 def test_figures_of_squad_by_hand():
     given = ["Paris", "the company of Eiffel", "330 feet", ""]
     golds = [golds for _, _, golds in hub.SQUAD]
-    found = spans.figures(given, golds, no_answer=True)
+    found = squad.figures(given, golds, no_answer=True)
     # exact: Paris, no answer. F1: 1, 2·(1/3·1/3)/(1/3+1/3) as "eiffels" is another word, 1/2, 1.
     assert found["exact_match"] == 50
     assert found["f1"] == pytest.approx(100 * (1 + 1 / 3 + 1 / 2 + 1) / 4, abs=1e-5)
@@ -362,8 +362,8 @@ def test_unknown_benchmarks_are_refused_by_name(name, line):
 def test_splits_and_kinds_are_checked_with_the_settings():
     with pytest.raises(ConfigError, match="glue/mnli has no split 'validation'; it has train, validation_m"):
         source("glue/mnli", "x", split="validation")
-    with pytest.raises(ConfigError, match="squad has no texts to learn classes or language from"):
-        source("squad", "x")
+    with pytest.raises(ConfigError, match="cnn_dailymail has no texts to learn classes, language or ans"):
+        source("cnn_dailymail", "x")
 
 
 def test_mistakes_of_an_evaluation_are_one_line(classifiers, tiny_causal, glue, tmp_path):

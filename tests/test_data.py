@@ -2,11 +2,14 @@
 
 import json
 
+import hub_fixtures
 import numpy as np
 import pytest
 
 from feddistill.config import parse
+from feddistill.config.data import HubSource
 from feddistill.data import load, skew
+from feddistill.data.sources import read
 from feddistill.errors import ConfigError, DataError
 from feddistill.types import UNLABELLED
 
@@ -137,6 +140,16 @@ def test_a_local_folder_in_hub_layout_is_read_like_the_hub(tmp_path):
     )
     source = {"kind": "hub", "name": str(tmp_path), "subset": "sst"}
     assert len(from_files("unused", source=source).test) == 10
+
+
+def test_a_folder_that_has_changed_is_read_anew(tmp_path):
+    """Also one of the same last name: datasets' own cache would give what it read before."""
+    for number in range(2):
+        folder = hub_fixtures.write(
+            tmp_path / str(number) / "same", {"some": {"test": [{"text": f"text {number}"}]}}
+        )
+        source = HubSource(name=str(folder), subset="some", split="test", label_column=None)
+        assert read(source, "data.test").texts == (f"text {number}",)
 
 
 def test_only_line_ends_end_a_line(tmp_path):

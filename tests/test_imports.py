@@ -35,7 +35,7 @@ PACKAGES = {
 # module of feddistill: the modules of feddistill below it that it may import
 FOUNDATION = {"errors", "setting", "types"}
 BELOW_STAGES = FOUNDATION | {"accounting", "attacks", "batches", "config", "keys", "rules", "seeds"}
-BELOW_STAGES |= {"blocks", "heads", "presets", "tasks", "tensorfile", "weights"}
+BELOW_STAGES |= {"blocks", "heads", "passages", "presets", "squad", "tasks", "tensorfile", "weights"}
 STAGES = {"aggregation", "alignment", "answering", "data", "evaluation", "models", "payload", "training"}
 BELOW_METHODS = BELOW_STAGES | STAGES | {"progress", "store"}
 MODULES = {
@@ -46,6 +46,8 @@ MODULES = {
     "batches": set(),
     "blocks": set(),
     "heads": set(),
+    "passages": {"errors"},
+    "squad": set(),
     "tasks": set(),
     "progress": {"types"},
     "tensorfile": set(),

@@ -1,6 +1,7 @@
 """Masked language models: what is hidden, what is learned, a run of two architectures."""
 
 import math
+import re
 
 import language_fixtures
 import numpy as np
@@ -204,7 +205,7 @@ def finished(tmp_path_factory):
     return {"out": out, "result": experiment.run(parse(settings()), out)}
 
 
-def test_a_run_is_whole_and_can_be_evaluated_and_exported(finished, tmp_path):
+def test_a_run_is_whole_and_can_be_evaluated_and_exported(finished, tmp_path, capsys):
     result, out = finished["result"], finished["out"]
     assert set(result["metrics"]) >= {"student", "clients", "public_only", "fedavg"}
     figures = result["metrics"]["student"]
@@ -218,7 +219,12 @@ def test_a_run_is_whole_and_can_be_evaluated_and_exported(finished, tmp_path):
     with torch.inference_mode():
         logits = model(**tokenizer(text, return_tensors="pt")).logits
     assert logits.shape[-1] >= len(tokenizer)
-    assert "fill-mask" in (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text()
+    assert "fill-mask" in card
+    assert "A masked language model," in card
+    code = re.search(r"```python\n(.*?)```", card, flags=re.DOTALL)[1]
+    exec(compile(code.replace('model="."', f"model={str(folder)!r}"), "card", "exec"), {})
+    assert "The cat sat on the" in capsys.readouterr().out
 
 
 def test_answers_are_about_hidden_tokens(finished, tmp_path):

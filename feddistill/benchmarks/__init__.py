@@ -6,7 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from feddistill.benchmarks import classification, overlap, spans
+from feddistill import squad
+from feddistill.benchmarks import classification, overlap
+from feddistill.benchmarks.extraction import extract
 from feddistill.benchmarks.generation import fitted, generate
 from feddistill.benchmarks.likelihood import Scored, encode, log_likelihoods, prefix_of, windows
 from feddistill.data import benchmark
@@ -23,6 +25,8 @@ ANSWER_TOKENS = 32
 """Of an answer to a question."""
 SUMMARY_TOKENS = 128
 STOP = ("\n",)
+HARD = "squad_v2"
+"""Where some questions have no answer."""
 UNANSWERABLE = "unanswerable"
 
 
@@ -124,12 +128,21 @@ def _language(student: Student, request: Request, columns: benchmark.Columns, ti
 
 def _questions(student: Student, request: Request, columns: benchmark.Columns, tick: Tick) -> Json:
     """SQuAD by what a causal language model writes, up to the end of the line."""
-    preset = request.preset
-    given = _written(student, preset, columns, ANSWER_TOKENS, STOP, tick)
-    hard = preset.name == "squad_v2"
-    if hard:
-        given = ["" if spans.normalised(text) == UNANSWERABLE else text for text in given]
-    return spans.figures(given, benchmark.golds(columns, preset.name), no_answer=hard)
+    given = _written(student, request.preset, columns, ANSWER_TOKENS, STOP, tick)
+    if request.preset.name == HARD:
+        given = ["" if squad.normalised(text) == UNANSWERABLE else text for text in given]
+    return _spans(given, request.preset, columns)
+
+
+def _passages(student: Student, request: Request, columns: benchmark.Columns, tick: Tick) -> Json:
+    """SQuAD by a model that points at the answer."""
+    questions, hard = [text.strip() for text in columns["question"]], request.preset.name == HARD
+    given = extract(student, questions, columns["context"], tick, unanswerable=hard)
+    return _spans(given, request.preset, columns)
+
+
+def _spans(given: list[str], preset: Preset, columns: benchmark.Columns) -> Json:
+    return squad.figures(given, benchmark.golds(columns, preset.name), no_answer=preset.name == HARD)
 
 
 def _summaries(student: Student, request: Request, columns: benchmark.Columns, tick: Tick) -> Json:
@@ -171,6 +184,7 @@ MEASURES: dict[tuple[Kind, Task], Measure] = {
     ("choice", "causal_lm"): _simple(classification.by_choice),
     ("language", "causal_lm"): _language,
     ("reading", "causal_lm"): _questions,
+    ("reading", "reading"): _passages,
     ("summary", "causal_lm"): _summaries,
 }
 """By what is measured and what kind of model it is measured of."""

@@ -25,6 +25,7 @@ from feddistill.config.training import (
     FedMdConfig,
     LanguageConfig,
     PayloadConfig,
+    ReadingConfig,
     SimulateConfig,
     StudentConfig,
 )
@@ -59,7 +60,10 @@ TRAINS_CLIENTS = ("fedmd", "fedmkt", "centralized_distillation")
 LANGUAGE = ("causal_lm", "masked_lm")
 """Tasks whose classes are tokens."""
 
-OF_LANGUAGE = ("public_only", "local_only", "centralized", "fedavg")
+COMPRESSED = (*LANGUAGE, "reading")
+"""Tasks whose answers are too long to be dense."""
+
+OF_COMPRESSED = ("public_only", "local_only", "centralized", "fedavg")
 """Baselines that can be where the task is one of those."""
 
 DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
@@ -68,7 +72,7 @@ DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
         "distill": {"temperature": 1.0},
         "clients": {"codistillation": {"target": "soft"}},
     }
-    for task in LANGUAGE
+    for task in COMPRESSED
 }
 """By task, defaults that are not the fields' own."""
 
@@ -78,9 +82,9 @@ class Config(Setting):
 
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9_-]{1,64}$")
     """Names the default output directory."""
-    task: Literal["classification", "causal_lm", "masked_lm"] = "classification"
-    """What is learned: a text's class, each next token, or tokens that are hidden
-    (``docs/language_models.md``)."""
+    task: Literal["classification", "causal_lm", "masked_lm", "reading"] = "classification"
+    """What is learned: a text's class, each next token, tokens that are hidden (``docs/language_models.md``),
+    or where the answer to a question stands in a passage (``docs/reading.md``)."""
     seed: int = Field(default=0, ge=0, lt=2**31)
     rounds: int = Field(default=3, ge=1, le=10_000)
     threads: int | None = Field(default=None, ge=1)
@@ -94,6 +98,7 @@ class Config(Setting):
     student: StudentConfig = StudentConfig()
     distill: DistillConfig = DistillConfig()
     language: LanguageConfig = LanguageConfig()
+    reading: ReadingConfig = ReadingConfig()
     simulate: SimulateConfig = SimulateConfig()
     baselines: tuple[Baseline, ...] = ()
     """What the student is compared with in the same run."""
@@ -130,6 +135,8 @@ class Config(Setting):
                 "payload.codec = 'sampled' is unbiased in the mean alone: "
                 f"aggregation.rule must be mean_probs, not {rule.kind}"
             )
+        if self.task in COMPRESSED:
+            self._fits_compressed()
         if self.task in LANGUAGE:
             self._fits_language()
         elif "labels" in rule.needs() and not self.data.proxy.labelled:
@@ -149,8 +156,8 @@ class Config(Setting):
             raise ConfigError(f"baselines names one twice: {', '.join(self.baselines)}")
         return self
 
-    def _fits_language(self) -> None:
-        """What is of classes cannot be asked for; labels there are always: the next tokens."""
+    def _fits_compressed(self) -> None:
+        """What is of classes cannot be asked for."""
         rule = self.aggregation.rule
         wrong = {
             f"aggregation.rule = {rule.kind}": rule.of_classes,
@@ -159,13 +166,22 @@ class Config(Setting):
             f"distill.temperature = {self.distill.temperature:g}": self.distill.temperature != 1,
             "distill.kind = mae": self.distill.kind == "mae",
             "simulate.attack": bool(self.simulate.attack),
-            "data.proxy.labelled": self.data.proxy.labelled > 0,
             "data.histogram_epsilon": self.data.histogram_epsilon is not None,
         }
-        wrong |= {f"baselines: {name}": name not in OF_LANGUAGE for name in self.baselines}
+        wrong |= {f"baselines: {name}": name not in OF_COMPRESSED for name in self.baselines}
         for what, is_wrong in wrong.items():
             if is_wrong:
                 raise ConfigError(f"{what} is for classification, not for task = {self.task}")
+        if self.task == "reading":
+            cached = {f"clients.models.{i}": model for i, model in enumerate(self.clients.models)}
+            for name, model in {**cached, "student.model": self.student.model}.items():
+                if model.frozen_cache_mb:
+                    raise ConfigError(f"{name}.frozen_cache_mb is not for task = reading")
+
+    def _fits_language(self) -> None:
+        """Labels there are always: the tokens."""
+        if self.data.proxy.labelled:
+            raise ConfigError(f"data.proxy.labelled is for classification, not for task = {self.task}")
         if self.task == "masked_lm" and self.language.step != 1:
             raise ConfigError(
                 "language.step is for task = causal_lm; of masked_lm, language.masked says how many"
@@ -185,8 +201,8 @@ class Config(Setting):
                     raise ConfigError(
                         f"baselines: {baseline} trains the clients' models, but {name} is only asked"
                     )
-            if self.task == "masked_lm":
-                raise ConfigError(f"{name}.source.kind = {model.source.kind} is not for task = masked_lm")
+            if self.task in ("masked_lm", "reading"):
+                raise ConfigError(f"{name}.source.kind = {model.source.kind} is not for task = {self.task}")
             if self.task == "classification" and model.source.kind == "endpoint":
                 raise ConfigError(f"{name}.source.kind = endpoint is for task = causal_lm")
             if self.task == "causal_lm" and getattr(model.source, "tokenizer", None) is None:

@@ -27,6 +27,17 @@ class Columns(Setting):
     """Where each text is from; what ``partition: {kind: by_source}`` divides by."""
     prompt_column: str | None = None
     """Of ``causal_lm``: what stands before each text, and need not be learned (``language.positions``)."""
+    question_column: str | None = None
+    """Of ``reading``: what is asked of each text, which is the passage."""
+    answers_column: str = "answers"
+    """Of ``reading``, where there is one: the right answers in SQuAD's form, ``{text: [...], answer_start:
+    [...]}``."""
+
+    @model_validator(mode="after")
+    def _one_before(self) -> Self:
+        if self.prompt_column is not None and self.question_column is not None:
+            raise ConfigError("prompt_column and question_column stand both before a text: name one")
+        return self
 
 
 class FileSource(Columns):
@@ -63,8 +74,8 @@ class PresetSource(Setting):
     @model_validator(mode="after")
     def _exists(self) -> Self:
         preset = presets.find(self.name)
-        if preset.kind not in ("classification", "language"):
-            raise ConfigError(f"{self.name} has no texts to learn classes or language from")
+        if preset.kind not in ("classification", "language", "reading"):
+            raise ConfigError(f"{self.name} has no texts to learn classes, language or answers from")
         if self.split not in preset.splits:
             raise ConfigError(f"{self.name} has no split {self.split!r}; it has {', '.join(preset.splits)}")
         return self

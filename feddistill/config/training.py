@@ -134,6 +134,15 @@ class LanguageConfig(Setting):
     """Of ``masked_lm``, the share of the tokens that are hidden."""
 
 
+class ReadingConfig(Setting):
+    """Of the task ``reading``."""
+
+    unanswerable: bool = False
+    """Whether a question may have no answer in its passage, as in SQuAD 2.0. Tokenizers need a cls token."""
+    answer_tokens: int = Field(default=30, ge=1)
+    """Tokens of the longest answer that a model is asked for when it is evaluated."""
+
+
 class SimulateConfig(Setting):
     """What goes wrong on purpose, to see what comes of it. Everything else runs as it would for real."""
 

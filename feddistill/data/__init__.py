@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +13,7 @@ from feddistill.data.skew import Skew, skew
 from feddistill.data.sources import Table, read
 from feddistill.errors import ConfigError, DataError
 from feddistill.seeds import generator
-from feddistill.types import UNLABELLED, Splits, TextSet
+from feddistill.types import UNLABELLED, Span, Splits, TextSet
 
 __all__ = ["Skew", "labelled", "load", "skew"]
 
@@ -53,6 +54,11 @@ def load(config: DataConfig, seed: int, task: str = "classification") -> Splits:
     # Without a common source, what counts as a class is what the test asks for: a client whose labels are
     # spelt otherwise is an error then, and not a class more.
     classes = task == "classification"
+    if task == "reading":
+        every = {"data.source": pool, **{f"data.{name}": table for name, table in tables.items()}, **clients}
+        for name, table in every.items():
+            if table is not None:
+                _asks(table, name, answers=name != "data.proxy")
     labels = config.labels or _labels(pool or tables["test"], classes)
     sets: dict[str, TextSet] = {}
     if pool is not None:
@@ -90,6 +96,8 @@ def labelled(source: Source, labels: tuple[str, ...], name: str, task: str = "cl
     if task == "classification":
         return _labelled(read(source, name), labels, name, optional=False)
     table = read(source.model_copy(update={"label_column": None}), name)
+    if task == "reading":
+        _asks(table, name, answers=True)
     return _labelled(table, labels, name, optional=True)
 
 
@@ -124,7 +132,18 @@ def _labelled(table: Table, labels: tuple[str, ...], name: str, *, optional: boo
                     "name all classes in data.labels, or mend the file"
                 )
         numbers = np.array([index[label] for label in table.labels], np.int64)
-    return TextSet(name, table.ids, table.texts, numbers, labels, table.sources, table.starts)
+    answers: tuple[tuple[Span, ...] | None, ...] | None = table.answers
+    if table.questions and answers is None:
+        answers = (None,) * len(table.texts)
+    return TextSet(name, table.ids, table.texts, numbers, labels, table.sources, table.starts, answers)
+
+
+def _asks(table: Table, name: str, *, answers: bool) -> None:
+    """Whether texts are questions on passages, with ``answers`` if they have to be."""
+    if not table.questions:
+        raise DataError(f"{name}: task = reading asks of passages, and no question_column is named")
+    if answers and table.answers is None:
+        raise DataError(f"{name}: has no column of answers; answers_column names it")
 
 
 def _carve(examples: int, sizes: dict[str, int | None], seed: int) -> dict[str, NDArray[np.int64]]:
@@ -155,15 +174,17 @@ def _draw(whole: TextSet, size: int | None, seed: int) -> TextSet:
 
 def _hide_labels(proxy: TextSet, labelled: int, seed: int) -> TextSet:
     """Forget all but ``labelled`` labels: what the server is not told it must not have."""
-    known = np.flatnonzero(proxy.labels != UNLABELLED)
+    known = np.flatnonzero(proxy.known)
     if labelled > len(known):
         raise DataError(f"data.proxy.labelled = {labelled}, but {len(known)} proxy texts have a label")
     kept = generator(seed, "proxy", "labelled").permutation(known)[:labelled]
     labels = np.full(len(proxy), UNLABELLED, np.int64)
     labels[kept] = proxy.labels[kept]
-    return TextSet(
-        "data.proxy", proxy.ids, proxy.texts, labels, proxy.label_names, proxy.sources, proxy.starts
-    )
+    answers = proxy.answers
+    if answers is not None:
+        shown = set(kept.tolist())
+        answers = tuple(right if row in shown else None for row, right in enumerate(answers))
+    return replace(proxy, name="data.proxy", labels=labels, answers=answers)
 
 
 def _present(private: tuple[TextSet, ...], absent: tuple[str, ...]) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ from typing import Any
 from feddistill.data import hub
 from feddistill.errors import DataError
 from feddistill.presets import Preset
+from feddistill.types import Span
 
 Columns = dict[str, list[Any]]
 
@@ -92,6 +93,36 @@ def golds(columns: Columns, name: str) -> tuple[tuple[str, ...], ...]:
             )
         found.append(tuple(given))
     return tuple(found)
+
+
+def answers(values: Sequence[Any], passages: Sequence[str], name: str) -> tuple[tuple[Span, ...], ...]:
+    """SQuAD's answers as spans of their passages.
+
+    Raises:
+        DataError: A row is not in SQuAD's form, or an answer does not stand where it says.
+
+    >>> answers([{"text": ["cat"], "answer_start": [4]}], ["The cat sat."], "data.source")
+    (((4, 7),),)
+    """
+    found = []
+    texts = golds({"answers": [_listed(value) for value in values]}, name)
+    for row, (right, passage) in enumerate(zip(texts, passages, strict=True)):
+        starts = _listed(values[row]).get("answer_start")
+        if not isinstance(starts, list) or len(starts) != len(right):
+            raise DataError(f"{name}: row {row} has {len(right)} answers, and not as many answer_start")
+        for text, start in zip(right, starts, strict=True):
+            stands = isinstance(start, int) and start >= 0 and passage[start : start + len(text)] == text
+            if not stands or not text.strip():
+                raise DataError(f"{name}: row {row}: its answer {text!r} does not stand at character {start}")
+        found.append(tuple((start, start + len(text)) for text, start in zip(right, starts, strict=True)))
+    return tuple(found)
+
+
+def _listed(value: Any) -> Any:
+    """With lists in the place of arrays, which parquet files give."""
+    if not isinstance(value, Mapping):
+        return {}
+    return {key: part.tolist() if hasattr(part, "tolist") else part for key, part in value.items()}
 
 
 def pages(lines: Sequence[str]) -> list[str]:

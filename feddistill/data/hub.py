@@ -1,5 +1,7 @@
 """Data sets in the layout of the Hugging Face hub: there, or in a local folder."""
 
+import tempfile
+from pathlib import Path
 from typing import Any
 
 from feddistill.errors import DataError
@@ -23,7 +25,14 @@ def load(place: str, subset: str | None, split: str, revision: str | None, name:
     shown = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
-        return datasets.load_dataset(place, subset, split=split, revision=revision)
+        if not Path(place).is_dir():
+            return datasets.load_dataset(place, subset, split=split, revision=revision)
+        # The cache knows a folder by its last name: another of that name, or a file that has changed, would
+        # give what was read before.
+        with tempfile.TemporaryDirectory() as cache:
+            return datasets.load_dataset(
+                place, subset, split=split, revision=revision, cache_dir=cache, keep_in_memory=True
+            )
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"{name}: cannot load data set {place!r}: {reason}") from None

@@ -12,6 +12,7 @@ from feddistill import presets
 from feddistill.config.data import Columns, EmbeddedSource, FileSource, HubSource, PresetSource, Source
 from feddistill.data import benchmark, hub
 from feddistill.errors import DataError
+from feddistill.types import Span
 
 EMBEDDED_COLUMNS = {"wordnet_topics": ("label", None), "sotu_eras": ("era", "era")}
 """Columns of the embedded sets that hold the label and the source."""
@@ -31,6 +32,10 @@ class Table:
     """Of each text, the character behind its prompt."""
     unlabelled: str = "has no label column"
     """What is said where labels are needed and there are none."""
+    questions: bool = False
+    """Whether what stands before each text is a question."""
+    answers: tuple[tuple[Span, ...], ...] | None = None
+    """Of each question, the right answers."""
 
 
 def read(source: Source, name: str) -> Table:
@@ -149,6 +154,11 @@ def _hub(source: HubSource, name: str) -> Table:
 def _preset(source: PresetSource, name: str) -> Table:
     preset = presets.find(source.name)
     rows = benchmark.read(preset, source.split, source.path, source.revision, name)
+    if preset.kind == "reading":
+        columns = Columns(
+            text_column="context", label_column=None, source_column="title", question_column="question"
+        )
+        return _table(rows, columns, name, f"{source.name}/{source.split}")
     if preset.kind == "language":
         texts = tuple(benchmark.detokenise(page) for page in benchmark.pages(rows["text"]))
         labels = None
@@ -185,6 +195,12 @@ def _table(columns: Mapping[str, Sequence[Any]], wanted: Columns, name: str, ste
     if not texts:
         raise DataError(f"{name}: no examples")
     prompts = column("prompt_column", wanted.prompt_column)
+    questions = column("question_column", wanted.question_column)
+    answers = None
+    if questions is not None:
+        prompts = tuple(f"{question.strip()}\n" for question in questions)
+        if wanted.answers_column in columns:
+            answers = benchmark.answers(columns[wanted.answers_column], texts, name)
     if prompts is not None:
         texts = tuple(prompt + text for prompt, text in zip(prompts, texts, strict=True))
     return Table(
@@ -193,4 +209,6 @@ def _table(columns: Mapping[str, Sequence[Any]], wanted: Columns, name: str, ste
         labels=column("label_column", wanted.label_column),
         sources=column("source_column", wanted.source_column),
         starts=None if prompts is None else tuple(map(len, prompts)),
+        questions=questions is not None,
+        answers=answers,
     )

@@ -22,4 +22,5 @@ def pool(sets: tuple[TextSet, ...]) -> TextSet:
         labels=np.concatenate([s.labels for s in sets]),
         label_names=sets[0].label_names,
         starts=None if sets[0].starts is None else tuple(start for s in sets for start in s.starts or ()),
+        answers=None if sets[0].answers is None else tuple(right for s in sets for right in s.answers or ()),
     )

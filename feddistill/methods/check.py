@@ -10,9 +10,9 @@ from feddistill.config.models import ModelConfig
 from feddistill.errors import ConfigError, ModelError
 from feddistill.methods import black_box
 from feddistill.methods.question import question_of
-from feddistill.models import adapters, causal
+from feddistill.models import adapters, causal, reading
 from feddistill.models.tokenizers import fingerprint
-from feddistill.types import UNLABELLED, Splits
+from feddistill.types import Splits
 
 DENSE_CLASSES = 256
 """The most that the dense codec holds: where there are more, ``topk`` is smaller."""
@@ -42,11 +42,13 @@ def check(config: Config, splits: Splits, *, build: bool = True) -> None:
         )
     if "fedlora" in config.baselines and find_spec("peft") is None:
         raise ConfigError("baselines: fedlora needs the package peft: pip install 'feddistill[lora]'")
-    labelled = config.task in LANGUAGE or (splits.proxy.labels != UNLABELLED).any()
+    labelled = config.task in LANGUAGE or splits.proxy.known.any()
     if "fedmkt" in config.baselines and not labelled:
         raise ConfigError("baselines: fedmkt needs labels, but data.proxy.labelled is 0")
     if "public_only" in config.baselines and not labelled:
         raise ConfigError("baselines: public_only needs labels, but data.proxy.labelled is 0")
+    if config.task == "reading" and not config.reading.unanswerable:
+        _answered(splits)
     if not build:
         return
     several = {
@@ -62,9 +64,23 @@ def check(config: Config, splits: Splits, *, build: bool = True) -> None:
             built = _built(model, name, splits, masked=config.task == "masked_lm")
             _speaks(config, built, question.fingerprint, name)
             adapters.adapt(built.model, model, name, head=False)
+        elif config.task == "reading":
+            reader = reading.build(model, config.reading, 0, name, splits.proxy.texts)
+            reader.pages(splits.proxy)
+            adapters.adapt(reader.model, model, name, head=True)
         else:
             made = models.build(model, classes, 0, name, splits.proxy.texts)
             adapters.adapt(made.model, model, name, head=True)
+
+
+def _answered(splits: Splits) -> None:
+    """Whether every question has an answer, of those whose answers are known."""
+    for texts in (*splits.private, splits.proxy, splits.validation, splits.test):
+        for row, right in enumerate(texts.answers or ()):
+            if right == ():
+                raise ConfigError(
+                    f"{texts.name}: {texts.ids[row]} has no answer, which reading.unanswerable: true allows"
+                )
 
 
 def _built(model: ModelConfig, name: str, splits: Splits, *, masked: bool) -> causal.Causal:

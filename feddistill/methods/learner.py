@@ -30,6 +30,7 @@ from feddistill.tasks import TASKS, Task
 from feddistill.tensorfile import Chained, TensorFile
 from feddistill.training import Lessons
 from feddistill.training.blocks import BlockLessons, Hiding
+from feddistill.training.questions import QuestionLessons
 from feddistill.types import NO_LABEL, UNLABELLED, Cost, RoundSpec, Splits, TextSet, Tick
 
 
@@ -126,7 +127,7 @@ class Learner:
         self.specialist = self._build(config)
         self.model = self.specialist.model
         if adapt is None and config.lora is not None:
-            head = session.config.task == "classification"
+            head = session.config.task in ("classification", "reading")
             adapt = partial(adapters.adapt, config=config, name=name, head=head)
         if adapt is not None:
             with torch.random.fork_rng(devices=[]):
@@ -226,7 +227,7 @@ class Learner:
 
     def fit(
         self,
-        lessons: Lessons | BlockLessons,
+        lessons: Lessons | BlockLessons | QuestionLessons,
         config: TrainingConfig,
         *,
         seed: int,

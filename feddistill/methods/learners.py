@@ -10,6 +10,7 @@ from feddistill.methods.black_box import ClosedCausal, ClosedClassifier
 from feddistill.methods.causal import CausalLearner
 from feddistill.methods.learner import Learner, Session, best_of, later
 from feddistill.methods.masked import MaskedLearner
+from feddistill.methods.reading import ReadingLearner
 from feddistill.store import Json
 from feddistill.types import TextSet
 
@@ -17,6 +18,7 @@ LEARNERS: dict[str, type[Learner]] = {
     "classification": Learner,
     "causal_lm": CausalLearner,
     "masked_lm": MaskedLearner,
+    "reading": ReadingLearner,
 }
 """By task."""
 

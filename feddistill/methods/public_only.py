@@ -6,7 +6,6 @@ from feddistill.config import LANGUAGE
 from feddistill.methods.learner import Session
 from feddistill.methods.learners import student_rounds
 from feddistill.store import Json
-from feddistill.types import UNLABELLED
 
 
 def run(session: Session) -> Json:
@@ -14,5 +13,5 @@ def run(session: Session) -> Json:
     proxy = session.splits.proxy
     if session.config.task in LANGUAGE:  # the tokens are there
         return {"rounds": student_rounds(session, "public_only", proxy)}
-    labelled = np.flatnonzero(proxy.labels != UNLABELLED)
+    labelled = np.flatnonzero(proxy.known)
     return {"rounds": student_rounds(session, "public_only", proxy.select(labelled, "data.proxy (labelled)"))}

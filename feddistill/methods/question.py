@@ -13,6 +13,7 @@ from feddistill.config import Config
 from feddistill.models.causal import Reader
 from feddistill.models.tokenizers import fingerprint, tokenizer_of
 from feddistill.seeds import generator
+from feddistill.training.questions import ids_of
 from feddistill.types import Splits, TextSet
 
 
@@ -36,11 +37,8 @@ class Question:
     """Of a language model: the proxy texts as the student reads them."""
     rows: Tensor | None = None
     """``[N]``, which rows of ``blocks`` are asked."""
-
-    @property
-    def compressed(self) -> bool:
-        """Whether a dense answer would be too large."""
-        return self.blocks is not None
+    compressed: bool = False
+    """Whether a dense answer would be too large."""
 
 
 def question_of(config: Config, splits: Splits) -> Question:
@@ -50,6 +48,8 @@ def question_of(config: Config, splits: Splits) -> Question:
         names = splits.label_names
         labels = torch.from_numpy(proxy.labels)
         return Question(len(proxy), len(names), payload.fingerprint(names), labels, _domains(proxy))
+    if config.task == "reading":
+        return _of_passages(proxy)
     model, settings = config.student.model, config.language
     tokenizer = tokenizer_of(model.source, "student.model", proxy.texts)
     reader = Reader(tokenizer, settings.positions == "answer")
@@ -68,6 +68,22 @@ def question_of(config: Config, splits: Splits) -> Question:
         reader=reader,
         blocks=blocks,
         rows=torch.from_numpy(rows),
+        compressed=True,
+    )
+
+
+def _of_passages(proxy: TextSet) -> Question:
+    """Two rows a text, where its answer begins and where it ends: a character of the passage, or none."""
+    longest = max(len(proxy.question(row)[1]) for row in range(len(proxy)))
+    known = proxy.answers or (None,) * len(proxy)
+    where = _domains(proxy)
+    return Question(
+        positions=2 * len(proxy),
+        vocab_size=longest + 1,
+        fingerprint=payload.fingerprint(["no answer", f"{longest} characters of a passage"]),
+        labels=torch.tensor([ids_of(right) for right in known]).flatten(),
+        domains=None if where is None else where.repeat_interleave(2),
+        compressed=True,
     )
 
 

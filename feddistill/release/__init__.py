@@ -10,6 +10,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from feddistill import experiment, students
 from feddistill.errors import ModelError, RunError
+from feddistill.heads import takes_types
 from feddistill.models import MeanPoolClassifier
 from feddistill.models.tokenizers import end_id
 from feddistill.release import card
@@ -107,7 +108,7 @@ def write_model(student: Student, folder: Path) -> None:
     """Weights, configuration, tokenizer: what ``export`` writes but for the card."""
     model, tokenizer = student.model.cpu(), student.tokenizer
     tokenizer.model_max_length = student.max_tokens
-    if student.task == "causal_lm":
+    if student.task == "causal_lm" or (student.task == "reading" and not takes_types(model)):
         # Token types, as BERT's tokenizer gives, GPT-2 would add to what it reads, and Llama refuse.
         tokenizer.model_input_names = ["input_ids", "attention_mask"]
         tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names

@@ -21,6 +21,7 @@ PIPELINES = {
     "classification": "text-classification",
     "causal_lm": "text-generation",
     "masked_lm": "fill-mask",
+    "reading": "question-answering",
 }
 EMBEDDED = {
     "wordnet_topics": ("definitions of WordNet 3.0 (Princeton University)", "WordNet 3.0 licence"),

@@ -13,8 +13,10 @@ from torch.nn import functional
 
 from feddistill.accounting import FlopMeter
 from feddistill.config.training import DistillConfig, TrainingConfig
+from feddistill.heads import takes_types
 from feddistill.tensorfile import Chained, TensorFile
 from feddistill.training.blocks import BlockLessons, Hiding
+from feddistill.training.questions import QuestionLessons
 from feddistill.types import NO_LABEL as NO_LABEL
 from feddistill.types import Tick
 from feddistill_kernels import distillation_loss
@@ -97,7 +99,7 @@ def steps_of(config: TrainingConfig, examples: int) -> int:
 
 def fit(
     model: nn.Module,
-    lessons: Lessons | BlockLessons,
+    lessons: Lessons | BlockLessons | QuestionLessons,
     config: TrainingConfig,
     *,
     seed: int,
@@ -116,7 +118,7 @@ def fit(
 
     Args:
         model: Takes ``input_ids`` and ``attention_mask``, returns ``.logits [B, V]``; of blocks one of
-            transformers' causal language models.
+            transformers' language models, of questions one for question answering.
         lessons: What to learn.
         config: Optimiser and schedule.
         seed: Of the order of texts and of dropout.
@@ -138,6 +140,8 @@ def fit(
     batch_loss: trainer.BatchLoss
     if isinstance(lessons, Lessons):
         batch_loss = trainer.TextLoss(lessons, distill)
+    elif isinstance(lessons, QuestionLessons):
+        batch_loss = trainer.QuestionLoss(lessons, distill, takes_types(model))
     elif hiding is None:
         batch_loss = trainer.BlockLoss(lessons, distill, vocab_size, bf16)
     else:

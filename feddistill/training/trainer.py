@@ -13,9 +13,10 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from feddistill.accounting import FlopMeter
 from feddistill.batches import pad
 from feddistill.config.training import DistillConfig, TrainingConfig
-from feddistill.heads import head_of, hidden_states, masked_states
+from feddistill.heads import head_of, hidden_states, masked_states, span_logits
 from feddistill.training import Lessons, lesson_loss
 from feddistill.training.blocks import NOT_TAUGHT, BlockLessons, Hiding, block_loss, rows_of
+from feddistill.training.questions import NEVER, QuestionLessons, said_of_tokens
 from feddistill.types import NO_LABEL, Tick
 
 
@@ -122,6 +123,41 @@ class TextLoss:
         taught = None if self.lessons.taught is None else self.lessons.taught[rows].to(device)
         return lesson_loss(
             outputs.logits, self.lessons.labels[rows].to(device), teacher, taught, self.distill
+        )
+
+
+class QuestionLoss:
+    """Of questions, whose answers begin at one token and end at another."""
+
+    def __init__(self, lessons: QuestionLessons, distill: DistillConfig | None, types: bool):
+        self.lessons, self.distill, self.types = lessons, distill, types
+
+    def __call__(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        """See ``BatchLoss``."""
+        lessons, ids, rows = self.lessons, inputs["input_ids"], inputs["rows"].cpu()
+        pages, length = [lessons.pages[row] for row in rows.tolist()], ids.shape[1]
+        types = pad([page.types for page in pages], 0)[0].to(ids.device) if self.types else None
+        logits = span_logits(model, ids, inputs["attention_mask"], types).float()
+        labels = lessons.labels[rows]
+        taught = None if lessons.taught is None else lessons.taught[rows]
+        teacher = None
+        if taught is not None:
+            assert lessons.teacher is not None, "questions that are taught have a teacher"
+            teacher = torch.zeros(len(pages), 2, length)
+            for at, (page, pair) in enumerate(zip(pages, taught.tolist(), strict=True)):
+                if pair != NOT_TAUGHT:
+                    said = said_of_tokens(lessons.teacher[torch.tensor([2 * pair, 2 * pair + 1])], page)
+                    teacher[at] = nn.functional.pad(said, (0, length - len(page)), value=NEVER)
+            teacher = teacher.flatten(0, 1).to(ids.device)
+            taught = (taught != NOT_TAUGHT).repeat_interleave(2).to(ids.device)
+        elif (labels == NO_LABEL).all():
+            return logits.sum() * 0.0
+        chosen = torch.zeros(len(pages), 1, length, dtype=torch.bool)
+        for at, page in enumerate(pages):
+            chosen[at, 0, : len(page)] = torch.from_numpy(page.choices)
+        logits = logits.masked_fill(~chosen.to(ids.device), NEVER)
+        return lesson_loss(
+            logits.flatten(0, 1), labels.flatten().to(ids.device), teacher, taught, self.distill
         )
 
 

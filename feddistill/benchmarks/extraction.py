@@ -1,0 +1,66 @@
+"""Questions on a passage by a model that points at its answer."""
+
+from collections.abc import Sequence
+
+from feddistill import answering
+from feddistill.accounting import FlopMeter
+from feddistill.batches import PAD_TO
+from feddistill.heads import takes_types
+from feddistill.passages import Page, likeliest, pages
+from feddistill.students import Student
+from feddistill.types import Tick
+
+ANSWER_TOKENS = 30
+"""Of a span at most, as in BERT's own script and transformers' ``run_qa.py``."""
+OVERLAP = 128
+"""Tokens of a passage that two pages share."""
+
+
+def extract(
+    student: Student, questions: Sequence[str], passages: Sequence[str], tick: Tick, *, unanswerable: bool
+) -> list[str]:
+    """The likeliest span of each passage, over as many pages as it takes.
+
+    With ``unanswerable`` (SQuAD 2.0) it is nothing where no span is as likely as that there is no answer:
+    whose score is the least of all pages, and whose threshold is 0.
+
+    Raises:
+        ModelError: A question is too long, or ``unanswerable`` has no token to say it with.
+    """
+    length = student.max_tokens - student.max_tokens % PAD_TO
+    cut: list[Page] = []
+    rows: list[int] = []
+    for row, (question, passage) in enumerate(zip(questions, passages, strict=True)):
+        made = pages(
+            student.tokenizer,
+            question,
+            passage,
+            length,
+            student.name,
+            overlap=OVERLAP,
+            unanswerable=unanswerable,
+        )
+        cut += made
+        rows += [row] * len(made)
+    said = answering.answer_pages(
+        student.model,
+        cut,
+        pad_id=student.specialist.pad_id,
+        types=takes_types(student.model),
+        batch_size=student.batch_size,
+        bf16=student.bf16,
+        meter=FlopMeter(student.model),
+        tick=tick,
+    )
+    best = [(-float("inf"), "")] * len(questions)
+    least = [float("inf")] * len(questions)
+    for row, page, (start, end) in zip(rows, cut, said, strict=True):
+        score, first, last = likeliest(start, end, page, ANSWER_TOKENS)
+        if score > best[row][0]:
+            best[row] = score, passages[row][page.starts[first] : page.ends[last]]
+        if unanswerable:
+            least[row] = min(least[row], float(start[page.none].double() + end[page.none].double()))
+    return [
+        text if not unanswerable or score >= none else ""
+        for (score, text), none in zip(best, least, strict=True)
+    ]
