@@ -80,7 +80,13 @@ def evaluate(
     elif tasks is not None:
         figures = _tasks(run, tasks, limit, task_folder)
     else:
-        figures = _own(run, texts, text_column, label_column, prompt_column, question_column)
+        columns = {
+            "text_column": text_column,
+            "label_column": label_column,
+            "prompt_column": prompt_column,
+            "question_column": question_column,
+        }
+        figures = _own(run, texts, columns)
     if as_json:
         click.echo(json.dumps(figures, indent=2))
         return
@@ -91,26 +97,13 @@ def evaluate(
         click.echo(f"{name:{width}} {value:.4f}" if isinstance(value, float) else f"{name:{width}} {value}")
 
 
-def _own(
-    run: Path,
-    texts: Path | None,
-    text_column: str,
-    label_column: str,
-    prompt_column: str | None,
-    question_column: str | None,
-) -> dict[str, Any]:
+def _own(run: Path, texts: Path | None, columns: dict[str, str | None]) -> dict[str, Any]:
     from feddistill import experiment
     from feddistill.config.data import FileSource
 
     own = None
     if texts is not None:
-        own = FileSource(
-            path=texts,
-            text_column=text_column,
-            label_column=label_column,
-            prompt_column=prompt_column,
-            question_column=question_column,
-        )
+        own = FileSource.model_validate({"path": texts, **columns})
     return experiment.evaluate(run, own)
 
 
