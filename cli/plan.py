@@ -35,17 +35,21 @@ def _print(found: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from feddistill.tasks import TASKS
+
     console = Console(highlight=False, markup=False, emoji=False)
-    sent = found["bytes"]
+    sent, task = found["bytes"], TASKS[found["task"]]
+    asked = "" if task.row == "proxy text" else f"{found['rows']:,} rows (one a {task.row}), "
     console.print(
-        f"{found['clients']} clients, {found['rounds']} rounds, {found['proxy_texts']} proxy texts, "
-        f"{found['classes']} classes; the proxy set is {_bytes(sent['proxy_download'])}, downloaded once"
+        f"{found['clients']} clients, {found['rounds']} rounds, {found['proxy_texts']} proxy texts, {asked}"
+        f"{found['classes']} {task.choices}; the proxy set is {_bytes(sent['proxy_download'])}, "
+        "downloaded once"
     )
-    uploads = Table("upload of", "a client and round", "a proxy text", "the whole run", title="What travels")
+    uploads = Table("upload of", "a client and round", f"a {task.row}", "the whole run", title="What travels")
     for name, codec in sent["codecs"].items():
         mark = " (chosen)" if name == sent["chosen"] else ""
         whole = _bytes(codec["all_rounds_and_clients"])
-        uploads.add_row(f"answers, {name}{mark}", _bytes(codec["upload"]), f"{codec['a_text']} B", whole)
+        uploads.add_row(f"answers, {name}{mark}", _bytes(codec["upload"]), f"{codec['a_row']} B", whole)
     times = found["clients"] * found["rounds"]
     for name, label in (
         ("fedavg", "FedAvg"),
@@ -55,10 +59,10 @@ def _print(found: dict[str, Any]) -> None:
         console_label = f"{label}: {other['times_ours']} times the chosen"
         uploads.add_row(console_label, _bytes(other["upload"]), "-", _bytes(other["upload"] * times))
     console.print(uploads)
-    even = sent["break_even_proxy_texts"]
+    even = sent["break_even_rows"]
     console.print(
-        f"Answers to {even['fedavg']:,} proxy texts a round would be as large as FedAvg's upload, "
-        f"to {even['federated_lora']:,} as federated LoRA's."
+        f"Answers of {even['fedavg']:,} rows a round would be as large as FedAvg's upload, "
+        f"of {even['federated_lora']:,} as federated LoRA's."
     )
     costs = Table("phase", "seconds here", "floating-point operations", title="What is computed")
     for phase, operations in found["flops"].items():

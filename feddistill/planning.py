@@ -89,6 +89,7 @@ def _plan(session: Session) -> Json:
         seconds[job.phase] = seconds.get(job.phase, 0.0) + time_ * job.times
     sent = _bytes(session, student)
     return {
+        "task": config.task,
         "clients": len(splits.private),
         "rounds": config.rounds,
         "proxy_texts": len(splits.proxy),
@@ -331,7 +332,7 @@ def _bytes(session: Session, student: Learner) -> Json:
         upload = sum(_upload(spec, shard) for shard in range(payload.shards(spec)))
         codecs[name] = {
             "upload": upload,
-            "a_text": round(upload / rows, 2),
+            "a_row": round(upload / rows, 2),
             "all_rounds_and_clients": upload
             * min(config.clients.per_round or clients, clients)
             * config.rounds,
@@ -349,9 +350,9 @@ def _bytes(session: Session, student: Learner) -> Json:
             "times_ours": round(adapter / chosen["upload"], 1),
             "rank": LORA_RANK,
         },
-        "break_even_proxy_texts": {
-            "fedavg": int(weights / chosen["a_text"]),
-            "federated_lora": int(adapter / chosen["a_text"]),
+        "break_even_rows": {
+            "fedavg": int(weights / chosen["a_row"]),
+            "federated_lora": int(adapter / chosen["a_row"]),
         },
     }
 

@@ -22,6 +22,10 @@ class Task:
     larger_is_better: bool
     percent: bool
     """Whether it is a share, which studies give in per cent."""
+    row: str
+    """What a row of an answer is about."""
+    choices: str
+    """What a row is over."""
 
     def reaches(self, value: float, target: float) -> bool:
         """Whether ``value`` is as good as ``target``."""
@@ -66,6 +70,8 @@ TASKS: dict[str, Task] = {
         words="accuracy",
         larger_is_better=True,
         percent=True,
+        row="proxy text",
+        choices="classes",
     ),
     "causal_lm": Task(
         figures=("cross_entropy", "perplexity", "bits_per_byte"),
@@ -74,6 +80,8 @@ TASKS: dict[str, Task] = {
         words="bits per byte",
         larger_is_better=False,
         percent=False,
+        row="token",
+        choices="tokens",
     ),
     "masked_lm": Task(
         figures=("cross_entropy", "perplexity", "accuracy"),
@@ -82,6 +90,8 @@ TASKS: dict[str, Task] = {
         words="nats a hidden token",
         larger_is_better=False,
         percent=False,
+        row="hidden token",
+        choices="tokens",
     ),
     "reading": Task(
         figures=("f1", "exact_match"),
@@ -90,5 +100,7 @@ TASKS: dict[str, Task] = {
         words="F1",
         larger_is_better=True,
         percent=True,
+        row="start or end",
+        choices="characters",
     ),
 }

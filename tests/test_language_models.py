@@ -600,7 +600,7 @@ def test_what_a_run_would_cost_is_known_before():
     source = config.student.model.source
     reader = causal.Reader(tokenizer_of(source, "student.model", splits.proxy.texts))
     assert found["rows"] == reader.blocks(splits.proxy, 48).rows
-    assert found["bytes"]["codecs"]["topk k=16"]["a_text"] == pytest.approx(49, abs=2)
+    assert found["bytes"]["codecs"]["topk k=16"]["a_row"] == pytest.approx(49, abs=2)
     assert found["bytes"]["federated_lora"]["upload"] > 0
     assert set(found["seconds"]) == {*found["flops"]}
     assert found["seconds"]["total"] > 0  # of its parts some are of milliseconds

@@ -66,10 +66,10 @@ def test_what_zstd_will_take_off_is_not_foretold(tiny_settings, tmp_path):
 
 def test_an_upload_breaks_even_where_it_is_as_large(tiny_settings):
     sent = experiment.plan(parse(tiny_settings))["bytes"]
-    a_text = sent["codecs"]["dense"]["a_text"]
+    a_row = sent["codecs"]["dense"]["a_row"]
     for other in ("fedavg", "federated_lora"):
-        texts = sent["break_even_proxy_texts"][other]
-        assert texts * a_text == pytest.approx(sent[other]["upload"], rel=0.01)
+        texts = sent["break_even_rows"][other]
+        assert texts * a_row == pytest.approx(sent[other]["upload"], rel=0.01)
 
 
 def test_nothing_is_written(tiny_settings, tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import question_fixtures as made
 import torch
+import yaml
 from click.testing import CliRunner
 from transformers import (
     AutoModelForQuestionAnswering,
@@ -143,6 +144,16 @@ def test_a_plan_foretells_what_a_run_takes(run, file):
             assert foretold["flops"][phase] == pytest.approx(operations, rel=0.05), phase
     sent = foretold["bytes"]["codecs"][foretold["bytes"]["chosen"]]["all_rounds_and_clients"]
     assert sent == pytest.approx(result["bytes"]["uplink"], rel=0.02)
+
+
+def test_what_is_checked_and_foretold_is_said_in_words_of_the_task(file, tmp_path):
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(made.settings(file)))
+    checked = feddistill("config", "check", tmp_path / "run.yaml").stdout
+    assert re.search(r"^what +28 texts$", checked, re.MULTILINE)
+    assert "no labels, so no skew of them; largest client 1.1 times the smallest" in checked
+    foretold = " ".join(feddistill("plan", tmp_path / "run.yaml").stdout.split())
+    assert "24 proxy texts, 48 rows (one a start or end)" in foretold
+    assert "characters; the proxy set is" in foretold
 
 
 @pytest.mark.parametrize("target", ["hard", "soft"])

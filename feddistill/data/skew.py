@@ -19,7 +19,8 @@ class Skew:
     """Labelled proxy texts by label."""
     non_iid: float | None
     """Mean total-variation distance of a client's label distribution from the pool's, weighted by
-    size: 0 is IID; near 1, clients share no label. ``None`` where the texts are at the clients."""
+    size: 0 is IID; near 1, clients share no label. ``None`` where the texts are at the clients, or have no
+    labels."""
     size_ratio: float | None
     """Largest client's examples over the smallest's."""
     proxy_examples: int
@@ -27,12 +28,14 @@ class Skew:
     validation_examples: int
     test_also_public: int
     """Test texts that stand word for word in the proxy or private sets: contamination."""
+    examples: tuple[int, ...] = ()
+    """Private texts by client, labelled or not; none at clients who keep them."""
 
 
 def skew(splits: Splits) -> Skew:
     """Measure the private sets of ``splits``."""
     counts = np.stack([client.label_counts() for client in splits.private])  # [C, V]
-    sizes = counts.sum(1)
+    examples, sizes = [len(client) for client in splits.private], counts.sum(1)
     known = sizes.sum() > 0
     if known:
         pooled = counts.sum(0) / sizes.sum()
@@ -44,9 +47,10 @@ def skew(splits: Splits) -> Skew:
         counts=tuple(tuple(int(n) for n in row) for row in counts),
         proxy_counts=tuple(int(n) for n in splits.proxy.label_counts()),
         non_iid=float((distances * sizes).sum() / sizes.sum()) if known else None,
-        size_ratio=float(sizes.max() / sizes.min()) if known else None,
+        size_ratio=max(examples) / min(examples) if min(examples) else None,
         proxy_examples=len(splits.proxy),
         test_examples=len(splits.test),
         validation_examples=len(splits.validation),
         test_also_public=sum(text in seen for text in splits.test.texts),
+        examples=tuple(examples),
     )

@@ -91,12 +91,15 @@ def _facts(run: Path) -> Json:
     directory = RunDirectory.open(run)
     try:
         skew = directory.read_json(experiment.SKEW)
+        of_client = dict(zip(skew["clients"], skew.get("examples", ()), strict=False))
         told = {step.rpartition("/")[2]: directory.done(step) or {} for step in directory.steps("described")}
         return {
             "result": directory.read_json(RESULT),
             "clients": skew["clients"],
             "examples": {
-                name: sum(counts) or told.get(name, {}).get("description", {}).get("examples")
+                name: sum(counts)
+                or of_client.get(name)
+                or told.get(name, {}).get("description", {}).get("examples")
                 for name, counts in zip(skew["clients"], skew["counts"], strict=True)
             },
         }

@@ -160,6 +160,9 @@ def phase_rows(result: Json) -> list[tuple[str, str, str]]:
 def skew_lines(skew: Skew) -> list[str]:
     """The skew report as a table in plain text."""
     width = max(map(len, (*skew.clients, "proxy (labelled)")))
+    if not skew.labels:
+        texts = zip(skew.clients, skew.examples, strict=False)
+        return [*(f"{client.ljust(width)}  {count} texts" for client, count in texts), *_skew_words(skew)]
     if len(skew.labels) > figures.WRITTEN:
         return [*_many_labels(skew, width), *_skew_words(skew)]
     columns = [max(len(label), 4) for label in skew.labels]
@@ -192,11 +195,15 @@ def _many_labels(skew: Skew, width: int) -> Iterator[str]:
 
 
 def _skew_words(skew: Skew) -> list[str]:
+    if skew.size_ratio is None:
+        divided = "how the private texts are divided is known at the clients alone"
+    else:
+        labels = "no labels, so no skew of them"
+        if skew.non_iid is not None:
+            labels = f"non-IID {skew.non_iid:.3f} (mean total variation from the pool)"
+        divided = f"{labels}; largest client {skew.size_ratio:.1f} times the smallest"
     return [
-        "how the private texts are divided is known at the clients alone"
-        if skew.non_iid is None
-        else f"non-IID {skew.non_iid:.3f} (mean total variation from the pool); "
-        f"largest client {skew.size_ratio:.1f} times the smallest",
+        divided,
         f"texts: proxy {skew.proxy_examples}, test {skew.test_examples}, validation "
         f"{skew.validation_examples}",
         f"{skew.test_also_public} of the test also stand in proxy or private texts",
