@@ -8,16 +8,15 @@ import signal
 import subprocess
 import sys
 
-import language_fixtures
 import numpy as np
 import pytest
 import torch
+from language_fixtures import TOKENIZER, outcome, tiny
 from safetensors.torch import load_file
 from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from feddistill import aggregation, experiment, payload, study
-from feddistill.alignment import map_vocabulary
 from feddistill.blocks import pack
 from feddistill.config import dump, parse
 from feddistill.config.models import ModelConfig, TrainedTokenizer
@@ -26,16 +25,11 @@ from feddistill.errors import ConfigError, ModelError
 from feddistill.evaluation import language
 from feddistill.heads import head_of, hidden_states
 from feddistill.methods import wire
-from feddistill.methods.client import Crew
-from feddistill.methods.learner import Session
-from feddistill.methods.translation import Side, Tally, needed, translate
 from feddistill.models import causal
 from feddistill.models.tokenizers import fingerprint, tokenizer_of
-from feddistill.progress import Quiet
 from feddistill.report import studies
 from feddistill.rules import RULES
-from feddistill.store import RunDirectory
-from feddistill.tensorfile import TopKFile, stacked
+from feddistill.tensorfile import TopKFile
 from feddistill.training.blocks import (
     NOT_TAUGHT,
     block_loss,
@@ -49,50 +43,11 @@ from feddistill.training.blocks import (
 from feddistill.types import NO_LABEL, RoundSpec, TextSet
 from feddistill_kernels import TopK, topk_compress
 
-TOKENIZER = {"kind": "trained", "vocab_size": 300}
-GPT2 = {
-    "source": {
-        "kind": "scratch",
-        "architecture": "gpt2",
-        "settings": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 48},
-        "tokenizer": TOKENIZER,
-    },
-    "max_tokens": 48,
-}
-LLAMA = {
-    "source": {
-        "kind": "scratch",
-        "architecture": "llama",
-        "settings": {
-            "hidden_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 1,
-            "intermediate_size": 64,
-            "max_position_embeddings": 48,
-        },
-        "tokenizer": TOKENIZER,
-    },
-    "max_tokens": 48,
-}
-BASELINES = ["public_only", "local_only", "centralized", "fedavg"]
-
-
-def settings(**changes):
-    student = {**GPT2, "layers": [0]}
-    return language_fixtures.settings(
-        "tiny-lm", [GPT2, LLAMA], student, **{"baselines": BASELINES, **changes}
-    )
-
-
-def outcome(result):
-    return {key: result[key] for key in ("metrics", "selected_round", "ledger", "by_round", "bytes")}
-
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("lm") / "run"
-    return {"out": out, "result": experiment.run(parse(settings()), out)}
+    return {"out": out, "result": experiment.run(parse(tiny()), out)}
 
 
 def test_every_token_is_predicted_once_by_the_tokens_before_it():
@@ -113,7 +68,7 @@ def test_every_token_is_predicted_once_by_the_tokens_before_it():
 
 
 def test_tokens_of_a_prompt_are_not_wanted():
-    source = parse(settings()).student.model.source
+    source = parse(tiny()).student.model.source
     reader = causal.Reader(tokenizer_of(source, "s", ["some words and other words"]), answers_only=True)
     texts = TextSet("t", ("0", "1"), ("Q: é? A: no", "ab"), np.zeros(2, np.int64), (), None, (5, 0))
     blocks = reader.blocks(texts, 8)
@@ -126,7 +81,7 @@ def test_bits_per_byte_by_hand(finished):
     assert language(8 * math.log(2), 4, 2).bits_per_byte == pytest.approx(4)
     figures = finished["result"]["metrics"]["student"]
     assert figures["perplexity"] == pytest.approx(math.exp(figures["cross_entropy"]), rel=1e-4)
-    config = parse(settings())
+    config = parse(tiny())
     splits = experiment.check(config, build=False)
     model = causal.build(config.student.model, 0, "student.model", splits.proxy.texts)
     from feddistill import models
@@ -326,7 +281,7 @@ def test_a_run_is_whole(finished):
 
 def test_a_killed_run_resumes_to_the_same_numbers(finished, tmp_path):
     path = tmp_path / "tiny.yaml"
-    path.write_text(json.dumps(settings()))
+    path.write_text(json.dumps(tiny()))
     code = """
 import os, signal, sys
 from pathlib import Path
@@ -354,7 +309,7 @@ experiment.run(load(Path(sys.argv[1])), Path(sys.argv[2]))
     )  # fmt: skip
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     assert (out / "records/rounds/001/student.json").exists()
-    assert outcome(experiment.run(parse(settings()), out, resume=True)) == outcome(finished["result"])
+    assert outcome(experiment.run(parse(tiny()), out, resume=True)) == outcome(finished["result"])
 
 
 @pytest.mark.parametrize(
@@ -374,13 +329,13 @@ experiment.run(load(Path(sys.argv[1])), Path(sys.argv[2]))
 )
 def test_what_is_of_classes_is_refused(changes, words):
     with pytest.raises(ConfigError, match=words):
-        parse(settings(**changes))
+        parse(tiny(**changes))
 
 
 def test_defaults_of_the_task_survive_writing_and_reading():
     import yaml
 
-    config = parse(settings())
+    config = parse(tiny())
     assert (config.payload.codec, config.distill.temperature) == ("topk", 1.0)
     assert config.clients.codistillation.target == "soft"
     assert parse(yaml.safe_load(dump(config))) == config
@@ -410,9 +365,9 @@ print(fingerprint(tokenizer_of(TrainedTokenizer(vocab_size=280), "s", texts)))
 @pytest.mark.parametrize("codec", ["threshold", "sampled"])
 def test_other_codecs_and_every_third_position(codec, tmp_path):
     changes = {"payload": {"codec": codec}, "language": {"step": 3}, "rounds": 1, "baselines": []}
-    result = experiment.run(parse(settings(**changes)), tmp_path / "run")
+    result = experiment.run(parse(tiny(**changes)), tmp_path / "run")
     spec = payload.parse_spec((tmp_path / "run/rounds/001/spec.json").read_bytes())
-    config = parse(settings(**changes))
+    config = parse(tiny(**changes))
     splits = experiment.check(config, build=False)
     rows = (
         causal.Reader(tokenizer_of(config.student.model.source, "s", splits.proxy.texts))
@@ -423,179 +378,9 @@ def test_other_codecs_and_every_third_position(codec, tmp_path):
     assert result["metrics"]["student"]["bits_per_byte"] < 8
 
 
-OTHER = {
-    **LLAMA,
-    "source": {**LLAMA["source"], "tokenizer": {"kind": "trained", "vocab_size": 340}},
-    "max_tokens": 40,
-}
-
-
-class Said(Quiet):
-    def __init__(self):
-        self.lines = []
-
-    def say(self, line):
-        self.lines.append(line)
-
-
-def of_two_tokenizers(**changes):
-    """The second and the fourth client read in other pieces than the student, and in shorter blocks."""
-    clients = {
-        "models": [GPT2, OTHER],
-        "training": language_fixtures.TRAINING,
-        "answer_batch_size": 16,
-        "evaluate": False,
-    }
-    return parse(settings(clients=clients, baselines=[], **changes))
-
-
-@pytest.fixture(scope="module")
-def mixed(tmp_path_factory):
-    out, said = tmp_path_factory.mktemp("mixed") / "run", Said()
-    return {"out": out, "result": experiment.run(of_two_tokenizers(), out, show=said), "said": said.lines}
-
-
-def uploads_of(out):
-    files = sorted(out.glob("rounds/*/payloads/*.safetensors"))
-    return {str(file.relative_to(out)): file.read_bytes() for file in files}
-
-
-def test_who_speaks_in_other_tokens_answers_in_the_students(mixed):
-    result, out = mixed["result"], mixed["out"]
-    everyone = sorted(file.stem for file in out.glob("rounds/001/payloads/*.json"))
-    assert set(result["projection"]) == {"1", "2"}
-    for number, told in result["projection"].items():
-        spec = payload.parse_spec((out / f"rounds/00{number}/spec.json").read_bytes())
-        assert len(told) == 2
-        for name in everyone:
-            envelope, content = (
-                (out / f"rounds/00{number}/payloads/{name}{end}").read_bytes()
-                for end in (".json", ".safetensors")
-            )
-            rows = wire.topk(payload.admit(envelope, content, spec, set()))
-            share = float(aggregation.answered(rows).double().mean())
-            if name not in told:
-                assert share == 1
-                continue
-            assert 0.5 < told[name]["coverage"] < 1
-            assert told[name]["answered"] == pytest.approx(share, abs=1e-6)
-            assert told[name]["rows"] == spec.positions
-            assert told[name]["seconds"] > 0
-    lines = [line for line in mixed["said"] if "another tokenizer" in line]
-    assert sorted(line.split()[0] for line in lines) == sorted(result["projection"]["1"]), "once each"
-    assert result["metrics"]["student"]["bits_per_byte"] < 8
-
-
-def test_who_speaks_in_other_tokens_learns_from_the_teacher(mixed):
-    config = of_two_tokenizers()
-    directory = RunDirectory.open(mixed["out"])
-    try:
-        session = Session(config, experiment.check(config, build=False), directory, Quiet())
-        spec = payload.parse_spec(directory.read_bytes("rounds/001/spec.json"))
-        client = next(c for c in Crew(session).clients if c.name in mixed["result"]["projection"]["1"])
-        given, own = client._lessons(2, spec), client.learner.lessons(client.private)
-    finally:
-        directory.close()
-    rows = given.taught[len(own.labels) :]
-    blocks = client.learner.blocks(session.splits.proxy)
-    assert given.taught[: len(own.labels)].eq(NOT_TAUGHT).all()
-    assert len(rows) == blocks.rows
-    assert torch.equal(given.labels[len(own.labels) :], torch.from_numpy(blocks.targets))
-    taught = rows[rows != NOT_TAUGHT]
-    assert 0.5 < len(taught) / len(rows) <= 1
-    assert given.teacher.vocab_size == 340
-    assert aggregation.answered(given.teacher).all()
-    assert (mass_of(given.teacher) - 1).abs().max() < 1e-5
-
-
-def test_a_run_of_two_tokenizers_resumes_to_the_same_payloads(mixed, tmp_path, monkeypatch):
-    original, calls = wire.compress_parts, []
-
-    def failing(*args):
-        found = original(*args)
-        calls.append(found)
-        if len(calls) == 7:  # in round 2: four clients and the teacher have answered in round 1
-            raise KeyboardInterrupt
-        return found
-
-    with monkeypatch.context() as patched:
-        patched.setattr(wire, "compress_parts", failing)
-        with pytest.raises(KeyboardInterrupt):
-            experiment.run(of_two_tokenizers(), tmp_path / "run")
-    assert (tmp_path / "run/records/rounds/001/student.json").exists()
-    again = experiment.run(of_two_tokenizers(), tmp_path / "run", resume=True)
-    assert outcome(again) == outcome(mixed["result"])
-    assert uploads_of(tmp_path / "run") == uploads_of(mixed["out"])
-
-
-def mass_of(rows):
-    return rows.log_probs.double().exp().sum(1) + rows.log_tail.double().exp()
-
-
-def side_of(size, texts, length):
-    reader = causal.Reader(tokenizer_of(TrainedTokenizer(vocab_size=size), "s", texts.texts))
-    return Side(reader, texts, reader.blocks(texts, length), "s")
-
-
-def public_texts():
-    said = ("We the people, of 1789 – «façade»", "a", "", "people and the union of the people\n\nagain")
-    return TextSet("p", ("0", "1", "2", "3"), said, np.zeros(4, np.int64), (), None)
-
-
-@pytest.mark.parametrize("step", [1, 3])
-def test_projected_answers_of_the_same_tokenizer_are_the_direct_ones(step):
-    torch.manual_seed(0)
-    mine, theirs = (side_of(280, public_texts(), length) for length in (5, 9))
-    rows = np.arange(theirs.blocks.rows)[step - 1 :: step]
-    mapped = map_vocabulary(theirs.vocabulary, mine.vocabulary)
-    assert np.array_equal(needed(rows, mine, theirs), rows)
-    logits, tally = torch.randn(len(rows), 280) * 4, Tally()
-    pieces = [topk_compress(part, 64, id_order=False) for part in logits.split(4)]
-    found = stacked(list(translate(pieces, rows, rows, theirs, mine, mapped, 5, tally)))
-    wanted = topk_compress(logits, 5, id_order=False)
-    assert torch.equal(found.ids, wanted.ids)
-    torch.testing.assert_close(found.log_probs, wanted.log_probs, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(found.log_tail, wanted.log_tail, rtol=1e-4, atol=1e-5)
-    assert (tally.rows, tally.answered) == (len(rows), len(rows))
-
-
-@pytest.mark.parametrize("step", [1, 3])
-def test_what_is_projected_is_a_distribution(step):
-    torch.manual_seed(0)
-    mine, theirs = side_of(270, public_texts(), 9), side_of(290, public_texts(), 5)
-    asked = np.arange(mine.blocks.rows)[step - 1 :: step]
-    rows, tally = needed(asked, mine, theirs), Tally()
-    assert len(rows) <= theirs.blocks.rows
-    assert (len(rows) == theirs.blocks.rows) == (step == 1)
-    mapped = map_vocabulary(theirs.vocabulary, mine.vocabulary)
-    logits = 6 * torch.nn.functional.one_hot(torch.from_numpy(theirs.blocks.targets[rows]), 290).float()
-    said = topk_compress(logits + torch.rand(len(rows), 290), 64, id_order=False)
-    pieces = [said[a : a + 2] for a in range(0, len(rows), 2)]
-    found = stacked(list(translate(pieces, rows, asked, theirs, mine, mapped, 5, tally)))
-    good = aggregation.answered(found)
-    assert len(found) == len(asked) == tally.rows
-    assert (mass_of(found) - 1).abs().max() < 1e-6
-    assert 0 < tally.record()["coverage"] < 1
-    assert tally.answered == int(good.sum()) > len(asked) / 2
-    right = aggregation.answers.first_choice(found) == torch.from_numpy(mine.blocks.targets[asked])
-    assert right[good].double().mean() > 0.9, "who knows the text knows it in other tokens too"
-
-
-def test_who_cannot_be_projected_is_refused():
-    with pytest.raises(ConfigError, match=r"'sampled' cannot say .* tokenizer of clients\.models\.1 is not"):
-        experiment.check(of_two_tokenizers(payload={"codec": "sampled"}))
-    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 16}
-    source = {"kind": "scratch", "architecture": "bert", "tokenizer": TOKENIZER, "settings": small}
-    masked = {"source": source, "max_tokens": 48}
-    with pytest.raises(ModelError, match=r"clients\.models\.1: a masked language model sees what follows"):
-        experiment.check(
-            parse(settings(clients={"models": [GPT2, masked], "training": language_fixtures.TRAINING}))
-        )
-
-
 def test_what_a_run_would_cost_is_known_before():
-    found = experiment.plan(parse(settings(baselines=["public_only"])))
-    config = parse(settings())
+    found = experiment.plan(parse(tiny(baselines=["public_only"])))
+    config = parse(tiny())
     splits = experiment.check(config, build=False)
     source = config.student.model.source
     reader = causal.Reader(tokenizer_of(source, "student.model", splits.proxy.texts))
@@ -607,7 +392,7 @@ def test_what_a_run_would_cost_is_known_before():
 
 
 def test_a_study_of_them_is_told_in_bits_per_byte(tmp_path):
-    (tmp_path / "base.yaml").write_text(json.dumps(settings(rounds=1)))
+    (tmp_path / "base.yaml").write_text(json.dumps(tiny(rounds=1)))
     content = {"name": "lm", "base": "base.yaml", "seeds": [0], "target": 20, "cases": {"little": {}}}
     content["cases"]["much"] = {"distill.kd_weight": 0.9}
     (tmp_path / "study.yaml").write_text(json.dumps(content))

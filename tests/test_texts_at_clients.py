@@ -1,0 +1,202 @@
+"""Texts that only the clients have; rounds in which only some of them are asked."""
+
+import json
+import shutil
+
+import pytest
+from elsewhere_fixtures import NAMES, Elsewhere, decided, run
+
+from feddistill import experiment, payload, revision
+from feddistill.config import parse
+from feddistill.errors import ConfigError, FeddistillError
+from feddistill.federation.protocol import Task
+
+
+@pytest.fixture
+def config(tiny_settings):
+    return parse(tiny_settings | {"baselines": [], "aggregation": {"quorum": 2}})
+
+
+class TestTextsAtClients:
+    """The server has nobody's texts."""
+
+    @pytest.fixture
+    def files(self, config, tmp_path):
+        from feddistill import data
+
+        splits = data.load(config.data, config.seed)
+        files = {}
+        for texts in splits.private:
+            folder = tmp_path / "institutions" / texts.name
+            folder.mkdir(parents=True)
+            rows = [
+                json.dumps({"text": text, "label": splits.label_names[label]})
+                for text, label in zip(texts.texts, texts.labels, strict=True)
+            ]
+            (folder / "private.jsonl").write_text("\n".join(rows) + "\n")
+            files[texts.name] = folder / "data.yaml"
+            files[texts.name].write_text("source: {kind: files, path: private.jsonl}\n")
+        return files
+
+    @pytest.fixture
+    def apart(self, config):
+        raw = config.model_dump(mode="json")
+        raw["data"]["partition"] = {"kind": "at_clients", "names": list(NAMES)}
+        raw["aggregation"] = {"rule": {"kind": "mean_probs", "weights": "class_counts"}}
+        return parse(raw)
+
+    @pytest.fixture
+    def given(self, apart, files):
+        raw = apart.model_dump(mode="json")
+        sources = {
+            name: {"kind": "files", "path": str(f.parent / "private.jsonl")} for name, f in files.items()
+        }
+        raw["data"]["partition"] = {"kind": "given", "sources": sources}
+        return parse(raw)
+
+    def test_teachers_are_those_of_one_process(self, apart, given, files, tmp_path):
+        result = run(apart, tmp_path / "run", Elsewhere(tmp_path / "state", files))
+        there = experiment.run(given, tmp_path / "given")
+        for number in (1, 2):
+            name = f"rounds/{number:03d}/teacher.safetensors"
+            assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "given" / name).read_bytes()
+        assert result["metrics"]["student"] == there["metrics"]["student"]
+        assert "clients" not in result["metrics"]
+        assert result["heterogeneity"] == {"non_iid": None}
+
+    def test_no_private_text_is_at_the_server(self, apart, files, tmp_path):
+        run(apart, tmp_path / "run", Elsewhere(tmp_path / "state", files))
+        texts = [
+            json.loads(line)["text"].encode()
+            for file in files.values()
+            for line in (file.parent / "private.jsonl").read_text().splitlines()
+        ]
+        for path in (tmp_path / "run").rglob("*"):
+            if path.is_file():
+                content = path.read_bytes()
+                assert not any(text in content for text in texts if len(text) > 20)
+
+    def test_an_institution_may_have_a_model_of_its_own(self, apart, files, tmp_path):
+        layers = "model: " + json.dumps(apart.clients.models[0].model_dump(mode="json") | {"layers": [0]})
+        files["client-1"].write_text(files["client-1"].read_text() + layers + "\n")
+        run(apart, tmp_path / "run", Elsewhere(tmp_path / "state", files))
+        sizes = {
+            name: next((tmp_path / "state" / name).rglob("alone/001/*.safetensors")).stat().st_size
+            for name in NAMES
+        }
+        assert sizes["client-1"] < sizes["client-0"] == sizes["client-2"]
+
+    def test_decided_again_without_a_client_or_its_texts(self, apart, files, tmp_path):
+        run(apart, tmp_path / "run", Elsewhere(tmp_path / "state", files))
+        shutil.rmtree(tmp_path / "state")
+        shutil.rmtree(tmp_path / "institutions")
+        made = revision.aggregate(tmp_path / "run", tmp_path / "again", ("aggregation.rule=median",))
+        assert len(made) == 2
+        revision.distill(tmp_path / "run", tmp_path / "other", ("distill.temperature=1",))
+
+    def test_a_late_answer_is_merged_and_a_missing_one_not_asked_for(self, apart, files, tmp_path):
+        apart = parse(apart.model_dump(mode="json") | {"aggregation": {"quorum": 2}})
+        transport = Elsewhere(tmp_path / "state", files)
+        transport.fault = lambda task, name: [] if (task.round, name) == (2, "client-2") else None
+        run(apart, tmp_path / "run", transport)
+        shutil.rmtree(tmp_path / "institutions")
+        (first, second) = revision.aggregate(tmp_path / "run", tmp_path / "again", ())
+        assert [len(first["uploads"]), len(second["uploads"])] == [3, 2]
+        # It answers after all, by whatever way.
+        spec = payload.parse_spec((tmp_path / "run/rounds/002/spec.json").read_bytes())
+        other = tmp_path / "run/rounds/002/payloads/client-1.safetensors"
+        answers, _ = payload.read(other.read_bytes())
+        content = payload.encode(answers, spec, "client-2")
+        (tmp_path / "late.safetensors").write_bytes(content)
+        (tmp_path / "late.json").write_bytes(payload.seal(content, spec, "client-2"))
+        made = revision.aggregate(
+            tmp_path / "run", tmp_path / "merged", (), late=[tmp_path / "late.safetensors"]
+        )
+        assert [len(made[0]["uploads"]), len(made[1]["uploads"])] == [3, 3]
+        with pytest.raises(ConfigError, match="its clients are elsewhere"):
+            revision.forget(tmp_path / "run", tmp_path / "without", ["client-0"])
+
+    def test_the_page_of_a_run_says_what_is_not_known(self, apart, files, tmp_path):
+        from feddistill import report
+
+        run(apart, tmp_path / "run", Elsewhere(tmp_path / "state", files))
+        page = report.write(tmp_path / "run").read_text()
+        assert "known at the clients alone" in page
+
+    @pytest.mark.parametrize(
+        ("text", "error"),
+        [
+            ("source: {kind: files, path: nothing.csv}", "DataError"),
+            ("sauce: {}", "ConfigError"),
+            ("- 1", "ConfigError"),
+            ("source: {kind: files, path: private.jsonl, label_column: null}", "DataError"),
+        ],
+    )
+    def test_what_is_wrong_at_an_institution_is_its_own_to_read(self, text, error, apart, files, tmp_path):
+        files["client-0"].write_text(text)
+        client = Elsewhere(tmp_path / "state", files).own["client-0"]
+        settings = experiment.resolve(apart)
+        from feddistill.config import digest
+
+        task = Task(
+            "describe",
+            digest(settings)[:16],
+            0,
+            {"config": settings.model_dump(mode="json"), "labels": ["a", "b"]},
+        )
+        with pytest.raises(FeddistillError) as caught:
+            client.handle(task)
+        assert type(caught.value).__name__ == error
+
+    def test_it_needs_an_engine(self, apart, tmp_path):
+        with pytest.raises(ConfigError, match="--engine flower"):
+            experiment.run(apart, tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"baselines": ["centralized"]}, "centralized would need the private texts"),
+            ({"simulate": {"attack": {"kind": "second_best"}}}, "simulate.attack"),
+        ],
+    )
+    def test_what_needs_the_texts_is_refused(self, change, message, apart):
+        with pytest.raises(ConfigError, match=message):
+            parse(apart.model_dump(mode="json") | change)
+
+
+class TestPartialParticipation:
+    """Two of three clients in each round, drawn anew."""
+
+    @pytest.fixture
+    def some(self, tiny_settings):
+        raw = tiny_settings | {"baselines": [], "rounds": 4, "aggregation": {"quorum": 2}}
+        return parse(raw | {"clients": raw["clients"] | {"per_round": 2}})
+
+    def test_engines_agree(self, some, tmp_path):
+        experiment.run(some, tmp_path / "local")
+        result = run(some, tmp_path / "run", Elsewhere(tmp_path / "state"))
+        assert decided(tmp_path / "run") == decided(tmp_path / "local")
+        asked = [set(row["uplink"]) for row in result["bytes"]["by_round"]]
+        assert all(len(names) == 2 for names in asked)
+        assert set.union(*asked) == set(NAMES)
+        assert len(set(map(frozenset, asked))) > 1
+        assert result["missing"] == {}
+
+    def test_a_resumed_run_goes_on_with_the_same(self, some, tmp_path):
+        experiment.run(some, tmp_path / "whole")
+        transport = Elsewhere(tmp_path / "state")
+
+        def die(task, name):
+            if task.kind == "answer" and task.round == 3:
+                raise KeyboardInterrupt
+
+        transport.fault = die
+        with pytest.raises(KeyboardInterrupt):
+            run(some, tmp_path / "run", transport)
+        run(some, tmp_path / "run", Elsewhere(tmp_path / "state"), resume=True)
+        assert decided(tmp_path / "run") == decided(tmp_path / "whole")
+
+    def test_more_than_there_are_is_refused(self, some):
+        with pytest.raises(ConfigError, match=r"clients\.per_round = 9, but there are 3 clients"):
+            parse(some.model_dump(mode="json") | {"clients": {"per_round": 9}})
