@@ -110,7 +110,7 @@ def _language(hidden: int, bf16: bool, times: int) -> dict[str, Any]:
     tokens = torch.randint(1, V, (BLOCKS * (LENGTH - 1) - 1,)).tolist()
     blocks = pack([tokens], end=0, length=LENGTH)
     seconds = _in_turns(
-        {name: lambda run=run: run(model, blocks, bf16) for name, run in TOKENS.items()},  # type: ignore[misc]
+        {name: lambda run=run: run(model, blocks, bf16) for name, run in TOKENS.items()},  # type: ignore[misc]  # defaults
         times,
     )
     return {

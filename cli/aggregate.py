@@ -1,6 +1,7 @@
 """``feddistill aggregate``."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -47,7 +48,7 @@ def aggregate(
     click.echo(f"run: {out}")
 
 
-def _print(decided: list[dict]) -> None:  # type: ignore[type-arg]
+def _print(decided: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 

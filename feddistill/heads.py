@@ -32,7 +32,8 @@ def masked_states(model: nn.Module, ids: Tensor, attention: Tensor | None, place
         held.append(given[0].flatten(0, -2)[places])
         return (held[0][:0],)
 
-    hook = model.get_output_embeddings().register_forward_pre_hook(gather)  # type: ignore[operator]
+    head = model.get_output_embeddings()  # type: ignore[operator]  # transformers' models have it
+    hook = head.register_forward_pre_hook(gather)
     try:
         model(input_ids=ids, attention_mask=attention)
     finally:
@@ -42,7 +43,8 @@ def masked_states(model: nn.Module, ids: Tensor, attention: Tensor | None, place
 
 def takes_types(model: nn.Module) -> bool:
     """Whether a model tells a question's tokens from its passage's by their types, as BERT does."""
-    return getattr(model.config, "type_vocab_size", None) in range(2, 100)
+    kinds: int = getattr(model.config, "type_vocab_size", 0)
+    return kinds > 1
 
 
 def span_logits(model: nn.Module, ids: Tensor, attention: Tensor, types: Tensor | None) -> Tensor:
@@ -54,7 +56,7 @@ def span_logits(model: nn.Module, ids: Tensor, attention: Tensor, types: Tensor 
 
 def head_of(model: nn.Module) -> tuple[Tensor, Tensor | None]:
     """Weight ``[V', H]`` and bias ``[V']`` of the head; ``V'`` is at least ``V``."""
-    head = model.get_output_embeddings()  # type: ignore[operator]
+    head = model.get_output_embeddings()  # type: ignore[operator]  # as above
     return head.weight, getattr(head, "bias", None)
 
 

@@ -8,7 +8,7 @@ import subprocess
 import pytest
 import yaml
 
-pytest.importorskip("cryptography")
+pytest.importorskip("cryptography", reason="pip install 'feddistill[flower]'")
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="what compiles the kernels")
 
 ROOT = Path(__file__).parents[1]
 COMMITTED = json.loads((ROOT / "bench/results/resources.json").read_text())["kernels"]

@@ -86,7 +86,7 @@ def test_averages_are_weighted_by_examples():
 
 
 def test_averages_are_flowers():
-    flwr = pytest.importorskip("flwr.serverapp.strategy.strategy_utils")
+    flwr = pytest.importorskip("flwr.serverapp.strategy.strategy_utils", reason="the peer, pip install flwr")
     from flwr.app import ArrayRecord, MetricRecord, RecordDict
 
     random = torch.Generator().manual_seed(0)

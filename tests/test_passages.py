@@ -17,7 +17,6 @@ from feddistill.errors import ModelError
 from feddistill.methods.reading import of_characters
 from feddistill.passages import NOWHERE, likeliest, pages
 from feddistill.training.questions import (
-    NEVER,
     QuestionLessons,
     hardened,
     places_of,
@@ -356,7 +355,6 @@ def test_own_questions_and_taught_ones_are_one_lesson(batch):
     assert both.taught.tolist() == [-1, -1, 2, 0, 1]
     assert len(both.tokens) == len(both.labels) == 5
     assert both.tokens[2] == found[2].ids
-    assert NEVER < 0
 
 
 def test_what_cannot_be_read_is_refused():

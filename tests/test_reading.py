@@ -11,6 +11,7 @@ import question_fixtures as made
 import torch
 import yaml
 from click.testing import CliRunner
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForQuestionAnswering,
     AutoTokenizer,
@@ -174,15 +175,20 @@ def test_every_way_to_learn_from_a_teacher_runs(tmp_path, target, unanswerable):
     config = parse(made.settings(file, sizes=(30, 12, 8, 8), labelled=4, **changes))
     assert config.clients.codistillation.target == target
     result = experiment.run(config, tmp_path / "run")
-    assert result["metrics"]["student"]["f1"] >= 0
+    assert result["status"] == "complete"
+    sent = list((tmp_path / "run").glob("rounds/002/payloads/what.*.safetensors"))
+    assert len(sent) > 1, "in shards"
 
 
 def test_adapters_are_trained_in_the_place_of_layers(file, tmp_path):
-    pytest.importorskip("peft")
+    pytest.importorskip("peft", reason="pip install 'feddistill[lora]'")
     model = {**made.BERT, "lora": {"rank": 2}}
     clients = {"models": [model], "training": {"epochs": 1}}
-    config = parse(made.settings(file, sizes=(30, 12, 8, 8), rounds=1, clients=clients))
-    assert experiment.run(config, tmp_path / "run")["metrics"]["student"]["f1"] >= 0
+    changes = {"rounds": 1, "clients": clients, "keep_checkpoints": "all"}
+    experiment.run(parse(made.settings(file, sizes=(30, 12, 8, 8), **changes)), tmp_path / "run")
+    weights = load_file(next((tmp_path / "run").glob("alone/001/*.safetensors")))
+    trained = {name for name in weights if "lora_B" in name and weights[name].any()}
+    assert trained, "which begin as zeros"
 
 
 def test_what_is_exported_answers_as_the_student_does(run, tmp_path, capsys):
@@ -202,7 +208,9 @@ def test_what_is_exported_answers_as_the_student_does(run, tmp_path, capsys):
         )
     code = re.search(r"```python\n(.*?)```", body, flags=re.DOTALL)[1]
     exec(compile(code.replace('folder = "."', f"folder = {str(folder)!r}"), "card", "exec"), {})
-    assert capsys.readouterr().out.strip() in "The cat sits on the mat."
+    said = capsys.readouterr().out.strip()
+    assert said
+    assert said in "The cat sits on the mat."
     squad_ = hub.squad_1(tmp_path / "squad")
     found = figures_of(run, "--benchmark", "squad", "--path", squad_)
     assert figures_of(folder, "--benchmark", "squad", "--path", squad_) == {**found, "model": str(folder)}

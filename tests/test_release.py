@@ -145,7 +145,7 @@ def test_what_is_exported_answers_as_the_student_does(run, tmp_path, capsys):
 
 
 def test_sentence_transformers_give_the_same_logits(run, tmp_path):
-    sentence_transformers = pytest.importorskip("sentence_transformers")
+    sentence_transformers = pytest.importorskip("sentence_transformers", reason="the package of the layout")
     out = release.export(run, tmp_path / "student")
     if not (out / "modules.json").exists():
         pytest.skip("a model of transformers")

@@ -89,7 +89,7 @@ else:  # one of those in the table, told apart by its kind
         BeforeValidator(named),
     ]
     AnyAttack = Annotated[
-        Union[tuple(ATTACKS.values())],  # noqa: UP007
+        Union[tuple(ATTACKS.values())],  # noqa: UP007  likewise
         Field(discriminator="kind"),
         BeforeValidator(named),
     ]

@@ -84,7 +84,7 @@ class ClosedClassifier(_Closed):
 class ClosedCausal(_Closed, CausalLearner):
     """A function or an endpoint that says which tokens are likeliest."""
 
-    def _build(self, config: ModelConfig) -> causal.Causal:  # type: ignore[override]
+    def _build(self, config: ModelConfig) -> causal.Causal:  # type: ignore[override]  # reads blocks
         assert isinstance(config.source, BlackBoxModel), "it is asked"
         self._blocks = {}
         built = opened(

@@ -33,7 +33,7 @@ class CausalLearner(Learner):
 
     specialist: causal.Causal  # type: ignore[assignment]  # reads blocks, not texts
 
-    def _build(self, config: ModelConfig) -> causal.Causal:  # type: ignore[override]
+    def _build(self, config: ModelConfig) -> causal.Causal:  # type: ignore[override]  # blocks
         self._blocks: dict[tuple[str, int], Blocks] = {}
         return causal.build(
             config,
@@ -51,15 +51,15 @@ class CausalLearner(Learner):
             self._blocks[key] = self.specialist.reader.blocks(texts, key[1])
         return self._blocks[key]
 
-    def tokens(self, texts: TextSet) -> Sequence[Sequence[int]]:  # type: ignore[override]
+    def tokens(self, texts: TextSet) -> Sequence[Sequence[int]]:  # type: ignore[override]  # blocks
         """Of each block."""
         return self.blocks(texts)  # type: ignore[return-value]  # it has a length and items
 
-    def lessons(self, texts: TextSet) -> BlockLessons:  # type: ignore[override]
+    def lessons(self, texts: TextSet) -> BlockLessons:  # type: ignore[override]  # blocks
         """``texts`` and their next tokens."""
         return lessons.lessons_of(self.blocks(texts))
 
-    def taught(self, *teachers: str) -> BlockLessons:  # type: ignore[override]
+    def taught(self, *teachers: str) -> BlockLessons:  # type: ignore[override]  # blocks
         """The proxy texts, and what the teacher in a file of the run says to those rows that it was asked;
         the same with several teachers one after the other."""
         blocks, asked = self._asked()
@@ -87,7 +87,7 @@ class CausalLearner(Learner):
         assert question.rows is not None, "and rows"
         return question.blocks, question.rows
 
-    def digested(  # type: ignore[override]
+    def digested(  # type: ignore[override]  # blocks
         self, own: BlockLessons, chosen: NDArray[np.int64], shelf: uploads.Shelf, target: str
     ) -> BlockLessons:
         """``own``, and those blocks ``chosen`` of the proxy texts with what the teacher said to them."""

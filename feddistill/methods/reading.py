@@ -31,7 +31,7 @@ class ReadingLearner(Learner):
 
     specialist: reading.PassageReader  # type: ignore[assignment]  # reads pages, not texts
 
-    def _build(self, config: ModelConfig) -> reading.PassageReader:  # type: ignore[override]
+    def _build(self, config: ModelConfig) -> reading.PassageReader:  # type: ignore[override]  # pages
         self._pages: dict[str, list[Page]] = {}
         settings = self.session.config
         seed, public = derive(settings.seed, "init", self.name), self.session.splits.proxy.texts
@@ -47,13 +47,13 @@ class ReadingLearner(Learner):
         """Of each page."""
         return [page.ids for page in self.pages(texts)]
 
-    def lessons(self, texts: TextSet) -> QuestionLessons:  # type: ignore[override]
+    def lessons(self, texts: TextSet) -> QuestionLessons:  # type: ignore[override]  # pages
         """``texts`` and the answers that they have."""
         pages = self.pages(texts)
         known = texts.answers or (None,) * len(texts)
         return QuestionLessons(pages, lessons.places_of(pages, known))
 
-    def taught(self, *teachers: str) -> QuestionLessons:  # type: ignore[override]
+    def taught(self, *teachers: str) -> QuestionLessons:  # type: ignore[override]  # pages
         """The proxy texts with the answers that the server knows and those of the teacher in a file of the
         run; the same with several teachers one after the other."""
         own, count = self.lessons(self.session.splits.proxy), len(teachers)
@@ -65,7 +65,7 @@ class ReadingLearner(Learner):
             torch.arange(count * len(own.pages)),
         )
 
-    def digested(  # type: ignore[override]
+    def digested(  # type: ignore[override]  # pages
         self, own: QuestionLessons, chosen: NDArray[np.int64], shelf: uploads.Shelf, target: str
     ) -> QuestionLessons:
         """``own``, and those questions ``chosen`` of the proxy set with what the teacher said to them."""
@@ -113,15 +113,14 @@ class ReadingLearner(Learner):
     def figures(self, texts: TextSet, tick: Tick | None = None) -> dict[str, float]:
         """How well the spans that the model points at answer ``texts``."""
         pages, longest = self.pages(texts), self.session.config.reading.answer_tokens
-        given, golds = [], []
+        known, given, golds = texts.answers or (None,) * len(texts), [], []
         for row, (page, logits) in enumerate(zip(pages, self._logits(pages, tick), strict=True)):
             _, passage = texts.question(row)
             start, end = logits
             score, first, last = likeliest(start, end, page, longest)
             nothing = self.specialist.unanswerable and score < float(logits[:, page.none].double().sum())
             given.append("" if nothing else passage[page.starts[first] : page.ends[last]])
-            right = (texts.answers or (None,) * len(texts))[row] or ()
-            golds.append([passage[a:b] for a, b in right])
+            golds.append([passage[a:b] for a, b in known[row] or ()])
         return evaluation.reading(given, golds, unanswerable=self.specialist.unanswerable).as_dict()
 
 

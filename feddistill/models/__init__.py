@@ -101,7 +101,7 @@ def head_parameters(model: nn.Module) -> set[str]:
 def embeddings(model: nn.Module) -> nn.Embedding:
     """The table of the tokens that a model reads."""
     body = model.encoder if isinstance(model, MeanPoolClassifier) else model
-    table = body.get_input_embeddings()  # type: ignore[operator]
+    table = body.get_input_embeddings()  # type: ignore[operator]  # transformers' models have it
     assert isinstance(table, nn.Embedding)
     return table
 

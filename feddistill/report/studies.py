@@ -211,7 +211,7 @@ def _figure(width: float, height: float, into: list[Drawing]) -> Iterator[Axes]:
 
 def draw(found: Sequence[tuple[Mapping[str, Any], list[Json]]]) -> dict[str, Drawing]:
     """Name to figure: the figure that decides over the grid, by round, and against what it costs."""
-    with matplotlib.rc_context(rc=STYLE):  # type: ignore[arg-type]
+    with matplotlib.rc_context(rc=STYLE):  # type: ignore[arg-type]  # its keys are literals there
         drawn = {"rounds": _by_round(found), "bytes": _against(found, "uplink", "MB up, all rounds", 1e6)}
         drawn["flops"] = _against(found, "flops", "TFLOP", 1e12)
         axes = list(found[0][0])

@@ -82,7 +82,7 @@ class _Ticker(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
         self.tick(state.global_step, state.max_steps)
 
 
-class _Averages(TrainerCallback):  # type: ignore[misc]
+class _Averages(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
     """Ends a training with an exponential moving average of the weights.
 
     The decay grows to the one that is asked for, ``min(decay, (1 + step) / (10 + step))``, so that the

@@ -268,7 +268,7 @@ def total(student: Tensor, *rest: Any) -> Tensor:
     if watched(student, rest[0]):
         seen: Tensor = fused(student, *rest)[0]
         return seen
-    loss: Tensor = _Total.apply(student, rest)  # type: ignore[no-untyped-call]
+    loss: Tensor = _Total.apply(student, rest)  # type: ignore[no-untyped-call]  # torch types no apply
     return loss
 
 

@@ -30,7 +30,7 @@ def total(student: Tensor, rest: tuple[Any, ...], group: "ProcessGroup", inplace
     """Its sum, with the gradient made in the same call."""
     call = _Call.of(student, rest, group)
     function = _InPlace if inplace else _Total
-    loss: Tensor = function.apply(student, call)  # type: ignore[no-untyped-call]
+    loss: Tensor = function.apply(student, call)  # type: ignore[no-untyped-call]  # as torch has it
     return loss
 
 
@@ -105,7 +105,7 @@ class _Total(torch.autograd.Function):
 
 class _InPlace(FusedInPlace):
     @staticmethod
-    def forward(ctx: Any, student: Tensor, call: _Call) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, student: Tensor, call: _Call) -> Tensor:  # type: ignore[override]  # its own
         cost, rows, slopes = call.forward()
         memory = call.shard.student
         call.module.gradient(call.shard, call.loss, rows, slopes, memory)
