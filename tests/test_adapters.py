@@ -5,8 +5,7 @@ import sys
 
 import pytest
 import torch
-from test_language_models import GPT2
-from test_language_models import settings as language_settings
+from language_fixtures import GPT2, tiny
 from test_models import CLASSES, scratch
 
 from feddistill import experiment, models
@@ -35,7 +34,7 @@ def trained_once(config, splits, model, run):
 
 @pytest.fixture(params=["classification", "causal_lm"])
 def given(request, tiny_settings):
-    raw = tiny_settings if request.param == "classification" else language_settings()
+    raw = tiny_settings if request.param == "classification" else tiny()
     raw = copy.deepcopy(raw)
     raw["clients"]["models"] = [{**model, "lora": LORA} for model in raw["clients"]["models"]]
     return raw

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
-from test_language_models import GPT2, LLAMA, settings
+from language_fixtures import GPT2, LLAMA, tiny
 
 from feddistill import experiment, models, release, students
 from feddistill.cli import main
@@ -80,7 +80,7 @@ def language_run(tmp_path_factory):
         "student": {"model": {**wider(LLAMA), "layers": [1]}, "training": training},
         "baselines": [],
     }
-    experiment.run(parse(settings(**changes)), out)
+    experiment.run(parse(tiny(**changes)), out)
     return out
 
 
