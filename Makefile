@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 
-.PHONY: train test lint types results language-model docs-results bench setup clean
+.PHONY: train test lint types resources results language-model docs-results bench setup clean
 
 setup: $(VENV)/ready
 
@@ -26,6 +26,10 @@ lint: setup
 
 types: setup
 	$(BIN)/mypy
+
+# Every specialisation of each GPU kernel compiles for Hopper and spills nothing; no GPU is needed.
+resources: setup
+	$(BIN)/python -m bench.resources --target 90 --check bench/results/resources.json
 
 # The committed figures: three seeds of the quickstart, then the tables in the documents.
 results: setup

@@ -4,6 +4,7 @@ No GPU is needed.  Triton's kernels are compiled as the operators launch them, f
 kernels are read from the compiled extension.
 
     python -m bench.resources --out bench/results/resources.json
+    python -m bench.resources --one-each --check bench/results/resources.json
 """
 
 import json
@@ -275,7 +276,7 @@ def _measured(job: tuple[int, int]) -> Resources:
     return Resources(
         operator,
         "triton",
-        f"{usage.kernel} {_described(launch)}",
+        _named(launch),
         f"sm_{job[1]}",
         usage.registers,
         kernel.metadata.shared,
@@ -284,13 +285,13 @@ def _measured(job: tuple[int, int]) -> Resources:
     )
 
 
-def _described(launch: Any) -> str:
-    """What a reader tells one specialisation from another by."""
+def _named(launch: Any) -> str:
+    """A kernel, and what a reader tells one specialisation of it from another by."""
     leaves = [one for _, one in _leaves(launch.arguments, ())]
     dtypes = dict.fromkeys(_type(x)[0][1:] for x in leaves if isinstance(x, torch.Tensor))
     constants = (f"{name}={value}" for name, value in launch.constants.items())
     uneven = "" if all(_type(x)[1] for x in leaves if isinstance(x, int)) else " uneven"
-    return f"{'/'.join(dtypes)} {' '.join(constants)}{uneven}"
+    return f"{launch.kernel.fn.__name__} {'/'.join(dtypes)} {' '.join(constants)}{uneven}"
 
 
 def of_cuda() -> list[Resources]:
@@ -350,6 +351,30 @@ def _order(row: Resources) -> tuple[Any, ...]:
     return row.operator, row.backend, row.kernel, int(row.target[3:])
 
 
+def differences(known: list[dict[str, Any]]) -> Iterator[str]:
+    """Lines on each kernel that ``known`` lacks for a target, or has and is no more.  Compiles nothing.
+
+    The extension's kernels are compared where it was built with CUDA.
+    """
+    here = {
+        ("triton", operator, _named(launch), f"sm_{target}")
+        for operator, launch in triton_launches()
+        for target in TARGETS
+    } | {(row.backend, row.operator, row.kernel, row.target) for row in of_cuda()}
+    backends = {backend for backend, *_ in here}
+    listed = {
+        (row["backend"], row["operator"], row["kernel"], row["target"])
+        for row in known
+        if row["backend"] in backends
+    }
+    for said, those in (
+        ("is not listed", here - listed),
+        ("is listed, and there is no such kernel", listed - here),
+    ):
+        for backend, operator, kernel, target in sorted(those):
+            yield f"{target} {backend} {operator} {kernel}: {said}"
+
+
 def table(rows: list[Resources]) -> Iterator[str]:
     """Lines of text."""
     for row in rows:
@@ -387,8 +412,17 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 @click.option("--workers", default=2, show_default=True)
 @click.option("--target", "targets", type=int, multiple=True, default=TARGETS, show_default=True)
 @click.option("--one-each", is_flag=True, help="One specialisation of each Triton kernel.")
-def main(out: Path | None, workers: int, targets: tuple[int, ...], one_each: bool) -> None:
+@click.option(
+    "--check",
+    type=click.Path(exists=True, path_type=Path),
+    help="Such a JSON file; fail at once where it has others.",
+)
+def main(
+    out: Path | None, workers: int, targets: tuple[int, ...], one_each: bool, check: Path | None
+) -> None:
     """Compile every GPU kernel for sm_80, sm_90 and sm_100, and fail where one spills."""
+    if check is not None and (stale := list(differences(json.loads(check.read_text())["kernels"]))):
+        raise click.ClickException("\n".join(f"{check}: {line}" for line in stale))
     rows = of_triton(workers, targets, one_each) + of_cuda()
     for line in table(rows):
         click.echo(line)
