@@ -256,6 +256,7 @@ def test_answers_are_about_hidden_tokens(finished, tmp_path):
     ("changes", "words"),
     [
         ({"language": {"step": 2}}, "language.step is for task = causal_lm"),
+        ({"language": {"alignment": "mined"}}, "language.alignment is for task = causal_lm"),
         (
             {"aggregation": {"rule": "era"}},
             "aggregation.rule = era is for classification, not for task = masked",

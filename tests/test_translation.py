@@ -1,20 +1,22 @@
 """Runs in which clients have other tokenizers than the student."""
 
+from pathlib import Path
+
 import language_fixtures
 import numpy as np
 import pytest
 import torch
 from language_fixtures import GPT2, LLAMA, TOKENIZER, outcome, tiny
+from safetensors.numpy import load
 
 from feddistill import aggregation, experiment, payload
-from feddistill.alignment import map_vocabulary
 from feddistill.config import parse
 from feddistill.config.models import TrainedTokenizer
 from feddistill.errors import ConfigError, ModelError
 from feddistill.methods import wire
 from feddistill.methods.client import Crew
 from feddistill.methods.learner import Session
-from feddistill.methods.translation import Side, Tally, needed, translate
+from feddistill.methods.translation import Side, Tally, by_edit_distance, by_spans, needed, translate
 from feddistill.models import causal
 from feddistill.models.tokenizers import tokenizer_of
 from feddistill.progress import Quiet
@@ -87,6 +89,21 @@ def test_who_speaks_in_other_tokens_answers_in_the_students(mixed):
     assert result["metrics"]["student"]["bits_per_byte"] < 8
 
 
+def test_edit_distances_instead_of_spans_are_another_run(mixed, tmp_path):
+    result = experiment.run(of_two_tokenizers(rounds=1, language={"alignment": "mined"}), tmp_path / "run")
+    (told,) = result["projection"].values()
+    spans = mixed["result"]["projection"]["1"]
+    assert set(told) == set(spans)
+    # A token that FedMKT finds no partner for says the text itself; the end of a text is not answered.
+    assert all(told[name]["answered"] != spans[name]["answered"] for name in told)
+    assert all(0.5 < told[name]["answered"] < 1 for name in told)
+    mined, other = (
+        {Path(name).stem: load(said)["idx"] for name, said in uploads_of(out).items() if "/001/" in name}
+        for out in (tmp_path / "run", mixed["out"])
+    )
+    assert {name for name in mined if not np.array_equal(mined[name], other[name])} == set(told)
+
+
 def test_who_speaks_in_other_tokens_learns_from_the_teacher(mixed):
     config = of_two_tokenizers()
     directory = RunDirectory.open(mixed["out"])
@@ -144,15 +161,15 @@ def public_texts():
 
 
 @pytest.mark.parametrize("step", [1, 3])
-def test_projected_answers_of_the_same_tokenizer_are_the_direct_ones(step):
+def test_projected_answers_of_the_same_tokenizer_are_the_direct_ones(step, tmp_path):
     torch.manual_seed(0)
     mine, theirs = (side_of(280, public_texts(), length) for length in (5, 9))
     rows = np.arange(theirs.blocks.rows)[step - 1 :: step]
-    mapped = map_vocabulary(theirs.vocabulary, mine.vocabulary)
+    way = by_spans(theirs.vocabulary, mine.vocabulary, tmp_path)
     assert np.array_equal(needed(rows, mine, theirs), rows)
     logits, tally = torch.randn(len(rows), 280) * 4, Tally()
     pieces = [topk_compress(part, 64, id_order=False) for part in logits.split(4)]
-    found = stacked(list(translate(pieces, rows, rows, theirs, mine, mapped, 5, tally)))
+    found = stacked(list(translate(pieces, rows, rows, theirs, mine, way, 5, tally)))
     wanted = topk_compress(logits, 5, id_order=False)
     assert torch.equal(found.ids, wanted.ids)
     torch.testing.assert_close(found.log_probs, wanted.log_probs, rtol=1e-5, atol=1e-6)
@@ -160,19 +177,26 @@ def test_projected_answers_of_the_same_tokenizer_are_the_direct_ones(step):
     assert (tally.rows, tally.answered) == (len(rows), len(rows))
 
 
+def a_way(alignment, giver, taker, folder):
+    if alignment == "mined":
+        return by_edit_distance(giver.vocabulary, taker.vocabulary)
+    return by_spans(giver.vocabulary, taker.vocabulary, folder)
+
+
+@pytest.mark.parametrize("alignment", ["spans", "mined"])
 @pytest.mark.parametrize("step", [1, 3])
-def test_what_is_projected_is_a_distribution(step):
+def test_what_is_projected_is_a_distribution(step, alignment, tmp_path):
     torch.manual_seed(0)
     mine, theirs = side_of(270, public_texts(), 9), side_of(290, public_texts(), 5)
     asked = np.arange(mine.blocks.rows)[step - 1 :: step]
     rows, tally = needed(asked, mine, theirs), Tally()
     assert len(rows) <= theirs.blocks.rows
     assert (len(rows) == theirs.blocks.rows) == (step == 1)
-    mapped = map_vocabulary(theirs.vocabulary, mine.vocabulary)
+    way = a_way(alignment, theirs, mine, tmp_path)
     logits = 6 * torch.nn.functional.one_hot(torch.from_numpy(theirs.blocks.targets[rows]), 290).float()
     said = topk_compress(logits + torch.rand(len(rows), 290), 64, id_order=False)
     pieces = [said[a : a + 2] for a in range(0, len(rows), 2)]
-    found = stacked(list(translate(pieces, rows, asked, theirs, mine, mapped, 5, tally)))
+    found = stacked(list(translate(pieces, rows, asked, theirs, mine, way, 5, tally)))
     good = aggregation.answered(found)
     assert len(found) == len(asked) == tally.rows
     assert (mass_of(found) - 1).abs().max() < 1e-6

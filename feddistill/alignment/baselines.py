@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 
-from feddistill.alignment.rows import Projection, Said, collect
+from feddistill.alignment.rows import Projection, Said, collect, row_of_each
 from feddistill.alignment.spans import Reading
 from feddistill.alignment.strings import Ints
 from feddistill.alignment.vocabulary import Vocabulary
@@ -133,29 +133,47 @@ def _costs(client: Sequence[bytes], student: Sequence[bytes]) -> NDArray[np.int3
 
 
 def mined_project(
-    answers: TopK, client: Reading, student: Reading, mapped: Ids, vocabularies: tuple[Vocabulary, Vocabulary]
+    answers: TopK,
+    client: Reading,
+    student: Reading,
+    mapped: Ids,
+    vocabularies: tuple[Vocabulary, Vocabulary],
+    *,
+    predicted: NDArray[np.integer] | None = None,
+    k: int | None = None,
+    vocab_size: int | None = None,
 ) -> Projection:
     """FedMKT's projection: ``align``, then the map of each id; what does not fit says the text itself.
 
-    A token of the student that is aligned with one of the client's, which the map takes to it, has that
-    token's row with its ids mapped.  Every other one has the text's own token with probability one.
+    A token of the student that is aligned with one of the client's alone, which the map takes to it, has
+    that token's row with its ids mapped.  Every other one has the text's own token with probability one,
+    also where no row is about the client's.  Tokens that were added to a text have no row.
 
     Args:
-        answers: A row about each of the client's tokens, in order.
+        answers: ``N`` rows over the client's vocabulary.
         client: The text as the client read it.
         student: The same text as the student reads it.
         mapped: ``mined_map``.
         vocabularies: The client's and the student's.
+        predicted: ``[N]``, the client's token that each row is about; ``None`` where there is a row for
+            every one in order.
+        k: Entries that a row keeps; the client's by default.
+        vocab_size: Of the student's model where it is larger than its tokenizer's.
+
+    Raises:
+        ValueError: Rows are about no token.
     """
+    row_of = row_of_each(answers, client, predicted)
     theirs, ours = np.flatnonzero(~client.added), np.flatnonzero(~student.added)
     their_tokens = [vocabularies[0].tokens[n] or b"" for n in client.ids[theirs].tolist()]
     our_tokens = [vocabularies[1].tokens[n] or b"" for n in student.ids[ours].tolist()]
     partners: list[list[int]] = [[] for _ in ours]
     for i, j in align(their_tokens, our_tokens):
         partners[j].append(i)
-    row = np.array([theirs[found[0]] if len(found) == 1 else -1 for found in partners], np.int64)
+    token = np.array([theirs[found[0]] if len(found) == 1 else -1 for found in partners], np.int64)
     target = student.ids[ours].astype(np.int64)
-    fits = (row >= 0) & (mapped[client.ids[row]] == target)
+    row = np.where(token >= 0, row_of[token], -1)
+    fits = (row >= 0) & (mapped[client.ids[token]] == target)
     ids = answers.ids.cpu().numpy()
     mass = answers.log_probs.double().exp().cpu().numpy()
     rest = answers.log_tail.double().exp().cpu().numpy()
@@ -165,7 +183,8 @@ def mined_project(
     goes = np.where(ids[row[where]] < len(mapped), mapped[there], NOWHERE).astype(np.int64)
     said.parts.append((np.repeat(where, ids.shape[1]), goes.ravel(), mass[row[where]].ravel()))
     said.parts.append((other, target[other], np.ones(len(other))))
-    return collect(said, len(student), ids.shape[1], len(vocabularies[1]), 0.0)
+    size = len(vocabularies[1]) if vocab_size is None else vocab_size
+    return collect(said, len(student), ids.shape[1] if k is None else k, size, 0.0)
 
 
 def uld_loss(student_logits: Tensor, teacher: TopK) -> Tensor:

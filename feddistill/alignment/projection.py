@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 
 from feddistill.alignment.joined import Joiner
-from feddistill.alignment.rows import Floats, Projection, Said, collect
+from feddistill.alignment.rows import Floats, Projection, Said, collect, row_of_each
 from feddistill.alignment.spans import Mask, Reading
 from feddistill.alignment.strings import Ints, Strings
 from feddistill.alignment.vocabulary import BYTES, METASPACE, WORDPIECE, is_word_character
@@ -71,7 +71,7 @@ def project(
         ValueError: Texts differ, rows are no distributions or about no token, or a size does not fit.
         Memory: about 100 bytes for each of ``N k`` entries.
     """
-    row_of = _rows(answers, client, predicted)
+    row_of = row_of_each(answers, client, predicted)
     size = len(mapped.student) if vocab_size is None else vocab_size
     kept = answers.ids.shape[1] if k is None else k
     _check(answers, client, student, mapped, threshold, kept, size)
@@ -113,20 +113,6 @@ class _Tokens:
         reads = np.maximum(reading.starts, before)[index]
         ids = reading.ids[index].astype(np.int64)
         return _Tokens(index, ids, before[index], reads, ends[index], reading.bare[index], faithful[index])
-
-
-def _rows(answers: TopK, client: Reading, predicted: NDArray[np.integer] | None) -> Ints:
-    """``[n_client]``, the row about each token, or -1."""
-    about = np.arange(len(client)) if predicted is None else np.asarray(predicted, np.int64)
-    if len(about) != len(answers):
-        raise ValueError(f"{len(answers)} rows about {len(about)} of the client's tokens")
-    if about.size and not (about.min() >= 0 and about.max() < len(client)):
-        raise ValueError(f"rows must be about tokens 0..{len(client) - 1}")
-    found = np.full(len(client), -1, np.int64)
-    found[about] = np.arange(len(about))
-    if (found >= 0).sum() != len(about):
-        raise ValueError("two rows are about one token")
-    return found
 
 
 def _check(

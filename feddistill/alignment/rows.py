@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from feddistill.alignment.spans import Mask
+from feddistill.alignment.spans import Mask, Reading
 from feddistill.alignment.strings import Ints
 from feddistill.alignment.vocabulary_map import NOWHERE
 from feddistill_kernels import TopK
@@ -39,6 +39,20 @@ class Projection:
     coverage: Floats
     """``[n]``, mass that the student's row keeps over mass that the client's row kept; 0 where there is no
     client's row."""
+
+
+def row_of_each(answers: TopK, client: Reading, predicted: NDArray[np.integer] | None) -> Ints:
+    """``[n_client]``, the row about each token, or -1."""
+    about = np.arange(len(client)) if predicted is None else np.asarray(predicted, np.int64)
+    if len(about) != len(answers):
+        raise ValueError(f"{len(answers)} rows about {len(about)} of the client's tokens")
+    if about.size and not (about.min() >= 0 and about.max() < len(client)):
+        raise ValueError(f"rows must be about tokens 0..{len(client) - 1}")
+    found = np.full(len(client), -1, np.int64)
+    found[about] = np.arange(len(about))
+    if (found >= 0).sum() != len(about):
+        raise ValueError("two rows are about one token")
+    return found
 
 
 def collect(said: Said, tokens: int, k: int, vocab_size: int, threshold: float) -> Projection:

@@ -186,6 +186,8 @@ class Config(Setting):
             raise ConfigError(
                 "language.step is for task = causal_lm; of masked_lm, language.masked says how many"
             )
+        if self.task == "masked_lm" and self.language.alignment != "spans":
+            raise ConfigError("language.alignment is for task = causal_lm; masked models share a tokenizer")
 
     def _fits_black_boxes(self) -> None:
         """What is only asked cannot be trained."""

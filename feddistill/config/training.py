@@ -132,6 +132,9 @@ class LanguageConfig(Setting):
     """Of these, every ``step``-th one of the proxy texts is answered; the others have their labels alone."""
     masked: float = Field(default=0.15, gt=0, lt=1)
     """Of ``masked_lm``, the share of the tokens that are hidden."""
+    alignment: Literal["spans", "mined"] = "spans"
+    """How what is said in other tokens is said in the student's: by the bytes that tokens stand for, or, to
+    compare with, by edit distances as FedMKT does."""
 
 
 class ReadingConfig(Setting):

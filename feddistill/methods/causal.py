@@ -79,7 +79,8 @@ class CausalLearner(Learner):
             return None
         client = Side(self.specialist.reader, proxy, self.blocks(proxy), self.name)
         student = Side(question.reader, proxy, self._asked()[0], "student.model")
-        return Translation(client, student, self.session.run.path("maps"))
+        way = self.session.config.language.alignment
+        return Translation(client, student, self.session.run.path("maps"), way)
 
     def _asked(self) -> tuple[Blocks, Tensor]:
         question = self.session.question

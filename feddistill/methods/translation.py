@@ -3,15 +3,25 @@
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from feddistill import aggregation
-from feddistill.alignment import Reading, Vocabulary, VocabularyMap, map_vocabulary, project, spans
+from feddistill.alignment import (
+    Projection,
+    Reading,
+    Vocabulary,
+    map_vocabulary,
+    mined_map,
+    mined_project,
+    project,
+    spans,
+)
 from feddistill.blocks import Blocks
 from feddistill.errors import ModelError
 from feddistill.models.causal import Reader
@@ -94,6 +104,25 @@ class Side:
         return np.asarray(rows[start:stop] - self.first[text])
 
 
+class Way(Protocol):
+    """A projection from one vocabulary to another: ``project`` of a map, or ``mined_project``."""
+
+    def __call__(
+        self, answers: TopK, giver: Reading, taker: Reading, /, *, predicted: Ints, k: int, vocab_size: int
+    ) -> Projection:
+        """What is said of the giver's tokens, about the taker's."""
+
+
+def by_spans(giver: Vocabulary, taker: Vocabulary, folder: Path) -> Way:
+    """By the bytes that tokens stand for; ``folder``: where maps are kept."""
+    return partial(project, mapped=map_vocabulary(giver, taker, folder))
+
+
+def by_edit_distance(giver: Vocabulary, taker: Vocabulary) -> Way:
+    """As FedMKT does: by edit distances, of ids and of the tokens of a text."""
+    return partial(mined_project, mapped=mined_map(giver, taker), vocabularies=(giver, taker))
+
+
 def needed(asked: Ints, taker: Side, giver: Side) -> Ints:
     """Rows of the giver about tokens that share a byte with those of the taker's rows ``asked``."""
     found: list[Ints] = []
@@ -116,7 +145,7 @@ def translate(
     asked: Ints,
     giver: Side,
     taker: Side,
-    mapped: VocabularyMap,
+    way: Way,
     k: int,
     tally: Tally,
 ) -> Iterator[TopK]:
@@ -128,7 +157,7 @@ def translate(
         asked: Of the taker's blocks, ascending.
         giver: Who speaks.
         taker: Who listens.
-        mapped: From the giver's vocabulary to the taker's.
+        way: From the giver's vocabulary to the taker's.
         k: Entries that an answer keeps.
         tally: Counts what is projected.
 
@@ -146,11 +175,10 @@ def translate(
         made = aggregation.silent(len(tokens), k, taker.vocab_size)
         tally.rows += len(tokens)
         if piece is not None:
-            found = project(
+            found = way(
                 piece,
                 giver.readings[text],
                 taker.readings[text],
-                mapped,
                 predicted=predicted,
                 # Not k: a row that k cuts short is no row that says little.
                 k=max(k, min(piece.ids.shape[1], taker.vocab_size)),
@@ -171,18 +199,26 @@ def translate(
 class Translation:
     """Between a client's tokenizer and the student's, about the proxy texts."""
 
-    def __init__(self, client: Side, student: Side, folder: Path):
+    def __init__(
+        self, client: Side, student: Side, folder: Path, alignment: Literal["spans", "mined"] = "spans"
+    ):
         """``folder``: where maps are kept."""
         self.client, self.student, self._folder = client, student, folder
+        self._alignment = alignment
         self.tally = Tally()
 
     @cached_property
-    def _there(self) -> VocabularyMap:
-        return map_vocabulary(self.client.vocabulary, self.student.vocabulary, self._folder)
+    def _there(self) -> Way:
+        return self._way(self.client.vocabulary, self.student.vocabulary)
 
     @cached_property
-    def _back(self) -> VocabularyMap:
-        return map_vocabulary(self.student.vocabulary, self.client.vocabulary, self._folder)
+    def _back(self) -> Way:
+        return self._way(self.student.vocabulary, self.client.vocabulary)
+
+    def _way(self, giver: Vocabulary, taker: Vocabulary) -> Way:
+        if self._alignment == "mined":
+            return by_edit_distance(giver, taker)
+        return by_spans(giver, taker, self._folder)
 
     def rows(self, asked: Ints) -> Ints:
         """Which of the client's rows it takes to answer ``asked`` rows of the student's."""
