@@ -20,11 +20,12 @@ from feddistill.config.training import PayloadConfig, TrainingConfig
 from feddistill.methods import fedlora
 from feddistill.methods.centralized import pool
 from feddistill.methods.check import DENSE_CLASSES
-from feddistill.methods.feddistill import LORA_RANK, asked_of, request
+from feddistill.methods.feddistill import LORA_RANK, request
 from feddistill.methods.learner import Learner, Session, labels_of
 from feddistill.methods.learners import learner_of
 from feddistill.progress import Quiet, Show
 from feddistill.results import proxy_bytes
+from feddistill.rules.choice import MinCe
 from feddistill.store import Json, RunDirectory
 from feddistill.training import Lessons
 from feddistill.types import RoundSpec, Splits, TextSet
@@ -149,17 +150,16 @@ def _clients(session: Session, learners: list[Learner]) -> Iterator[tuple[Learne
 
 def _turns(session: Session) -> list[list[int]]:
     """Of each client, the rounds in which it is asked."""
-    names = tuple(private.name for private in session.splits.private)
-    asked = {n: asked_of(session.config, names, n) for n in range(1, session.config.rounds + 1)}
-    return [[n for n, those in asked.items() if name in those] for name in names]
+    asked = {n: session.asked(n) for n in range(1, session.config.rounds + 1)}
+    return [[n for n in asked if private.name in asked[n]] for private in session.splits.private]
 
 
-def _client_steps(config: Config, own: int, proxy: int) -> tuple[int, int]:
-    """Of the first round, and of each later one."""
+def _client_steps(config: Config, own: int, proxy: int, late: bool = False) -> tuple[int, int]:
+    """Of the round in which it is asked first, which may be a ``late`` one, and of each later one."""
     digest, settings = config.clients.codistillation, config.clients.training
     later = settings.model_copy(update={"epochs": digest.epochs if digest.enabled else settings.epochs})
     digested = min(digest.examples or proxy, proxy) if digest.enabled else 0
-    return training.steps_of(settings, own), training.steps_of(later, own + digested)
+    return training.steps_of(settings, own + late * digested), training.steps_of(later, own + digested)
 
 
 def _federation(
@@ -169,19 +169,21 @@ def _federation(
     config, rounds = session.config, session.config.rounds
     settings, digest = config.clients.training, config.clients.codistillation
     for (learner, own), turns in zip(_clients(session, learners), _turns(session), strict=True):
-        proxy = list(learner.tokens(session.splits.proxy))
-        first, later = _client_steps(config, len(own), len(proxy))
+        proxy, late = list(learner.tokens(session.splits.proxy)), 1 not in turns
+        first, later = _client_steps(config, len(own), len(proxy), late)
         digested = min(digest.examples or len(proxy), len(proxy)) if digest.enabled else 0
-        phase = baseline or "clients_train"
-        begins = int(1 in turns)
-        yield Job(phase, learner, own, settings, first, begins)
-        yield Job(phase, learner, [*own, *proxy[:digested]], settings, later, len(turns) - begins)
+        phase, both = baseline or "clients_train", [*own, *proxy[:digested]]
+        yield Job(phase, learner, both if late else own, settings, first, min(len(turns), 1))
+        yield Job(phase, learner, both, settings, later, max(len(turns) - 1, 0))
         yield Job(baseline or "clients_answer", learner, proxy, times=len(turns))
         if baseline is None and config.clients.evaluate:
             yield from _evaluated(session, learner, len(turns))
     proxy, learns = list(student.tokens(session.splits.proxy)), config.student.training
     steps = training.steps_of(learns, len(proxy))
     yield Job(baseline or "server_train", student, proxy, learns, steps, rounds)
+    rule = config.aggregation.rule if baseline is None else MinCe()
+    if "student" in rule.needs():
+        yield Job(baseline or "server_aggregate", student, proxy, times=rounds - 1)
     yield from _evaluated(session, student, rounds)
 
 
@@ -193,6 +195,7 @@ def _distilled_pool(session: Session, learners: list[Learner], student: Learner)
     yield Job(phase, teacher, texts, settings, steps, rounds)
     proxy = student.tokens(session.splits.proxy)
     yield Job(phase, student, proxy, learns, training.steps_of(learns, len(proxy)), rounds)
+    yield Job(phase, teacher, teacher.tokens(session.splits.proxy), times=rounds)
     yield from _evaluated(session, student, rounds)
 
 
@@ -230,12 +233,13 @@ def _averaging(session: Session, name: str, student: Learner) -> Iterator[Job]:
             yield Job(phase, learner, own, alone, -(-len(own) // alone.batch_size))  # a gradient of each
             kept = (text[: max(1, round(config.fedfed.share * len(text)))] for text in own)
             shared += kept
-    for own in private:
+    turns = [len(numbers) for numbers in _turns(session)]
+    for own, times in zip(private, turns, strict=True):
         texts = [*own, *shared]
-        yield Job(phase, learner, texts, settings, training.steps_of(settings, len(texts)), rounds)
+        yield Job(phase, learner, texts, settings, training.steps_of(settings, len(texts)), times)
     if name == "feddf":
         proxy, learns = list(learner.tokens(session.splits.proxy)), config.student.training
-        yield Job(phase, learner, proxy, times=rounds * len(private))  # the ensemble
+        yield Job(phase, learner, proxy, times=sum(turns))  # the ensemble
         yield Job(phase, learner, proxy, learns, training.steps_of(learns, len(proxy)), rounds)
     yield from _evaluated(session, learner, rounds)
 

@@ -72,7 +72,7 @@ class Terminal:
 
     def say(self, line: str) -> None:
         """See ``Show``."""
-        self.console.print(line, highlight=False)
+        self.console.print(line, highlight=False, markup=False)
 
     def table(self, table: Table | None) -> None:
         """See ``Show``; nothing when piped."""

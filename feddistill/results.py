@@ -71,6 +71,7 @@ def summarise(
             "a_row": round(answers / max(rows, 1), 3),
         },
         "flops": {name: phase["flops"] for name, phase in phases.items()},
+        "flops_shared": {name: shared["flops"] for name, shared in _shared(found).items()},
         "seconds": {
             "total": round(sum(phase["seconds"] for phase in phases.values()), 3),
             **{name: round(phase["seconds"], 3) for name, phase in phases.items()},
@@ -112,6 +113,9 @@ def trust(config: Config, names: list[str]) -> Json:
         warnings.append("Weights by confidence are an attack vector: whoever is sure of everything leads.")
     if rule.weighting() in ("size", "class_counts"):
         warnings.append("Sizes and class counts are what clients say of themselves; nobody checks them.")
+    honest = [name for name in config.baselines if name != "fedmkt"]
+    if lying and honest:
+        warnings.append(f"Clients lie in their answers alone: those of {', '.join(honest)} do not lie.")
     return {
         "rule": rule.kind,
         "clients": len(names),
@@ -175,8 +179,19 @@ def _spread(figures: list[Json], task: Task) -> Json:
     }
 
 
+def _shared(found: Mapping[str, Json]) -> dict[str, Json]:
+    """By baseline, what it has in common with the federation, whose phases count it."""
+    shared: dict[str, Json] = {}
+    began = found["feddistill"]["rounds"][0]["specialists"]
+    for client, records in found.get("local_only", {}).get("clients", {}).items():
+        if client in began:
+            total = shared.setdefault("baseline_local_only", {"flops": 0})
+            total["flops"] += records[0]["costs"]["train"]["flops"]
+    return shared
+
+
 def _phases(found: Mapping[str, Json]) -> dict[str, Json]:
-    """Costs added up by who pays and what for."""
+    """Costs added up by who pays and what for; what two have in common is counted once."""
     phases: dict[str, Json] = {}
 
     def add(phase: str, cost: Json) -> None:

@@ -61,6 +61,8 @@ def aggregate(
         try:
             for number in _rounds(config):
                 _adopt_answers(original, made, number)
+                if original.done(f"rounds/{number:03d}/before") is not None:  # what the student said
+                    made.adopt(original, f"rounds/{number:03d}/before")
             for baseline in config.baselines:
                 made.adopt(original, f"methods/{baseline}")
             for (number, name), shards in answers.items():

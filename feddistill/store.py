@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -22,6 +23,7 @@ CONFIG = "config.yaml"
 RESULT = "result.json"
 PROVENANCE = "provenance.json"
 """Of a run that was decided anew from what another one stored: which one, and what is different."""
+EXECUTION = "execution"
 LOCK = ".lock"
 
 
@@ -71,6 +73,16 @@ class RunDirectory:
     def within(self, folder: str) -> "RunDirectory":
         """A folder of this run as a run of its own, under this one's lock."""
         return RunDirectory(self.root / folder, self._lock)
+
+    @property
+    def execution(self) -> str:
+        """16 hexadecimal digits, drawn at random once: a run of equal settings in another place has others.
+
+        Clients elsewhere keep what they have done by it. Nothing that is computed depends on it.
+        """
+        if not self.path(EXECUTION).exists():
+            self.write_text(EXECUTION, secrets.token_hex(8))
+        return self.read_bytes(EXECUTION).decode()
 
     def close(self) -> None:
         """Give the lock back."""

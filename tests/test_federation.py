@@ -17,6 +17,7 @@ from feddistill.federation.protocol import Reply
 from feddistill.methods.averaging import averaged
 from feddistill.methods.feddistill import task_of
 from feddistill.methods.learner import Average, Engine, Session
+from feddistill.store import RunDirectory
 from feddistill.types import Cost
 
 
@@ -365,8 +366,10 @@ def test_fedavg_goes_through_the_clients(config, tmp_path):
 
 
 def test_fedavg_takes_no_other_weights(config, tmp_path):
-    session = Session(config, data.load(config.data, config.seed), None, experiment.Quiet(), Engine())
+    directory = RunDirectory.create(tmp_path / "run", "")
+    session = Session(config, data.load(config.data, config.seed), directory, experiment.Quiet(), Engine())
     task = replace(task_of(session, "average", 1), blobs={"weights": save({"x": torch.zeros(3)})})
+    directory.close()
     with pytest.raises(ModelError, match="not the weights of the student's architecture"):
         RemoteClient("client-0", tmp_path).handle(task)
 

@@ -5,10 +5,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from feddistill import answering, experiment
+from feddistill import answering, experiment, payload
 from feddistill.config import parse
 from feddistill.config.training import DistillConfig
 from feddistill.errors import RunError
+from feddistill.methods import uploads, wire
 from feddistill.methods.averaging import averaged
 from feddistill.methods.fedfed import sensitivity, share
 from feddistill.methods.learner import Learner, Session, labels_of
@@ -47,6 +48,46 @@ def test_has_figures_costs_and_a_line_for_each_round(name, finished):
     assert result["seconds"][f"baseline_{name}"] > 0
     rows = [row for row in result["by_round"] if row["series"].startswith(name)]
     assert {row["round"] for row in rows} == {1, 2}
+
+
+def test_what_a_client_alone_shares_with_the_federation_is_told(tiny_settings, tmp_path):
+    clients = {**tiny_settings["clients"], "codistillation": {"enabled": False}}
+    config = settings(tiny_settings, "local_only", clients=clients, rounds=3)
+    flops = (result := experiment.run(config, tmp_path / "run"))["flops"]
+    shared = result["flops_shared"]["baseline_local_only"]
+    # Three equal segments, of which the first is the federation's own.
+    assert shared == pytest.approx(flops["baseline_local_only"] / 2, rel=0.05)
+    assert flops["clients_train"] == pytest.approx(3 * shared, rel=0.05)
+
+
+def test_fedmkt_asks_the_student_from_the_second_round_on(finished):
+    inner = finished["out"] / "baselines/fedmkt"
+    assert not (inner / "records/rounds/001/before.json").exists()
+    specs = payload.parse_spec((inner / "rounds/002/spec.json").read_bytes())
+    run = RunDirectory.open(finished["out"]).within("baselines/fedmkt")
+    try:
+        places = [(f"rounds/002/payloads/{name}", specs) for name in specs.clients]
+        places.append(("rounds/002/before", wire.feedback_spec(specs)))
+        said = []
+        for place, spec in places:
+            shelf = uploads.Shelf(run, place, spec)
+            shelf.admit()
+            said.append(uploads.answerer(wire.expand, shelf)(0, spec.positions))
+        teacher = load_file(inner / "rounds/002/teacher.safetensors")["log_probs"]
+    finally:
+        run.close()
+    config = settings_of(finished)
+    splits = experiment.check(config, build=False)
+    rows = np.flatnonzero(splits.proxy.known)
+    truth = torch.stack(said)[:, rows, splits.proxy.labels[rows]]
+    best = truth.argmax(0)
+    assert (best == len(said) - 1).any(), "the student is the best somewhere"
+    wanted = torch.stack(said)[best, rows]
+    torch.testing.assert_close(teacher[rows], wanted, rtol=1e-4, atol=1e-4)
+
+
+def settings_of(finished):
+    return experiment.stored_config(finished["out"])
 
 
 def test_what_is_sent_is_counted(finished):

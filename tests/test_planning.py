@@ -48,12 +48,16 @@ def test_bytes_operations_and_disk_are_foretold(change, tiny_settings, tmp_path)
 
 def test_clients_cost_the_rounds_in_which_they_are_asked(tiny_settings, tmp_path):
     clients = {**tiny_settings["clients"], "per_round": 2}
-    config = parse(tiny_settings | {"clients": clients, "rounds": 3, "baselines": ["local_only"]})
+    baselines = ["local_only", "fedavg", "feddf"]
+    config = parse(tiny_settings | {"clients": clients, "rounds": 3, "baselines": baselines})
     plan, result = experiment.plan(config), experiment.run(config, tmp_path / "run")
     uplink = [sum(of_round["uplink"].values()) for of_round in result["bytes"]["by_round"]]
     assert plan["bytes"]["codecs"]["dense"]["all_rounds_and_clients"] == sum(uplink)
-    for phase in ("clients_train", "clients_answer", "baseline_local_only", "evaluate"):
+    assert any("client-1" not in row["uplink"] for row in result["bytes"]["by_round"])
+    for phase in ("clients_train", "clients_answer", *(f"baseline_{name}" for name in baselines), "evaluate"):
         assert plan["flops"][phase] == pytest.approx(result["flops"][phase], rel=0.05), phase
+    for name in ("fedavg", "feddf"):
+        assert result["bytes"]["baselines"][name]["uplink"] == result["bytes"]["fedavg_uplink_same_rounds"]
 
 
 def test_what_zstd_will_take_off_is_not_foretold(tiny_settings, tmp_path):

@@ -142,7 +142,7 @@ class TestTextsAtClients:
             "describe",
             digest(settings)[:16],
             0,
-            {"config": settings.model_dump(mode="json"), "labels": ["a", "b"]},
+            {"config": settings.model_dump(mode="json"), "labels": ["a", "b"], "execution": "0" * 16},
         )
         with pytest.raises(FeddistillError) as caught:
             client.handle(task)
@@ -196,6 +196,19 @@ class TestPartialParticipation:
             run(some, tmp_path / "run", transport)
         run(some, tmp_path / "run", Elsewhere(tmp_path / "state"), resume=True)
         assert decided(tmp_path / "run") == decided(tmp_path / "whole")
+
+    def test_who_is_asked_late_begins_as_the_others_did(self, some, tmp_path):
+        raw = some.model_dump(mode="json")
+        raw["clients"]["training"]["epochs"] = 3
+        experiment.run(parse(raw), tmp_path / "run")
+        steps = {}
+        for record in sorted((tmp_path / "run/records").rglob("client-*.json")):
+            if "payloads" not in str(record):
+                trained = json.loads(record.read_text())["content"]["trained"]
+                steps.setdefault(record.stem, []).append((str(record.parent), trained["steps"]))
+        late = {name: found for name, found in steps.items() if not found[0][0].endswith("alone/001")}
+        (found,) = late.values()  # one of three, as two are asked in each round
+        assert found[0][1] > 2 * found[1][1] > 0
 
     def test_more_than_there_are_is_refused(self, some):
         with pytest.raises(ConfigError, match=r"clients\.per_round = 9, but there are 3 clients"):

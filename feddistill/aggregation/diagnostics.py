@@ -30,7 +30,8 @@ class Diagnostics:
     """What a round looked like from the server."""
 
     teacher_accuracy: float | None
-    """On the labelled proxy texts; ``None`` where there are none."""
+    """On the labelled proxy texts; ``None`` where there are none. A rule that ``needs`` labels has read them:
+    of such a rule it says how well these are matched, not how good the teacher is elsewhere."""
     teacher_cross_entropy: float | None
     """Mean nats of the true label on those."""
     agreement: dict[str, float]

@@ -128,7 +128,7 @@ class Config(Setting):
             self._fits_clients(len(present))
             liars(self.simulate.attack, present)
         if isinstance(self.data.partition, AtClientsPartition):
-            self._fits_texts_at_clients(self.data.partition.names)
+            self._fits_texts_at_clients(self.data.partition)
         rule = self.aggregation.rule
         if self.payload.codec == "sampled" and rule.kind != "mean_probs":
             raise ConfigError(
@@ -217,8 +217,12 @@ class Config(Setting):
             raise ConfigError(f"clients.per_round = {asked}, but there are {clients} clients")
         self.aggregation.check(asked or clients)
 
-    def _fits_texts_at_clients(self, names: tuple[str, ...]) -> None:
+    def _fits_texts_at_clients(self, partition: AtClientsPartition) -> None:
         """The server has nobody's private texts."""
+        names, keys = partition.names, partition.keys
+        if keys and set(keys) != set(names):
+            odd = ", ".join(sorted(set(keys) ^ set(names)))
+            raise ConfigError(f"data.partition.keys must name just those of data.partition.names: {odd}")
         self._fits_clients(len([name for name in names if name not in self.data.absent]))
         private = [name for name in self.baselines if name not in AT_CLIENTS]
         if private:

@@ -152,6 +152,9 @@ class AtClientsPartition(Setting):
     kind: Literal["at_clients"] = "at_clients"
     names: tuple[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")], ...] = Field(min_length=1)
     """Who takes part."""
+    keys: dict[str, Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]] = Field(default_factory=dict)
+    """Public key by name (``feddistill keys``), of all clients or of none: what a client sends must then be
+    signed by it."""
 
 
 Partition = Annotated[

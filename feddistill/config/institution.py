@@ -18,6 +18,8 @@ class Institution(Setting):
     """Where the private texts are, with their labels."""
     model: ModelConfig | None = None
     """The specialist; ``null`` for the one that the server's configuration gives this client."""
+    key: Path | None = None
+    """The private key that signs what is sent (``feddistill keys``), where the server asks for that."""
 
 
 def load(path: Path) -> Institution:
@@ -41,4 +43,6 @@ def load(path: Path) -> Institution:
     if isinstance(found.source, FileSource):
         source = found.source.model_copy(update={"path": path.parent / found.source.path})
         found = found.model_copy(update={"source": source})
+    if found.key is not None:
+        found = found.model_copy(update={"key": path.parent / found.key})
     return found

@@ -108,14 +108,24 @@ class AggregationConfig(Setting):
     """Valid answers a round needs; ``null`` for every client."""
 
     def check(self, clients: int) -> None:
-        """Raise ``ConfigError`` where so few clients are too few."""
+        """Raise ``ConfigError`` where so few clients are too few, or so few of them as make a quorum."""
+        self.fits(clients)
+        if self.quorum is None:
+            return
+        if self.quorum > clients:
+            raise ConfigError(f"aggregation.quorum = {self.quorum} exceeds the {clients} clients")
+        try:
+            self.fits(self.quorum)
+        except ConfigError as error:
+            raise ConfigError(f"aggregation.quorum = {self.quorum} is too few: {error}") from None
+
+    def fits(self, clients: int) -> None:
+        """Raise ``ConfigError`` where no teacher can be made of the answers of so few clients."""
         self.rule.check(clients)
         if self.mix is not None and 2 * self.mix >= clients:
             raise ConfigError(
                 f"aggregation.mix = {self.mix} must be fewer than half of the {clients} clients"
             )
-        if self.quorum is not None and self.quorum > clients:
-            raise ConfigError(f"aggregation.quorum = {self.quorum} exceeds the {clients} clients")
 
 
 def _several(value: Any) -> Any:

@@ -1,17 +1,19 @@
 """A client in a process of its own, that may be started for each task anew: all it knows is on its disk."""
 
 import json
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from feddistill import config as configuration
-from feddistill import data, experiment
+from feddistill import data, experiment, keys
 from feddistill.config import Config, institution
 from feddistill.config.data import AtClientsPartition
 from feddistill.errors import ConfigError, DataError, RunError
 from feddistill.federation.protocol import Reply, Task
+from feddistill.keys import PrivateKey
 from feddistill.methods.agent import Agent, receive
 from feddistill.methods.client import Client, Crew
 from feddistill.methods.learner import Session
@@ -21,6 +23,9 @@ from feddistill.types import UNLABELLED, Splits, TextSet
 
 PROXY = "proxy.jsonl"
 """The proxy texts as the server sent them."""
+OWN = "own.json"
+"""Hashes of this client's texts, and its model."""
+EXECUTION = re.compile(r"[0-9a-f]{16}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +51,7 @@ class RemoteClient:
         config = configuration.parse(task.content["config"])
         if configuration.digest(config)[:16] != task.run:
             raise ConfigError(f"run {task.run} is not that of the settings that came with it")
-        run = self._directory(config, task.run)
+        run = self._directory(config, task.run, str(task.content["execution"]))
         try:
             if task.kind == "publish":
                 receive(run, PROXY, task)
@@ -56,13 +61,17 @@ class RemoteClient:
             if splits is None:
                 return Reply(self.name, {"proxy": None})
             own = self._with_own_model(config)
+            self._unchanged(run, splits, own)
             session = Session(own, splits, run, Quiet())
             return Agent(self._client(session)).handle(task)
         finally:
             run.close()
 
-    def _directory(self, config: Config, run: str) -> RunDirectory:
-        folder = self.state / self.name / run
+    def _directory(self, config: Config, run: str, execution: str) -> RunDirectory:
+        """Where this client keeps what it has done in this run, and in no other of the same settings."""
+        if not EXECUTION.fullmatch(execution):
+            raise ConfigError(f"execution {execution[:80]!a} of run {run} is not 16 hexadecimal digits")
+        folder = self.state / self.name / f"{run}-{execution}"
         if (folder / CONFIG).exists():
             return RunDirectory.open(folder)
         return RunDirectory.create(folder, configuration.dump(config))
@@ -115,9 +124,34 @@ class RemoteClient:
         except ConfigError as error:
             raise ConfigError(f"{self.file}: as clients.models.0 of this run: {error}") from None
 
+    def _unchanged(self, run: RunDirectory, splits: Splits, config: Config) -> None:
+        """Refuse to go on with other texts or another model than this run began with."""
+        models = json.dumps([model.model_dump(mode="json") for model in config.clients.models])
+        now = {"texts": splits.private[0].digest(labels=True), "models": models}
+        if not run.path(OWN).exists():
+            run.write_json(OWN, now)
+        before = run.read_json(OWN)
+        changed = " and ".join(what for what in now if before.get(what) != now[what])
+        if changed:
+            raise RunError(f"{self.name}: its {changed} have changed since this run began; start a new one")
+
     def _client(self, session: Session) -> Client:
         (client,) = Crew(session).clients
+        client.key = self._key(session.config)
         return client
+
+    def _key(self, config: Config) -> PrivateKey | None:
+        """What signs for this client, where the run enrolled keys."""
+        enrolled = getattr(config.data.partition, "keys", {}).get(self.name)
+        if enrolled is None:
+            return None
+        path = None if self.file is None else institution.load(self.file).key
+        if path is None:
+            raise ConfigError(f"{self.file}: key is missing; the server enrolled {enrolled} for {self.name}")
+        key = keys.load(path)
+        if key.public != enrolled:
+            raise ConfigError(f"{path} is key {key.public}; the server enrolled {enrolled} for {self.name}")
+        return key
 
 
 def _texts(name: str, rows: list[tuple[str, str]], labels: tuple[str, ...]) -> TextSet:

@@ -30,7 +30,8 @@ def rounds(
 ) -> list[Json]:
     """Every round each client trains the student's architecture from the last average, on its own texts.
 
-    The average is weighted by the clients' numbers of texts. Clients take ``fedavg.epochs`` a round.
+    The average is weighted by the clients' numbers of texts. Clients take ``fedavg.epochs`` a round; those
+    that are asked in a round are the federation's.
 
     Args:
         session: What the method works with.
@@ -139,15 +140,13 @@ def _round(
     taught: Callable[[TextSet], Lessons],
 ) -> Json:
     run, step = session.run, f"baselines/{name}/{number:03d}"
-    trained = [
-        trained_by(session, learner, name, number, start, private, taught)
-        for private in session.splits.private
-    ]
+    clients = [private for private in session.splits.private if private.name in session.asked(number)]
+    trained = [trained_by(session, learner, name, number, start, private, taught) for private in clients]
     files = [record["weights"] for record in trained]
     cost = sum((Cost(**record["costs"]["train"]) for record in trained), Cost())
     with measure() as averaging:
         states = [load_file(run.path(file)) for file in files]
-        models.take(learner.model, averaged(states, [len(p) for p in session.splits.private]))
+        models.take(learner.model, averaged(states, [len(private) for private in clients]))
         weights = f"{step}.safetensors"
         run.write(weights, lambda path: models.save(learner.model, path))
     content: Json = {"weights": weights, "costs": {}}
@@ -158,6 +157,6 @@ def _round(
         content |= server(learner, number, weights, files)
         cost += Cost(**content["costs"].get("train", {}))
     content["costs"]["train"] = asdict(cost + averaging.cost)
-    sent = 4 * models.trained_count(learner.model) * len(session.splits.private)
+    sent = 4 * models.trained_count(learner.model) * len(clients)
     content["bytes"] = {"uplink": sent, "downlink": sent}
     return run.commit(step, content, [content["weights"]])

@@ -3,9 +3,13 @@
 What distillation could do if nobody had to share answers instead of texts: an upper bound of the method.
 """
 
+from dataclasses import asdict
 from functools import partial
 
+from safetensors.torch import load_file, save
+
 from feddistill import training
+from feddistill.accounting import measure
 from feddistill.methods.centralized import pool
 from feddistill.methods.learner import Learner, Session, best_of, labels_of, later, lessons_of
 from feddistill.store import Json
@@ -41,10 +45,11 @@ def run(session: Session) -> Json:
             evaluate=False,
         )
         taught = teaching["weights"]
+        answering = _answers(session, teacher, number, taught)
 
-        def lessons(weights: str = taught) -> Lessons:
-            teacher.restore(weights)
-            return Lessons(student.tokens(proxy), labels_of(proxy), teacher.answer(proxy))
+        def lessons(file: str = answering["answers"]) -> Lessons:
+            answers = load_file(session.run.path(file))["log_probs"]
+            return Lessons(student.tokens(proxy), labels_of(proxy), answers)
 
         start = records[-1] if config.distill.accept == "always" and records else best
         record = student.step(
@@ -55,7 +60,23 @@ def run(session: Session) -> Json:
             ours,
             distill=config.distill,
         )
-        costs = {**record["costs"], "teach": teaching["costs"]["train"]}
+        costs = {**record["costs"], "teach": teaching["costs"]["train"], "answer": answering["cost"]}
         records.append({**record, "costs": costs})
         best = best_of(session, best, record)
     return {"rounds": records}
+
+
+def _answers(session: Session, teacher: Learner, number: int, weights: str) -> Json:
+    """What the teacher says to the proxy texts, as a file, and what it took."""
+    run, step = session.run, f"baselines/centralized_distillation/{number:03d}/answers"
+    if (record := run.done(step)) is None:
+        teacher.restore(weights)
+        before = teacher.meter.flops
+        label = f"centralized_distillation: segment {number}: the teacher answers"
+        with session.show.step(label) as tick, measure() as cost:
+            said = teacher.answer(session.splits.proxy, tick)
+            cost.flops = teacher.meter.flops - before
+        file = f"{step}.safetensors"
+        run.write_bytes(file, save({"log_probs": said}))
+        record = run.commit(step, {"answers": file, "cost": asdict(cost.cost)}, [file])
+    return record

@@ -9,6 +9,7 @@ from torch import Tensor
 from feddistill import payload, training
 from feddistill.accounting import measure
 from feddistill.config.training import TrainingConfig
+from feddistill.keys import PrivateKey
 from feddistill.methods import uploads, wire
 from feddistill.methods.learner import Learner, Session, later
 from feddistill.methods.learners import learner_of
@@ -22,6 +23,8 @@ class Client:
     """One institution: its private texts, and the model that it works with."""
 
     def __init__(self, session: Session, private: TextSet, crew: "Crew", place: int):
+        self.key: PrivateKey | None = None
+        """By which it signs, where the round enrolled keys."""
         self.session = session
         self.config = session.config
         self.private = private
@@ -72,7 +75,7 @@ class Client:
             start,
             lambda: self.learner.lessons(self.private),
             self._settings(number),
-            steps=self._steps(number),
+            steps=self._steps(number, self._settings(number)),
             evaluate=self._evaluates,
         )
 
@@ -88,13 +91,14 @@ class Client:
         if number == 1:
             return self.train_alone(number, None)
         before = next((n for n in range(number - 1, 0, -1) if self._has(self.step(n))), None)
+        settings = self._settings(1 if before is None else number)  # who comes late begins as the others did
         return self.learner.step(
             self.step(number),
             f"round {number}: {self.name} learns",
             None if before is None else f"{self.step(before)}.safetensors",
             lambda: self._lessons(number, asked),
-            self._settings(1 if before is None else number),
-            steps=self._steps(number),
+            settings,
+            steps=self._steps(number, settings),
             evaluate=self._evaluates,
             distill=self.config.distill,
         )
@@ -124,7 +128,7 @@ class Client:
                     said = wire.compress(lies[start:stop], spec, seed)
                 encoded = payload.encode(said, spec, self.name, shard)
                 run.write_bytes(content, encoded)
-                run.write_bytes(envelope, payload.seal(encoded, spec, self.name, shard))
+                run.write_bytes(envelope, payload.seal(encoded, spec, self.name, shard, key=self.key))
             cost.flops = learner.meter.flops - before
         projection = learner.projection()
         if projection is not None and not self._answered_before(spec.round):
@@ -158,13 +162,13 @@ class Client:
         epochs = codistillation.epochs if codistillation.enabled else None
         return later(settings, epochs, codistillation.head_learning_rate)
 
-    def _steps(self, number: int) -> int:
+    def _steps(self, number: int, settings: TrainingConfig) -> int:
         """Over private and digested texts; a client alone takes as many."""
         codistillation, digested = self.config.clients.codistillation, 0
         if number > 1 and codistillation.enabled:
             proxy = self.learner.proxy_examples()
             digested = min(codistillation.examples or proxy, proxy)
-        return training.steps_of(self._settings(number), len(self.learner.tokens(self.private)) + digested)
+        return training.steps_of(settings, len(self.learner.tokens(self.private)) + digested)
 
 
 class Crew:

@@ -5,32 +5,30 @@ teacher's answers; (2) it answers the proxy texts and uploads a payload; (3) the
 (4) trains the student and sends the teacher back. Nothing else leaves a client.
 """
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
 
-from pydantic import TypeAdapter, ValidationError
-
 from feddistill import aggregation, data, models, payload, training
 from feddistill.accounting import measure
-from feddistill.config import Config, digest
-from feddistill.errors import PayloadError, RoundError
+from feddistill.config import digest
+from feddistill.config.data import AtClientsPartition
+from feddistill.errors import ConfigError, PayloadError, RoundError
 from feddistill.federation.asking import Asking
 from feddistill.federation.journal import Journal
 from feddistill.federation.protocol import Kind, Task
-from feddistill.methods import uploads, wire
+from feddistill.methods import told, uploads, wire
 from feddistill.methods.learner import Learner, Session, best_of, later
 from feddistill.methods.learners import learner_of
 from feddistill.methods.local import LocalTransport
 from feddistill.methods.question import Question
 from feddistill.methods.uploads import draws
 from feddistill.rules import Memory
-from feddistill.seeds import derive, generator
+from feddistill.seeds import derive
 from feddistill.store import Json
 from feddistill.tensorfile import TensorFile, TopKFile
-from feddistill.types import ClientDescription, Cost, RoundSpec, Splits
+from feddistill.types import ClientDescription, Cost, RoundSpec
 
 LEDGER = "ledger.json"
 
@@ -117,8 +115,8 @@ class _Rounds:
         downlink = len(request) + (teacher["feedback_bytes"] if number < self.session.config.rounds else 0)
         task = self.session.task
         clients, own = _mean(decided["specialists"], task.decides), student["validation"][task.decides]
-        told = "" if clients is None else f"clients {clients:.3f}, "
-        self.session.show.say(f"round {number}: {task.words} on validation: {told}student {own:.3f}")
+        others = "" if clients is None else f"clients {clients:.3f}, "
+        self.session.show.say(f"round {number}: {task.words} on validation: {others}student {own:.3f}")
         return {
             **decided,
             "student": student,
@@ -153,6 +151,10 @@ class _Rounds:
             raise RoundError(
                 f"round {number}: {len(admitted)} valid answers, quorum {self.quorum}: {reasons}"
             )
+        try:
+            self.session.config.aggregation.fits(len(admitted))
+        except ConfigError as error:
+            raise RoundError(f"round {number}: {len(admitted)} valid answers: {error}") from None
         teacher = self._aggregate(admitted, number, spec, step)
         entry = payload.Entry(
             round=number,
@@ -199,26 +201,27 @@ class _Rounds:
         run, found = self.session.run, {}
         names = [private.name for private in self.splits.private]
         for name in names:
-            if (told := run.done(f"described/{name}")) is not None:
-                found[name] = told
+            if (record := run.done(f"described/{name}")) is not None:
+                found[name] = record
         fits = {
             "version": payload.VERSION,
             "proxy": self.splits.proxy.digest(),
             "vocabulary": self.session.question.fingerprint,
         }
+        needs, classes = self.session.config.aggregation.rule.needs(), len(self.splits.label_names)
         for reply in self.asking.gather(self._task("describe", 0), [n for n in names if n not in found]):
-            told = reply.content
-            if told.get("proxy") is None:
-                told = self._published(reply.client) or told
-            wrong = [key for key, wanted in fits.items() if told.get(key) != wanted]
-            if not wrong and not _is_description(told.get("description"), reply.client, self.splits):
-                wrong = ["form of description"]
-            if wrong:
+            said = reply.content
+            if said.get("proxy") is None:
+                said = self._published(reply.client) or said
+            wrong = [key for key, wanted in fits.items() if said.get(key) != wanted]
+            own = told.description(said.get("description"), reply.client, needs, classes)
+            if wrong or own is None:
+                wrong = wrong or ["form of description"]
                 self.session.show.say(f"{reply.client} takes no part: another {' and '.join(wrong)}")
                 continue
-            found[reply.client] = told
+            found[reply.client] = {"description": asdict(own)}
             if not self.transport.shares_run:
-                run.commit(f"described/{reply.client}", told)
+                run.commit(f"described/{reply.client}", found[reply.client])
         return [description_of(found[name]["description"]) for name in names if name in found]
 
     def _published(self, name: str) -> Json | None:
@@ -235,8 +238,8 @@ class _Rounds:
         run, number, found = self.session.run, spec.round, {}
         names = [name for name in spec.clients if name in self.names]
         for name in names:
-            if (told := run.done(f"rounds/{number:03d}/told/{name}")) is not None:
-                found[name] = told
+            if (record := run.done(f"rounds/{number:03d}/told/{name}")) is not None:
+                found[name] = record
         missing = [name for name in names if name not in found]
         if not missing:
             return found
@@ -248,10 +251,15 @@ class _Rounds:
                 blobs = {"envelope": run.read_bytes(envelope), "payload": run.read_bytes(content)}
                 missing = [reply.client for reply in self.asking.gather(replace(task, blobs=blobs), missing)]
         question = None if asked is None else payload.canonical(asked).decode()
-        for reply in self.asking.gather(self._task("train", number, asked=question), missing):
-            found[reply.client] = reply.content
-            if not self.transport.shares_run:
-                run.commit(f"rounds/{number:03d}/told/{reply.client}", reply.content)
+        task = self._task("train", number, asked=question)
+        ours = not isinstance(self.session.config.data.partition, AtClientsPartition)
+        for reply in self.asking.gather(task, missing):
+            if self.transport.shares_run:
+                found[reply.client] = reply.content
+            elif (record := told.training(reply.content, figures=ours)) is not None:
+                found[reply.client] = run.commit(f"rounds/{number:03d}/told/{reply.client}", record)
+            else:
+                self.asking.journal.failed(task, reply.client, "a reply of another form", 0.0)
         return {name: found[name] for name in names if name in found}
 
     def _answered(self, spec: RoundSpec, trained: Collection[str]) -> Json:
@@ -277,7 +285,7 @@ class _Rounds:
         costs = {}
         for name in clients:
             file = kept.format(name)
-            costs[name] = _cost(run.read_json(file)) if run.path(file).exists() else Cost()
+            costs[name] = told.cost(run.read_json(file)) if run.path(file).exists() else Cost()
         for shard in range(payload.shards(spec)):
             places = {name: uploads.files(f"{folder}/{name}", spec)[shard] for name in costs}
             missing = [name for name, place in places.items() if not all(run.path(p).exists() for p in place)]
@@ -286,7 +294,7 @@ class _Rounds:
                     self.asking.journal.failed(task, reply.client, "another shard", 0.0)
                     continue
                 envelope, content = places[reply.client]
-                costs[reply.client] = _cost(reply.content.get("cost"))
+                costs[reply.client] = told.cost(reply.content.get("cost"))
                 run.write_json(kept.format(reply.client), asdict(costs[reply.client]))
                 longest = payload.bound(spec, shard) + 1
                 run.write_bytes(content, reply.blobs.get("payload", b"")[:longest])
@@ -319,12 +327,14 @@ class _Rounds:
             read = wire.codes if config.rule.of_codes else wire.expand
             answerers = [uploads.answerer(read, shelf) for shelf in shelves]
         labels = question.labels
+        student, asking = self._said_before(spec, step)
         # Of those who are in: where the only client that knows a class was refused, the others speak for it.
         known = aggregation.Known(
             names=tuple(admitted),
             descriptions=tuple(d for d in self.descriptions if d.client in admitted),
             labels=labels,
             domains=question.domains,
+            student=student,
             memory=self.memory,
         )
         with self.session.show.step(f"round {number}: aggregate"), measure() as cost:
@@ -359,20 +369,56 @@ class _Rounds:
             "feedback_bytes": sum(run.path(file).stat().st_size for file in sent) if codistil else 0,
             "diagnostics": asdict(diagnostics),
             "memory": memory,
-            "cost": asdict(cost.cost),
+            "cost": asdict(cost.cost + asking),
         }
         return run.commit(name, content, [content["log_probs"], *sent])
 
+    def _said_before(self, spec: RoundSpec, step: str) -> tuple[aggregation.Answerer | None, Cost]:
+        """What the student says before it learns from this round, where the rule needs that, and what asking
+        it took; nothing in the first round, nor where teachers are made without a student."""
+        if "student" not in self.session.config.aggregation.rule.needs() or spec.round == 1:
+            return None, Cost()
+        run, name, back = self.session.run, f"{step}/before", wire.feedback_spec(spec)
+        if (record := run.done(name)) is None:
+            if (start := self._start()) is None:
+                return None, Cost()
+            self.student.restore(start["weights"])
+            before = self.student.meter.flops
+            with (
+                self.session.show.step(f"round {spec.round}: the student answers") as tick,
+                measure() as cost,
+            ):
+                for shard in range(payload.shards(back)):
+                    seed = draws(self.session.config.seed, spec.round, wire.SERVER, shard)
+                    said = self.student.compressed(back, seed, *payload.rows_of(back, shard), tick)
+                    self._keep(name, back, shard, said)
+                cost.flops = self.student.meter.flops - before
+            record = run.commit(name, {"cost": asdict(cost.cost)}, uploads.flat(name, back))
+        shelf = uploads.Shelf(run, name, back)
+        shelf.admit(sender=wire.SERVER)
+        if self.session.question.compressed:
+            return uploads.answerer(wire.topk, shelf), Cost(**record["cost"])
+        return uploads.answerer(wire.expand, shelf), Cost(**record["cost"])
+
+    def _keep(self, name: str, back: RoundSpec, shard: int, answers: payload.Answers) -> bytes:
+        """Write answers of the server's own, as a client writes its; the payload."""
+        envelope, content = uploads.files(name, back)[shard]
+        encoded = payload.encode(answers, back, wire.SERVER, shard)
+        self.session.run.write_bytes(content, encoded)
+        self.session.run.write_bytes(envelope, payload.seal(encoded, back, wire.SERVER, shard))
+        return encoded
+
+    def _start(self) -> Json | None:
+        """The student that goes on learning; ``None`` before the first round's."""
+        return self.last if self.session.config.distill.accept == "always" else self.best
+
     def _feedback(self, teacher: TensorFile | TopKFile, spec: RoundSpec, step: str) -> tuple[str, list[str]]:
         """The teacher as clients are sent it: the digest for the ledger, and the files."""
-        run, back, digests = self.session.run, wire.feedback_spec(spec), []
-        for shard, (envelope, content) in enumerate(uploads.files(step, back)):
+        back, digests = wire.feedback_spec(spec), []
+        for shard in range(payload.shards(back)):
             seed = draws(self.session.config.seed, spec.round, wire.SERVER, shard)
             answers = wire.compress_rows(teacher, *payload.rows_of(back, shard), back, seed)
-            encoded = payload.encode(answers, back, wire.SERVER, shard)
-            run.write_bytes(content, encoded)
-            run.write_bytes(envelope, payload.seal(encoded, back, wire.SERVER, shard))
-            digests.append(payload.digest(encoded))
+            digests.append(payload.digest(self._keep(step, back, shard, answers)))
         return payload.digest_of(digests), uploads.flat(step, back)
 
     def _distil(self, number: int, step: str) -> Json:
@@ -383,7 +429,7 @@ class _Rounds:
         settings = config.student.training
         if number > 1:
             settings = later(settings, None, config.student.later_head_learning_rate)
-        start = self.last if config.distill.accept == "always" else self.best
+        start = self._start()
         return self.student.step(
             f"{step}/student",
             f"round {number}: the student learns",
@@ -410,7 +456,11 @@ class _Rounds:
 def task_of(session: Session, kind: Kind, number: int, **content: object) -> Task:
     """For a client elsewhere, which is told all settings each time: it may have been started a moment ago."""
     config = session.config
-    settings = {"config": config.model_dump(mode="json"), "labels": list(session.splits.label_names)}
+    settings = {
+        "config": config.model_dump(mode="json"),
+        "labels": list(session.splits.label_names),
+        "execution": session.run.execution,
+    }
     return Task(kind, digest(config)[:16], number, {**settings, **content})
 
 
@@ -423,7 +473,8 @@ def request(session: Session, number: int, *, quorum: int, previous: str) -> Rou
     question = session.question
     classes = question.vocab_size
     k = {"dense": classes, "sampled": min(settings.draws, classes)}.get(settings.codec, settings.k)
-    run_id = digest(config)[:16]
+    run_id, asked = digest(config)[:16], session.asked(number)
+    keys = getattr(config.data.partition, "keys", {})
     spec = RoundSpec(
         run_id=run_id,
         round=number,
@@ -435,7 +486,8 @@ def request(session: Session, number: int, *, quorum: int, previous: str) -> Rou
         k=k,
         nonce=f"{derive(config.seed, run_id, 'nonce', number):08x}",
         quorum=quorum,
-        clients=asked_of(config, tuple(private.name for private in splits.private), number),
+        clients=asked,
+        keys=tuple((name, keys[name]) for name in asked if name in keys),
         compression=settings.compression,
         max_code=payload.max_code_of(settings.epsilon) if settings.codec == "threshold" else 255,
         draws=settings.draws if settings.codec == "sampled" else 0,
@@ -444,41 +496,10 @@ def request(session: Session, number: int, *, quorum: int, previous: str) -> Rou
     return payload.cut(spec, int(settings.shard_mib * 2**20))
 
 
-def asked_of(config: Config, names: tuple[str, ...], number: int) -> tuple[str, ...]:
-    """Who is asked in a round, in the order of ``names``."""
-    count = config.clients.per_round
-    if count is None or count >= len(names):
-        return names
-    drawn = generator(config.seed, "clients", number).permutation(len(names))[:count]
-    return tuple(names[place] for place in sorted(drawn))
-
-
-def _is_description(told: object, client: str, splits: Splits) -> bool:
-    """Whether a client said what it has to say of itself, and of nobody else."""
-    try:
-        found = TypeAdapter(ClientDescription).validate_python(told)
-    except ValidationError:
-        return False
-    counts = found.class_counts
-    few = found.examples is not None and found.examples < 1
-    odd = counts is not None and (
-        len(counts) != len(splits.label_names) or not all(0 <= count < math.inf for count in counts)
-    )
-    return found.client == client and not few and not odd
-
-
-def description_of(told: Json) -> ClientDescription:
+def description_of(record: Json) -> ClientDescription:
     """What a client said of itself."""
-    counts = told["class_counts"]
-    return ClientDescription(told["client"], told["examples"], None if counts is None else tuple(counts))
-
-
-def _cost(told: object) -> Cost:
-    """What a client says that its work cost; nothing where it says something else."""
-    try:
-        return TypeAdapter(Cost).validate_python(told)
-    except ValidationError:
-        return Cost()
+    counts = record["class_counts"]
+    return ClientDescription(record["client"], record["examples"], None if counts is None else tuple(counts))
 
 
 def _new_teacher(path: Path, question: Question, spec: RoundSpec) -> TensorFile | TopKFile:

@@ -90,15 +90,16 @@ def sensitivity(learner: Learner, tokens: Sequence[Sequence[int]], labels: Tenso
 
     handle = models.embeddings(learner.model).register_forward_hook(keep)
     learner.model.eval()
-    size = learner.session.config.clients.answer_batch_size
+    size, device = learner.session.config.clients.answer_batch_size, next(learner.model.parameters()).device
     try:
         for start in range(0, len(tokens), size):
             batch = tokens[start : start + size]
-            ids, mask = pad(batch, learner.specialist.pad_id)
-            logits = learner.model(input_ids=ids, attention_mask=mask).logits
-            loss = functional.cross_entropy(logits.float(), labels[start : start + size], reduction="sum")
+            ids, mask = (x.to(device) for x in pad(batch, learner.specialist.pad_id))
+            logits = learner.model(input_ids=ids, attention_mask=mask).logits.float()
+            right = labels[start : start + size].to(device)
+            loss = functional.cross_entropy(logits, right, reduction="sum")
             (gradient,) = torch.autograd.grad(loss, taken[0])
-            scores = (gradient * taken[0]).sum(-1).abs().detach().numpy()
+            scores = (gradient * taken[0]).sum(-1).abs().detach().cpu().numpy()
             found += [row[: len(text)] for row, text in zip(scores, batch, strict=True)]
             learner.meter.add(*ids.shape, training=True)
     finally:

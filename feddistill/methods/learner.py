@@ -23,7 +23,7 @@ from feddistill.methods.question import Question, question_of
 from feddistill.models import adapters
 from feddistill.models.frozen import States
 from feddistill.progress import Show
-from feddistill.seeds import derive
+from feddistill.seeds import derive, generator
 from feddistill.sharing import Shared
 from feddistill.store import Json, RunDirectory
 from feddistill.tasks import TASKS, Task
@@ -104,6 +104,15 @@ class Session:
     def question(self) -> Question:
         """What the proxy texts ask."""
         return question_of(self.config, self.splits)
+
+    def asked(self, number: int) -> tuple[str, ...]:
+        """The clients that are asked in a round, in their order."""
+        names = tuple(private.name for private in self.splits.private)
+        count = self.config.clients.per_round
+        if count is None or count >= len(names):
+            return names
+        drawn = generator(self.config.seed, "clients", number).permutation(len(names))[:count]
+        return tuple(names[place] for place in sorted(drawn))
 
 
 class Learner:

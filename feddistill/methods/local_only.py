@@ -1,4 +1,4 @@
-"""Baseline: every client alone, with as many steps as it takes in the federation."""
+"""Baseline: every client alone, with as many steps as it takes in the federation if it is always asked."""
 
 from feddistill.methods.client import Crew
 from feddistill.methods.learner import Session

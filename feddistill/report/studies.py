@@ -92,8 +92,9 @@ def _costs(result: Json, who: str) -> Json:
         ours = sum(f for name, f in result["flops"].items() if not name.startswith("baseline_"))
         return {"uplink": result["bytes"]["uplink"], "flops": ours - result["flops"].get("evaluate", 0)}
     name = who.removesuffix("_mean").removesuffix("_best")
-    sent = result["bytes"]["baselines"].get(name, {}).get("uplink")
-    return {"uplink": sent, "flops": result["flops"].get(f"baseline_{name}")}
+    sent, phase = result["bytes"]["baselines"].get(name, {}).get("uplink"), f"baseline_{name}"
+    own, shared = result["flops"].get(phase), result.get("flops_shared", {}).get(phase, 0)
+    return {"uplink": sent, "flops": None if own is None else own + shared}
 
 
 def _reached(result: Json, who: str, target: float | None) -> Json:

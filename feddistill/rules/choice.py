@@ -21,14 +21,15 @@ class MinCe(Rule):
 
     Fan et al., "FedMKT: Federated Mutual Knowledge Transfer for Large and Small Language Models", COLING
     2025 (DualMinCE). Where no client beats the student, the teacher is what the student said before: there
-    is nothing to learn. A text without a label has the mixture of all clients.
+    is nothing to learn. A text without a label has the mixture of all clients. In the first round, and where
+    stored answers are merged anew, there is no student to beat.
     """
 
     kind: Literal["min_ce"] = "min_ce"
 
     def needs(self) -> frozenset[Need]:
         """See ``Rule``."""
-        return frozenset({"labels"})
+        return frozenset({"labels", "student"})
 
     def combine(self, block: Block, shares: Tensor | None) -> Tensor:
         """See ``Rule``."""

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 WeightKind = Literal[
     "uniform", "size", "class_counts", "validation", "confidence", "verified", "verified_counts"
 ]
-Need = Literal["labels", "size", "class_counts", "whole", "memory"]
-"""``labels`` of some proxy rows, private ``size`` or ``class_counts`` of the clients, the ``whole`` of all
-payloads before the first row of the teacher, ``memory`` of former rounds."""
+Need = Literal["labels", "size", "class_counts", "student", "whole", "memory"]
+"""``labels`` of some proxy rows, private ``size`` or ``class_counts`` of the clients, what the ``student``
+said before, the ``whole`` of all payloads before the teacher's first row, ``memory`` of former rounds."""
 
 Memory = dict[str, dict[str, float]]
 """By client, what a rule remembers of it from round to round."""

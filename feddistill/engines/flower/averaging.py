@@ -24,16 +24,20 @@ class GridAverager:
 
     def __call__(self, session: Session, number: int, weights: Mapping[str, Tensor]) -> Average:
         """See ``Averager``."""
-        names = [private.name for private in session.splits.private]
+        names = session.asked(number)
         quorum = session.config.aggregation.quorum or len(names)
         patience = session.engine.patience
         task = task_of(session, "average", number)
+        cost, uplink, downlink = Cost(), 0, 0
         for _ in range(patience.attempts):  # who has trained already says so at once
             nodes = self.transport.nodes(names, patience.connect)
             strategy = _Strategy(task, nodes)
             result = strategy.start(
                 self.transport.grid, ArrayRecord(dict(weights)), num_rounds=1, timeout=patience.reply
             )
+            uplink += strategy.uplink
+            downlink += strategy.downlink
+            cost = strategy.cost  # of who has trained before, the same again
             if len(strategy.answered) == len(names):
                 break
         if len(strategy.answered) < quorum:
@@ -42,9 +46,9 @@ class GridAverager:
             )
         return Average(
             result.arrays.to_torch_state_dict(),
-            uplink=strategy.uplink,
-            downlink=strategy.downlink,
-            cost=strategy.cost,
+            uplink=uplink,
+            downlink=downlink,
+            cost=cost,
             missing=[name for name in names if name not in strategy.answered],
         )
 
@@ -72,8 +76,9 @@ class _Strategy(FedAvg):  # type: ignore[misc]  # Flower is untyped
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Flower's weighted mean of what came."""
-        came, names = list(replies), {node: name for name, node in self.nodes.items()}
+        """Flower's weighted mean of what came, in the order of the names: Flower adds up in float32."""
+        names = {node: name for name, node in self.nodes.items()}
+        came = sorted(replies, key=lambda message: names[message.metadata.src_node_id])
         for message in came:
             if message.has_error():
                 continue

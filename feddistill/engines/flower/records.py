@@ -5,7 +5,9 @@ slowly.
 """
 
 import json
+import re
 from collections.abc import Mapping
+from io import BytesIO
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,13 @@ ARRAYS = "arrays"
 """Where Flower's strategies put weights."""
 WEIGHTS = "weights"
 """The file that they are to an agent."""
+NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+ERROR = re.compile(r"[A-Za-z0-9_.]{1,64}")
+"""The type of what went wrong."""
+CONTENT = 1 << 20
+"""Characters of a reply's JSON at the most."""
+FILES = 64 << 20
+"""Bytes of a reply's files at the most."""
 
 
 def of_task(task: Task) -> RecordDict:
@@ -29,7 +38,7 @@ def of_task(task: Task) -> RecordDict:
 
 def to_task(content: RecordDict) -> Task:
     """As a client got it; weights of Flower's strategy are a file of safetensors."""
-    fields, blobs = _parts(content)
+    fields, blobs = content[FIELDS], _blobs(content)
     if ARRAYS in content:
         weights = {name: array.numpy() for name, array in content[ARRAYS].items()}
         blobs[WEIGHTS] = save(weights)
@@ -43,12 +52,24 @@ def of_reply(reply: Reply) -> RecordDict:
 
 
 def to_reply(content: RecordDict) -> Reply:
-    """As the server got it; what a client sent is not to be trusted."""
-    fields, blobs = _parts(content)
-    told = json.loads(str(fields["content"]))
+    """As the server got it.
+
+    What a client sent is not to be trusted: anything may be wrong with it, and anything be raised.
+    """
+    fields = content[FIELDS]
+    name, said, error = (str(fields[key]) for key in ("client", "content", "error"))
+    if not NAME.fullmatch(name):
+        raise ValueError("a client's name is 1 to 64 letters, digits, '_' and '-'")
+    if len(said) > CONTENT:
+        raise ValueError(f"a reply's content has at most {CONTENT} characters")
+    told = json.loads(said)
     if not isinstance(told, dict):
         raise ValueError("a reply's content is an object")
-    return Reply(str(fields["client"]), told, blobs, str(fields["error"]) or None)
+    if BLOBS in content and sum(len(array.data) for array in content[BLOBS].values()) > FILES:
+        raise ValueError(f"a reply's files have at most {FILES} bytes")
+    if error and not ERROR.fullmatch(error):
+        error = "an error that is no type's name"
+    return Reply(name, told, _blobs(content), error or None)
 
 
 def of_weights(reply: Reply) -> RecordDict:
@@ -71,10 +92,21 @@ def _record(fields: Mapping[str, Any], blobs: Mapping[str, bytes]) -> RecordDict
     return record
 
 
-def _parts(content: RecordDict) -> tuple[dict[str, Any], dict[str, bytes]]:
-    blobs: dict[str, bytes] = {}
-    if BLOBS in content:
-        arrays = content[BLOBS]
-        for name in list(arrays):
-            blobs[name] = arrays.pop(name).numpy().astype(np.uint8, copy=False).tobytes()
-    return dict(content[FIELDS]), blobs
+def _blobs(content: RecordDict) -> dict[str, bytes]:
+    """The files, each taken out of the record: no two copies of one are in memory."""
+    if BLOBS not in content:
+        return {}
+    arrays = content[BLOBS]
+    return {name: _bytes(arrays.pop(name)) for name in list(arrays)}
+
+
+def _bytes(array: Array) -> bytes:
+    """What ``_record`` put in. A stranger may claim any size or type: only bytes that are there count."""
+    file = BytesIO(array.data)
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError("another version of numpy's format")
+    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    content = array.data[file.tell() :]
+    if dtype != np.uint8 or shape != (len(content),):
+        raise ValueError("a file is an array of bytes")
+    return bytes(content)

@@ -52,10 +52,9 @@ class GridTransport:
             if message.has_error():
                 yield Reply(nodes[node], error=f"Flower's error {message.error.code}")
                 continue
-            try:
-                reply = to_reply(message.content)
-            except (KeyError, TypeError, ValueError) as error:
-                yield Reply(nodes[node], error=f"malformed reply: {type(error).__name__}")
+            reply = _read(message)
+            if reply is None:
+                yield Reply(nodes[node], error="a malformed reply")
                 continue
             if reply.client != nodes[node]:
                 yield Reply(nodes[node], error="a reply in another's name")
@@ -68,10 +67,18 @@ class GridTransport:
             if message.has_error():
                 continue
             self._met.add(node)
-            name = to_reply(message.content).client
+            reply = _read(message)
+            if reply is None:
+                self.show.say(f"SuperNode {node} does not say whose it is; it is not asked")
+                continue
+            name, online = reply.client, set(self.grid.get_node_ids())
             other = self._nodes.get(name)
-            if other is not None and other != node and other in set(self.grid.get_node_ids()):
+            if other is not None and other != node and other in online:
                 self.show.say(f"a second SuperNode says that it is {name}; it is not asked")
+                continue
+            before = next((known for known, at in self._nodes.items() if at == node), name)
+            if before != name:
+                self.show.say(f"{before}'s SuperNode says that it is {name}; it is not asked as {name}")
                 continue
             self._nodes[name] = node
 
@@ -93,3 +100,11 @@ class GridTransport:
                     yield waiting.pop(identifier), message
             if not came:
                 time.sleep(self.poll)
+
+
+def _read(message: Message) -> Reply | None:
+    """What came, or ``None`` for anything else than a reply."""
+    try:
+        return to_reply(message.content)
+    except Exception:  # whatever a stranger can provoke: the next message is another's
+        return None
