@@ -16,8 +16,20 @@ def deploy() -> None:
     "--client", "clients", multiple=True, required=True, metavar="NAME", help="Each institution; repeated."
 )
 @click.option("--host", required=True, help="Name or address under which the institutions reach the server.")
-@click.option("--port", default=9092, show_default=True, help="Of the server's reverse proxy.")
-@click.option("--runtime-port", default=8000, show_default=True, help="Of the SuperLink, on loopback.")
+@click.option(
+    "--port",
+    type=click.IntRange(1, 65535),
+    default=9092,
+    show_default=True,
+    help="Of the server's reverse proxy.",
+)
+@click.option(
+    "--runtime-port",
+    type=click.IntRange(1, 65535),
+    default=8000,
+    show_default=True,
+    help="Of the SuperLink, on loopback.",
+)
 @click.option("--example", is_flag=True, help="With texts for each institution and a run of minutes.")
 def init(
     folder: Path, clients: tuple[str, ...], host: str, port: int, runtime_port: int, example: bool

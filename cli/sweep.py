@@ -17,7 +17,13 @@ import click
 @click.option(
     "--out", type=click.Path(file_okay=False, path_type=Path), help="Its folder.  [default: runs/NAME]"
 )
-@click.option("--jobs", default=1, show_default=True, help="Runs at a time, each in a process of its own.")
+@click.option(
+    "--jobs",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Runs at a time, each in a process of its own.",
+)
 @click.option("--list", "only_list", is_flag=True, help="Print the runs and do nothing.")
 def sweep(study: Path, overrides: tuple[str, ...], out: Path | None, jobs: int, only_list: bool) -> None:
     """Run STUDY: a grid of settings and seeds. What is done is skipped, so that it goes on after any kill.

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
@@ -54,12 +54,15 @@ class Attack(Setting):
     """Who lies, and how."""
 
     kind: str
-    clients: int | tuple[str, ...] = 1
+    clients: Annotated[int, Field(ge=0)] | tuple[str, ...] = 1
     """How many, the first that no other attack has taken; or their names."""
 
     def __call__(self, sight: Sight) -> Tensor:
         """Log-probabilities ``[N, V]`` to send."""
         raise NotImplementedError
+
+    def check(self, classes: int) -> None:
+        """Raise ``ConfigError`` where its settings name a class that there is not."""
 
 
 class RandomOneHot(Attack):
@@ -225,17 +228,21 @@ class Targeted(Attack):
     source: int = Field(default=0, ge=0)
     target: int = Field(default=1, ge=0)
 
+    def check(self, classes: int) -> None:
+        """See ``Attack``."""
+        if max(self.source, self.target) >= classes:
+            raise ConfigError(
+                f"simulate.attack: source = {self.source} and target = {self.target} must be below the "
+                f"{classes} classes"
+            )
+
     def __call__(self, sight: Sight) -> Tensor:
         """See ``Attack``."""
         import torch
 
         mean = sight.mean()
         rows, classes = mean.shape
-        if max(self.source, self.target) >= classes:
-            raise ConfigError(
-                f"simulate.attack: source = {self.source} and target = {self.target} must be below the "
-                f"{classes} classes"
-            )
+        self.check(classes)
         lie = certain(torch.full((rows,), self.target), classes)
         return torch.where((mean.argmax(-1) == self.source)[:, None], lie, sight.own)
 

@@ -117,6 +117,10 @@ def check(config: Config, show: Show | None = None, *, build: bool = True) -> Sp
 
 def plan(config: Config, show: Show | None = None) -> Json:
     """What ``config`` would cost; nothing is trained but a few steps, nothing is written."""
+    if isinstance(config.data.partition, AtClientsPartition):
+        raise ConfigError(
+            "data.partition at_clients: what a run costs depends on texts that the clients have"
+        )
     config = resolve(config)
     prepare(config)
     return planning.plan(config, check(config, show), show)
@@ -222,12 +226,7 @@ def _fast_bf16() -> bool:
 def _same(config: Config, directory: RunDirectory) -> Config:
     """The stored configuration, which ``config`` must agree with in all that it settles itself."""
     stored = stored_config(directory.root)
-    settled = {"threads": stored.threads, "precision": stored.precision}
-    given = config.model_copy(
-        update={key: value for key, value in settled.items() if getattr(config, key) in (None, "auto")}
-    )
-    if given != stored:
-        key = _first_difference(given.model_dump(mode="json"), stored.model_dump(mode="json"))
+    if key := configuration.differs(config, stored):
         raise ConfigError(
             f"{directory.root} was started with another {key}; resume without changing settings"
         )
@@ -258,14 +257,6 @@ def _engine(given: Engine | None, directory: RunDirectory) -> Engine:
     elif before != engine.name:
         raise ConfigError(f"{directory.root} was started with --engine {before}; resume with the same")
     return engine
-
-
-def _first_difference(a: object, b: object, path: str = "") -> str:
-    if isinstance(a, dict) and isinstance(b, dict):
-        for key in [*a, *(k for k in b if k not in a)]:
-            if a.get(key) != b.get(key):
-                return _first_difference(a.get(key), b.get(key), f"{path}.{key}" if path else str(key))
-    return path
 
 
 def _here(config: Config, engine: Engine | None) -> None:

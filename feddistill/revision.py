@@ -53,6 +53,7 @@ def aggregate(
         RunError: ``source`` is not complete.
     """
     config = _changed(source, overrides, TEACHERS_OWN)
+    RunDirectory.check_free(out, "choose another --out")
     original = _open(source, config)
     try:
         answers = _late_answers(original, late)
@@ -92,8 +93,10 @@ def distill(source: Path, out: Path, overrides: tuple[str, ...] = (), *, show: S
         RunError: ``source`` has no teacher of a round.
     """
     config = _changed(source, ("baselines=[]", *overrides), STUDENTS_OWN)
+    RunDirectory.check_free(out, "choose another --out")
     original = _open(source, config)
     try:
+        experiment.check(config, show)  # before anything is written: the new run cannot be mended
         made = _derive(original, out, config, "distill", {"set": list(overrides)})
         try:
             for number in _rounds(config):
@@ -120,6 +123,7 @@ def forget(source: Path, out: Path, clients: Sequence[str], *, show: Show | None
     before = experiment.stored_config(source)
     absent = tuple(dict.fromkeys((*before.data.absent, *clients)))
     config = _without(before, absent)
+    RunDirectory.check_free(out, "choose another --out")
     original = _open(source, config)
     try:
         enrolled = _request(original, 1).clients

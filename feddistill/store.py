@@ -51,14 +51,14 @@ class RunDirectory:
         return run
 
     @staticmethod
-    def check_free(root: Path) -> None:
-        """Refuse a directory that holds anything."""
+    def check_free(root: Path, instead: str = "go on with --resume, or choose another --out") -> None:
+        """Refuse a directory that holds anything; ``instead``: what to do then."""
         try:
             taken = root.exists() and (not root.is_dir() or not all(map(_is_nothing, root.iterdir())))
         except OSError as error:
             raise RunError(f"cannot read {root}: {error.strerror}") from None
         if taken:
-            raise RunError(f"{root} already exists; go on with --resume, or choose another --out")
+            raise RunError(f"{root} already exists; {instead}")
 
     @classmethod
     def open(cls, root: Path) -> "RunDirectory":

@@ -24,7 +24,7 @@ from feddistill.config import Config
 from feddistill.errors import ConfigError, FeddistillError, RunError
 from feddistill.progress import Quiet, Show
 from feddistill.setting import Setting
-from feddistill.store import RESULT, Json, read_object
+from feddistill.store import CONFIG, RESULT, Json, read_object
 
 STUDY = "study.yaml"
 CELLS = "cells"
@@ -76,12 +76,15 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Study:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    raw = configuration.untied(raw)
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} must be a mapping, got {type(raw).__name__}")
     for text in overrides:
         configuration.override(raw, text)
     for group in ("settings", "grid"):
         raw[group] = _flat(raw.get(group) or {}, whole=group == "settings")
+    if isinstance(cases := raw.get("cases"), dict):
+        raw["cases"] = {name: _flat(case or {}, whole=True) for name, case in cases.items()}
     if raw.get("base") is not None:
         raw["base"] = (path.parent / str(raw["base"])).resolve()
     try:
@@ -146,7 +149,7 @@ def sweep(
     """
     show = show or Quiet()
     _claim(study, out)
-    todo = [cell for cell in cells(study) if not (out / CELLS / cell.name / RESULT).exists()]
+    todo = [cell for cell in cells(study) if not _is_done(cell, out)]
     todo.sort(key=lambda cell: study.seeds.index(cell.seed))
     done = len(cells(study)) - len(todo)
     if done:
@@ -170,13 +173,26 @@ def collect(out: Path) -> tuple[Study, list[tuple[Cell, Json]]]:
     """A study and the results of its cells that are done."""
     study = load(out / STUDY)
     found = [
-        (cell, read_object(path))
-        for cell in cells(study)
-        if (path := out / CELLS / cell.name / RESULT).exists()
+        (cell, read_object(out / CELLS / cell.name / RESULT)) for cell in cells(study) if _is_done(cell, out)
     ]
     if not found:
         raise RunError(f"{out}: no run of this study is done yet")
     return study, found
+
+
+def _is_done(cell: Cell, out: Path) -> bool:
+    """Whether a cell has its result.
+
+    Raises:
+        RunError: It is that of other settings: the study's base has changed since.
+    """
+    folder = out / CELLS / cell.name
+    if not (folder / RESULT).exists():
+        return False
+    stored = configuration.load(folder / CONFIG)
+    if key := configuration.differs(cell.config, stored):
+        raise RunError(f"{folder} was run with another {key}; choose another --out, or remove it")
+    return True
 
 
 def _run(cell: Cell, out: Path, show: Show | None, after: Callable[[Path], object] | None) -> str | None:
@@ -207,10 +223,13 @@ def _claim(study: Study, out: Path) -> None:
         if before != text:
             raise RunError(f"{out} holds another study, or other settings of this one; choose another --out")
         return
-    if out.exists() and any(out.iterdir()):
-        raise RunError(f"{out} already exists and is no study; choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    try:
+        if out.exists() and any(out.iterdir()):
+            raise RunError(f"{out} already exists and is no study; choose another --out")
+        out.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror}") from None
 
 
 def _flat(group: Any, prefix: str = "", *, whole: bool) -> dict[str, Any]:

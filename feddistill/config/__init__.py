@@ -251,8 +251,7 @@ def load(path: Path | None = None, overrides: tuple[str, ...] = ()) -> Config:
         raise ConfigError(f"cannot read {source}: {error.strerror}") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: text that is no UTF-8, a date with month 99
         raise ConfigError(f"{source} is not YAML: {' '.join(str(error).split())}") from None
-    if raw is None:
-        raw = {}
+    raw = untied({} if raw is None else raw)
     if not isinstance(raw, dict):
         raise ConfigError(f"{source} must be a mapping of settings, got {type(raw).__name__}")
     for text in overrides:
@@ -260,12 +259,19 @@ def load(path: Path | None = None, overrides: tuple[str, ...] = ()) -> Config:
     return parse(raw)
 
 
+def untied(raw: Any) -> Any:
+    """Groups that YAML's aliases made one object, as several: an override of one must not change another."""
+    if isinstance(raw, dict):
+        return {key: untied(value) for key, value in raw.items()}
+    return [untied(value) for value in raw] if isinstance(raw, list) else raw
+
+
 def parse(raw: dict[str, Any]) -> Config:
     """Check a mapping of settings."""
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError(_one_line(error, raw)) from None
+        raise ConfigError(one_line(error, raw)) from None
 
 
 def dump(config: Config) -> str:
@@ -278,6 +284,22 @@ def digest(config: Config) -> str:
     """A hash of all settings."""
     canonical = json.dumps(config.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
     return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()
+
+
+def differs(given: Config, stored: Config) -> str | None:
+    """The first setting in which ``given`` is not ``stored``, but for those that it leaves to the machine."""
+    settled = {"threads": stored.threads, "precision": stored.precision}
+    left = {key: value for key, value in settled.items() if getattr(given, key) in (None, "auto")}
+    ours, theirs = given.model_copy(update=left).model_dump(mode="json"), stored.model_dump(mode="json")
+    return None if ours == theirs else _first_difference(ours, theirs)
+
+
+def _first_difference(a: object, b: object, path: str = "") -> str:
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in [*a, *(k for k in b if k not in a)]:
+            if a.get(key) != b.get(key):
+                return _first_difference(a.get(key), b.get(key), f"{path}.{key}" if path else str(key))
+    return path
 
 
 def _filled(given: Any, defaults: dict[str, Any]) -> Any:
@@ -322,7 +344,8 @@ def _index(place: list[Any], key: str, name: str) -> int:
     return int(key)
 
 
-def _one_line(error: ValidationError, raw: dict[str, Any]) -> str:
+def one_line(error: ValidationError, raw: Any) -> str:
+    """The first thing that is wrong, as the user wrote it."""
     first, *more = error.errors()
     path = _as_written(first["loc"], raw)
     match first["type"]:
@@ -341,6 +364,8 @@ def _one_line(error: ValidationError, raw: dict[str, Any]) -> str:
             near = get_close_matches(str(context["tag"]), known, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(known)}"
             text = f"{'.'.join([*path, 'kind'])} = {context['tag']!r} does not exist; {hint}"
+        case "union_tag_not_found":
+            text = f"{'.'.join(path)} has no kind; name it as well, as in {'.'.join([*path, 'kind'])}=…"
         case "missing":
             text = f"{'.'.join(path)} is missing"
         case _:

@@ -5,6 +5,7 @@ from pathlib import Path
 import yaml
 from pydantic import ValidationError
 
+from feddistill.config import one_line
 from feddistill.config.data import FileSource, Source
 from feddistill.config.models import ModelConfig
 from feddistill.errors import ConfigError
@@ -37,9 +38,7 @@ def load(path: Path) -> Institution:
     try:
         found = Institution.model_validate(raw)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"{path}: {where or 'it'}: {first['msg']}") from None
+        raise ConfigError(f"{path}: {one_line(error, raw)}") from None
     if isinstance(found.source, FileSource):
         source = found.source.model_copy(update={"path": path.parent / found.source.path})
         found = found.model_copy(update={"source": source})

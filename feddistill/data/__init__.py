@@ -37,6 +37,10 @@ def load(config: DataConfig, seed: int, task: str = "classification") -> Splits:
     if given:
         del wanted["private"]
     carved = [name for name, part in wanted.items() if part.source is None]
+    if isinstance(config.partition, GivenPartition | AtClientsPartition) and config.private != Part():
+        raise ConfigError(
+            f"data.private: partition {config.partition.kind} says itself what each client has; leave it out"
+        )
     pool = read(config.source, "data.source") if config.source is not None and carved else None
     if carved and pool is None:
         raise ConfigError(f"data.{carved[0]}.source is missing, and there is no data.source to carve it from")
@@ -66,7 +70,13 @@ def load(config: DataConfig, seed: int, task: str = "classification") -> Splits:
         for name, rows in _carve(len(whole), {n: wanted[n].size for n in carved}, seed).items():
             sets[name] = whole.select(rows, f"data.{name}")
     for name, table in tables.items():
-        whole = _labelled(table, labels, f"data.{name}", optional=name == "proxy" or not classes)
+        unread = name == "proxy" and not config.proxy.labelled  # of another domain it may have other classes
+        whole = _labelled(
+            replace(table, labels=None) if unread else table,
+            labels,
+            f"data.{name}",
+            optional=name == "proxy" or not classes,
+        )
         sets[name] = _draw(whole, wanted[name].size, seed)
     if isinstance(config.partition, GivenPartition):
         private = tuple(
@@ -208,5 +218,6 @@ def _every_class_has_a_teacher(private: tuple[TextSet, ...], labels: tuple[str, 
     for label, total in zip(labels, totals, strict=True):
         if total == 0:
             raise DataError(
-                f"class {label!r} has no private example at any client; leave it out of data.labels"
+                f"class {label!r} has no private example at any client; "
+                "leave it out of data.labels, and its texts out of the other sets"
             )

@@ -2,6 +2,8 @@
 
 import re
 import warnings
+from contextlib import redirect_stderr
+from io import StringIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,7 +57,11 @@ def partition(
             divide = flwr.SizePartitioner(_sizes(len(pool), how, seed))
     divide.dataset = Dataset.from_dict(columns)
     try:
-        with warnings.catch_warnings():  # a draw that is repeated is what min_examples says
+        # flwr_datasets counts on stderr, whatever it is told.
+        with (
+            redirect_stderr(StringIO()),
+            warnings.catch_warnings(),
+        ):  # a draw that is repeated is what min_examples says
             warnings.filterwarnings(
                 "ignore", message="The specified min_partition_size", category=UserWarning
             )

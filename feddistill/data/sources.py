@@ -99,13 +99,20 @@ def _one_file(file: Path, source: FileSource, name: str) -> dict[str, list[Any]]
             case ".txt":
                 return {source.text_column: _lines(file)}
             case ".jsonl" | ".ndjson":
-                return _objects([json.loads(line) for line in _lines(file)])
+                return _objects([_json(line, row) for row, line in enumerate(_lines(file), 1)])
             case _:
                 return _frame(file, name)
     except OSError as error:
         raise DataError(f"{name}: cannot read {file}: {error.strerror or error}") from None
     except (ValueError, TypeError) as error:  # parsers' own; UnicodeDecodeError too
         raise DataError(f"{name}: {file} is malformed: {' '.join(str(error).split())}") from None
+
+
+def _json(line: str, row: int) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"object {row}: {error.msg} at its character {error.pos + 1}") from None
 
 
 def _objects(rows: list[Any]) -> dict[str, list[Any]]:
@@ -172,6 +179,15 @@ def _preset(source: PresetSource, name: str) -> Table:
     return Table(ids, texts, labels, None, unlabelled=unlabelled)
 
 
+def _is_torn(text: str) -> bool:
+    """Whether it has surrogates that no encoding can write, as escaped JSON may."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
 def _table(columns: Mapping[str, Sequence[Any]], wanted: Columns, name: str, stem: str) -> Table:
     """Pick and check the columns; every example must be whole."""
 
@@ -188,6 +204,8 @@ def _table(columns: Mapping[str, Sequence[Any]], wanted: Columns, name: str, ste
                 )
             if value is None or value != value or not str(value).strip():
                 raise DataError(f"{name}: row {row} has no {key!r}")
+            if isinstance(value, str) and not value.isascii() and _is_torn(value):
+                raise DataError(f"{name}: row {row} has half a character (a lone surrogate) in {key!r}")
         return tuple(str(value) for value in columns[key])
 
     texts = column("text_column", wanted.text_column)

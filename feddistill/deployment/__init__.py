@@ -16,7 +16,7 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 
 from feddistill.config.data import DataConfig
-from feddistill.errors import ConfigError
+from feddistill.errors import ConfigError, DataError
 from feddistill.keys import write_secret
 
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -176,10 +176,13 @@ def _render(template: str, path: Path, facts: dict[str, object]) -> None:
     text = files("feddistill.deployment").joinpath("templates", f"{template}.j2").read_text(encoding="utf-8")
     made = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
     made.filters["quoted"] = shlex.quote
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(made.from_string(text).render(facts), encoding="utf-8")
-    if path.suffix == ".sh":
-        path.chmod(0o755)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(made.from_string(text).render(facts), encoding="utf-8")
+        if path.suffix == ".sh":
+            path.chmod(0o755)
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error.strerror}") from None
 
 
 def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:

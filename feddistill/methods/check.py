@@ -29,6 +29,8 @@ def check(config: Config, splits: Splits, *, build: bool = True) -> None:
     classes, clients = question.vocab_size, len(splits.private)
     config.aggregation.check(min(config.clients.per_round or clients, clients))
     liars(config.simulate.attack, [private.name for private in splits.private])
+    for attack in config.simulate.attack:
+        attack.check(classes)
     if config.payload.codec == "dense" and classes > DENSE_CLASSES:
         raise ConfigError(
             f"payload.codec = 'dense' holds up to {DENSE_CLASSES} classes, "
@@ -66,7 +68,13 @@ def check(config: Config, splits: Splits, *, build: bool = True) -> None:
             adapters.adapt(built.model, model, name, head=False)
         elif config.task == "reading":
             reader = reading.build(model, config.reading, 0, name, splits.proxy.texts)
-            reader.pages(splits.proxy)
+            learns = (
+                private
+                for place, private in zip(splits.places, splits.private, strict=True)
+                if name == f"clients.models.{place % len(config.clients.models)}"
+            )
+            for texts in (splits.proxy, splits.validation, splits.test, *learns):
+                reader.pages(texts)
             adapters.adapt(reader.model, model, name, head=True)
         else:
             made = models.build(model, classes, 0, name, splits.proxy.texts)

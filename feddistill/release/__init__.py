@@ -45,7 +45,7 @@ def export(run: Path, out: Path, *, licence: str = "unknown", anonymous: bool = 
     Raises:
         RunError: The run is not complete, or the folder is in the way or cannot be written.
     """
-    RunDirectory.check_free(out)
+    RunDirectory.check_free(out, "choose another --out")
     student = students.of_run(run)
     facts = _facts(run)
     partial = out.with_name(f"{out.name}.partial")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field, PrivateAttr
@@ -60,7 +60,9 @@ class Stacked(Rule):
     """Of the correction by what a client rarely saw; as of ``prior_corrected``."""
     floor: float = Field(default=12.0, gt=0)
     """Nats: no log-probability counts as less than ``-floor``."""
-    penalties: tuple[float, ...] = Field(default=(0.3, 1.0, 3.0, 10.0, 30.0), min_length=1)
+    penalties: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        default=(0.3, 1.0, 3.0, 10.0, 30.0), min_length=1
+    )
     """Those tried."""
 
     of_classes: ClassVar[bool] = True
