@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -66,6 +67,10 @@ def same_device(owner: Tensor, **tensors: Tensor) -> None:
 
 def alike(xs: Sequence[Tensor]) -> None:
     """Require at least one tensor, and one shape, dtype and device for all."""
+    if isinstance(xs, Tensor):
+        raise ValueError(
+            "xs must be a list of tensors, one a client, got one tensor; list(xs) takes it apart"
+        )
     if not xs:
         raise ValueError("xs must hold at least one tensor, got an empty list")
     first = xs[0]
@@ -77,6 +82,27 @@ def alike(xs: Sequence[Tensor]) -> None:
             raise ValueError(
                 f"xs[{index}] is {_kind(x)} but xs[0] is {_kind(first)}; all clients must be alike"
             )
+
+
+def no_derivative_twice() -> None:
+    """Refuse, in a backward, to make a gradient that somebody means to differentiate again.
+
+    It has no graph: taken for a constant it would make a Hessian or a gradient penalty wrong without a word.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "the distillation losses are differentiable once: kernels make their gradients, which have none; "
+            "create_graph=True needs a loss written in torch operators"
+        )
+
+
+def no_forward_mode(**tensors: Tensor | None) -> None:
+    """Refuse tensors that carry a tangent: it would be lost without a word."""
+    if forward_ad._current_level < 0:
+        return
+    for name, tensor in tensors.items():
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise RuntimeError(f"{name} carries a tangent, and the distillation losses have no forward mode")
 
 
 def rows_with_a_choice(name: str, z: Tensor, start: int = 0) -> None:

@@ -68,7 +68,7 @@ def empty_like(x: Tensor) -> Tensor:
         return torch.empty_like(x, memory_format=torch.contiguous_format)
     memory = torch.frombuffer(module.Pages(x.nbytes), dtype=x.dtype).untyped_storage()
     strides = torch.empty(x.shape, device="meta").stride()
-    return torch.empty(0, dtype=x.dtype).set_(memory, 0, x.shape, strides)
+    return torch.empty(0, dtype=x.dtype, device="cpu").set_(memory, 0, x.shape, strides)
 
 
 def drop_pages() -> None:

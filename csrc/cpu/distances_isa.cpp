@@ -24,6 +24,30 @@ struct Tiles {
     std::int64_t doubles() const { return std::int64_t{count} * (count + 1) / 2 * kTile * kTile * kLanes; }
 };
 
+// As centred_difference, where the mean is so large that differences to it have lost their digits: what each
+// subtraction rounded off is added again (Knuth's two-sum).  A client far off by a constant a row is then what it
+// is without it, and not a copy of whoever it is compared with.
+template <DType kDType>
+double careful_difference(const Element<kDType>* x, const Element<kDType>* anchor, int n, float* to) {
+    const float first = load_part<kDType>(x, 1, 0)[0], of_anchor = load_part<kDType>(anchor, 1, 0)[0];
+    const float level = first - of_anchor;
+    Floats total{};
+    for (int j = 0; j < n; j += kLanes) {
+        const int left = n - j < kLanes ? n - j : kLanes;
+        const Floats a = load_part<kDType>(x + j, left, first);
+        const Floats b = load_part<kDType>(anchor + j, left, of_anchor);
+        const Floats d = a - b, back = d - a;
+        const Floats lost = (a - (d - back)) - (b + back);
+        Floats centred = (d - level) + lost;
+        for (int i = left; i < kLanes; ++i) centred[i] = 0;
+        total += centred;
+        store<DType::f32>(to + j, centred);
+    }
+    const float mean = sum(total) / static_cast<float>(n);
+    for (int j = 0; j < n; j += kLanes) store<DType::f32>(to + j, load<DType::f32>(to + j) - mean);
+    return double{level} + mean;
+}
+
 // to[0, n) = x - anchor less its mean, which is returned.
 template <DType kDType>
 double centred_difference(const Element<kDType>* x, const Element<kDType>* anchor, int n, float* to) {
@@ -38,7 +62,15 @@ double centred_difference(const Element<kDType>* x, const Element<kDType>* ancho
         difference(load_part<kDType>(x + whole, n - whole, 0.0f) - load_part<kDType>(anchor + whole, n - whole, 0.0f),
                    whole);
     const float mean = sum(total) / static_cast<float>(n);
-    for (int j = 0; j < n; j += kLanes) store<DType::f32>(to + j, load<DType::f32>(to + j) - mean);
+    Floats squares{};
+    for (int j = 0; j < n; j += kLanes) {
+        const Floats centred = load<DType::f32>(to + j) - mean;
+        squares = fma(centred, j + kLanes <= n ? centred : Floats{}, squares);
+        store<DType::f32>(to + j, centred);
+    }
+    constexpr float kFar = 1024;  // times what is left without the mean
+    if (mean * mean * static_cast<float>(n) > kFar * kFar * sum(squares))
+        return careful_difference<kDType>(x, anchor, n, to);
     return mean;
 }
 

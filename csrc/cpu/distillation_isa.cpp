@@ -314,6 +314,10 @@ Outcome truncated(const Distillation& task, Frame f, const Element<kDType>* s, c
         f.hard_scale = f.hard.scale();
         cost += task.ce * f.hard.cost(element<kDType>(s, f.label));
     }
+    if (std::isnan(cost)) {  // some kinds' slopes of NaN are not NaN
+        if (g) fill<kDType>(g, 0, n, kNaN);
+        return {cost};
+    }
     if (!g) return {cost};
 
     double psi_sum = 0;

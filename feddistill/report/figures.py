@@ -59,6 +59,9 @@ def draw(result: Json, skew: Skew) -> dict[str, str]:
 def figure(width: float, height: float, into: list[str], pixels: list[bytes] | None = None) -> Iterator[Axes]:
     """Axes to draw on; the drawing is added to ``into`` as SVG and, if given, to ``pixels`` as PNG."""
     drawing = Figure(figsize=(width, height), layout="constrained")
+    engine = drawing.get_layout_engine()
+    if engine is not None:
+        engine.set(w_pad=0.15)  # inches: a browser's letters may be wider than those that were measured
     yield drawing.add_subplot()
     if pixels is not None:
         image = io.BytesIO()

@@ -199,6 +199,8 @@ def _settings(rule: str, count: int, given: dict[str, Any]) -> Settings:
 
 
 def _check_weights(clients: Sequence[TopK], weights: Tensor) -> None:
+    if not isinstance(weights, Tensor):
+        raise ValueError(f"weights must be a tensor, got {type(weights).__name__}")
     count, rows = len(clients), len(clients[0])
     if tuple(weights.shape) not in {(count,), (count, rows)}:
         raise ValueError(f"weights must have shape [{count}] or [{count}, {rows}], got {list(weights.shape)}")

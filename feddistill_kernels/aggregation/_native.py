@@ -52,10 +52,11 @@ def aggregate(
     if settings.rule == "krum":
         weights = krum_weights(_distances(answers, n, vocab, mixing), settings.byzantine, settings.keep)
     if weights is None:
-        weights = torch.ones(count)
+        weights = torch.ones(count, dtype=torch.float32, device="cpu")
     shares = (weights / weights.sum(0)).float().contiguous()  # [C] or [C, N]
-    out_ids = torch.empty((n, k), dtype=torch.int32)
-    out_log_probs, out_log_tail = torch.empty(n, k), torch.empty(n)
+    out_ids = torch.empty((n, k), dtype=torch.int32, device="cpu")
+    out_log_probs = torch.empty((n, k), dtype=torch.float32, device="cpu")
+    out_log_tail = torch.empty(n, dtype=torch.float32, device="cpu")
     row = library().aggregate_cpu(
         answers,
         n,
@@ -87,7 +88,7 @@ def _dense_rows(x: Tensor) -> Tensor:
 
 def _distances(answers: Sequence[tuple[int, ...]], rows: int, vocab: int, mixing: Tensor | None) -> Tensor:
     """Squared distances ``[C, C]``, float64, between centred answers, over all rows."""
-    distances = torch.empty(len(answers), len(answers), dtype=torch.float64)
+    distances = torch.empty((len(answers), len(answers)), dtype=torch.float64, device="cpu")
     mixing_at = 0 if mixing is None else mixing.data_ptr()
     library().answer_distances_cpu(
         answers, rows, vocab, mixing_at, distances.data_ptr(), torch.get_num_threads()

@@ -149,7 +149,7 @@ def _distances(answers: Iterator[tuple[slice, Tensor, Tensor]], others: int, cou
     for _, _, x in answers:
         part = _squared_distances(x.double(), others)
         total = part if total is None else total + part
-    return torch.zeros(count, count, dtype=torch.float64) if total is None else total
+    return torch.zeros(count, count, dtype=torch.float64, device="cpu") if total is None else total
 
 
 def _squared_distances(x: Tensor, others: int) -> Tensor:

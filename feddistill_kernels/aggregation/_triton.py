@@ -56,16 +56,17 @@ def aggregate(
     if settings.rule == "krum":
         weights = krum_weights(answers.distances(mixing), settings.byzantine, settings.keep)
     if weights is None:
-        weights = torch.ones(count, device=device)
+        weights = torch.ones(count, dtype=torch.float32, device=device)
     shares = (weights / weights.sum(0)).float()  # [C] or [C, N]
     out_ids = torch.empty((n, k), dtype=torch.int32, device=device)
-    out_log_probs, out_log_tail = torch.empty((n, k), device=device), torch.empty(n, device=device)
+    out_log_probs = torch.empty((n, k), dtype=torch.float32, device=device)
+    out_log_tail = torch.empty(n, dtype=torch.float32, device=device)
     width, others = answers.width, vocab - answers.width
     for part, union, table in answers.tables(mixing):
         rows = len(table)
         here, strides = shares, (shares.stride(0), 0)
         if settings.rule == "geometric_median":
-            here, strides = torch.empty((rows, count), device=device), (1, count)
+            here, strides = torch.empty((rows, count), dtype=torch.float32, device=device), (1, count)
             launch(
                 kernels.weiszfeld,
                 (rows,),
@@ -75,7 +76,7 @@ def aggregate(
             )
         elif shares.dim() == 2:
             here, strides = shares[:, part], (shares.stride(0), shares.stride(1))
-        y = torch.empty((rows, width + 1), device=device)
+        y = torch.empty((rows, width + 1), dtype=torch.float32, device=device)
         clients = answers.pairs["CP"]
         block = min(CELLS // clients, power_of_two(width + 1))
         launch(
@@ -129,7 +130,7 @@ class _Answers:
             missing = torch.stack([m[part].float() for m in self.missing], dim=-1)
             rows = len(ids)
             union = torch.empty((rows, self.width), dtype=torch.int32, device=device)
-            table = torch.empty((rows, self.width + 1, count), device=device)
+            table = torch.empty((rows, self.width + 1, count), dtype=torch.float32, device=device)
             lanes = max(2, power_of_two(self.entries))
             launch(
                 kernels.spread,
@@ -155,7 +156,7 @@ class _Answers:
         count, device = len(self.ids), self.ids[0].device
         total = torch.zeros((count, count), dtype=torch.float64, device=device)
         for _, _, table in self.tables(mixing):
-            each = torch.empty((len(table), count, count), device=device)
+            each = torch.empty((len(table), count, count), dtype=torch.float32, device=device)
             launch(
                 kernels.distances,
                 (len(table),),

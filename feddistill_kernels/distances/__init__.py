@@ -1,9 +1,11 @@
 """Robust aggregation by distances between whole clients: geometric median, Krum, mixing of neighbours.
 
 Rows are the last dimension; a 1-D tensor is one row.  For the distances each row is centred first: logits
-of different models differ by an arbitrary constant a row.  What is combined are the tensors as they are.  A
-client whose differences to the others are NaN, or have squares that float32 cannot hold, is infinitely far
-from everybody.
+of different models differ by an arbitrary constant a row.  What is combined are the tensors as they are: of
+logits the constant means nothing, but where it does (updates, parameters, rows of one number) these rules do
+not hold it against a client, and a large one takes the digits of a half-precision result.  Where clients are
+not trusted, give log-probabilities, which have none.  A client whose differences to the others are NaN, or
+have squares that float32 cannot hold, is infinitely far from everybody.
 """
 
 from collections.abc import Sequence
@@ -35,7 +37,7 @@ def geometric_median(
     ``w_i = 1 / sqrt(|z - x_i|^2 + (s / 1000)^2)``, where ``s`` is the least radius around a client that holds
     more than half of them, so that outliers do not set the scale.  A client that is the minimum itself is
     found before iterating; clients within ``s / 1000`` of it share its weight.  Fewer than half of the
-    clients cannot move the result far, wherever they are.
+    clients cannot move the centred result far, wherever they are; its level they can.
 
     (Weiszfeld, 1937; Pillutla et al., "Robust Aggregation for Federated Learning", IEEE TSP 2022.)
 

@@ -1,8 +1,9 @@
 """Inner products of the clients' centred rows, Weiszfeld's steps on them, and weighted means.
 
 A program of ``moments`` takes a part of a row.  Its columns are differences to an origin near most clients,
-so that a far one does not take the digits of the others, less the mean of the part's first block, so that a
-level does not.  ``grams`` makes of the parts' sums those about the row's mean.
+so that a far one does not take the digits of the others, less that of the row's first column and the mean of
+the part's first block, so that a level does not.  ``grams`` makes of the parts' sums those about the row's
+mean.
 """
 
 import triton
@@ -49,18 +50,38 @@ def _origin(left, origin, at, inside, TILES: tl.constexpr, T: tl.constexpr, PACK
 
 
 @triton.jit
-def _differences(x, origin, shifts, inside, T: tl.constexpr):
+def _apart(x, origin):
+    """``x - origin`` and what it is rounded by (Knuth's two-sum): no client is so far that another's digits
+    are lost in the difference."""
+    d = x - origin
+    back = d - x
+    return d, (x - (d - back)) - (origin + back)
+
+
+@triton.jit
+def _levels(x, origin, inside, T: tl.constexpr):
+    """Differences in a row's first column, in which alone ``inside`` is true."""
+    levels = x[:0]
+    for i in tl.static_range(T):
+        levels = levels + (tl.sum(tl.where(inside, x[i].to(tl.float32) - origin, 0.0), 0),)
+    return levels
+
+
+@triton.jit
+def _differences(x, origin, levels, shifts, inside, T: tl.constexpr):
     y = x[:0]
     for i in tl.static_range(T):
-        y = y + (tl.where(inside, (x[i].to(tl.float32) - origin) - shifts[i], 0.0),)
+        d, lost = _apart(x[i].to(tl.float32), origin)
+        y = y + (tl.where(inside, ((d - levels[i]) + lost) - shifts[i], 0.0),)
     return y
 
 
 @triton.jit
-def _means(x, origin, inside, count, T: tl.constexpr):
+def _means(x, origin, levels, inside, count, T: tl.constexpr):
     means = x[:0]
     for i in tl.static_range(T):
-        means = means + (tl.sum(tl.where(inside, x[i].to(tl.float32) - origin, 0.0), 0) / count,)
+        d, lost = _apart(x[i].to(tl.float32), origin)
+        means = means + (tl.sum(tl.where(inside, (d - levels[i]) + lost, 0.0), 0) / count,)
     return means
 
 
@@ -132,12 +153,20 @@ def moments(
     at = low + tl.arange(0, B)
     inside = at < high
     count = tl.minimum(high - low, B).to(tl.float32)
+    # The same in all parts of a row, so that what parts' means differ by is small.
+    first = tl.arange(0, B) < 1
+    x = loaded(lefts, tl.arange(0, B), first, T, PACKED)
+    o = _origin(x, origin, tl.arange(0, B), first, TILES, T, PACKED)
+    left_levels = _levels(x, o, first, T)
+    right_levels = left_levels
+    if TILES > 1:
+        right_levels = _levels(loaded(rights, tl.arange(0, B), first, T, PACKED), o, first, T)
     x = loaded(lefts, at, inside, T, PACKED)
     o = _origin(x, origin, at, inside, TILES, T, PACKED)
-    left_shifts = _means(x, o, inside, count, T)
+    left_shifts = _means(x, o, left_levels, inside, count, T)
     right_shifts = left_shifts
     if TILES > 1:
-        right_shifts = _means(loaded(rights, at, inside, T, PACKED), o, inside, count, T)
+        right_shifts = _means(loaded(rights, at, inside, T, PACKED), o, right_levels, inside, count, T)
 
     sums = _zeros(T, x, B // E)
     products = _zeros(T * (T + 1) // 2 if TILES == 1 else T * T, x, B // E)
@@ -146,10 +175,11 @@ def moments(
         inside = at < high
         x = loaded(lefts, at, inside, T, PACKED)
         o = _origin(x, origin, at, inside, TILES, T, PACKED)
-        left = _differences(x, o, left_shifts, inside, T)
+        left = _differences(x, o, left_levels, left_shifts, inside, T)
         right = left
         if TILES > 1:
-            right = _differences(loaded(rights, at, inside, T, PACKED), o, right_shifts, inside, T)
+            y = loaded(rights, at, inside, T, PACKED)
+            right = _differences(y, o, right_levels, right_shifts, inside, T)
         sums = _added(sums, left, T, B, E)
         products = _multiplied(products, left, right, TILES, T, B, E)
 

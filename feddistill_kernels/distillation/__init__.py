@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from feddistill_kernels._backend import named
-from feddistill_kernels._check import bind, floating, same_device
+from feddistill_kernels._check import bind, floating, no_forward_mode, same_device
 from feddistill_kernels.distillation._kinds import KINDS
 from feddistill_kernels.distillation._op import FusedInPlace, each, total
 from feddistill_kernels.distillation._settings import (
@@ -161,6 +161,8 @@ def distillation_loss(
             overwrite) or whose rows share memory; ``group`` under ``torch.compile``, before
             ``init_process_group``, or with shards that do not fit together (looked at on the CPU only).
         BackendError: ``backend`` was named and cannot run here.
+        RuntimeError: From backward with ``create_graph=True``, or of a student that carries a tangent: the
+            losses are differentiable once, in reverse.
 
     Memory:
         One ``[N, V]`` in the student's dtype, the gradient; none with ``inplace``.  With ``"none"`` the
@@ -302,6 +304,7 @@ def _check(
         tensors = (teacher, None, None)
     floating(student=student, teacher=tensors[0])
     same_device(student, teacher=tensors[0])
+    no_forward_mode(student=student)
     check_settings(rows, width, count, vocab, kind, beta, temperature)
     return vocab, *tensors
 
@@ -315,7 +318,8 @@ def _check_inplace(student: Tensor, reduction: str, wants_gradient: bool) -> Non
         )
     if wants_gradient and student.is_leaf:
         raise ValueError("inplace=True would overwrite student, which is a leaf that requires a gradient")
-    if any(stride == 0 and size > 1 for stride, size in zip(student.stride(), student.shape, strict=True)):
+    (near, within), (far, rows) = sorted(zip(student.stride(), student.shape, strict=True))
+    if (rows > 1 and far < near * (within - 1) + 1) or (within > 1 and near == 0):
         raise ValueError(
-            "inplace=True needs a student whose rows do not share memory, got an expanded tensor"
+            "inplace=True needs a student whose rows do not share memory, got an expanded tensor or the like"
         )

@@ -32,11 +32,11 @@ def rows(
 ) -> Tensor:
     """As in ``_reference``; rows are read where they lie, whatever their stride."""
     n, width = student.shape
-    student, teacher, scale = in_rows(student), in_rows(teacher), scale.contiguous()
+    student, teacher, scale = in_rows(student), in_rows(_known(teacher)), scale.contiguous()
     loss = torch.empty_like(scale)
     kept = tail = target = _NOTHING
     if ids is not None and log_tail is not None:
-        ids, log_tail = in_rows(ids), log_tail.contiguous()
+        ids, log_tail = in_rows(ids), _known(log_tail).contiguous()
         kept = ids.data_ptr(), ids.stride(0), 0
         tail = log_tail.data_ptr(), 1, DTYPES[log_tail.dtype]
     if labels is not None:
@@ -80,6 +80,11 @@ def rows(
     if gradient is not None and written is not None and written is not gradient:
         gradient.copy_(written)
     return loss
+
+
+def _known(x: Tensor) -> Tensor:
+    """In float32 what is in float64: a student in float64 is the reference's alone."""
+    return x if x.dtype in DTYPES else x.float()
 
 
 def scale_into(gradient: Tensor, upstream: Tensor, result: Tensor) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from feddistill_kernels._backend import load, watched
+from feddistill_kernels._check import no_derivative_twice
 from feddistill_kernels._native import empty_like
 
 # The operators take what `rows` of a backend takes, as plain tensors and numbers; see `_reference.py`.
@@ -222,6 +223,7 @@ def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _gradient_later(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    no_derivative_twice()
     *tensors, scale = ctx.saved_tensors
     gradient = gradient_rows(
         *tensors,
@@ -244,7 +246,10 @@ def _keep_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.set_materialize_grads(False)  # or backward begins with zeros as large as the gradient
 
 
-def _gradient_made(ctx: Any, upstream: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+def _gradient_made(ctx: Any, upstream: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    if upstream is None:  # nobody asks for it
+        return (None,) * 13
+    no_derivative_twice()
     return scaled(ctx.saved_tensors[0], upstream, ctx.backend), *[None] * 12
 
 
@@ -281,8 +286,8 @@ class _Each(torch.autograd.Function):
         return _rows(None, student, *rest)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        no_derivative_twice()
         student, teacher, ids, log_tail, labels, scale = ctx.saved_tensors
         gradient = empty_like(student)
         _rows(gradient, student, teacher, ids, log_tail, labels, scale * upstream, *ctx.numbers)
@@ -299,8 +304,8 @@ class _Total(torch.autograd.Function):
         return loss.sum()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        no_derivative_twice()
         return times(ctx.saved_tensors[0], upstream, ctx.backend), None
 
 
@@ -330,9 +335,9 @@ class FusedInPlace(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         """Scale the gradient where it lies; this moves the version on, so a second backward is refused."""
+        no_derivative_twice()
         (memory,) = ctx.saved_tensors
         _rescale(memory, upstream, ctx.backend)
         return memory, None
@@ -340,6 +345,8 @@ class FusedInPlace(torch.autograd.Function):
 
 @torch.library.custom_op("feddistill::distillation_rescale_", mutates_args={"gradient"})
 def _rescale(gradient: Tensor, upstream: Tensor, backend: str) -> None:
-    """``scaled`` in place."""
-    if upstream.device.type != "cpu" or float(upstream) != 1:
-        load("distillation", backend, gradient).scale_into(gradient, upstream, gradient)
+    """``scaled`` in place, whatever the rows' stride."""
+    if upstream.device.type == "cpu" and float(upstream) == 1:
+        return
+    plain = gradient.is_contiguous()
+    load("distillation", backend if plain else "reference", gradient).scale_into(gradient, upstream, gradient)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from feddistill_kernels._backend import named
-from feddistill_kernels._check import bind, floating, same_device
+from feddistill_kernels._check import bind, floating, no_forward_mode, same_device
 from feddistill_kernels.distillation._settings import check_labels, check_settings, lifted, row_scale
 from feddistill_kernels.linear_distillation._op import each, total
 from feddistill_kernels.topk import TopK
@@ -97,9 +97,9 @@ def linear_distillation_loss(
         BackendError: ``backend`` was named and cannot run here.
 
     Memory:
-        The gradients that are asked for and the workspace; where ``hidden`` is float16 or bfloat16 and there
-        are several chunks, a float32 ``[V, H]`` in which ``weight``'s gradient is summed and, but for NVIDIA
-        GPUs from torch 2.11, one product of ``weight``'s size.  Logits are of ``hidden``'s dtype, as a linear
+        The gradients that are asked for and the workspace; where ``hidden`` is bfloat16 and there are several
+        chunks, or it is float16, a float32 ``[V, H]`` in which ``weight``'s gradient is summed and, but for
+        NVIDIA GPUs from torch 2.11, one product of that size.  Logits are of ``hidden``'s dtype, as a linear
         layer's are.
 
     Example:
@@ -124,6 +124,7 @@ def linear_distillation_loss(
     if workspace_bytes < 1:
         raise ValueError(f"workspace_bytes must be at least 1, got {workspace_bytes}")
     scale = row_scale(hidden, labels, ignore_index, row_weight, reduction == "mean")
+    no_forward_mode(hidden=hidden, weight=weight, bias=bias)
     hard = labels if kd_weight < 1 else None
     kd, ce = float(kd_weight * temperature**2), float(1 - kd_weight)
     masked = labels is not None or row_weight is not None

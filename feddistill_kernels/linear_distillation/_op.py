@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from feddistill_kernels._backend import load
+from feddistill_kernels._check import no_derivative_twice
 from feddistill_kernels.distillation._op import times
 
 _TENSORS = 11  # hidden, weight, bias, six of the teacher, labels, scale
@@ -78,14 +79,21 @@ def linear_gradients(
 def _run(tensors: tuple[Any, ...], numbers: tuple[Any, ...], wanted: list[bool]) -> list[Any]:
     names = ("vocab", "kind", "beta", "temperature", "kd", "ce", "masked", "workspace_bytes")
     gradients = [
-        torch.empty_like(x, memory_format=torch.contiguous_format) if want and x is not None else None
-        for x, want in zip(tensors[:3], wanted, strict=True)
+        _memory(x, summed=place > 0) if want and x is not None else None
+        for place, (x, want) in enumerate(zip(tensors[:3], wanted, strict=True))
     ]
     module = load("linear_distillation", numbers[-1], tensors[0])
     # The products are of the dtype of what they multiply, as documented, and not of autocast's.
     with torch.autocast(tensors[0].device.type, enabled=False):
         loss = module.rows(*tensors, *gradients, **dict(zip(names, numbers[:-1], strict=True)))
     return [loss, *gradients]
+
+
+def _memory(x: Tensor, summed: bool) -> Tensor:
+    """For the gradient to ``x``.  What is ``summed`` over rows as if each had weight 1, as float16's are
+    (``lifted``), may be more than float16 holds before it is scaled."""
+    wide = torch.float32 if summed and x.dtype == torch.float16 else x.dtype
+    return torch.empty_like(x, dtype=wide, memory_format=torch.contiguous_format)
 
 
 @linear_rows.register_fake
@@ -96,10 +104,8 @@ def _(hidden: Tensor, *rest: Any) -> Tensor:
 @linear_gradients.register_fake
 def _(hidden: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     d_hidden, d_weight, d_bias = (
-        torch.empty_like(x, memory_format=torch.contiguous_format)
-        if want and x is not None
-        else hidden.new_empty(0)
-        for x, want in zip((hidden, *rest[:2]), rest[-1], strict=True)
+        _memory(x, summed=place > 0) if want and x is not None else hidden.new_empty(0)
+        for place, (x, want) in enumerate(zip((hidden, *rest[:2]), rest[-1], strict=True))
     )
     return rest[_TENSORS - 2].new_empty(()), d_hidden, d_weight, d_bias
 
@@ -110,6 +116,7 @@ def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _gradient_later(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    no_derivative_twice()
     *tensors, scale = ctx.saved_tensors
     wanted = list(ctx.needs_input_grad[:3])
     *numbers, masked, workspace_bytes, backend = ctx.numbers
@@ -118,17 +125,21 @@ def _gradient_later(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
     _, *gradients = linear_gradients(
         *tensors, scale * upstream, *numbers, masked, workspace_bytes, backend, wanted
     )
-    return *_only(gradients, wanted), *_NOTHING
+    return *_only(gradients, wanted, tensors[0].dtype), *_NOTHING
 
 
 def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *_, ctx.backend, ctx.wanted = inputs
+    ctx.dtype = inputs[0].dtype
     ctx.save_for_backward(*output[1:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # or backward begins with zeros as large as these
 
 
-def _gradients_made(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _gradients_made(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if upstream is None:  # nobody asks for them
+        return None, None, None, *_NOTHING, None
+    no_derivative_twice()
     return *_scaled(ctx, upstream), *_NOTHING, None
 
 
@@ -137,11 +148,11 @@ def _scaled(ctx: Any, upstream: Tensor) -> list[Tensor | None]:
         times(g.view(-1, g.shape[-1]), upstream, ctx.backend).view_as(g) if want else g
         for g, want in zip(ctx.saved_tensors, ctx.wanted, strict=True)
     )
-    return _only(gradients, ctx.wanted)
+    return _only(gradients, ctx.wanted, ctx.dtype)
 
 
-def _only(gradients: Iterable[Tensor], wanted: list[bool]) -> list[Tensor | None]:
-    return [g if want else None for g, want in zip(gradients, wanted, strict=True)]
+def _only(gradients: Iterable[Tensor], wanted: list[bool], dtype: torch.dtype) -> list[Tensor | None]:
+    return [g.to(dtype) if want else None for g, want in zip(gradients, wanted, strict=True)]
 
 
 _NOTHING = (None,) * (_TENSORS - 3 + _NUMBERS)

@@ -216,7 +216,8 @@ class _Sums:
             else:
                 torch.addmm(weight, dz, hidden, out_dtype=weight.dtype, out=weight)
             return
-        product = dz @ hidden
+        # Of float16 a product may be too large before it is scaled: see _op.py.
+        product = dz.float() @ hidden.float() if dz.dtype == torch.float16 else dz @ hidden
         weight.copy_(product) if self.first else weight.add_(product)
 
     def finish(self) -> None:

@@ -25,7 +25,8 @@ def compress(logits: Tensor, k: int, temperature: float, id_order: bool) -> tupl
     device = logits.device
     logits = in_rows(logits)
     ids = torch.empty((n, k), dtype=torch.int32, device=device)
-    log_probs, log_tail = torch.empty((n, k), device=device), torch.empty(n, device=device)
+    log_probs = torch.empty((n, k), dtype=torch.float32, device=device)
+    log_tail = torch.empty(n, dtype=torch.float32, device=device)
     results = ids.data_ptr(), log_probs.data_ptr(), log_tail.data_ptr()
     task = n, vocab, k, matrix(logits), temperature, id_order, *results
     if device.type == "cuda":

@@ -1,6 +1,7 @@
 """The value ``TopK``."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,6 +52,57 @@ class TopK:
             )
 
     @staticmethod
+    def from_log_probs(ids: Tensor, log_probs: Tensor, vocab_size: int) -> "TopK":
+        """Stored log-probabilities with the mass that is missing as tail.
+
+        Rounded ones may add up to more than one: then, and where next to nothing is missing, the tail is what
+        their dtype cannot tell from nothing, and the row is scaled so that it adds up to one.
+
+        Args:
+            ids: Integers ``[N, K]``, as in ``TopK``.
+            log_probs: Floating ``[N, K]``, at temperature 1 or at that of the loss.
+            vocab_size: ``V``.
+
+        Returns:
+            float32 log-probabilities and tails; at ``K = V`` without a tail.
+
+        >>> stored = torch.tensor([[0.5, 0.25], [0.75, 0.26]]).log().half()
+        >>> kept = TopK.from_log_probs(torch.tensor([[3, 1], [0, 2]]), stored, vocab_size=5)
+        >>> kept.log_tail.exp()
+        tensor([0.2500, 0.0010])
+        """
+        kept = log_probs.double()
+        total = kept.logsumexp(-1)
+        least = float(torch.finfo(log_probs.dtype).eps)
+        if ids.shape[-1] == vocab_size:
+            tail = torch.zeros_like(total)
+        else:
+            tail = (-torch.expm1(total)).clamp(min=least)
+        # Rows of which enough is missing stay as they are, to the bit.
+        scaled = kept + (torch.log1p(-tail) - total)[:, None]
+        full = (tail <= least)[:, None]
+        return TopK(
+            ids.to(torch.int32), torch.where(full, scaled, kept).float(), tail.log().float(), vocab_size
+        )
+
+    @staticmethod
+    def cat(parts: "Sequence[TopK]") -> "TopK":
+        """The rows of several, one after the other: alike in ``K`` and ``V``.
+
+        Raises:
+            ValueError: There are none, or they are not alike.
+        """
+        sizes = {(part.ids.shape[1], part.vocab_size) for part in parts}
+        if len(sizes) != 1:
+            raise ValueError(f"TopK.cat needs parts of one K and one V, got {sorted(sizes)}")
+        return TopK(
+            torch.cat([part.ids for part in parts]),
+            torch.cat([part.log_probs for part in parts]),
+            torch.cat([part.log_tail for part in parts]),
+            parts[0].vocab_size,
+        )
+
+    @staticmethod
     def of_operator(ids: Tensor, log_probs: Tensor, log_tail: Tensor, vocab_size: int) -> "TopK":
         """What an operator of this package made, unchecked: that takes longer than a short row's top-k."""
         if torch.compiler.is_compiling():
@@ -76,6 +128,12 @@ class TopK:
             self.log_probs.to(device=device, dtype=dtype),
             self.log_tail.to(device=device, dtype=dtype),
             self.vocab_size,
+        )
+
+    def pin_memory(self) -> "TopK":
+        """The same in pinned memory: what a ``DataLoader`` calls."""
+        return TopK(
+            self.ids.pin_memory(), self.log_probs.pin_memory(), self.log_tail.pin_memory(), self.vocab_size
         )
 
     def expand(self, tail: str = "uniform") -> Tensor:

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from feddistill_kernels._backend import load
-from feddistill_kernels._check import labels_in_vocabulary
+from feddistill_kernels._check import labels_in_vocabulary, no_derivative_twice
 from feddistill_kernels.distillation._op import FusedInPlace, times
 from feddistill_kernels.vocabulary_parallel import _statistics
 from feddistill_kernels.vocabulary_parallel._statistics import Loss, Shard
@@ -77,8 +77,8 @@ class _Each(torch.autograd.Function):
         return cost
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        no_derivative_twice()
         *tensors, rows, slopes = ctx.saved_tensors
         shard = Shard(*tensors)
         call = ctx.call._replace(shard=shard._replace(scale=shard.scale * upstream))
@@ -98,8 +98,8 @@ class _Total(torch.autograd.Function):
         return cost.sum()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        no_derivative_twice()
         return times(ctx.saved_tensors[0], upstream, ctx.backend), None
 
 
