@@ -221,13 +221,13 @@ def study(name: str) -> str:
     with (RESULTS / name / "summary.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     labels = list(rows[0])[: list(rows[0]).index("who")]
-    first, *rest = labels
+    first, *rest = labels or [""]
     if rest:
         rows = [row for row in rows if row["who"] == "student"]
     sides = [", ".join(row[label] for label in rest) if rest else NAMES[row["who"]] for row in rows]
-    tops = [row[first] for row in rows]
+    tops = [row[first] if first else "accuracy" for row in rows]
     what, across = ", ".join(rest) if rest else "method", first
-    if not rest and not all(map(_is_number, tops)):  # names of cases are long: a row each
+    if first and not rest and not all(map(_is_number, tops)):  # names of cases are long: a row each
         sides, tops, what, across = tops, sides, first, ""
     columns = list(dict.fromkeys(tops))
     lines: dict[str, dict[str, dict[str, str]]] = {}
@@ -237,8 +237,11 @@ def study(name: str) -> str:
     table = [f"| {what} | {' | '.join(heads)} | uploaded |", f"|---|{'--:|' * (len(heads) + 1)}"]
     for side, found in lines.items():
         cells = [_accuracy(found.get(column)) for column in columns]
-        sent = next(iter(found.values()))["uplink"]
-        table.append(f"| {side} | {' | '.join(cells)} | {size(int(sent)) if sent else '–'} |")
+        sent = [int(row["uplink"]) for row in found.values() if row["uplink"]]
+        said = size(sent[0]) if sent else "–"
+        if sent and max(sent) > 1.1 * min(sent):  # the axis changes it
+            said = f"{size(min(sent))} to {size(max(sent))}"
+        table.append(f"| {side} | {' | '.join(cells)} | {said} |")
     seeds = "/".join(sorted({row["seeds"] for row in rows}))
     of = "one seed" if seeds == "1" else f"mean ± standard deviation of {seeds} seeds"
     who = "; the student's" if rest else ""

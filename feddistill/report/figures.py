@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from feddistill.data import Skew
 from feddistill.store import Json
@@ -58,10 +59,8 @@ def draw(result: Json, skew: Skew) -> dict[str, str]:
 @contextmanager
 def figure(width: float, height: float, into: list[str], pixels: list[bytes] | None = None) -> Iterator[Axes]:
     """Axes to draw on; the drawing is added to ``into`` as SVG and, if given, to ``pixels`` as PNG."""
-    drawing = Figure(figsize=(width, height), layout="constrained")
-    engine = drawing.get_layout_engine()
-    if engine is not None:
-        engine.set(w_pad=0.15)  # inches: a browser's letters may be wider than those that were measured
+    # Inches at the sides: a browser's letters may be wider than those that were measured.
+    drawing = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.15))
     yield drawing.add_subplot()
     if pixels is not None:
         image = io.BytesIO()
