@@ -98,19 +98,12 @@ def evaluate(
 
 
 def _own(run: Path, texts: Path | None, columns: dict[str, str | None]) -> dict[str, Any]:
-    from pydantic import ValidationError
-
+    from feddistill import config as configuration
     from feddistill import experiment
-    from feddistill.config import one_line
-    from feddistill.config.data import FileSource
-    from feddistill.errors import ConfigError
 
     own = None
     if texts is not None:
-        try:
-            own = FileSource.model_validate({"path": texts, **columns})
-        except ValidationError as error:
-            raise ConfigError(f"--texts: {one_line(error, columns)}") from None
+        own = configuration.texts(texts, columns, "--texts")
     return experiment.evaluate(run, own)
 
 

@@ -3,7 +3,7 @@
 import json
 from dataclasses import replace
 
-from feddistill import experiment
+from feddistill import data, experiment
 from feddistill.engines.remote import RemoteClient
 from feddistill.federation import protocol
 from feddistill.federation.protocol import Patience
@@ -40,6 +40,20 @@ class Elsewhere:
             reply = self.own[name].handle(sent)
             assert reply.bytes() <= 2 * protocol.PART
             yield replace(reply, content=json.loads(json.dumps(reply.content)))
+
+
+def institutions(config, folder):
+    """Each client's texts in a folder of its own, with the file that says where they are; these by name."""
+    splits, files = data.load(config.data, config.seed), {}
+    for texts in splits.private:
+        own = folder / texts.name
+        own.mkdir(parents=True)
+        labels = (splits.label_names[label] for label in texts.labels)
+        rows = [json.dumps({"text": t, "label": n}) for t, n in zip(texts.texts, labels, strict=True)]
+        (own / "private.jsonl").write_text("\n".join(rows) + "\n")
+        files[texts.name] = own / "data.yaml"
+        files[texts.name].write_text("source: {kind: files, path: private.jsonl}\n")
+    return files
 
 
 def decided(run):

@@ -411,7 +411,7 @@ def test_what_cannot_be_asked_of_a_black_box(changes, words):
 
 def test_a_server_may_not_name_code_for_an_institution_to_call(speaker, tiny_causal, tmp_path):
     config = experiment.resolve(parse(settings(tiny_causal, called(tiny_causal))))
-    content = {"config": config.model_dump(mode="json"), "labels": []}
+    content = {"config": config.model_dump(mode="json"), "labels": [], "execution": "0" * 16}
     task = Task("describe", digest(config)[:16], 0, content)
     with pytest.raises(ConfigError, match="named by the institution's own file"):
         RemoteClient("1790-1860", tmp_path).handle(task)

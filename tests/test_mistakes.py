@@ -127,12 +127,6 @@ class TestTexts:
         with pytest.raises(DataError, match=r"data\.proxy: row 0 has label"):
             data.load(config.data, config.seed)
 
-    def test_who_has_texts_of_its_own_gets_none_from_the_pool(self, tiny_settings):
-        sources = {name: {"kind": "embedded"} for name in ("north", "south")}
-        raw = {**tiny_settings["data"], "partition": {"kind": "given", "sources": sources}}
-        with pytest.raises(ConfigError, match=r"data\.private: partition given says itself"):
-            data.load(parse(tiny_settings | {"data": raw}).data, 0)
-
     def test_a_question_longer_than_a_page_is_found_before_a_run(self, tmp_path):
         rows = question_fixtures.rows(60)
         path = question_fixtures.write(tmp_path / "questions.jsonl", rows)

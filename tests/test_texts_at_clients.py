@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from elsewhere_fixtures import NAMES, Elsewhere, decided, run
+from elsewhere_fixtures import NAMES, Elsewhere, decided, institutions, run
 
 from feddistill import experiment, payload, revision
 from feddistill.config import parse
@@ -22,21 +22,7 @@ class TestTextsAtClients:
 
     @pytest.fixture
     def files(self, config, tmp_path):
-        from feddistill import data
-
-        splits = data.load(config.data, config.seed)
-        files = {}
-        for texts in splits.private:
-            folder = tmp_path / "institutions" / texts.name
-            folder.mkdir(parents=True)
-            rows = [
-                json.dumps({"text": text, "label": splits.label_names[label]})
-                for text, label in zip(texts.texts, texts.labels, strict=True)
-            ]
-            (folder / "private.jsonl").write_text("\n".join(rows) + "\n")
-            files[texts.name] = folder / "data.yaml"
-            files[texts.name].write_text("source: {kind: files, path: private.jsonl}\n")
-        return files
+        return institutions(config, tmp_path / "institutions")
 
     @pytest.fixture
     def apart(self, config):

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import yaml
-from elsewhere_fixtures import NAMES, Elsewhere, run
+from elsewhere_fixtures import NAMES, Elsewhere, institutions, run
 from safetensors.numpy import load
 
 from feddistill import keys, payload
@@ -126,20 +126,7 @@ def test_what_is_not_asked_for_is_not_kept():
 @pytest.fixture
 def files(tiny_settings, tmp_path):
     """Three institutions."""
-    from feddistill import data
-
-    config = parse(tiny_settings)
-    splits = data.load(config.data, config.seed)
-    found = {}
-    for texts in splits.private:
-        folder = tmp_path / "institutions" / texts.name
-        folder.mkdir(parents=True)
-        labels = (splits.label_names[label] for label in texts.labels)
-        rows = [json.dumps({"text": t, "label": n}) for t, n in zip(texts.texts, labels, strict=True)]
-        (folder / "private.jsonl").write_text("\n".join(rows) + "\n")
-        found[texts.name] = folder / "data.yaml"
-        found[texts.name].write_text("source: {kind: files, path: private.jsonl}\n")
-    return found
+    return institutions(parse(tiny_settings), tmp_path / "institutions")
 
 
 def at_clients(brief, **partition):

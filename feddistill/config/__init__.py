@@ -14,7 +14,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from feddistill.attacks import liars
-from feddistill.config.data import AtClientsPartition, DataConfig
+from feddistill.config.data import AtClientsPartition, DataConfig, FileSource
 from feddistill.config.training import (
     AggregationConfig,
     ClientsConfig,
@@ -272,6 +272,14 @@ def parse(raw: dict[str, Any]) -> Config:
         return Config.model_validate(raw)
     except ValidationError as error:
         raise ConfigError(one_line(error, raw)) from None
+
+
+def texts(path: Path, columns: dict[str, str | None], name: str) -> FileSource:
+    """Files of texts and which of their columns are read; ``name`` is what errors call it."""
+    try:
+        return FileSource.model_validate({"path": path, **columns})
+    except ValidationError as error:
+        raise ConfigError(f"{name}: {one_line(error, columns)}") from None
 
 
 def dump(config: Config) -> str:

@@ -37,10 +37,6 @@ def load(config: DataConfig, seed: int, task: str = "classification") -> Splits:
     if given:
         del wanted["private"]
     carved = [name for name, part in wanted.items() if part.source is None]
-    if isinstance(config.partition, GivenPartition | AtClientsPartition) and config.private != Part():
-        raise ConfigError(
-            f"data.private: partition {config.partition.kind} says itself what each client has; leave it out"
-        )
     pool = read(config.source, "data.source") if config.source is not None and carved else None
     if carved and pool is None:
         raise ConfigError(f"data.{carved[0]}.source is missing, and there is no data.source to carve it from")

@@ -69,7 +69,7 @@ class TopK:
         >>> stored = torch.tensor([[0.5, 0.25], [0.75, 0.26]]).log().half()
         >>> kept = TopK.from_log_probs(torch.tensor([[3, 1], [0, 2]]), stored, vocab_size=5)
         >>> kept.log_tail.exp()
-        tensor([0.2500, 0.0010])
+        tensor([0.2502, 0.0010])
         """
         kept = log_probs.double()
         total = kept.logsumexp(-1)
