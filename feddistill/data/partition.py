@@ -57,7 +57,7 @@ def partition(
             divide = flwr.SizePartitioner(_sizes(len(pool), how, seed))
     divide.dataset = Dataset.from_dict(columns)
     try:
-        # flwr_datasets counts on stderr, whatever it is told; a draw that is repeated is what min_examples says.
+        # flwr_datasets counts on stderr whatever it is told; min_examples says that a draw is repeated.
         with redirect_stderr(StringIO()), warnings.catch_warnings():
             warnings.filterwarnings(
                 "ignore", message="The specified min_partition_size", category=UserWarning

@@ -140,7 +140,8 @@ def _round(
     taught: Callable[[TextSet], Lessons],
 ) -> Json:
     run, step = session.run, f"baselines/{name}/{number:03d}"
-    clients = [private for private in session.splits.private if private.name in session.asked(number)]
+    asked = session.asked(number)
+    clients = [private for private in session.splits.private if private.name in asked]
     trained = [trained_by(session, learner, name, number, start, private, taught) for private in clients]
     files = [record["weights"] for record in trained]
     cost = sum((Cost(**record["costs"]["train"]) for record in trained), Cost())
