@@ -71,7 +71,7 @@ def summarise(
             "a_row": round(answers / max(rows, 1), 3),
         },
         "flops": {name: phase["flops"] for name, phase in phases.items()},
-        "flops_shared": {name: shared["flops"] for name, shared in _shared(found).items()},
+        "flops_shared": _shared(found),
         "seconds": {
             "total": round(sum(phase["seconds"] for phase in phases.values()), 3),
             **{name: round(phase["seconds"], 3) for name, phase in phases.items()},
@@ -179,15 +179,14 @@ def _spread(figures: list[Json], task: Task) -> Json:
     }
 
 
-def _shared(found: Mapping[str, Json]) -> dict[str, Json]:
-    """By baseline, what it has in common with the federation, whose phases count it."""
-    shared: dict[str, Json] = {}
+def _shared(found: Mapping[str, Json]) -> dict[str, int]:
+    """By baseline, operations that it has in common with the federation, whose phases count them."""
+    if "local_only" not in found:
+        return {}
     began = found["feddistill"]["rounds"][0]["specialists"]
-    for client, records in found.get("local_only", {}).get("clients", {}).items():
-        if client in began:
-            total = shared.setdefault("baseline_local_only", {"flops": 0})
-            total["flops"] += records[0]["costs"]["train"]["flops"]
-    return shared
+    first = {client: records[0] for client, records in found["local_only"]["clients"].items()}
+    common = (record["costs"]["train"]["flops"] for client, record in first.items() if client in began)
+    return {"baseline_local_only": sum(common)}
 
 
 def _phases(found: Mapping[str, Json]) -> dict[str, Json]:
