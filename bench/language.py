@@ -6,8 +6,8 @@ keeps k = 64. ``ours`` is the training's own loss. Two losses of eager PyTorch h
 be spared by hand, from the teacher's log-probabilities and one log-softmax for both terms. All have the
 head's three products, which are most of a wide student's step. Forward and backward to all gradients, in
 turns, in one process, in float32 and in bfloat16 (autocast; what ``precision: auto`` takes where the
-processor has it); the most memory above what was there before, each in a process of its own. The server
-merges and stores one round of four clients.
+processor has it); the most memory above what was there before, each in a process of its own, of which the
+allocator keeps nothing that was freed. The server merges and stores one round of four clients.
 """
 
 import ctypes
@@ -37,6 +37,8 @@ V, LENGTH, K, SEQUENCES, KD_WEIGHT = 49_152, 512, 64, 4, 0.5
 HIDDEN = (128, 256, 576)
 """Sizes of students."""
 POSITIONS, CLIENTS, KEPT = 40_000, 4, 16
+M_MMAP_THRESHOLD = -3
+"""Of ``mallopt``."""
 
 
 def _student(hidden: int) -> Any:
@@ -109,13 +111,25 @@ STEPS: dict[str, Callable[..., float]] = {"ours": ours, "dense": dense, "textboo
 
 
 def _measured(which: str, hidden: int, bf16: bool, out: Any) -> None:
-    """Peak memory of one step above what was there before it, the teacher included."""
+    """Peak memory of one step above what was there before it, the teacher included.
+
+    Before: the model and the code, for a small step has been taken. What is freed goes back to the system at
+    once, so that the peak is of what is in use, and not of what glibc's heap keeps.
+    """
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
     model, (ids, labels, teacher) = _student(hidden), _lesson()
+
+    def step(sequences: int, length: int) -> None:
+        rows = torch.arange(len(labels)).view(SEQUENCES, LENGTH)[:sequences, :length].flatten()
+        said = teacher[rows] if which == "ours" else teacher[rows].expand()
+        STEPS[which](model, ids[:sequences, :length].contiguous(), labels[rows], said, bf16)
+
+    step(1, 8)
     model.zero_grad()
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed is not there to be filled again
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
-    STEPS[which](model, ids, labels, teacher if which == "ours" else teacher.expand(), bf16)
+    step(SEQUENCES, LENGTH)
     out.put(_status("VmHWM") - before)
 
 

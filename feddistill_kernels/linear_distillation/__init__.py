@@ -98,9 +98,9 @@ def linear_distillation_loss(
 
     Memory:
         The gradients that are asked for and the workspace; where ``hidden`` is bfloat16 and there are several
-        chunks, or it is float16, a float32 ``[V, H]`` in which ``weight``'s gradient is summed and, but for
-        NVIDIA GPUs from torch 2.11, one product of that size.  Logits are of ``hidden``'s dtype, as a linear
-        layer's are.
+        chunks, or it is float16, a float32 ``[V, H]`` in which ``weight``'s gradient is summed.  Backward
+        scales the gradients in memory of its own, unless what comes from above is 1.  Logits are of
+        ``hidden``'s dtype, as a linear layer's are.
 
     Example:
         >>> import torch

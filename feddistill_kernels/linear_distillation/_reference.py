@@ -17,6 +17,9 @@ Rows = Callable[..., Tensor]
 TILE = 128
 """Rows of a chunk are a multiple of it where they can: a product's tile on tensor cores."""
 
+PRODUCT = 1 << 22
+"""Entries of a product that is added to a wider sum: as many as are still in cache when they are."""
+
 ALIGNMENT = {"cuda": 64}
 """Entries that a row of logits is a multiple of, so that each begins where tensor cores load from."""
 
@@ -109,6 +112,7 @@ def chunked(
             sums.add(z, h)
     finally:
         side.join()
+    logits.untyped_storage().resize_(0)  # given back before the sums take more
     sums.finish()
     return loss
 
@@ -216,9 +220,11 @@ class _Sums:
             else:
                 torch.addmm(weight, dz, hidden, out_dtype=weight.dtype, out=weight)
             return
-        # Of float16 a product may be too large before it is scaled: see _op.py.
-        product = dz.float() @ hidden.float() if dz.dtype == torch.float16 else dz @ hidden
-        weight.copy_(product) if self.first else weight.add_(product)
+        for start in range(0, len(weight), step := max(1, PRODUCT // weight.shape[1])):
+            part, slopes = weight[start : start + step], dz[start : start + step]
+            # Of float16 a product may be too large before it is scaled: see _op.py.
+            product = slopes.float() @ hidden.float() if dz.dtype == torch.float16 else slopes @ hidden
+            part.copy_(product) if self.first else part.add_(product)
 
     def finish(self) -> None:
         """Leave the sums where they were asked for; 0 where there was no row."""

@@ -1,6 +1,9 @@
 """``linear_distillation_loss`` is ``distillation_loss`` of the logits, which are never all there."""
 
+import subprocess
+import sys
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -437,3 +440,60 @@ def test_a_wrong_argument_is_named(change, message):
 def test_a_teacher_that_does_not_fit_together_is_refused(parts, message):
     with pytest.raises(ValueError, match=message):
         TeacherHead(*parts)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_wide_sum_is_made_of_parts(dtype, monkeypatch, nan_filled_memory):
+    torch.manual_seed(0)
+    teacher = teachers(dtype)["topk"]
+
+    def gradients(entries):
+        monkeypatch.setattr(_reference, "PRODUCT", entries)
+        torch.manual_seed(1)
+        given = head(dtype)
+        loss = linear_distillation_loss(*given[:2], teacher, LABELS, kd_weight=0.5, workspace_bytes=400)
+        loss.backward()
+        return [x.grad for x in given[:2]]
+
+    for whole, parts in zip(gradients(1 << 20), gradients(3 * H), strict=True):
+        torch.testing.assert_close(whole, parts)
+
+
+MEASURED = """
+import ctypes
+from pathlib import Path
+
+import torch
+
+from feddistill_kernels import linear_distillation_loss, topk_compress
+
+ctypes.CDLL(None).mallopt(-3, 1 << 20)  # what is freed goes back to the system at once
+V, H = 32_768, 256
+weight = torch.randn(V, H).bfloat16().requires_grad_()
+
+
+def step(rows):
+    teacher = topk_compress(torch.randn(rows, V), 4)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = held("VmRSS")
+    hidden = torch.randn(rows, H).bfloat16().requires_grad_()
+    linear_distillation_loss(hidden, weight, teacher, workspace_bytes=16 << 20).backward()
+    weight.grad = None
+    return held("VmHWM") - before
+
+
+def held(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
+
+
+step(8)
+print(step(1024))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells how much memory was held")
+def test_no_more_memory_than_is_documented():
+    said = subprocess.run([sys.executable, "-c", MEASURED], capture_output=True, text=True, check=True)
+    wide, result, workspace, slack = 32, 16, 16, 24
+    assert float(said.stdout) <= wide + result + workspace + slack
