@@ -15,7 +15,7 @@ from feddistill.errors import ConfigError, ModelError, RoundError
 from feddistill.federation.journal import EVENTS, METRICS
 from feddistill.federation.protocol import Reply
 from feddistill.methods.averaging import averaged
-from feddistill.methods.feddistill import task_of
+from feddistill.methods.correspondence import task_of
 from feddistill.methods.learner import Average, Engine, Session
 from feddistill.store import RunDirectory
 from feddistill.types import Cost

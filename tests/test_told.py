@@ -13,7 +13,7 @@ from feddistill import keys, payload
 from feddistill.config import parse
 from feddistill.errors import ConfigError, RoundError, RunError
 from feddistill.methods import told
-from feddistill.methods.feddistill import task_of
+from feddistill.methods.correspondence import task_of
 from feddistill.methods.learner import Session
 from feddistill.progress import Quiet
 from feddistill.store import RunDirectory

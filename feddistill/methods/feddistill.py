@@ -5,30 +5,26 @@ teacher's answers; (2) it answers the proxy texts and uploads a payload; (3) the
 (4) trains the student and sends the teacher back. Nothing else leaves a client.
 """
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 
-from feddistill import aggregation, data, models, payload, training
+from feddistill import aggregation, models, payload, training
 from feddistill.accounting import measure
 from feddistill.config import digest
-from feddistill.config.data import AtClientsPartition
 from feddistill.errors import ConfigError, PayloadError, RoundError
-from feddistill.federation.asking import Asking
-from feddistill.federation.journal import Journal
-from feddistill.federation.protocol import Kind, Task
-from feddistill.methods import told, uploads, wire
+from feddistill.methods import uploads, wire
+from feddistill.methods.correspondence import Correspondence
 from feddistill.methods.learner import Learner, Session, best_of, later
 from feddistill.methods.learners import learner_of
-from feddistill.methods.local import LocalTransport
 from feddistill.methods.question import Question
 from feddistill.methods.uploads import draws
 from feddistill.rules import Memory
 from feddistill.seeds import derive
 from feddistill.store import Json
 from feddistill.tensorfile import TensorFile, TopKFile
-from feddistill.types import ClientDescription, Cost, RoundSpec
+from feddistill.types import Cost, RoundSpec
 
 LEDGER = "ledger.json"
 
@@ -43,7 +39,7 @@ def run(session: Session) -> Json:
     return {
         "rounds": records,
         "ledger": rounds.head,
-        "description_bytes": sum(len(payload.canonical(d)) for d in rounds.descriptions),
+        "description_bytes": sum(len(payload.canonical(d)) for d in rounds.clients.descriptions),
         "positions": session.question.positions,
         "student_bytes": 4 * models.trained_count(rounds.student.model),
         "lora_bytes": 4 * models.lora_count(rounds.student.model, LORA_RANK),
@@ -57,19 +53,13 @@ def decide(session: Session) -> list[Json]:
 
 
 class _Rounds:
-    """The server: asks clients through whatever carries it, and decides."""
+    """The server: decides what clients are asked, and makes teachers and a student of what they say."""
 
     def __init__(self, session: Session):
         self.session = session
-        self.splits = session.splits
-        self.transport = session.engine.transport or LocalTransport(session)
-        journal = Journal(session.run.root, session.show)
-        self.asking = Asking(self.transport, session.engine.patience, journal)
-        self.descriptions = self._described()
-        self.names = [description.client for description in self.descriptions]
-        self.quorum = (
-            session.config.aggregation.quorum or session.config.clients.per_round or len(self.splits.private)
-        )
+        self.clients = Correspondence(session)
+        config = session.config
+        self.quorum = config.aggregation.quorum or config.clients.per_round or len(session.splits.private)
         self.memory: Memory = {}
         """What the rule remembers of former rounds."""
         self.ledger: list[payload.Entry] = []
@@ -130,8 +120,8 @@ class _Rounds:
         """Everything of a round before the student: clients train and answer, one teacher is made."""
         spec, step = self._asked(number), f"rounds/{number:03d}"
         run = self.session.run
-        specialists = self._trained(spec)
-        sent = self._answered(spec, specialists)
+        specialists = self.clients.trained(spec, self.specs.get(number - 1))
+        sent = self.clients.answered(spec, specialists)
         admitted: dict[str, uploads.Shelf] = {}
         files: dict[str, str] = {}
         refused: dict[str, PayloadError] = {}
@@ -196,121 +186,6 @@ class _Rounds:
         self.specs[number] = spec
         return spec
 
-    def _described(self) -> list[ClientDescription]:
-        """What each client says of itself, of those that fit; a client that does not fit is never asked."""
-        run, found = self.session.run, {}
-        names = [private.name for private in self.splits.private]
-        for name in names:
-            if (record := run.done(f"described/{name}")) is not None:
-                found[name] = record
-        fits = {
-            "version": payload.VERSION,
-            "proxy": self.splits.proxy.digest(),
-            "vocabulary": self.session.question.fingerprint,
-        }
-        needs, classes = self.session.config.aggregation.rule.needs(), len(self.splits.label_names)
-        for reply in self.asking.gather(self._task("describe", 0), [n for n in names if n not in found]):
-            said = reply.content
-            if said.get("proxy") is None:
-                said = self._published(reply.client) or said
-            wrong = [key for key, wanted in fits.items() if said.get(key) != wanted]
-            own = told.description(said.get("description"), reply.client, needs, classes)
-            if wrong or own is None:
-                wrong = wrong or ["form of description"]
-                self.session.show.say(f"{reply.client} takes no part: another {' and '.join(wrong)}")
-                continue
-            found[reply.client] = {"description": asdict(own)}
-            if not self.transport.shares_run:
-                run.commit(f"described/{reply.client}", found[reply.client])
-        return [description_of(found[name]["description"]) for name in names if name in found]
-
-    def _published(self, name: str) -> Json | None:
-        """Send the proxy texts to a client that has none; what it says then."""
-        texts = b"".join(data.lines(self.splits.proxy))
-        self.asking.send(self._task("publish", 0), texts, [name])
-        return next((reply.content for reply in self.asking.gather(self._task("describe", 0), [name])), None)
-
-    def _trained(self, spec: RoundSpec) -> Json:
-        """(1) What each client's training came to, in the order of the request.
-
-        Who does not take the last teacher is not waited for a second time in this round.
-        """
-        run, number, found = self.session.run, spec.round, {}
-        names = [name for name in spec.clients if name in self.names]
-        for name in names:
-            if (record := run.done(f"rounds/{number:03d}/told/{name}")) is not None:
-                found[name] = record
-        missing = [name for name in names if name not in found]
-        if not missing:
-            return found
-        asked = self.specs.get(number - 1)
-        if asked is not None and not self.transport.shares_run:
-            places = uploads.files(f"rounds/{asked.round:03d}/feedback", wire.feedback_spec(asked))
-            for shard, (envelope, content) in enumerate(places):
-                task = self._task("digest", asked.round, asked=payload.canonical(asked).decode(), shard=shard)
-                blobs = {"envelope": run.read_bytes(envelope), "payload": run.read_bytes(content)}
-                missing = [reply.client for reply in self.asking.gather(replace(task, blobs=blobs), missing)]
-        question = None if asked is None else payload.canonical(asked).decode()
-        task = self._task("train", number, asked=question)
-        ours = not isinstance(self.session.config.data.partition, AtClientsPartition)
-        for reply in self.asking.gather(task, missing):
-            if self.transport.shares_run:
-                found[reply.client] = reply.content
-            elif (record := told.training(reply.content, figures=ours)) is not None:
-                found[reply.client] = run.commit(f"rounds/{number:03d}/told/{reply.client}", record)
-            else:
-                self.asking.journal.failed(task, reply.client, "a reply of another form", 0.0)
-        return {name: found[name] for name in names if name in found}
-
-    def _answered(self, spec: RoundSpec, trained: Collection[str]) -> Json:
-        """(2) What each client has uploaded, those asked that have ``trained``; nothing is believed yet."""
-        run, folder, found = self.session.run, f"rounds/{spec.round:03d}/payloads", {}
-        for name in spec.clients:
-            if (record := run.done(f"{folder}/{name}")) is not None:
-                found[name] = record
-        missing = [name for name in trained if name not in found]
-        task = self._task("answer", spec.round, spec=payload.canonical(spec).decode(), shard=0)
-        if self.transport.shares_run:  # what was sent is there
-            for reply in self.asking.gather(task, missing):
-                found[reply.client] = run.done(f"{folder}/{reply.client}") or {}
-        else:
-            for name, cost in self._fetched(task, spec, folder, missing).items():
-                found[name] = uploads.store(run, f"{folder}/{name}", spec, cost)
-        return {name: found[name] for name in spec.clients if name in found}
-
-    def _fetched(self, task: Task, spec: RoundSpec, folder: str, clients: Sequence[str]) -> dict[str, Cost]:
-        """What answering cost each client of which every shard is on disk; those that were here are not asked
-        for again. A shard that is too long is cut, and its envelope will tell."""
-        run, kept = self.session.run, f"rounds/{spec.round:03d}/told/{{}}.cost.json"
-        costs = {}
-        for name in clients:
-            file = kept.format(name)
-            costs[name] = told.cost(run.read_json(file)) if run.path(file).exists() else Cost()
-        for shard in range(payload.shards(spec)):
-            places = {name: uploads.files(f"{folder}/{name}", spec)[shard] for name in costs}
-            missing = [name for name, place in places.items() if not all(run.path(p).exists() for p in place)]
-            for reply in self.asking.gather(replace(task, content={**task.content, "shard": shard}), missing):
-                if reply.content.get("shard") != shard:
-                    self.asking.journal.failed(task, reply.client, "another shard", 0.0)
-                    continue
-                envelope, content = places[reply.client]
-                costs[reply.client] = told.cost(reply.content.get("cost"))
-                run.write_json(kept.format(reply.client), asdict(costs[reply.client]))
-                longest = payload.bound(spec, shard) + 1
-                run.write_bytes(content, reply.blobs.get("payload", b"")[:longest])
-                run.write_bytes(envelope, reply.blobs.get("envelope", b"")[: payload.ENVELOPE_LIMIT + 1])
-            costs = {
-                name: cost
-                for name, cost in costs.items()
-                if all(run.path(place).exists() for place in places[name])
-            }
-        return costs
-
-    def _task(self, kind: Kind, number: int, **content: object) -> Task:
-        if self.transport.shares_run:
-            return Task(kind, digest(self.session.config)[:16], number, content)
-        return task_of(self.session, kind, number, **content)
-
     def _aggregate(
         self, admitted: Mapping[str, uploads.Shelf], number: int, spec: RoundSpec, step: str
     ) -> Json:
@@ -331,7 +206,7 @@ class _Rounds:
         # Of those who are in: where the only client that knows a class was refused, the others speak for it.
         known = aggregation.Known(
             names=tuple(admitted),
-            descriptions=tuple(d for d in self.descriptions if d.client in admitted),
+            descriptions=tuple(d for d in self.clients.descriptions if d.client in admitted),
             labels=labels,
             domains=question.domains,
             student=student,
@@ -445,23 +320,11 @@ class _Rounds:
         if self.session.config.keep_checkpoints == "all":
             return
         run, keep = self.session.run, {record["weights"] for record in (self.best, self.last) if record}
-        if isinstance(self.transport, LocalTransport):
-            self.transport.tidy(number)
+        self.clients.tidy(number)
         for earlier in range(1, number):
             student = f"rounds/{earlier:03d}/student.safetensors"
             if student not in keep:
                 run.remove(student)
-
-
-def task_of(session: Session, kind: Kind, number: int, **content: object) -> Task:
-    """For a client elsewhere, which is told all settings each time: it may have been started a moment ago."""
-    config = session.config
-    settings = {
-        "config": config.model_dump(mode="json"),
-        "labels": list(session.splits.label_names),
-        "execution": session.run.execution,
-    }
-    return Task(kind, digest(config)[:16], number, {**settings, **content})
 
 
 def request(session: Session, number: int, *, quorum: int, previous: str) -> RoundSpec:
@@ -494,12 +357,6 @@ def request(session: Session, number: int, *, quorum: int, previous: str) -> Rou
         previous=previous,
     )
     return payload.cut(spec, int(settings.shard_mib * 2**20))
-
-
-def description_of(record: Json) -> ClientDescription:
-    """What a client said of itself."""
-    counts = record["class_counts"]
-    return ClientDescription(record["client"], record["examples"], None if counts is None else tuple(counts))
 
 
 def _new_teacher(path: Path, question: Question, spec: RoundSpec) -> TensorFile | TopKFile:
