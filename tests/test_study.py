@@ -120,6 +120,16 @@ def test_tables_are_means_over_seeds(swept):
     assert (swept["out"] / "table.tex").read_text().count(r"\\") == 1 + len(summary)
 
 
+def test_values_reach_the_table_of_latex_as_they_are_said():
+    row = {"rule": {"kind": "krum", "f": 1}, "texts": r"a_b~{c}\^$", "who": "student"}
+    said = studies.latex(
+        [{**row, "accuracy": 0.5, "accuracy_std": 0.01, "uplink": 10}], TASKS["classification"]
+    )
+    line = said.splitlines()[4]
+    assert line.startswith(r"krum, f 1 & a\_b\textasciitilde{}\{c\}\textbackslash{}\textasciicircum{}\$ & ")
+    assert r"50.0 $\pm$ 1.0" in line
+
+
 def test_the_page_needs_nothing_else(swept):
     page = swept["page"]
     assert page.count("<svg") == 4

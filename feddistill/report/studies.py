@@ -178,7 +178,7 @@ def latex(summary: Sequence[Json], task: Task) -> str:
         std = row[f"{task.decides}_std"]
         spread = "" if std is None else rf" $\pm$ {task.read({task.decides: std}):.{digits}f}"
         sent = "--" if row["uplink"] is None else size(row["uplink"])
-        cells = [*(_tex(str(row[key])) for key in labels), _tex(NAMES[row["who"]])]
+        cells = [*(_tex(_said(row[key])) for key in labels), _tex(NAMES[row["who"]])]
         lines.append(" & ".join([*cells, f"{task.read(row):.{digits}f}{spread}", sent]) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
 
@@ -187,10 +187,18 @@ def _labels(summary: Sequence[Json]) -> list[str]:
     return list(summary[0])[: list(summary[0]).index("who")]
 
 
+_TEX = {
+    **{char: f"\\{char}" for char in "&%_#${}"},
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+}
+
+
 def _tex(text: str) -> str:
-    for char in "&%_#":
-        text = text.replace(char, f"\\{char}")
-    return text
+    return text.translate(str.maketrans(_TEX))
 
 
 @dataclass(frozen=True, slots=True)
