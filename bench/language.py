@@ -214,9 +214,9 @@ def table(found: dict[str, Any]) -> str:
         f"A step of {found['sequences']} sequences of {found['sequence']} tokens, "
         f"V = {found['vocabulary']:,}, "
         f"k = {found['k']}, {found['threads']} threads of {on['machine']['cpu']}, torch "
-        f"{on['versions']['torch']}, commit {on['commit'][:7]}. Memory is the most above what was there "
-        f"before, the dense teacher included. A server that merges {server['clients']} clients' answers to "
-        f"{server['positions']:,} positions (k = {server['k']}) peaks at "
+        f"{on['versions']['torch']}, commit {on['commit'][:7]}. Memory is the most in use above what was "
+        f"there before, the dense teacher included. A server that merges {server['clients']} clients' "
+        f"answers to {server['positions']:,} positions (k = {server['k']}) peaks at "
         f"{server['peak_memory_bytes'] / 2**30:.2f} GiB, its imports included."
     )
     return "\n".join([*lines, "", note])
