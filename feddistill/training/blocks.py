@@ -154,11 +154,10 @@ def block_loss(
     """
     labelled = labels != NO_LABEL
     plain = labelled if taught is None else labelled & ~taught
-    counted = int(plain.sum()) + (0 if taught is None else int(taught.sum()))
-    share = 1 / max(counted, 1)
     total = hidden.new_zeros((), dtype=torch.float32)
     if plain.any():
-        total = total + _cross_entropy(hidden[plain], weight, bias, labels[plain], vocab_size, share)
+        total = total + _cross_entropy(hidden[plain], weight, bias, labels[plain], vocab_size)
+    counted = int(plain.sum())
     if taught is not None and taught.any():
         assert distill is not None, "a teacher needs a distillation loss"
         assert teacher is not None, "rows that are taught have one"
@@ -175,23 +174,20 @@ def block_loss(
                     beta=distill.beta,
                     temperature=distill.temperature,
                     kd_weight=kd_weight,
-                    row_weight=hidden.new_full((int(rows.sum()),), share, dtype=torch.float32),
                     reduction="sum",
                 )
-    return total
+        counted += int(taught.sum())
+    return total / max(counted, 1)
 
 
 def _cross_entropy(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, vocab_size: int, share: float
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, vocab_size: int
 ) -> Tensor:
-    """``share`` of the sum, by the kernel that needs no logits: a teacher of no weight says the label."""
+    """The sum, by the kernel that needs no logits: a teacher that does not count knows the label."""
     known = TopK(
         labels[:, None].int(),
         torch.zeros(len(labels), 1, device=labels.device),
         torch.full((len(labels),), -torch.inf, device=labels.device),
         vocab_size,
     )
-    of = hidden.new_full((len(labels),), share, dtype=torch.float32)
-    return linear_distillation_loss(
-        hidden, weight, known, labels, bias=bias, kd_weight=0.0, row_weight=of, reduction="sum"
-    )
+    return linear_distillation_loss(hidden, weight, known, labels, bias=bias, kd_weight=0.0, reduction="sum")
