@@ -198,7 +198,7 @@ _TEX = {
 
 
 def _tex(text: str) -> str:
-    return text.translate(str.maketrans(_TEX))
+    return "".join(_TEX.get(char, char) for char in text)
 
 
 @dataclass(frozen=True, slots=True)
