@@ -19,12 +19,12 @@ import safetensors.numpy
 import torch
 from click.testing import CliRunner
 from fuzz_payload import fuzz
+from hostile_fixtures import HOSTILE, with_metadata
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from payload_fixtures import (
     DEADLINE,
     GOLDEN,
-    HOSTILE,
     KEYS,
     NOW,
     SPECS,
@@ -227,7 +227,8 @@ def test_checks_take_little_more_memory_than_the_answers():
 
 BOMBS = """
 import resource, sys
-from payload_fixtures import HOSTILE, NOW
+from hostile_fixtures import HOSTILE
+from payload_fixtures import NOW
 from feddistill import payload
 
 asked, make, refusal, _ = HOSTILE[sys.argv[1]]
@@ -451,7 +452,7 @@ def test_reading_needs_no_request(asked):
     ],
 )
 def test_reading_refuses_what_no_request_could_ask(key, value, refusal):
-    _, content = payload_fixtures.with_metadata(key, value)()
+    _, content = with_metadata(key, value)()
     with pytest.raises(PayloadError) as caught:
         payload.read(content)
     assert type(caught.value) is refusal, caught.value
