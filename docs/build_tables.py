@@ -51,21 +51,40 @@ def quickstart() -> str:
 
 
 def language_model() -> str:
-    """The example of a language model: the student, the server alone, and each client alone."""
+    """The example of a language model over seeds: the student, the server alone, and each client alone."""
     sys.path.insert(0, str(ROOT))
     from feddistill.report import size
 
-    (run,) = json.loads((RESULTS / "language_model.json").read_text())["runs"]
-    metrics, bytes_, e = run["metrics"], run["bytes"], run["environment"]
-    alone = {f"client {name}, alone": m for name, m in metrics["local_only"]["clients"].items()}
-    lines = ["| mixed test text | bits per byte |", "|---|--:|"]
-    rows = {"student": metrics["student"], "public texts only, same steps": metrics["public_only"], **alone}
-    lines += [f"| {name} | {m['bits_per_byte']:.3f} |" for name, m in rows.items()]
+    runs = json.loads((RESULTS / "language_model.json").read_text())["runs"]
+    of = {
+        "student": lambda run: run["metrics"]["student"]["bits_per_byte"],
+        "public texts only, same steps": lambda run: run["metrics"]["public_only"]["bits_per_byte"],
+        "likewise, the last round": lambda run: [
+            r["test_bits_per_byte"] for r in run["by_round"] if r["series"] == "public_only"
+        ][-1],
+        **{
+            f"client {name}, alone": lambda run, name=name: run["metrics"]["local_only"]["clients"][name][
+                "bits_per_byte"
+            ]
+            for name in runs[0]["metrics"]["local_only"]["clients"]
+        },
+    }
+    seeds = [f"seed {run['seed']}" for run in runs]
+    lines = [
+        f"| mixed test text, bits per byte | {' | '.join(seeds)} | mean ± standard deviation |",
+        f"|---|{'--:|' * (len(runs) + 1)}",
+    ]
+    for name, value in of.items():
+        found = [value(run) for run in runs]
+        cells = [*(f"{v:.3f}" for v in found), f"{fmean(found):.3f} ± {stdev(found):.3f}"]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    e, bytes_ = runs[0]["environment"], runs[0]["bytes"]
     fedavg, lora = (size(bytes_[f"{name}_uplink_same_rounds"]) for name in ("fedavg", "lora"))
+    seconds = ", ".join(f"{run['seconds']['total']:.0f}" for run in runs)
     note = (
-        f"Seed {run['seed']}, {run['rounds']} rounds; threads: {e['threads']}, {e['precision']}; "
-        f"{run['seconds']['total']:.0f} seconds of work, baselines included. All clients together upload "
-        f"{size(bytes_['uplink'])}, {bytes_['a_row']:.1f} B a token; FedAvg of this student would upload "
+        f"{runs[0]['rounds']} rounds; threads: {e['threads']}, {e['precision']}; {seconds} seconds of work, "
+        f"baselines included. All clients together upload {size(bytes_['uplink'])} "
+        f"({bytes_['a_row']:.1f} B a token) with seed {runs[0]['seed']}; FedAvg of this student would upload "
         f"{fedavg}, federated LoRA {lora}."
     )
     return "\n".join([*lines, "", note])
