@@ -94,7 +94,7 @@ def test_plan_says_what_a_run_would_cost_and_writes_nothing(tiny_file, tmp_path)
     assert "FedAvg" in done.stdout
     assert "clients_train" in done.stdout
     assert set(tmp_path.iterdir()) == there
-    found = json.loads(feddistill("plan", tiny_file, "--json").stdout)
+    found = json.loads(here("plan", tiny_file, "--json").stdout)
     assert found["bytes"]["codecs"][found["bytes"]["chosen"]]["upload"] > 0
 
 

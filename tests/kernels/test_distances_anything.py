@@ -14,7 +14,7 @@ def cost(z, xs):
     return sum((z - x).norm(dim=-1) for x in xs)
 
 
-@hypothesis.settings(max_examples=25, deadline=None)
+@hypothesis.settings(max_examples=12, deadline=None)
 @hypothesis.given(
     count=st.integers(1, 12),
     rows=st.integers(1, 5),

@@ -54,8 +54,14 @@ def make(shape, dtype, scale=4.0):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+@pytest.mark.parametrize(
+    ("dtype", "temperature"),
+    [
+        *((torch.float32, temperature) for temperature in (0.5, 1.0, 4.0)),
+        *((dtype, temperature) for dtype in (torch.bfloat16, torch.float16) for temperature in (0.5, 4.0)),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize(("kind", "beta"), CASES)
 def test_dense_divergence_and_gradient_agree_with_the_oracle(
     kind, beta, temperature, dtype, shape, backend, nan_filled_memory

@@ -40,7 +40,8 @@ def test_equal_logits_cost_nothing_and_pull_nowhere(kind, backend):
 @pytest.mark.parametrize("keep", [1, 5, 17])
 @pytest.mark.parametrize("kind", kinds())
 def test_no_divergence_is_negative_nor_does_truncation_add_to_it(kind, keep, backend):
-    student, teacher = 3 * torch.randn(2, 50, 17)
+    rows = 8 if backend == "triton" else 50  # Triton is interpreted here, row by row
+    student, teacher = 3 * torch.randn(2, rows, 17)
     dense = softmax_divergence(student, teacher, kind=kind, backend=backend)
     sparse = softmax_divergence(student, topk_compress(teacher, keep), kind=kind, backend=backend)
     assert (sparse >= 0).all()
