@@ -20,9 +20,9 @@ import numpy as np
 import torch
 
 from bench import machine
-from feddistill.aggregation import aggregate
+from feddistill.aggregation.rules import RULES
+from feddistill.aggregation.teacher import aggregate
 from feddistill.payload import Ranked, quantise_topk
-from feddistill.rules import RULES
 from feddistill_kernels import TopK, topk_compress
 
 SCHEMA = 1

@@ -1,7 +1,7 @@
 """How fast a client answers: ``python -m bench.answering --out bench/results/answering.json``.
 
 Two clients. A Llama-like language model reads blocks of 128 tokens, V = 49,152, and its answer is 16 entries
-of three bytes a token: ``ours`` is the pass of ``feddistill.answering`` with the codec; ``topk`` a plain
+of three bytes a token: ``ours`` is the pass of ``feddistill.modelio.inference`` with the codec; ``topk`` a plain
 loop that keeps ``torch.topk`` of the log-probabilities; ``dense`` one that keeps them whole, as dense
 targets need. A small pretrained encoder classifies definitions of one to fifty words: ``ours`` has batches of
 texts of about one length, ``in order`` takes them as they come. In turns, in one process; the medians.
@@ -20,13 +20,13 @@ from torch import Tensor
 from bench.machine import describe, publish
 from feddistill import models, payload
 from feddistill.accounting import FlopMeter
-from feddistill.answering import answer, answer_rows
-from feddistill.blocks import Blocks, pack
 from feddistill.config.data import EmbeddedSource
 from feddistill.config.models import ModelConfig
 from feddistill.data.sources import read
-from feddistill.heads import hidden_states
-from feddistill.methods.wire import compress_parts
+from feddistill.federation.encoding import compress_parts
+from feddistill.modelio.inference import answer, answer_rows
+from feddistill.modelio.outputs import hidden_states
+from feddistill.modelio.packing import Blocks, pack
 from feddistill.types import RoundSpec
 
 V, LENGTH, BLOCKS, BATCH, K = 49_152, 128, 24, 8, 16

@@ -18,7 +18,7 @@ import click
 import yaml
 
 from bench import machine
-from feddistill.store import RunDirectory
+from feddistill.store.run_directory import RunDirectory
 
 SCHEMA = 1
 RESULT = Path(__file__).parent / "results" / "federation.json"

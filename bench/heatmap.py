@@ -5,7 +5,7 @@ from statistics import fmean
 from typing import Any
 
 from bench.draw import STYLE
-from feddistill.attacks import ATTACKS
+from feddistill.aggregation.attacks import ATTACKS
 
 HONEST, ALONE, LYING = "ten honest", "the six honest alone", "2 second_best, 2 least_likely"
 

@@ -25,11 +25,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from bench.machine import describe, publish
-from feddistill import aggregation
+from feddistill.aggregation.diagnostics import diagnose
+from feddistill.aggregation.rules import MeanProbs
+from feddistill.aggregation.teacher import aggregate
 from feddistill.config.training import DistillConfig
-from feddistill.heads import head_of, hidden_states
-from feddistill.rules import MeanProbs
-from feddistill.tensorfile import TopKFile
+from feddistill.modelio.outputs import head_of, hidden_states
+from feddistill.store.logit_files import TopKFile
 from feddistill.training.blocks import block_loss
 from feddistill_kernels import TopK, topk_compress
 
@@ -155,11 +156,11 @@ def _server(out: Any) -> None:
         file = TopKFile.create(Path(folder) / "teacher.safetensors", POSITIONS, KEPT, V)
         clients = [answerer(client) for client in range(CLIENTS)]
         start = time.perf_counter()
-        found = aggregation.aggregate(clients, POSITIONS, MeanProbs(), k=KEPT, sink=file.put)
+        found = aggregate(clients, POSITIONS, MeanProbs(), k=KEPT, sink=file.put)
         teacher = TopKFile.open(Path(folder) / "teacher.safetensors")
         labels = torch.zeros(POSITIONS, dtype=torch.long)
         names = [str(c) for c in range(CLIENTS)]
-        aggregation.diagnose(names, clients, teacher, labels, found.mass, found.weights)
+        diagnose(names, clients, teacher, labels, found.mass, found.weights)
         seconds = time.perf_counter() - start
     out.put({"peak_memory_bytes": _status("VmHWM"), "seconds": round(seconds, 2)})
 

@@ -23,19 +23,21 @@ from bench import machine
 from bench.heatmap import ALONE, HONEST, LYING, draw, table
 from feddistill import config as configuration
 from feddistill import data
-from feddistill.aggregation import Known, aggregate, weigh
-from feddistill.attacks import ATTACKS, Attack, LeastLikely, SecondBest, Sight, liars
+from feddistill.aggregation.answers import Known
+from feddistill.aggregation.attacks import ATTACKS, Attack, LeastLikely, SecondBest, Sight, liars
+from feddistill.aggregation.rules import ASSUMED, RULES, MeanProbs, Rule
+from feddistill.aggregation.rules.distance import Cronus, GeometricMedian, Krum, MultiKrum
+from feddistill.aggregation.rules.means import MeanLogits, PriorCorrected
+from feddistill.aggregation.rules.order import Median, TrimmedMean
+from feddistill.aggregation.rules.remembered import ExpGuard
+from feddistill.aggregation.teacher import aggregate, weigh
+from feddistill.client.client import Crew
 from feddistill.config import Config
-from feddistill.methods.client import Crew
-from feddistill.methods.learner import Learner, Session, labels_of, lessons_of
 from feddistill.progress import Quiet
-from feddistill.rules import ASSUMED, RULES, MeanProbs, Rule
-from feddistill.rules.distance import Cronus, GeometricMedian, Krum, MultiKrum
-from feddistill.rules.means import MeanLogits, PriorCorrected
-from feddistill.rules.order import Median, TrimmedMean
-from feddistill.rules.remembered import ExpGuard
 from feddistill.seeds import derive
-from feddistill.store import RunDirectory
+from feddistill.store.run_directory import RunDirectory
+from feddistill.tasks.learner import Learner, labels_of, lessons_of
+from feddistill.tasks.session import Session
 from feddistill.training import Lessons
 from feddistill.types import ClientDescription
 

@@ -35,15 +35,15 @@ def aggregate(
       feddistill aggregate runs/quickstart --rule median
     """
     from feddistill.progress import Terminal
-    from feddistill.store import free
+    from feddistill.store.run_directory import free
 
     chosen = (f"aggregation.rule={rule}",) if rule else ()
     show = Terminal()
     with show.step("load torch and transformers"):
-        from feddistill import revision
+        from feddistill.runs import rerun
 
     out = out or free(run.with_name(f"{run.name}-aggregated"))
-    decided = revision.aggregate(run, out, (*chosen, *overrides), late=late, show=show)
+    decided = rerun.aggregate(run, out, (*chosen, *overrides), late=late, show=show)
     _print(decided)
     click.echo(f"run: {out}")
 

@@ -29,8 +29,9 @@ def check(config: Path | None, overrides: tuple[str, ...]) -> None:
 
     settings = configuration.load(config, overrides)
 
-    from feddistill import data, experiment
+    from feddistill import data
     from feddistill.report import skew_lines
+    from feddistill.runs import experiment
 
     splits = experiment.check(settings)
     for line in skew_lines(data.skew(splits)):

@@ -42,7 +42,7 @@ def init(
     Example:
       feddistill deploy init federation --host link.example.org --client north --client south
     """
-    from feddistill import deployment
+    from feddistill.engines.flower import deployment
 
     deployment.write(folder, clients, host, port=port, runtime_port=runtime_port)
     if example:

@@ -25,16 +25,17 @@ def distill(run: Path, student: str | None, overrides: tuple[str, ...], out: Pat
       feddistill distill runs/quickstart-aggregated
     """
     from feddistill.progress import Terminal
-    from feddistill.store import free
+    from feddistill.store.run_directory import free
 
     source = "{kind: hub, name: " + str(student) + "}"
     chosen = (f"student.model.source={source}", "student.model.layers=null") if student else ()
     show = Terminal()
     with show.step("load torch and transformers"):
-        from feddistill import report, revision
+        from feddistill import report
+        from feddistill.runs import rerun
 
     out = out or free(run.with_name(f"{run.name}-distilled"))
-    result = revision.distill(run, out, (*chosen, *overrides), show=show)
+    result = rerun.distill(run, out, (*chosen, *overrides), show=show)
     page = report.write(out)
     report.print_table(result)
     click.echo(f"run: {out}\nreport: {page}")

@@ -99,7 +99,7 @@ def evaluate(
 
 def _own(run: Path, texts: Path | None, columns: dict[str, str | None]) -> dict[str, Any]:
     from feddistill import config as configuration
-    from feddistill import experiment
+    from feddistill.runs import experiment
 
     own = None
     if texts is not None:
@@ -110,18 +110,19 @@ def _own(run: Path, texts: Path | None, columns: dict[str, str | None]) -> dict[
 def _benchmark(
     run: Path, name: str, path: Path | None, limit: int | None, window: int | None, stride: int | None
 ) -> dict[str, Any]:
-    from feddistill import presets
+    from feddistill.config import presets
 
     preset = presets.find(name)  # before torch is imported
-    from feddistill import benchmarks, students
+    from feddistill import benchmarks
     from feddistill.progress import Terminal
+    from feddistill.runs import trained_models
 
     request = benchmarks.Request(preset, path, limit, window, stride)
-    return benchmarks.evaluate(students.load(run), request, Terminal())
+    return benchmarks.evaluate(trained_models.load(run), request, Terminal())
 
 
 def _tasks(run: Path, tasks: str, limit: int | None, folder: Path | None) -> dict[str, Any]:
-    from feddistill import students
     from feddistill.benchmarks import harness
+    from feddistill.runs import trained_models
 
-    return harness.evaluate(students.load(run), tasks.split(","), limit=limit, folder=folder)
+    return harness.evaluate(trained_models.load(run), tasks.split(","), limit=limit, folder=folder)

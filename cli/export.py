@@ -32,7 +32,7 @@ def export(
     """
     from feddistill.errors import ConfigError
     from feddistill.progress import Terminal
-    from feddistill.store import free
+    from feddistill.store.run_directory import free
 
     if private and push is None:
         raise ConfigError("--private belongs to --push")

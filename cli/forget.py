@@ -24,14 +24,15 @@ def forget(run: Path, clients: tuple[str, ...], out: Path | None) -> None:
       feddistill forget runs/quickstart --client client-2
     """
     from feddistill.progress import Terminal
-    from feddistill.store import free
+    from feddistill.store.run_directory import free
 
     show = Terminal()
     with show.step("load torch and transformers"):
-        from feddistill import report, revision
+        from feddistill import report
+        from feddistill.runs import rerun
 
     out = out or free(run.with_name(f"{run.name}-without-{'-'.join(clients)}"))
-    result = revision.forget(run, out, clients, show=show)
+    result = rerun.forget(run, out, clients, show=show)
     page = report.write(out)
     report.print_table(result)
     click.echo(f"run: {out}\nreport: {page}")

@@ -22,7 +22,7 @@ def make(file: Path) -> None:
     Example:
       feddistill keys make north.pem
     """
-    from feddistill import keys as signing
+    from feddistill.payload import keys as signing
 
     click.echo(signing.make(file).public)
 
@@ -31,6 +31,6 @@ def make(file: Path) -> None:
 @click.argument("file", type=click.Path(path_type=Path))
 def show(file: Path) -> None:
     """Print the public key of the private key in FILE."""
-    from feddistill import keys as signing
+    from feddistill.payload import keys as signing
 
     click.echo(signing.load(file).public)

@@ -21,8 +21,8 @@ def plan(config: Path | None, overrides: tuple[str, ...], as_json: bool) -> None
 
     settings = configuration.load(config, overrides)
 
-    from feddistill import experiment
     from feddistill.progress import Quiet, Terminal
+    from feddistill.runs import experiment
 
     found = experiment.plan(settings, Quiet() if as_json else Terminal())
     if as_json:
@@ -35,7 +35,7 @@ def _print(found: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from feddistill.tasks import TASKS
+    from feddistill.config.tasks import TASKS
 
     console = Console(highlight=False, markup=False, emoji=False)
     sent, task = found["bytes"], TASKS[found["task"]]

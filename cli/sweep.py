@@ -32,7 +32,7 @@ def sweep(study: Path, overrides: tuple[str, ...], out: Path | None, jobs: int, 
     Example:
       feddistill sweep examples/studies/methods.yaml --set seeds=[0]
     """
-    from feddistill import study as studies
+    from feddistill.runs import study as studies
 
     chosen = studies.load(study, overrides)
     if only_list:

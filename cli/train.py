@@ -70,11 +70,12 @@ def train(
     settings = configuration.load(out / "config.yaml" if stored and out else config, overrides)
 
     from feddistill.progress import Quiet, Terminal
-    from feddistill.store import free
+    from feddistill.store.run_directory import free
 
     show = Quiet() if quiet else Terminal()
     with show.step("load torch and transformers"):  # seconds; a wrong setting has not waited for it
-        from feddistill import experiment, report
+        from feddistill import report
+        from feddistill.runs import experiment
 
         gc.freeze()  # transformers' trainer collects garbage after each training: a third of a second less
     out = out or free(Path("runs") / settings.name)

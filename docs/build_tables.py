@@ -123,7 +123,7 @@ def resources() -> str:
 def rules() -> str:
     """Every rule of the table, in its own words."""
     sys.path.insert(0, str(ROOT))
-    from feddistill.rules import RULES
+    from feddistill.aggregation.rules import RULES
 
     lines = [
         "| rule | teacher | liars of ten | range | needs | secure sums |",
@@ -145,7 +145,7 @@ def rules() -> str:
 def attacks() -> str:
     """Every attack, in its own words."""
     sys.path.insert(0, str(ROOT))
-    from feddistill.attacks import ATTACKS
+    from feddistill.aggregation.attacks import ATTACKS
 
     lines = ["| attack | what is sent |", "|---|---|"]
     for name, kind in ATTACKS.items():
@@ -235,7 +235,8 @@ def large() -> str:
 def study(name: str) -> str:
     """Accuracy of a committed study: of every method by the first axis; of several axes, the student's."""
     sys.path.insert(0, str(ROOT))
-    from feddistill.report import NAMES, size
+    from feddistill.config.methods import row_labels
+    from feddistill.report import size
 
     with (RESULTS / name / "summary.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -243,7 +244,7 @@ def study(name: str) -> str:
     first, *rest = labels or [""]
     if rest:
         rows = [row for row in rows if row["who"] == "student"]
-    sides = [", ".join(row[label] for label in rest) if rest else NAMES[row["who"]] for row in rows]
+    sides = [", ".join(row[label] for label in rest) if rest else row_labels()[row["who"]] for row in rows]
     tops = [row[first] if first else "accuracy" for row in rows]
     what, across = ", ".join(rest) if rest else "method", first
     if first and not rest and not all(map(_is_number, tops)):  # names of cases are long: a row each
@@ -271,7 +272,7 @@ def study(name: str) -> str:
 def paired(name: str) -> str:
     """How far the student of a study is above other methods, the same seeds of both compared."""
     sys.path.insert(0, str(ROOT))
-    from feddistill.report import NAMES
+    from feddistill.config.methods import row_labels
 
     with (RESULTS / name / "runs.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -286,7 +287,7 @@ def paired(name: str) -> str:
         if who not in ("student", "clients_before", "clients_after"):
             apart = [[of["student", v, s] - of[who, v, s] for s in seeds] for v in values]
             cells = [f"{fmean(found):+.1f} ± {stdev(found):.1f}" for found in apart]
-            lines.append(f"| {NAMES[who]} | {' | '.join(cells)} |")
+            lines.append(f"| {row_labels()[who]} | {' | '.join(cells)} |")
     note = f"Points of accuracy, mean ± standard deviation of the differences of {len(seeds)} seeds."
     return "\n".join([*lines, "", note])
 

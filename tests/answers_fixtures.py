@@ -2,7 +2,8 @@
 
 import torch
 
-from feddistill.aggregation import Known, aggregate
+from feddistill.aggregation.answers import Known
+from feddistill.aggregation.teacher import aggregate
 from feddistill_kernels import topk_compress
 
 CLIENTS, TEXTS, CLASSES = 7, 24, 11

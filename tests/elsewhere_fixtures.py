@@ -3,11 +3,12 @@
 import json
 from dataclasses import replace
 
-from feddistill import data, experiment
+from feddistill import data
 from feddistill.engines.remote import RemoteClient
 from feddistill.federation import protocol
 from feddistill.federation.protocol import Patience
-from feddistill.methods.learner import Engine
+from feddistill.runs import experiment
+from feddistill.tasks.session import Engine
 
 NAMES = ("client-0", "client-1", "client-2")
 PATIENCE = Patience(connect=0, reply=1, attempts=2)
@@ -27,6 +28,9 @@ class Elsewhere:
 
     def clients(self, wanted, wait):
         return [name for name in wanted if name in self.own]
+
+    def tidy(self, number):
+        pass
 
     def ask(self, task, clients, timeout):
         assert sum(map(len, task.blobs.values())) <= protocol.PART

@@ -8,15 +8,16 @@ import torch
 from language_fixtures import GPT2, tiny
 from test_models import CLASSES, scratch
 
-from feddistill import experiment, models
+from feddistill import models
 from feddistill.config import parse
 from feddistill.config.models import ModelConfig
 from feddistill.errors import ConfigError, ModelError
-from feddistill.methods.learner import Session
-from feddistill.methods.learners import learner_of
 from feddistill.models import adapters, causal
 from feddistill.progress import Quiet
-from feddistill.store import RunDirectory
+from feddistill.runs import experiment
+from feddistill.store.run_directory import RunDirectory
+from feddistill.tasks.choose import learner_of
+from feddistill.tasks.session import Session
 
 LORA = {"rank": 2, "alpha": 4}
 

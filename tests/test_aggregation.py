@@ -4,9 +4,11 @@ import pytest
 import torch
 from answers_fixtures import CLASSES, CLIENTS, TEXTS, combine, honest_answers, kept, labels_of
 
-from feddistill.aggregation import Known, aggregate, diagnose, weigh
-from feddistill.attacks import FreeRider, Sight
-from feddistill.rules import RULES, MeanProbs
+from feddistill.aggregation.answers import Known
+from feddistill.aggregation.attacks import FreeRider, Sight
+from feddistill.aggregation.diagnostics import diagnose
+from feddistill.aggregation.rules import RULES, MeanProbs
+from feddistill.aggregation.teacher import aggregate, weigh
 from feddistill.types import UNLABELLED
 from feddistill_kernels import TopK
 

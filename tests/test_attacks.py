@@ -7,8 +7,8 @@ import torch
 from answers_fixtures import CLASSES, TEXTS, honest_answers
 from safetensors.torch import load_file
 
-from feddistill import experiment, payload, report
-from feddistill.attacks import (
+from feddistill import payload, report
+from feddistill.aggregation.attacks import (
     ATTACKS,
     Alie,
     Hips,
@@ -26,6 +26,7 @@ from feddistill.attacks import (
 )
 from feddistill.config import parse
 from feddistill.errors import ConfigError
+from feddistill.runs import experiment
 
 
 @pytest.fixture(params=ATTACKS.values(), ids=ATTACKS.keys())

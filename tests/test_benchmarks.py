@@ -14,14 +14,15 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from feddistill import benchmarks, presets, squad, students
+from feddistill import benchmarks, metrics
 from feddistill.benchmarks import generation, likelihood
 from feddistill.cli import main
-from feddistill.config import parse
+from feddistill.config import parse, presets
+from feddistill.config.presets import PRESETS
 from feddistill.data import benchmark
 from feddistill.data.sources import read
 from feddistill.errors import ConfigError, DataError
-from feddistill.presets import PRESETS
+from feddistill.runs import trained_models
 
 
 @pytest.fixture(scope="session")
@@ -135,7 +136,7 @@ def test_spans_are_measured_by_the_official_formula(version):
     golds = [[text() for _ in range(draw.integers(2 - version, 4))] or [] for _ in given]
     golds = [of or ["the tower"] if version == 1 else of for of in golds]
     exact, f1 = official(given, golds, version)
-    found = squad.figures(given, golds, no_answer=version == 2)
+    found = metrics.squad(given, golds, no_answer=version == 2)
     assert 1 < exact < 99 > f1 > 1
     assert found["exact_match"] == pytest.approx(exact, abs=1e-6)
     assert found["f1"] == pytest.approx(f1, abs=1e-6)
@@ -144,7 +145,7 @@ def test_spans_are_measured_by_the_official_formula(version):
 def test_figures_of_squad_by_hand():
     given = ["Paris", "the company of Eiffel", "330 feet", ""]
     golds = [golds for _, _, golds in hub.SQUAD]
-    found = squad.figures(given, golds, no_answer=True)
+    found = metrics.squad(given, golds, no_answer=True)
     # exact: Paris, no answer. F1: 1, 2·(1/3·1/3)/(1/3+1/3) as "eiffels" is another word, 1/2, 1.
     assert found["exact_match"] == 50
     assert found["f1"] == pytest.approx(100 * (1 + 1 / 3 + 1 / 2 + 1) / 4, abs=1e-5)
@@ -244,7 +245,7 @@ def test_labels_are_scored_by_the_likelihood_of_their_names(tiny_causal, glue):
 
 
 def test_batches_change_no_likelihood(tiny_causal):
-    student = students.load(tiny_causal)
+    student = trained_models.load(tiny_causal)
     texts = ["a b", "a longer text with more words in it", "one", "and a third text"]
     asked = [likelihood.continuation(student, text, " and so on") for text in texts]
     together = likelihood.log_likelihoods(student, asked)
@@ -253,7 +254,7 @@ def test_batches_change_no_likelihood(tiny_causal):
 
 
 def test_the_likelier_choice_is_the_answer(tiny_causal, tmp_path):
-    student = students.load(tiny_causal)
+    student = trained_models.load(tiny_causal)
     sums = [
         likelihood.log_likelihoods(student, [likelihood.continuation(student, context, f" {text}")])[0]
         for context, texts in (
@@ -268,7 +269,7 @@ def test_the_likelier_choice_is_the_answer(tiny_causal, tmp_path):
 
 
 def test_greedy_text_is_that_of_one_prompt_at_a_time_and_ends_where_it_should(tiny_causal):
-    student = students.load(tiny_causal)
+    student = trained_models.load(tiny_causal)
     texts = ["a film", "the music of a scene and an ending", "b"]
     prompts = [likelihood.encode(student, text) for text in texts]
     found = generation.generate(student, prompts, new_tokens=8)
@@ -286,7 +287,7 @@ def test_greedy_text_is_that_of_one_prompt_at_a_time_and_ends_where_it_should(ti
 
 
 def test_a_long_prompt_loses_the_end_of_its_passage_and_nothing_else(tiny_causal):
-    student = students.load(tiny_causal)
+    student = trained_models.load(tiny_causal)
     row = {"title": "T", "context": hub.PASSAGE * 5, "question": "Where is it?"}
     preset = PRESETS["squad"]
     text = generation.fitted(student, preset.prompt, row, "context", 60)
@@ -426,7 +427,7 @@ def test_the_harness_measures_a_task_of_ones_own(tiny_causal, tmp_path):
         "metric_list: [{metric: acc}]\n"
     )
     found = evaluate(tiny_causal, "--tasks", "small", "--task-folder", tmp_path, "--limit", 3)
-    student = students.load(tiny_causal)
+    student = trained_models.load(tiny_causal)
     right = []
     for row in rows[:3]:
         asked = [

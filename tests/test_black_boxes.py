@@ -11,20 +11,22 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from feddistill import black_box, experiment, report
 from feddistill import config as configuration
-from feddistill.black_box import Endpoint, classes, fitted, function, ranked
+from feddistill import report
+from feddistill.client.client import Crew
 from feddistill.config import digest, parse
 from feddistill.config.models import CallableModel, EndpointModel
 from feddistill.engines.remote import RemoteClient
 from feddistill.errors import ConfigError, ModelError
 from feddistill.federation.protocol import Task
-from feddistill.methods.black_box import CALLED
-from feddistill.methods.client import Crew
-from feddistill.methods.feddistill import request
-from feddistill.methods.learner import Session
 from feddistill.progress import Quiet
-from feddistill.store import RunDirectory
+from feddistill.runs import experiment
+from feddistill.server.rounds import request
+from feddistill.store.run_directory import RunDirectory
+from feddistill.tasks import endpoint
+from feddistill.tasks.black_box import CALLED
+from feddistill.tasks.endpoint import Endpoint, classes, fitted, function, ranked
+from feddistill.tasks.session import Session
 
 TOP = 64
 
@@ -109,7 +111,7 @@ class Server:
 
 @pytest.fixture
 def serve(speaker, monkeypatch):
-    monkeypatch.setattr(black_box, "PAUSE", 0.01)
+    monkeypatch.setattr(endpoint, "PAUSE", 0.01)
     servers = []
 
     def start(**more):
@@ -239,7 +241,7 @@ def test_what_is_wrong_with_an_endpoint_is_said(fault, words, serve, speaker, ti
 
 
 def test_an_endpoint_that_is_not_there_and_a_key_that_is_missing(speaker, tiny_causal, monkeypatch):
-    monkeypatch.setattr(black_box, "PAUSE", 0.01)
+    monkeypatch.setattr(endpoint, "PAUSE", 0.01)
     source = EndpointModel.model_validate(served(tiny_causal, "http://127.0.0.1:9/v1"))
     with pytest.raises(ModelError, match=r"cannot be reached: .*4 tries"):
         Endpoint(source, speaker.tokenizer, "m").ask([[1, 2]], 4)
@@ -366,7 +368,7 @@ def test_rows_are_put_in_order_and_filled_up_with_what_the_others_have():
 )
 def test_what_is_wrong_with_a_function_is_said(call, words):
     with pytest.raises(ModelError, match=words):
-        black_box.Called(call, 10, "m").ask([[1, 2, 3], [1, 2, 3]], 4)
+        endpoint.Called(call, 10, "m").ask([[1, 2, 3], [1, 2, 3]], 4)
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,10 @@
 import pytest
 import yaml
 
-from feddistill.attacks import ATTACKS
+from feddistill.aggregation.attacks import ATTACKS
+from feddistill.aggregation.rules import RULES
 from feddistill.config import digest, dump, load, parse
 from feddistill.errors import ConfigError
-from feddistill.rules import RULES
 
 
 def test_the_quickstart_survives_a_round_trip():

@@ -10,9 +10,9 @@ import pytest
 import torch
 import yaml
 
-from feddistill import study
 from feddistill.cli import COMMANDS
 from feddistill.config import load, parse
+from feddistill.runs import study
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])

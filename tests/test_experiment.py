@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from feddistill import experiment, payload, training
+from feddistill import payload, training
 from feddistill.config import load, parse
 from feddistill.errors import ConfigError, FeddistillError, ModelError, RoundError, RunError
-from feddistill.store import RunDirectory
+from feddistill.runs import experiment
+from feddistill.store.run_directory import RunDirectory
 
 VARIES = {"seconds", "peak_memory_bytes", "environment"}
 
@@ -77,7 +78,7 @@ def test_another_seed_gives_another_run(finished, tiny_settings, tmp_path):
 KILLER = """
 import os, signal, sys
 from pathlib import Path
-from feddistill import aggregation, answering, experiment, training
+from feddistill import answering, experiment, training
 from feddistill.config import load
 
 phase, count = sys.argv[1], int(sys.argv[2])

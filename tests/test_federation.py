@@ -8,16 +8,18 @@ import torch
 from elsewhere_fixtures import NAMES, PATIENCE, Elsewhere, decided, run
 from safetensors.torch import load, save
 
-from feddistill import data, experiment, payload
+from feddistill import data, payload
+from feddistill.client.in_process import LocalTransport
 from feddistill.config import parse
 from feddistill.engines.remote import RemoteClient
 from feddistill.errors import ConfigError, ModelError, RoundError
 from feddistill.federation.journal import EVENTS, METRICS
 from feddistill.federation.protocol import Reply
 from feddistill.methods.averaging import averaged
-from feddistill.methods.correspondence import task_of
-from feddistill.methods.learner import Average, Engine, Session
-from feddistill.store import RunDirectory
+from feddistill.runs import experiment
+from feddistill.server.clients import task_of
+from feddistill.store.run_directory import RunDirectory
+from feddistill.tasks.session import Average, Engine, Session
 from feddistill.types import Cost
 
 
@@ -367,7 +369,9 @@ def test_fedavg_goes_through_the_clients(config, tmp_path):
 
 def test_fedavg_takes_no_other_weights(config, tmp_path):
     directory = RunDirectory.create(tmp_path / "run", "")
-    session = Session(config, data.load(config.data, config.seed), directory, experiment.Quiet(), Engine())
+    session = Session(
+        config, data.load(config.data, config.seed), directory, experiment.Quiet(), Engine(), LocalTransport
+    )
     task = replace(task_of(session, "average", 1), blobs={"weights": save({"x": torch.zeros(3)})})
     directory.close()
     with pytest.raises(ModelError, match="not the weights of the student's architecture"):

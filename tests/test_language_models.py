@@ -16,20 +16,23 @@ from safetensors.torch import load_file
 from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from feddistill import aggregation, experiment, payload, study
-from feddistill.blocks import pack
+from feddistill import payload
+from feddistill.aggregation.answers import Known, answered, silent
+from feddistill.aggregation.rules import RULES
+from feddistill.aggregation.teacher import aggregate
 from feddistill.config import dump, parse
 from feddistill.config.models import ModelConfig, TrainedTokenizer
 from feddistill.config.training import DistillConfig
 from feddistill.errors import ConfigError, ModelError
-from feddistill.evaluation import language
-from feddistill.heads import head_of, hidden_states
-from feddistill.methods import wire
+from feddistill.federation import encoding
+from feddistill.metrics import language
+from feddistill.modelio.outputs import head_of, hidden_states
+from feddistill.modelio.packing import pack
 from feddistill.models import causal
 from feddistill.models.tokenizers import fingerprint, tokenizer_of
 from feddistill.report import studies
-from feddistill.rules import RULES
-from feddistill.tensorfile import TopKFile
+from feddistill.runs import experiment, study
+from feddistill.store.logit_files import TopKFile
 from feddistill.training.blocks import (
     NOT_TAUGHT,
     block_loss,
@@ -202,9 +205,9 @@ def test_a_row_without_an_opinion_travels(codec):
     rows = topk_compress(torch.randn(6, 50), 4)
     rows.log_probs[2], rows.log_tail[2], rows.ids[2] = -math.inf, 0.0, torch.arange(4, dtype=torch.int32)
     spec = spec_of(6, codec)
-    sent = payload.encode(wire.compress_parts([rows], spec, 0), spec, "a")
-    found = wire.topk(payload.admit(payload.seal(sent, spec, "a"), sent, spec, set()))
-    assert aggregation.answered(found).tolist() == [True, True, False, True, True, True]
+    sent = payload.encode(encoding.compress_parts([rows], spec, 0), spec, "a")
+    found = encoding.topk(payload.admit(payload.seal(sent, spec, "a"), sent, spec, set()))
+    assert answered(found).tolist() == [True, True, False, True, True, True]
     assert found.log_tail[2] == 0
 
 
@@ -215,7 +218,7 @@ def test_who_has_no_opinion_is_not_there(kind):
     rule = RULES[kind].model_validate({"kind": kind})
     clients = [topk_compress(torch.randn(9, 50), 4) for _ in range(6)]
     everyone = rows_by(rule, clients)
-    nothing = aggregation.silent(9, 4, 50)
+    nothing = silent(9, 4, 50)
     fewer = [*clients]
     fewer[0] = TopK(
         *(
@@ -237,15 +240,15 @@ def test_who_has_no_opinion_is_not_there(kind):
     except ConfigError:
         enough = False
     if "whole" not in rule.needs():
-        assert aggregation.answered(alone).all() == enough
-    assert not aggregation.answered(rows_by(rule, [nothing] * 6)).any()
+        assert answered(alone).all() == enough
+    assert not answered(rows_by(rule, [nothing] * 6)).any()
 
 
 def rows_by(rule, clients):
     labels = torch.randint(0, 50, (9,), generator=torch.Generator().manual_seed(2))
-    known = aggregation.Known(names=tuple("abcdef"[: len(clients)]), labels=labels)
+    known = Known(names=tuple("abcdef"[: len(clients)]), labels=labels)
     answerers = [lambda a, b, c=client: c[a:b] for client in clients]
-    return aggregation.aggregate(answerers, 9, rule, known=known, k=4).teacher
+    return aggregate(answerers, 9, rule, known=known, k=4).teacher
 
 
 def test_a_run_is_whole(finished):

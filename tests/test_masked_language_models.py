@@ -10,19 +10,20 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM
 
-from feddistill import experiment, release, report
-from feddistill.blocks import pack
+from feddistill import release, report
+from feddistill.client.client import Crew
 from feddistill.config import parse
 from feddistill.config.models import ModelConfig
 from feddistill.config.training import DistillConfig
 from feddistill.errors import ConfigError, ModelError
-from feddistill.heads import masked_states
-from feddistill.methods.client import Crew
-from feddistill.methods.feddistill import request
-from feddistill.methods.learner import Session
+from feddistill.modelio.outputs import masked_states
+from feddistill.modelio.packing import pack
 from feddistill.models import causal
 from feddistill.progress import Quiet
-from feddistill.store import RunDirectory
+from feddistill.runs import experiment
+from feddistill.server.rounds import request
+from feddistill.store.run_directory import RunDirectory
+from feddistill.tasks.session import Session
 from feddistill.training.blocks import Hiding, lessons_of
 from feddistill.training.trainer import MaskedLoss
 from feddistill_kernels import topk_compress

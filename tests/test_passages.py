@@ -14,15 +14,9 @@ from transformers import BertConfig, BertForQuestionAnswering, PreTrainedTokeniz
 
 from feddistill.config.training import DistillConfig
 from feddistill.errors import ModelError
-from feddistill.methods.reading import of_characters
-from feddistill.passages import NOWHERE, likeliest, pages
-from feddistill.training.questions import (
-    QuestionLessons,
-    hardened,
-    places_of,
-    said_of_tokens,
-    together,
-)
+from feddistill.modelio.passages import NOWHERE, likeliest, pages
+from feddistill.tasks.question_answering import of_characters
+from feddistill.training.spans import QuestionLessons, hardened, places_of, said_of_tokens, together
 from feddistill.training.trainer import QuestionLoss
 from feddistill.types import NO_LABEL
 from feddistill_kernels import TopK

@@ -2,8 +2,8 @@
 
 import pytest
 
-from feddistill import experiment
 from feddistill.config import parse
+from feddistill.runs import experiment
 
 
 @pytest.mark.parametrize(

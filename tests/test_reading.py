@@ -20,20 +20,21 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from feddistill import experiment, planning, squad, students
+from feddistill import metrics
 from feddistill.benchmarks import extraction
 from feddistill.cli import main
+from feddistill.client.client import Crew
 from feddistill.config import parse
 from feddistill.config.data import FileSource, PresetSource
 from feddistill.data import benchmark
 from feddistill.data.sources import read
 from feddistill.errors import ConfigError, DataError, ModelError
-from feddistill.methods.client import Crew
-from feddistill.methods.feddistill import request
-from feddistill.methods.learner import Session
-from feddistill.passages import likeliest
+from feddistill.modelio.passages import likeliest
 from feddistill.progress import Quiet
-from feddistill.store import RunDirectory
+from feddistill.runs import experiment, plan, trained_models
+from feddistill.server.rounds import request
+from feddistill.store.run_directory import RunDirectory
+from feddistill.tasks.session import Session
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +139,7 @@ def test_the_server_is_told_no_answers_but_those_it_has(file, tmp_path):
 
 def test_a_plan_foretells_what_a_run_takes(run, file):
     settings = parse(made.settings(file, baselines=["public_only", "local_only", "centralized", "fedavg"]))
-    foretold = planning.plan(experiment.resolve(settings), experiment.check(settings))
+    foretold = plan.plan(experiment.resolve(settings), experiment.check(settings))
     result = json.loads((run / "result.json").read_text())
     for phase, operations in result["flops"].items():
         if operations:
@@ -197,7 +198,7 @@ def test_what_is_exported_answers_as_the_student_does(run, tmp_path, capsys):
     body = (folder / "README.md").read_text()
     assert "pipeline_tag: question-answering" in body
     assert "points at the answer" in body
-    student = students.load(run)
+    student = trained_models.load(run)
     theirs = AutoModelForQuestionAnswering.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     batch = tokenizer("What did Anna leave?", "Anna left a blue hat.", return_tensors="pt")
@@ -298,9 +299,9 @@ def test_a_model_points_at_its_answers_in_windows(reader, tmp_path, version):
     long = " ".join([hub.PASSAGE] * 3)
     given = [by_hand(reader, question, hub.PASSAGE, hard=version == 2) for question, _ in rows]
     right = [golds for _, golds in rows]
-    wanted = squad.figures(given, right, no_answer=version == 2)
+    wanted = metrics.squad(given, right, no_answer=version == 2)
     assert {key: found[key] for key in wanted} == pytest.approx(wanted, abs=1e-5)
-    student = students.load(reader)
+    student = trained_models.load(reader)
     questions = [question for question, _ in rows]
     said = extraction.extract(
         student, questions, [long] * len(rows), lambda *_: None, unanswerable=version == 2
@@ -426,5 +427,5 @@ def test_the_figures_are_those_of_the_spans(file, tmp_path):
         passage = test.question(row)[1]
         given.append(passage[page.starts[first] : page.ends[last]])
         golds.append([passage[a:b] for a, b in test.answers[row]])
-    assert found["f1"] == pytest.approx(squad.figures(given, golds)["f1"] / 100, abs=1e-6)
+    assert found["f1"] == pytest.approx(metrics.squad(given, golds)["f1"] / 100, abs=1e-6)
     session.run.close()

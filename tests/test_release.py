@@ -11,13 +11,14 @@ import yaml
 from click.testing import CliRunner
 from language_fixtures import GPT2, LLAMA, tiny
 
-from feddistill import experiment, models, release, students
+from feddistill import models, release
 from feddistill.cli import main
 from feddistill.config import parse
+from feddistill.config.presets import PRESETS
 from feddistill.errors import ModelError, RunError
-from feddistill.evaluation import classification
+from feddistill.metrics import classification
 from feddistill.models import causal
-from feddistill.presets import PRESETS
+from feddistill.runs import experiment, trained_models
 
 TEXTS = ["a warm film and a bright scene", "a dull story", "noisy " * 40]
 
@@ -107,7 +108,7 @@ def card_of(folder):
 
 def logits_of_run(run):
     """By the run's own code: its model built anew, its weights put back."""
-    student = students.of_run(run)
+    student = trained_models.of_run(run)
     tokens = student.specialist.encode(tuple(TEXTS))
     with torch.no_grad():
         found = [student.model(input_ids=torch.tensor([ids])).logits[0] for ids in tokens]
@@ -233,7 +234,7 @@ def test_without_a_network_the_export_is_there_and_one_line_says_so(run, tmp_pat
 def test_a_language_model_is_exported_as_transformers_generates(tiny_causal, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    student = students.of_folder(tiny_causal)
+    student = trained_models.of_folder(tiny_causal)
     student.model.config.use_cache = False  # as training leaves it
     release.write_model(student, tmp_path)
     model, tokenizer = (a.from_pretrained(tmp_path) for a in (AutoModelForCausalLM, AutoTokenizer))
@@ -244,14 +245,14 @@ def test_a_language_model_is_exported_as_transformers_generates(tiny_causal, tmp
         torch.testing.assert_close(model(ids).logits, student.model(ids).logits)
     written = model.generate(ids, max_new_tokens=5, do_sample=False)
     assert ids.shape[1] < written.shape[1] <= ids.shape[1] + 5
-    assert students.of_folder(tmp_path).max_tokens == student.max_tokens
+    assert trained_models.of_folder(tmp_path).max_tokens == student.max_tokens
 
 
 def test_figures_of_the_release_are_those_of_the_definition(run, glue):
     """The benchmark's figures are those of the run's own answers to the split's rows."""
     from feddistill import benchmarks
 
-    student = students.of_run(run)
+    student = trained_models.of_run(run)
     rows = hub.reviews(40, 1)
     tokens = student.specialist.encode(tuple(row["sentence"] for row in rows))
     with torch.no_grad():

@@ -16,15 +16,16 @@ from answers_fixtures import (
     total_variation,
 )
 
-from feddistill.aggregation import Known, aggregate
-from feddistill.attacks import LeastLikely, SecondBest, Sight
+from feddistill.aggregation.answers import Known
+from feddistill.aggregation.attacks import LeastLikely, SecondBest, Sight
+from feddistill.aggregation.rules import RULES, MeanProbs
+from feddistill.aggregation.rules.block import dense
+from feddistill.aggregation.rules.distance import Cronus, Krum, MultiKrum
+from feddistill.aggregation.rules.means import Era, MeanLogits, PriorCorrected
+from feddistill.aggregation.rules.order import MeanAroundMedian, TrimmedMean
+from feddistill.aggregation.rules.remembered import ExpGuard
+from feddistill.aggregation.teacher import aggregate
 from feddistill.errors import ConfigError
-from feddistill.rules import RULES, MeanProbs
-from feddistill.rules.block import dense
-from feddistill.rules.distance import Cronus, Krum, MultiKrum
-from feddistill.rules.means import Era, MeanLogits, PriorCorrected
-from feddistill.rules.order import MeanAroundMedian, TrimmedMean
-from feddistill.rules.remembered import ExpGuard
 from feddistill.types import ClientDescription
 from feddistill_kernels import aggregate_topk
 
@@ -173,7 +174,7 @@ def test_the_floor_bounds_a_veto(honest):
 
 @pytest.mark.parametrize("kind", [MeanProbs, MeanLogits])
 def test_means_are_numpys(kind, honest):
-    from feddistill.weights import Weights
+    from feddistill.aggregation.client_weights import Weights
 
     weights = torch.rand(CLIENTS)
     stack, w = torch.stack(honest).double().numpy(), (weights / weights.sum()).double().numpy()

@@ -5,9 +5,11 @@ import json
 import pytest
 import yaml
 
-from feddistill import config, experiment, sharing, students, study
+from feddistill import config
 from feddistill.config import parse
-from feddistill.store import read_object
+from feddistill.runs import experiment, study, trained_models
+from feddistill.store.run_directory import read_object
+from feddistill.tasks import step_cache
 
 CHANGED = {
     "rounds": 2,
@@ -79,8 +81,8 @@ def test_a_shared_step_does_not_depend_on_what_differs(beginning, more, whole, t
     experiment.run(changed, tmp_path / "other")
     assert done(tmp_path / "other", beginning) == done(whole / "alone", beginning)
     plain = settings(tiny_settings)
-    (independent,) = [names for start, names in sharing.INDEPENDENT.items() if start.startswith(beginning)]
-    assert sharing.key(changed, independent) == sharing.key(plain, independent)
+    (independent,) = [names for start, names in step_cache.INDEPENDENT.items() if start.startswith(beginning)]
+    assert step_cache.key(changed, independent) == step_cache.key(plain, independent)
 
 
 def test_what_is_there_is_taken_over(whole, tiny_settings, tmp_path, monkeypatch):
@@ -131,7 +133,7 @@ def test_a_study_may_leave_no_weights(whole, tiny_settings, tmp_path):
     for place in ("alone", "baselines", "rounds/*/specialists", "rounds/*/student.safetensors"):
         assert not list(run.glob(place)), place
     assert list(run.glob("rounds/002/payloads/*.safetensors"))
-    for ask in (experiment.evaluate, students.load):
+    for ask in (experiment.evaluate, trained_models.load):
         with pytest.raises(experiment.RunError, match=r"left no weights: .* keep_checkpoints: none"):
             ask(run)
 

@@ -8,10 +8,11 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 import yaml
 
-from feddistill import experiment, report, study
+from feddistill import report
+from feddistill.config.tasks import TASKS
 from feddistill.errors import ConfigError, RunError
 from feddistill.report import comparison, studies
-from feddistill.tasks import TASKS
+from feddistill.runs import experiment, study
 
 
 @pytest.fixture

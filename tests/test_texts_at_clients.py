@@ -6,10 +6,11 @@ import shutil
 import pytest
 from elsewhere_fixtures import NAMES, Elsewhere, decided, institutions, run
 
-from feddistill import experiment, payload, revision
+from feddistill import payload
 from feddistill.config import parse
 from feddistill.errors import ConfigError, FeddistillError
 from feddistill.federation.protocol import Task
+from feddistill.runs import experiment, rerun
 
 
 @pytest.fixture
@@ -76,9 +77,9 @@ class TestTextsAtClients:
         run(apart, tmp_path / "run", Elsewhere(tmp_path / "state", files))
         shutil.rmtree(tmp_path / "state")
         shutil.rmtree(tmp_path / "institutions")
-        made = revision.aggregate(tmp_path / "run", tmp_path / "again", ("aggregation.rule=median",))
+        made = rerun.aggregate(tmp_path / "run", tmp_path / "again", ("aggregation.rule=median",))
         assert len(made) == 2
-        revision.distill(tmp_path / "run", tmp_path / "other", ("distill.temperature=1",))
+        rerun.distill(tmp_path / "run", tmp_path / "other", ("distill.temperature=1",))
 
     def test_a_late_answer_is_merged_and_a_missing_one_not_asked_for(self, apart, files, tmp_path):
         apart = parse(apart.model_dump(mode="json") | {"aggregation": {"quorum": 2}})
@@ -86,7 +87,7 @@ class TestTextsAtClients:
         transport.fault = lambda task, name: [] if (task.round, name) == (2, "client-2") else None
         run(apart, tmp_path / "run", transport)
         shutil.rmtree(tmp_path / "institutions")
-        (first, second) = revision.aggregate(tmp_path / "run", tmp_path / "again", ())
+        (first, second) = rerun.aggregate(tmp_path / "run", tmp_path / "again", ())
         assert [len(first["uploads"]), len(second["uploads"])] == [3, 2]
         # It answers after all, by whatever way.
         spec = payload.parse_spec((tmp_path / "run/rounds/002/spec.json").read_bytes())
@@ -95,12 +96,12 @@ class TestTextsAtClients:
         content = payload.encode(answers, spec, "client-2")
         (tmp_path / "late.safetensors").write_bytes(content)
         (tmp_path / "late.json").write_bytes(payload.seal(content, spec, "client-2"))
-        made = revision.aggregate(
+        made = rerun.aggregate(
             tmp_path / "run", tmp_path / "merged", (), late=[tmp_path / "late.safetensors"]
         )
         assert [len(made[0]["uploads"]), len(made[1]["uploads"])] == [3, 3]
         with pytest.raises(ConfigError, match="its clients are elsewhere"):
-            revision.forget(tmp_path / "run", tmp_path / "without", ["client-0"])
+            rerun.forget(tmp_path / "run", tmp_path / "without", ["client-0"])
 
     def test_the_page_of_a_run_says_what_is_not_known(self, apart, files, tmp_path):
         from feddistill import report

@@ -9,14 +9,15 @@ import yaml
 from elsewhere_fixtures import NAMES, Elsewhere, institutions, run
 from safetensors.numpy import load
 
-from feddistill import keys, payload
+from feddistill import payload
 from feddistill.config import parse
 from feddistill.errors import ConfigError, RoundError, RunError
-from feddistill.methods import told
-from feddistill.methods.correspondence import task_of
-from feddistill.methods.learner import Session
+from feddistill.payload import keys
 from feddistill.progress import Quiet
-from feddistill.store import RunDirectory
+from feddistill.server import reports
+from feddistill.server.clients import task_of
+from feddistill.store.run_directory import RunDirectory
+from feddistill.tasks.session import Session
 from feddistill.types import Cost
 
 COUNTS = {"kind": "mean_probs", "weights": "class_counts"}
@@ -60,13 +61,13 @@ OTHERWISE = {"client": "client-1", "examples": None, "class_counts": [1.0] * 10}
     ids=str,
 )
 def test_a_description_has_one_form(described):
-    assert told.description(OTHERWISE, "client-1", {"class_counts"}, 10) is not None
-    assert told.description(OTHERWISE | described, "client-1", {"class_counts"}, 10) is None
+    assert reports.description(OTHERWISE, "client-1", {"class_counts"}, 10) is not None
+    assert reports.description(OTHERWISE | described, "client-1", {"class_counts"}, 10) is None
 
 
 @pytest.mark.parametrize("said", [None, 5, [], "x", {}, {"examples": 3}])
 def test_what_is_no_description_is_none(said):
-    assert told.description(said, "client-1", set(), 10) is None
+    assert reports.description(said, "client-1", set(), 10) is None
 
 
 @pytest.mark.parametrize(
@@ -87,8 +88,8 @@ def test_what_is_no_description_is_none(said):
     ids=str,
 )
 def test_what_a_training_came_to_has_one_form(said):
-    assert told.training({"costs": {"train": COST}}, figures=True) == {"costs": {"train": COST}}
-    assert told.training(said, figures=True) is None
+    assert reports.training({"costs": {"train": COST}}, figures=True) == {"costs": {"train": COST}}
+    assert reports.training(said, figures=True) is None
 
 
 def test_who_describes_itself_otherwise_takes_no_part(brief, tmp_path):
@@ -115,12 +116,12 @@ def test_what_is_not_asked_for_is_not_kept():
         "loss": [1.0],
         "weights": "",
     }
-    assert told.training(said, figures=False) == {"costs": {"train": COST, "evaluate": COST}}
-    assert told.training(said, figures=True)["test"] == {"accuracy": 1.0}
-    own = told.description({"client": "a", "examples": 5, "class_counts": [1, 2]}, "a", {"size"}, 2)
+    assert reports.training(said, figures=False) == {"costs": {"train": COST, "evaluate": COST}}
+    assert reports.training(said, figures=True)["test"] == {"accuracy": 1.0}
+    own = reports.description({"client": "a", "examples": 5, "class_counts": [1, 2]}, "a", {"size"}, 2)
     assert (own.examples, own.class_counts) == (5, None)
-    assert told.description({"client": "a", "examples": 0}, "a", {"size"}, 2) is None
-    assert told.cost({"seconds": True}) == Cost()
+    assert reports.description({"client": "a", "examples": 0}, "a", {"size"}, 2) is None
+    assert reports.cost({"seconds": True}) == Cost()
 
 
 @pytest.fixture

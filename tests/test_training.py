@@ -6,11 +6,12 @@ from torch.nn import functional
 
 from feddistill import models
 from feddistill.accounting import FlopMeter
-from feddistill.answering import answer
-from feddistill.batches import pad
 from feddistill.config.models import HubModel, ModelConfig
 from feddistill.config.training import DistillConfig, TrainingConfig
-from feddistill.training import NO_LABEL, Lessons, fit, lesson_loss, steps_of
+from feddistill.modelio.inference import answer
+from feddistill.modelio.padding import pad
+from feddistill.training import Lessons, fit, lesson_loss, steps_of
+from feddistill.types import NO_LABEL
 
 ROWS, CLASSES = 6, 4
 

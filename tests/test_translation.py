@@ -9,19 +9,21 @@ import torch
 from language_fixtures import GPT2, LLAMA, TOKENIZER, outcome, tiny
 from safetensors.numpy import load
 
-from feddistill import aggregation, experiment, payload
+from feddistill import payload
+from feddistill.aggregation.answers import answered, first_choice
+from feddistill.client.client import Crew
 from feddistill.config import parse
 from feddistill.config.models import TrainedTokenizer
 from feddistill.errors import ConfigError, ModelError
-from feddistill.methods import wire
-from feddistill.methods.client import Crew
-from feddistill.methods.learner import Session
-from feddistill.methods.translation import Side, Tally, by_edit_distance, by_spans, needed, translate
+from feddistill.federation import encoding
 from feddistill.models import causal
 from feddistill.models.tokenizers import tokenizer_of
 from feddistill.progress import Quiet
-from feddistill.store import RunDirectory
-from feddistill.tensorfile import stacked
+from feddistill.runs import experiment
+from feddistill.store.logit_files import stacked
+from feddistill.store.run_directory import RunDirectory
+from feddistill.tasks.session import Session
+from feddistill.tasks.translation import Side, Tally, by_edit_distance, by_spans, needed, translate
 from feddistill.training.blocks import NOT_TAUGHT
 from feddistill.types import TextSet
 from feddistill_kernels import topk_compress
@@ -75,8 +77,8 @@ def test_who_speaks_in_other_tokens_answers_in_the_students(mixed):
                 (out / f"rounds/00{number}/payloads/{name}{end}").read_bytes()
                 for end in (".json", ".safetensors")
             )
-            rows = wire.topk(payload.admit(envelope, content, spec, set()))
-            share = float(aggregation.answered(rows).double().mean())
+            rows = encoding.topk(payload.admit(envelope, content, spec, set()))
+            share = float(answered(rows).double().mean())
             if name not in told:
                 assert share == 1
                 continue
@@ -122,12 +124,12 @@ def test_who_speaks_in_other_tokens_learns_from_the_teacher(mixed):
     taught = rows[rows != NOT_TAUGHT]
     assert 0.5 < len(taught) / len(rows) <= 1
     assert given.teacher.vocab_size == 340
-    assert aggregation.answered(given.teacher).all()
+    assert answered(given.teacher).all()
     assert (mass_of(given.teacher) - 1).abs().max() < 1e-5
 
 
 def test_a_run_of_two_tokenizers_resumes_to_the_same_payloads(mixed, tmp_path, monkeypatch):
-    original, calls = wire.compress_parts, []
+    original, calls = encoding.compress_parts, []
 
     def failing(*args):
         found = original(*args)
@@ -137,7 +139,7 @@ def test_a_run_of_two_tokenizers_resumes_to_the_same_payloads(mixed, tmp_path, m
         return found
 
     with monkeypatch.context() as patched:
-        patched.setattr(wire, "compress_parts", failing)
+        patched.setattr(encoding, "compress_parts", failing)
         with pytest.raises(KeyboardInterrupt):
             experiment.run(of_two_tokenizers(), tmp_path / "run")
     assert (tmp_path / "run/records/rounds/001/student.json").exists()
@@ -197,12 +199,12 @@ def test_what_is_projected_is_a_distribution(step, alignment, tmp_path):
     said = topk_compress(logits + torch.rand(len(rows), 290), 64, id_order=False)
     pieces = [said[a : a + 2] for a in range(0, len(rows), 2)]
     found = stacked(list(translate(pieces, rows, asked, theirs, mine, way, 5, tally)))
-    good = aggregation.answered(found)
+    good = answered(found)
     assert len(found) == len(asked) == tally.rows
     assert (mass_of(found) - 1).abs().max() < 1e-6
     assert 0 < tally.record()["coverage"] < 1
     assert tally.answered == int(good.sum()) > len(asked) / 2
-    right = aggregation.answers.first_choice(found) == torch.from_numpy(mine.blocks.targets[asked])
+    right = first_choice(found) == torch.from_numpy(mine.blocks.targets[asked])
     assert right[good].double().mean() > 0.9, "who knows the text knows it in other tokens too"
 
 

@@ -5,11 +5,12 @@ import pytest
 import torch
 from answers_fixtures import combine, honest_answers, labels_of
 
-from feddistill.aggregation import Known, weigh
-from feddistill.attacks import LeastLikely, SecondBest, Sight
-from feddistill.rules import MeanProbs
+from feddistill.aggregation.answers import Known
+from feddistill.aggregation.attacks import LeastLikely, SecondBest, Sight
+from feddistill.aggregation.client_weights import CAP, FLOOR, by_validation, mixture_weights, verified
+from feddistill.aggregation.rules import MeanProbs
+from feddistill.aggregation.teacher import weigh
 from feddistill.types import ClientDescription
-from feddistill.weights import CAP, FLOOR, by_validation, mixture_weights, verified
 
 
 def weights_of(kind, crew, answers):

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from feddistill.rules.block import Block, dense, sparse
-from feddistill.rules.rule import Memory
+from feddistill.aggregation.client_weights import class_counts
+from feddistill.aggregation.rules.block import Block, dense, sparse
+from feddistill.aggregation.rules.rule import Memory
 from feddistill.types import ClientDescription
-from feddistill.weights import class_counts
 from feddistill_kernels import TopK
 
 CHUNK = 1 << 20

@@ -5,15 +5,16 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from feddistill import answering, evaluation
+from feddistill import metrics
 from feddistill.accounting import FlopMeter
 from feddistill.benchmarks.generation import fitted
 from feddistill.benchmarks.likelihood import continuation, encode, log_likelihoods
+from feddistill.config.presets import Preset
 from feddistill.data import benchmark
 from feddistill.errors import DataError
-from feddistill.presets import Preset
-from feddistill.store import Json
-from feddistill.students import Student
+from feddistill.modelio import inference
+from feddistill.runs.trained_models import Student
+from feddistill.store.run_directory import Json
 from feddistill.types import Tick
 
 LINKS = {"cause": "because", "effect": "therefore"}
@@ -35,7 +36,7 @@ def by_answers(student: Student, preset: Preset, columns: benchmark.Columns, tic
             f"{student.name} knows {', '.join(student.labels)}"
         )
     texts = benchmark.texts(preset, columns)
-    answers = answering.answer(
+    answers = inference.answer(
         student.model,
         student.specialist.encode(texts),
         len(student.labels),
@@ -91,7 +92,7 @@ def figures(
 
     index = {name: place for place, name in enumerate(names)}
     right = np.array([index[label] for label in labels], np.int64)
-    found: Json = dict(evaluation.classification(log_probs, right).as_dict())
+    found: Json = dict(metrics.classification(log_probs, right).as_dict())
     if preset.positive is not None:
         place = index[preset.positive]
         score = f1_score(right == place, log_probs.argmax(1) == place, zero_division=0.0)

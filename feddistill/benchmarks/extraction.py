@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 
-from feddistill import answering
 from feddistill.accounting import FlopMeter
-from feddistill.batches import PAD_TO
-from feddistill.heads import takes_types
-from feddistill.passages import Page, likeliest, pages
-from feddistill.students import Student
+from feddistill.modelio import inference
+from feddistill.modelio.outputs import takes_types
+from feddistill.modelio.padding import PAD_TO
+from feddistill.modelio.passages import Page, likeliest, pages
+from feddistill.runs.trained_models import Student
 from feddistill.types import Tick
 
 ANSWER_TOKENS = 30
@@ -42,7 +42,7 @@ def extract(
         )
         cut += made
         rows += [row] * len(made)
-    said = answering.answer_pages(
+    said = inference.answer_pages(
         student.model,
         cut,
         pad_id=student.specialist.pad_id,

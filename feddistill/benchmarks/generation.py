@@ -7,7 +7,7 @@ from transformers import GenerationConfig
 
 from feddistill.benchmarks.likelihood import encode, prefix_of
 from feddistill.errors import ModelError
-from feddistill.students import Student
+from feddistill.runs.trained_models import Student
 from feddistill.types import Tick
 
 

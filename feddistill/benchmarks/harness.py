@@ -5,8 +5,8 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from feddistill.errors import ConfigError, DataError
-from feddistill.store import Json
-from feddistill.students import Student
+from feddistill.runs.trained_models import Student
+from feddistill.store.run_directory import Json
 
 
 def evaluate(

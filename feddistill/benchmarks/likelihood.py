@@ -9,10 +9,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from feddistill.batches import pad
 from feddistill.errors import ModelError
+from feddistill.modelio.padding import pad
 from feddistill.models.tokenizers import end_id
-from feddistill.students import Student
+from feddistill.runs.trained_models import Student
 from feddistill.types import Tick
 
 ROWS = 2048

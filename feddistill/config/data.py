@@ -5,9 +5,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from feddistill import presets
+from feddistill.config import presets
 from feddistill.errors import ConfigError
-from feddistill.setting import Setting
+from feddistill.settings_model import Setting
 
 
 class EmbeddedSource(Setting):

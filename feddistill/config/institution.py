@@ -9,7 +9,7 @@ from feddistill.config import one_line
 from feddistill.config.data import FileSource, Source
 from feddistill.config.models import ModelConfig
 from feddistill.errors import ConfigError
-from feddistill.setting import Setting
+from feddistill.settings_model import Setting
 
 
 class Institution(Setting):

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from feddistill.setting import Setting
+from feddistill.settings_model import Setting
 
 
 class HubModel(Setting):

@@ -4,11 +4,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 from pydantic import BeforeValidator, Field
 
-from feddistill.attacks import ATTACKS, Attack
+from feddistill.aggregation.attacks import ATTACKS, Attack
+from feddistill.aggregation.rules import RULES, MeanProbs, Rule
 from feddistill.config.models import ModelConfig
 from feddistill.errors import ConfigError
-from feddistill.rules import RULES, MeanProbs, Rule
-from feddistill.setting import Setting, named
+from feddistill.settings_model import Setting, named
 
 
 class TrainingConfig(Setting):
@@ -181,41 +181,6 @@ class DistillConfig(Setting):
     """Earlier rounds' teachers that the student learns from besides the newest, in as many steps."""
     accept: Literal["improve", "always"] = "improve"
     """Whether a round that makes the student worse on validation is rolled back before the next."""
-
-
-class FedAvgConfig(Setting):
-    """Of the baselines ``fedavg`` and ``feddf``, in which clients train the student's architecture."""
-
-    epochs: float | None = Field(default=None, gt=0)
-    """Of each client in each round; ``null`` for ``clients.training.epochs``."""
-    proximal: float = Field(default=0.0, ge=0)
-    """FedProx: weight of the squared distance from the round's first weights, halved."""
-
-
-class FedMdConfig(Setting):
-    """Of the baseline ``fedmd``."""
-
-    digest_epochs: float = Field(default=1.0, gt=0)
-    """Over the proxy texts, by the consensus, in each round."""
-    revisit_epochs: float = Field(default=1.0, gt=0)
-    """Over the private texts, in each round."""
-
-
-class FedLoraConfig(Setting):
-    """Of the baseline ``fedlora``."""
-
-    rank: int = Field(default=8, ge=1)
-    alpha: float = Field(default=16.0, gt=0)
-    """Adapters are scaled by ``alpha / rank``."""
-
-
-class FedFedConfig(Setting):
-    """Of the baseline ``fedfed``."""
-
-    share: float = Field(default=0.3, gt=0, le=1)
-    """Of each private text's tokens, the most sensitive ones, that all clients are given."""
-    noise: float = Field(default=0.1, ge=0, le=1)
-    """Share of these that are replaced by random tokens."""
 
 
 class StudentConfig(Setting):

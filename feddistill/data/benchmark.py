@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from feddistill.config.presets import Preset
 from feddistill.data import hub
 from feddistill.errors import DataError
-from feddistill.presets import Preset
 from feddistill.types import Span
 
 Columns = dict[str, list[Any]]

@@ -8,7 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from feddistill import presets
+from feddistill.config import presets
 from feddistill.config.data import Columns, EmbeddedSource, FileSource, HubSource, PresetSource, Source
 from feddistill.data import benchmark, hub
 from feddistill.errors import DataError

@@ -8,17 +8,19 @@ from pathlib import Path
 import numpy as np
 
 from feddistill import config as configuration
-from feddistill import data, experiment, keys
+from feddistill import data
+from feddistill.client.client import Client, Crew
+from feddistill.client.handler import Agent, receive
 from feddistill.config import Config, institution
 from feddistill.config.data import AtClientsPartition
 from feddistill.errors import ConfigError, DataError, RunError
 from feddistill.federation.protocol import Reply, Task
-from feddistill.keys import PrivateKey
-from feddistill.methods.agent import Agent, receive
-from feddistill.methods.client import Client, Crew
-from feddistill.methods.learner import Session
+from feddistill.payload import keys
+from feddistill.payload.keys import PrivateKey
 from feddistill.progress import Quiet
-from feddistill.store import CONFIG, RunDirectory
+from feddistill.runs import experiment
+from feddistill.store.run_directory import CONFIG, RunDirectory
+from feddistill.tasks.session import Session
 from feddistill.types import UNLABELLED, Splits, TextSet
 
 PROXY = "proxy.jsonl"

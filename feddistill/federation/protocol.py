@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from feddistill.store import Json
+from feddistill.store.run_directory import Json
 
 Kind = Literal["describe", "publish", "digest", "train", "answer", "average"]
 
@@ -65,6 +65,10 @@ class Transport(Protocol):
         """
         ...
 
+    def tidy(self, number: int) -> None:
+        """Delete client weights in the server's run directory that no round after ``number`` starts from."""
+        ...
+
 
 class Nobody:
     """Of a run that is decided again: its clients were elsewhere, and are not asked."""
@@ -78,6 +82,9 @@ class Nobody:
     def ask(self, task: Task, clients: Sequence[str], timeout: float) -> Iterator[Reply]:
         """See ``Transport``."""
         return iter(())
+
+    def tidy(self, number: int) -> None:
+        """See ``Transport``."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """Federated averaging of the student's weights: what ``fedavg`` and ``feddf`` have in common."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 
 import torch
@@ -9,9 +9,12 @@ from torch import Tensor
 
 from feddistill import models, training
 from feddistill.accounting import measure
-from feddistill.methods.learner import Averager, Learner, Session, later
-from feddistill.methods.learners import learner_of
-from feddistill.store import Json
+from feddistill.client.local_update import trained_by
+from feddistill.methods.job import Job, evaluation, rounds_asked
+from feddistill.store.run_directory import Json
+from feddistill.tasks.choose import learner_of
+from feddistill.tasks.learner import Learner
+from feddistill.tasks.session import Averager, Session
 from feddistill.training import Lessons
 from feddistill.types import Cost, TextSet
 
@@ -76,35 +79,6 @@ def averaged(states: list[dict[str, Tensor]], examples: list[int]) -> dict[str, 
     return {name: mean(name) for name in states[0]}
 
 
-def trained_by(
-    session: Session,
-    learner: Learner,
-    name: str,
-    number: int,
-    start: str | None,
-    private: TextSet,
-    taught: Callable[[TextSet], Lessons],
-) -> Json:
-    """A client's part of round ``number``, from the weights in file ``start``; the record of the step."""
-    config = session.config
-    settings = config.clients.training
-    if config.fedavg.epochs is not None:
-        settings = settings.model_copy(update={"epochs": config.fedavg.epochs})
-    if number > 1:
-        settings = later(settings, None, config.clients.codistillation.head_learning_rate)
-    lessons = taught(private)
-    return learner.step(
-        f"baselines/{name}/{number:03d}/clients/{private.name}",
-        f"{name}: round {number}: {private.name} learns",
-        start,
-        lambda: lessons,
-        settings,
-        steps=training.steps_of(settings, len(lessons.tokens)),
-        proximal=config.fedavg.proximal,
-        evaluate=False,
-    )
-
-
 def _round_elsewhere(
     session: Session, learner: Learner, name: str, number: int, start: str | None, averager: Averager
 ) -> Json:
@@ -161,3 +135,17 @@ def _round(
     sent = 4 * models.trained_count(learner.model) * len(clients)
     content["bytes"] = {"uplink": sent, "downlink": sent}
     return run.commit(step, content, [content["weights"]])
+
+
+def averaging_jobs(
+    session: Session, name: str, learner: Learner, shared: Sequence[Sequence[int]] = ()
+) -> Iterator[Job]:
+    """The jobs of ``rounds``; ``shared`` are texts that every client trains on besides its own."""
+    config, phase = session.config, f"baseline_{name}"
+    settings = config.clients.training
+    if config.fedavg.epochs is not None:
+        settings = settings.model_copy(update={"epochs": config.fedavg.epochs})
+    for private, asked in zip(session.splits.private, rounds_asked(session), strict=True):
+        texts = [*learner.tokens(private), *shared]
+        yield Job(phase, learner, texts, settings, training.steps_of(settings, len(texts)), len(asked))
+    yield from evaluation(session, learner, config.rounds)

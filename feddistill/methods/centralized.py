@@ -1,16 +1,25 @@
 """Baseline: the student on all private texts in one place, which nobody could do. An upper bound."""
 
+from collections.abc import Iterator
+
 import numpy as np
 
-from feddistill.methods.learner import Session
-from feddistill.methods.learners import student_rounds
-from feddistill.store import Json
+from feddistill.methods.job import Job
+from feddistill.methods.student_alone import student_jobs, student_rounds
+from feddistill.store.run_directory import Json
+from feddistill.tasks.learner import Learner
+from feddistill.tasks.session import Session
 from feddistill.types import TextSet
 
 
 def run(session: Session) -> Json:
     """The student's steps, on the pool of the clients' labelled texts."""
     return {"rounds": student_rounds(session, "centralized", pool(session.splits.private))}
+
+
+def plan(session: Session, learners: list[Learner], student: Learner) -> Iterator[Job]:
+    """The jobs of ``run``."""
+    return student_jobs(session, "centralized", student, pool(session.splits.private))
 
 
 def pool(sets: tuple[TextSet, ...]) -> TextSet:

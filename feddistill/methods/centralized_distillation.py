@@ -3,6 +3,7 @@
 What distillation could do if nobody had to share answers instead of texts: an upper bound of the method.
 """
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 
@@ -11,8 +12,10 @@ from safetensors.torch import load_file, save
 from feddistill import training
 from feddistill.accounting import measure
 from feddistill.methods.centralized import pool
-from feddistill.methods.learner import Learner, Session, best_of, labels_of, later, lessons_of
-from feddistill.store import Json
+from feddistill.methods.job import Job, evaluation
+from feddistill.store.run_directory import Json
+from feddistill.tasks.learner import Learner, best_of, labels_of, later, lessons_of
+from feddistill.tasks.session import Session
 from feddistill.training import Lessons
 
 
@@ -80,3 +83,16 @@ def _answers(session: Session, teacher: Learner, number: int, weights: str) -> J
         run.write_bytes(file, save({"log_probs": said}))
         record = run.commit(step, {"answers": file, "cost": asdict(cost.cost)}, [file])
     return record
+
+
+def plan(session: Session, learners: list[Learner], student: Learner) -> Iterator[Job]:
+    """The jobs of ``run``."""
+    config, rounds, phase = session.config, session.config.rounds, "baseline_centralized_distillation"
+    teacher, settings, learns = learners[0], config.clients.training, config.student.training
+    texts = teacher.tokens(pool(session.splits.private))
+    steps = sum(training.steps_of(settings, len(private)) for private in session.splits.private)
+    yield Job(phase, teacher, texts, settings, steps, rounds)
+    proxy = student.tokens(session.splits.proxy)
+    yield Job(phase, student, proxy, learns, training.steps_of(learns, len(proxy)), rounds)
+    yield Job(phase, teacher, teacher.tokens(session.splits.proxy), times=rounds)
+    yield from evaluation(session, student, rounds)

@@ -4,12 +4,16 @@ Lin et al., "Ensemble Distillation for Robust Model Fusion in Federated Learning
 the teacher is the softmax of the mean of the clients' logits. Weights travel, so the server has every model.
 """
 
+from collections.abc import Iterator
+
 import torch
 
 from feddistill import training
-from feddistill.methods.averaging import rounds
-from feddistill.methods.learner import Learner, Session, labels_of, later
-from feddistill.store import Json
+from feddistill.methods.averaging import averaging_jobs, rounds
+from feddistill.methods.job import Job, rounds_asked
+from feddistill.store.run_directory import Json
+from feddistill.tasks.learner import Learner, labels_of, later
+from feddistill.tasks.session import Session
 from feddistill.training import Lessons
 
 
@@ -42,3 +46,12 @@ def run(session: Session) -> Json:
         )
 
     return {"rounds": rounds(session, "feddf", distil)}
+
+
+def plan(session: Session, learners: list[Learner], student: Learner) -> Iterator[Job]:
+    """The jobs of ``run``."""
+    config, phase = session.config, "baseline_feddf"
+    yield from averaging_jobs(session, "feddf", student)
+    proxy, settings = list(student.tokens(session.splits.proxy)), config.student.training
+    yield Job(phase, student, proxy, times=sum(map(len, rounds_asked(session))))  # the ensemble
+    yield Job(phase, student, proxy, settings, training.steps_of(settings, len(proxy)), config.rounds)

@@ -7,7 +7,7 @@ some of them at random as noise. **It is an adaptation, and it leaks more than t
 private texts leave the client.**
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
 import numpy as np
@@ -15,13 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from feddistill import models
+from feddistill import models, training
 from feddistill.accounting import measure
-from feddistill.batches import pad
-from feddistill.methods.averaging import rounds
-from feddistill.methods.learner import Learner, Session, labels_of, lessons_of
+from feddistill.methods.averaging import averaging_jobs, rounds
+from feddistill.methods.job import Job
+from feddistill.modelio.padding import pad
 from feddistill.seeds import generator
-from feddistill.store import Json
+from feddistill.store.run_directory import Json
+from feddistill.tasks.learner import Learner, labels_of, lessons_of
+from feddistill.tasks.session import Session
 from feddistill.training import Lessons
 from feddistill.types import Cost, TextSet
 
@@ -49,6 +51,18 @@ def run(session: Session) -> Json:
     first["downlink"] += sent * len(shared)
     costs = {**records[0]["costs"], "share": asdict(cost)}
     return {"rounds": [{**records[0], "bytes": first, "costs": costs}, *records[1:]]}
+
+
+def plan(session: Session, learners: list[Learner], student: Learner) -> Iterator[Job]:
+    """The jobs of ``run``."""
+    config, shared = session.config, []
+    for private in session.splits.private:  # sensitive tokens are found first, and then shared
+        own, settings = list(student.tokens(private)), config.clients.training
+        yield Job("baseline_fedfed", student, own, settings, training.steps_of(settings, len(own)))
+        gradients = -(-len(own) // settings.batch_size)  # one pass
+        yield Job("baseline_fedfed", student, own, settings, gradients)
+        shared += [text[: max(1, round(config.fedfed.share * len(text)))] for text in own]
+    yield from averaging_jobs(session, "fedfed", student, shared)
 
 
 def share(session: Session, learner: Learner, private: TextSet) -> tuple[list[list[int]], Tensor, Cost]:

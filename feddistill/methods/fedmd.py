@@ -4,6 +4,7 @@ Clients of any architecture learn the labelled public texts, then their own; in 
 the public texts, digest the mean of all scores, and revisit their own texts. There is no student.
 """
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 
@@ -12,13 +13,16 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from feddistill import training
 from feddistill.accounting import measure
+from feddistill.client.client import Client, Crew
 from feddistill.config.training import DistillConfig
-from feddistill.methods.client import Client, Crew
-from feddistill.methods.learner import Session, later, lessons_of
-from feddistill.store import Json
-from feddistill.training import NO_LABEL, Lessons
-from feddistill.types import UNLABELLED, Cost
+from feddistill.methods.job import Job, client_texts, evaluation
+from feddistill.store.run_directory import Json
+from feddistill.tasks.learner import Learner, later, lessons_of
+from feddistill.tasks.session import Session
+from feddistill.training import Lessons
+from feddistill.types import NO_LABEL, UNLABELLED, Cost
 
 DIGEST = DistillConfig(kind="mae", kd_weight=1.0)
 FLOAT = 4
@@ -123,3 +127,24 @@ def _digest(session: Session, client: Client, number: int, consensus: str) -> Js
     )
     cost = Cost(**digested["costs"]["train"]) + Cost(**record["costs"]["train"])
     return {**record, "costs": {**record["costs"], "train": asdict(cost)}}
+
+
+def plan(session: Session, learners: list[Learner], student: Learner) -> Iterator[Job]:
+    """The jobs of ``run``."""
+    known = session.splits.proxy.select(np.flatnonzero(session.splits.proxy.known), "labelled")
+    config, rounds, phase = session.config, session.config.rounds, "baseline_fedmd"
+    settings = config.clients.training
+
+    def steps(epochs: float, examples: int) -> int:
+        return training.steps_of(settings.model_copy(update={"epochs": epochs}), examples)
+
+    for learner, own in client_texts(session, learners):
+        proxy, public = learner.tokens(session.splits.proxy), learner.tokens(known)
+        for texts in (public, own):
+            if len(texts):
+                yield Job(phase, learner, texts, settings, steps(settings.epochs, len(texts)))
+        yield Job(phase, learner, proxy, times=rounds)
+        digested = steps(config.fedmd.digest_epochs, len(proxy))
+        yield Job(phase, learner, proxy, settings, digested, rounds)
+        yield Job(phase, learner, own, settings, steps(config.fedmd.revisit_epochs, len(own)), rounds)
+        yield from evaluation(session, learner, rounds)

@@ -7,14 +7,17 @@ chooses between the server's answer and its own, and the alignment of tokenizers
 answers are over classes.
 """
 
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 
+from feddistill.aggregation.rules.choice import MinCe
 from feddistill.config import Config
 from feddistill.config.training import PayloadConfig
-from feddistill.methods import feddistill
-from feddistill.methods.learner import Session
-from feddistill.rules.choice import MinCe
-from feddistill.store import Json
+from feddistill.methods.job import Job, federation
+from feddistill.server import rounds
+from feddistill.store.run_directory import Json
+from feddistill.tasks.learner import Learner
+from feddistill.tasks.session import Session
 from feddistill.types import Cost
 
 KEPT = 128
@@ -25,8 +28,13 @@ def run(session: Session) -> Json:
     inner = replace(session, config=settings(session), run=session.run.within("baselines/fedmkt"))
     for step in session.run.steps("alone/001"):  # the first round is the same: private texts alone
         inner.run.adopt(session.run, step)
-    found = feddistill.run(inner)
+    found = rounds.run(inner)
     return {"rounds": [_record(one) for one in found["rounds"]]}
+
+
+def plan(session: Session, learners: list[Learner], student: Learner) -> Iterator[Job]:
+    """The jobs of ``run``."""
+    return federation(session, learners, student, "baseline_fedmkt")
 
 
 def settings(session: Session) -> Config:

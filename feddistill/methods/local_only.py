@@ -1,8 +1,12 @@
 """Baseline: every client alone, with as many steps as it takes in the federation if it is always asked."""
 
-from feddistill.methods.client import Crew
-from feddistill.methods.learner import Session
-from feddistill.store import Json
+from collections.abc import Iterator
+
+from feddistill.client.client import Crew
+from feddistill.methods.job import Job, client_steps, client_texts, evaluation, rounds_asked
+from feddistill.store.run_directory import Json
+from feddistill.tasks.learner import Learner
+from feddistill.tasks.session import Session
 
 
 def run(session: Session) -> Json:
@@ -15,3 +19,14 @@ def run(session: Session) -> Json:
             records.append(client.train_alone(number, start))
         found[client.name] = records
     return {"clients": found}
+
+
+def plan(session: Session, learners: list[Learner], student: Learner) -> Iterator[Job]:
+    """The jobs of ``run``."""
+    config = session.config
+    for (learner, own), turns in zip(client_texts(session, learners), rounds_asked(session), strict=True):
+        first, later = client_steps(config, len(own), learner.proxy_examples())
+        settings, missed = config.clients.training, int(1 not in turns)
+        yield Job("baseline_local_only", learner, own, settings, first, missed)
+        yield Job("baseline_local_only", learner, own, settings, later, config.rounds - 1)
+        yield from evaluation(session, learner, config.rounds - 1 + missed)

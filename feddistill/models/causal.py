@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedTokenizerBase
 
-from feddistill.blocks import Blocks, pack
 from feddistill.config.models import ModelConfig
 from feddistill.errors import ModelError
-from feddistill.heads import head_of, hidden_states, masked_states
+from feddistill.modelio.outputs import head_of, hidden_states, masked_states
+from feddistill.modelio.packing import Blocks, pack
 from feddistill.models import cut, loaded, reads
 from feddistill.models.tokenizers import end_id, mask_id, tokenizer_of
 from feddistill.types import TextSet

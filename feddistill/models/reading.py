@@ -8,10 +8,10 @@ from transformers import AutoModelForQuestionAnswering, PreTrainedTokenizerBase
 
 from feddistill.config.models import ModelConfig
 from feddistill.config.training import ReadingConfig
-from feddistill.heads import takes_types
+from feddistill.modelio.outputs import takes_types
+from feddistill.modelio.passages import Page, pages
 from feddistill.models import cut, loaded, reads
 from feddistill.models.tokenizers import tokenizer_of
-from feddistill.passages import Page, pages
 from feddistill.types import TextSet
 
 

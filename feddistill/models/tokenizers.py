@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from feddistill.config.models import BlackBoxModel, ModelSource, ScratchModel, TrainedTokenizer
 from feddistill.errors import ModelError
-from feddistill.models.places import first_line, gguf_of, location
+from feddistill.models.sources import first_line, gguf_of, location
 
 END, PAD, MASK = "<|end|>", "<|pad|>", "<|mask|>"
 

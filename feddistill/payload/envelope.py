@@ -5,9 +5,9 @@ import re
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from feddistill.keys import SIGNATURE, PrivateKey, verify
 from feddistill.payload import refusals
 from feddistill.payload.container import Malformed, parse_object
+from feddistill.payload.keys import SIGNATURE, PrivateKey, verify
 from feddistill.payload.request import canonical_json
 from feddistill.types import RoundSpec
 

@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pydantic import TypeAdapter, ValidationError
 
 from feddistill.errors import DataError
-from feddistill.keys import PUBLIC_KEY
 from feddistill.payload.codecs import check_request
+from feddistill.payload.keys import PUBLIC_KEY
 from feddistill.types import ClientDescription, RoundSpec
 
 

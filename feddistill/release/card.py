@@ -7,15 +7,15 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
-from feddistill import presets
-from feddistill.config import Config
+from feddistill.config import Config, presets
 from feddistill.config.data import EmbeddedSource, FileSource, GivenPartition, HubSource, PresetSource, Source
+from feddistill.config.methods import row_labels
 from feddistill.config.models import BlackBoxModel, HubModel, ModelConfig, PackageModel, TrainedTokenizer
+from feddistill.config.tasks import TASKS
 from feddistill.models import MeanPoolClassifier
-from feddistill.report import NAMES, metric_rows, size
-from feddistill.store import Json
-from feddistill.students import Student
-from feddistill.tasks import TASKS
+from feddistill.report import metric_rows, size
+from feddistill.runs.trained_models import Student
+from feddistill.store.run_directory import Json
 
 PIPELINES = {
     "classification": "text-classification",
@@ -63,7 +63,7 @@ def text(student: Student, config: Config, facts: Json, licence: str, *, anonymo
         clients=clients,
         elsewhere=config.data.partition.kind == "at_clients",
         titles=list(shown.values()),
-        rows=[(NAMES[who], [_cell(m.get(key)) for key in shown]) for who, m in metric_rows(result)],
+        rows=[(row_labels()[who], [_cell(m.get(key)) for key in shown]) for who, m in metric_rows(result)],
         weights=config.aggregation.rule.weighting(),
         size=size,
         version=version("feddistill"),

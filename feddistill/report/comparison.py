@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from feddistill import config as configuration
-from feddistill.report import NAMES, metric_rows, task_of
-from feddistill.store import CONFIG, RESULT, Json, read_object
+from feddistill.config.methods import row_labels
+from feddistill.report import metric_rows, task_of
+from feddistill.store.run_directory import CONFIG, RESULT, Json, read_object
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,7 @@ def side_by_side(runs: Iterable[Path]) -> list[Compared]:
             name,
             {key: one.get(key) for key in differ},
             task_of(result).words,
-            {NAMES[who]: figures[task_of(result).decides] for who, figures in metric_rows(result)},
+            {row_labels()[who]: figures[task_of(result).decides] for who, figures in metric_rows(result)},
             result["bytes"]["uplink"],
             result["seconds"]["total"],
         )

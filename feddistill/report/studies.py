@@ -11,12 +11,13 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from feddistill.config.methods import row_labels
+from feddistill.config.tasks import Task
 from feddistill.errors import RunError
-from feddistill.report import NAMES, as_csv, metric_rows, rendered, size, task_of
-from feddistill.report.figures import STYLE, figure
-from feddistill.store import Json
-from feddistill.study import CELLS, STUDY, Cell, collect, groups
-from feddistill.tasks import Task
+from feddistill.report import as_csv, metric_rows, rendered, size, task_of
+from feddistill.report.plots import STYLE, figure
+from feddistill.runs.study import CELLS, STUDY, Cell, collect, groups
+from feddistill.store.run_directory import Json
 
 PAGE = "study.html"
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
@@ -64,7 +65,7 @@ def write(out: Path) -> Path:
             task=task,
             summary=summary,
             robustness=steady,
-            names=NAMES,
+            names=row_labels(),
             figures={name: drawing.svg for name, drawing in drawn.items()},
             done=len(found),
             total=total,
@@ -150,7 +151,7 @@ def robustness(summary: Sequence[Json], task: Task) -> list[Json]:
     found: dict[str, list[Json]] = {}
     for row in summary:
         if not rest or row["who"] == "student":
-            who = NAMES[row["who"]] if not rest else ", ".join(_said(row[key]) for key in rest)
+            who = row_labels()[row["who"]] if not rest else ", ".join(_said(row[key]) for key in rest)
             found.setdefault(who, []).append(row)
     rows = []
     for who, of in found.items():
@@ -178,7 +179,7 @@ def latex(summary: Sequence[Json], task: Task) -> str:
         std = row[f"{task.decides}_std"]
         spread = "" if std is None else rf" $\pm$ {task.read({task.decides: std}):.{digits}f}"
         sent = "--" if row["uplink"] is None else size(row["uplink"])
-        cells = [*(_tex(_said(row[key])) for key in labels), _tex(NAMES[row["who"]])]
+        cells = [*(_tex(_said(row[key])) for key in labels), _tex(row_labels()[row["who"]])]
         lines.append(" & ".join([*cells, f"{task.read(row):.{digits}f}{spread}", sent]) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
 
@@ -251,7 +252,7 @@ def _grid(found: Sequence[tuple[Mapping[str, Any], list[Json]]], axes: list[str]
             lines.setdefault(name, {})[here] = _mean(results, "student")
         else:
             for who, _ in metric_rows(results[0]):
-                lines.setdefault(NAMES[who], {})[here] = _mean(results, who)
+                lines.setdefault(row_labels()[who], {})[here] = _mean(results, who)
     into: list[Drawing] = []
     if not rest and not all(isinstance(labels[first], int | float) for labels, _ in found):
         return _bars(lines, values, task)
@@ -282,7 +283,7 @@ def _bars(lines: Mapping[str, Mapping[str, tuple[float, float]]], values: list[s
         for index, (name, points) in enumerate(lines.items()):
             places = [values.index(value) for value in points]
             means, spreads = zip(*points.values(), strict=True)
-            if name == NAMES["student"]:
+            if name == row_labels()["student"]:
                 ends = {"capsize": 3, "linewidth": 1.2}
                 plot.barh(
                     places, means, xerr=spreads, height=0.6, color="#A6CEE3", edgecolor="black",
@@ -310,7 +311,7 @@ def _lines(plot: Axes, lines: Mapping[str, Mapping[str, tuple[float, float]]], v
         means, spreads = zip(*points.values(), strict=True)
         # Colours come again after nine lines: those are broken then.
         looks = {**_style(index), "linestyle": "-" if index < len(COLOURS) else "--"}
-        wide = 2.6 if name == NAMES["student"] else 1.2
+        wide = 2.6 if name == row_labels()["student"] else 1.2
         plot.errorbar(places, means, yerr=spreads, label=name, capsize=3, linewidth=wide, **looks)
     plot.set_xticks(range(len(values)), values)
     plot.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
@@ -342,8 +343,8 @@ def _by_round(found: Sequence[tuple[Mapping[str, Any], list[Json]]]) -> Drawing:
         cell = ", ".join(f"{key} {value}" for key, value in labels.items())
         for result in results:
             for row in result["by_round"]:
-                if row["series"] == "student" or (len(found) == 1 and row["series"] in NAMES):
-                    name = NAMES[row["series"]] if len(found) == 1 else cell
+                if row["series"] == "student" or (len(found) == 1 and row["series"] in row_labels()):
+                    name = row_labels()[row["series"]] if len(found) == 1 else cell
                     value = task.read({task.decides: row[f"test_{task.decides}"]})
                     lines.setdefault(name, {}).setdefault(row["round"], []).append(value)
     into: list[Drawing] = []
@@ -374,7 +375,7 @@ def _against(
     with _figure(8, 4.2, into) as plot:
         for index, (who, places) in enumerate(points.items()):
             across, up = zip(*places, strict=True)
-            plot.scatter(across, up, label=NAMES[who], s=36, alpha=0.85, **_style(index))
+            plot.scatter(across, up, label=row_labels()[who], s=36, alpha=0.85, **_style(index))
         plot.set_xscale("log")
         plot.set_xlabel(f"{unit} (logarithmic)")
         plot.set_ylabel(task.axis)

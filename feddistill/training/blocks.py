@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from feddistill.blocks import Blocks
 from feddistill.config.training import DistillConfig
-from feddistill.tensorfile import Chained, TopKFile
+from feddistill.modelio.packing import Blocks
+from feddistill.store.logit_files import Chained, TopKFile
 from feddistill.types import NO_LABEL
 from feddistill_kernels import TopK, linear_distillation_loss
 

@@ -11,12 +11,12 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from feddistill.accounting import FlopMeter
-from feddistill.batches import pad
 from feddistill.config.training import DistillConfig, TrainingConfig
-from feddistill.heads import head_of, hidden_states, masked_states, span_logits
+from feddistill.modelio.outputs import head_of, hidden_states, masked_states, span_logits
+from feddistill.modelio.padding import pad
 from feddistill.training import Lessons, lesson_loss
 from feddistill.training.blocks import NOT_TAUGHT, BlockLessons, Hiding, block_loss, rows_of
-from feddistill.training.questions import NEVER, QuestionLessons, said_of_tokens
+from feddistill.training.spans import NEVER, QuestionLessons, said_of_tokens
 from feddistill.types import NO_LABEL, Tick
 
 

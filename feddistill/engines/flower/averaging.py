@@ -11,8 +11,8 @@ from feddistill.engines.flower.records import of_task
 from feddistill.engines.flower.transport import GridTransport
 from feddistill.errors import RoundError
 from feddistill.federation.protocol import Task
-from feddistill.methods.correspondence import task_of
-from feddistill.methods.learner import Average, Session
+from feddistill.server.clients import task_of
+from feddistill.tasks.session import Average, Session
 from feddistill.types import Cost
 
 

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from feddistill import config as configuration
-from feddistill import experiment
 from feddistill.config import Config
 from feddistill.config.data import AtClientsPartition
 from feddistill.engines.flower import keeper
@@ -27,7 +26,8 @@ from feddistill.engines.flower.watch import OUTCOME, Watch
 from feddistill.errors import ConfigError, RunError
 from feddistill.federation.protocol import Patience
 from feddistill.progress import Show
-from feddistill.store import RESULT, Json, RunDirectory, read_object
+from feddistill.runs import experiment
+from feddistill.store.run_directory import RESULT, Json, RunDirectory, read_object
 
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",

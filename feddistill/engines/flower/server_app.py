@@ -36,9 +36,9 @@ class Lines(Quiet):
 def main(grid: Grid, context: Context) -> None:
     """A run, new or resumed, as ``feddistill train`` has written down, or ``flwr run`` was told."""
     from feddistill import config as configuration
-    from feddistill import experiment
     from feddistill.engines.flower.averaging import GridAverager
-    from feddistill.methods.learner import Engine
+    from feddistill.runs import experiment
+    from feddistill.tasks.session import Engine
 
     told = context.run_config
     folder = Path(str(told["folder"])) if told["folder"] else None

@@ -41,6 +41,9 @@ class GridTransport:
                 return present
             time.sleep(self.poll)
 
+    def tidy(self, number: int) -> None:
+        """See ``Transport``; clients keep their own weights."""
+
     def nodes(self, wanted: Sequence[str], wait: float) -> dict[str, int]:
         """The SuperNodes of those of ``wanted`` that can be asked now."""
         return {name: self._nodes[name] for name in self.clients(wanted, wait)}

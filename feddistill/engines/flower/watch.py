@@ -7,7 +7,7 @@ from rich.table import Table
 
 from feddistill.federation.journal import EVENTS
 from feddistill.progress import Show
-from feddistill.store import Json
+from feddistill.store.run_directory import Json
 
 OUTCOME = "outcome.json"
 """In the folder that the command made for this: whether all went well, or what the user can mend."""

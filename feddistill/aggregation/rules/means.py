@@ -1,0 +1,167 @@
+"""Means: of probabilities, of logits, and what is made of them."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+
+from feddistill.aggregation.rules.rule import Need, Rule, WeightKind
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from feddistill.aggregation.rules.block import Block
+    from feddistill_kernels import TopK
+
+
+class Weighted(Rule):
+    """A rule in which clients can count for more or less."""
+
+    weights: WeightKind = "uniform"
+    """Who counts how much: everyone alike; by private examples (``size``), or, class by class, by private
+    examples of that class (``class_counts``); by accuracy on labelled proxy texts (``validation``); by how
+    sure a client is (``confidence``: a liar is sure); by how well the true labels are explained
+    (``verified``), or by that times class counts (``verified_counts``)."""
+
+    def weighting(self) -> WeightKind:
+        """See ``Rule``."""
+        return self.weights
+
+    def secure_sums(self) -> bool:
+        """See ``Rule``."""
+        return self.weights in ("uniform", "size")
+
+
+class MeanProbs(Weighted):
+    """``q = sum_k w_k p_k``: the mixture of the clients' distributions.
+
+    ``f`` liars move it by at most ``f/C`` in total variation (with equal weights).
+    """
+
+    kind: Literal["mean_probs"] = "mean_probs"
+
+    def merge(self, answers: list[TopK], weights: Tensor | None, k: int) -> TopK:
+        """See ``Rule``."""
+        from feddistill_kernels import aggregate_topk
+
+        return aggregate_topk(answers, "mean_probs", weights=weights, k=k)
+
+    def combine(self, block: Block, shares: Tensor | None) -> Tensor:
+        """See ``Rule``."""
+        return mixture(block.x, shares)
+
+
+class MeanLogits(Weighted):
+    """``q ~ exp(sum_k w_k log p_k)``: the normalised geometric mean, the proposal's formula.
+
+    One client that is sure a class is wrong vetoes it, so under label skew it is the weakest mean. The
+    floor bounds the veto: no log-probability counts as less than ``-floor``.
+    """
+
+    kind: Literal["mean_logits"] = "mean_logits"
+    floor: float = Field(default=21.25, gt=0)
+    """Nats; the default is the least that a byte of a payload can say."""
+
+    def merge(self, answers: list[TopK], weights: Tensor | None, k: int) -> TopK:
+        """See ``Rule``."""
+        from feddistill_kernels import aggregate_topk
+
+        return aggregate_topk([floored(a, self.floor) for a in answers], "mean_logits", weights=weights, k=k)
+
+    def combine(self, block: Block, shares: Tensor | None) -> Tensor:
+        """See ``Rule``."""
+        return log_mixture(block.x.clamp_min(-self.floor), shares)
+
+
+class Era(Weighted):
+    """``q = softmax(p / temperature)``, ``p`` the mixture: entropy reduction.
+
+    Itahara et al., "Distillation-Based Semi-Supervised Federated Learning", IEEE TMC 2021, equation 8. A
+    softmax of probabilities cannot tell many classes apart: for classification only.
+    """
+
+    kind: Literal["era"] = "era"
+    temperature: float = Field(default=0.1, gt=0)
+
+    of_classes: ClassVar[bool] = True
+    unanimous: ClassVar[bool] = False
+
+    def combine(self, block: Block, shares: Tensor | None) -> Tensor:
+        """See ``Rule``."""
+        return block.normalised(block.normalised(mixture(block.x, shares)).exp() / self.temperature)
+
+
+class EnhancedEra(Weighted):
+    """``q ~ p**beta``, ``p`` the mixture.
+
+    Azuma et al., "Soft-Label Caching and Sharpening for Communication-Efficient Federated Distillation",
+    2025. Unlike ERA, a class stays as likely as another that was as likely.
+    """
+
+    kind: Literal["enhanced_era"] = "enhanced_era"
+    beta: float = Field(default=1.5, gt=0)
+
+    unanimous: ClassVar[bool] = False
+
+    def combine(self, block: Block, shares: Tensor | None) -> Tensor:
+        """See ``Rule``."""
+        return block.normalised(self.beta * block.normalised(mixture(block.x, shares)))
+
+
+class PriorCorrected(Weighted):
+    """``q = sum_k w_k softmax(log p_k - strength * log prior_k)``, ``prior_k`` k's share of each class.
+
+    What a client says because it rarely saw a class is taken back before pooling (logit adjustment: Menon
+    et al., ICLR 2021). The priors are its class counts plus one.
+    """
+
+    kind: Literal["prior_corrected"] = "prior_corrected"
+    weights: WeightKind = "class_counts"
+    """As of ``mean_probs``."""
+    strength: float = Field(default=0.5, ge=0)
+    """0 is ``mean_probs``."""
+
+    of_classes: ClassVar[bool] = True
+    unanimous: ClassVar[bool] = False
+
+    def needs(self) -> frozenset[Need]:
+        """See ``Rule``."""
+        return super().needs() | {"class_counts"}
+
+    def secure_sums(self) -> bool:
+        """See ``Rule``."""
+        return False
+
+    def combine(self, block: Block, shares: Tensor | None) -> Tensor:
+        """See ``Rule``."""
+        if block.priors is None:
+            return mixture(block.x, shares)
+        corrected = block.x - self.strength * block.priors.log()[:, None, :].to(block.x)
+        return mixture(block.normalised(corrected), shares)
+
+
+def mixture(x: Tensor, shares: Tensor | None) -> Tensor:
+    """``log sum_c shares_c exp(x_c)``."""
+    if shares is None:
+        shares = x.new_full((1, 1, 1), 1.0 / x.shape[0])
+    return (x + shares.log()).logsumexp(0)
+
+
+def floored(answer: TopK, floor: float) -> TopK:
+    """No id, kept or not, below ``-floor``."""
+    from feddistill_kernels import TopK
+
+    others = answer.vocab_size - answer.ids.shape[1]
+    least = -floor + math.log(others) if others else -math.inf
+    return TopK(
+        answer.ids, answer.log_probs.clamp_min(-floor), answer.log_tail.clamp_min(least), answer.vocab_size
+    )
+
+
+def log_mixture(x: Tensor, shares: Tensor | None) -> Tensor:
+    """``sum_c shares_c x_c``."""
+    from feddistill.aggregation.rules.block import weighted_sum
+
+    return weighted_sum(x, x.new_full((1, 1, 1), 1.0 / x.shape[0]) if shares is None else shares)

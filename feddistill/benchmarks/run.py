@@ -1,0 +1,190 @@
+"""A trained model against a benchmark: presets of the hub, or lm-evaluation-harness's tasks."""
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from feddistill import metrics
+from feddistill.benchmarks import classification, overlap
+from feddistill.benchmarks.extraction import extract
+from feddistill.benchmarks.generation import fitted, generate
+from feddistill.benchmarks.likelihood import Scored, encode, log_likelihoods, prefix_of, windows
+from feddistill.config.presets import Kind, Preset
+from feddistill.data import benchmark
+from feddistill.errors import ConfigError, DataError
+from feddistill.progress import Quiet, Show
+from feddistill.runs.trained_models import Student, Task
+from feddistill.store.run_directory import Json
+from feddistill.types import Tick
+
+__all__ = ["Request", "evaluate", "language"]
+
+ANSWER_TOKENS = 32
+"""Of an answer to a question."""
+SUMMARY_TOKENS = 128
+STOP = ("\n",)
+HARD = "squad_v2"
+"""Where some questions have no answer."""
+UNANSWERABLE = "unanswerable"
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is to be measured."""
+
+    preset: Preset
+    path: Path | None = None
+    """A local folder in the hub's layout; ``None`` for the hub."""
+    limit: int | None = None
+    """Only the first examples."""
+    window: int | None = None
+    """Of ``language``: tokens that a prediction can see, the one predicted included; ``None`` for what the
+    model reads."""
+    stride: int | None = None
+    """Of ``language``: tokens by which the window moves; ``None`` for half a window."""
+
+
+Measure = Callable[[Student, Request, benchmark.Columns, Tick], Json]
+
+
+def evaluate(student: Student, request: Request, show: Show | None = None) -> Json:
+    """The figures of ``student`` on a benchmark, with how many examples and which of the figures ranks.
+
+    Raises:
+        DataError: The data cannot be had, or ask for what the student does not know.
+        ConfigError: A benchmark for another kind of model, or a window that makes no sense.
+    """
+    preset = request.preset
+    measure = MEASURES.get((preset.kind, student.task))
+    if measure is None:
+        wanted = [task for kind, task in MEASURES if kind == preset.kind]
+        raise ConfigError(
+            f"{preset.name} is for models of {' or '.join(wanted)}; {student.name} is one of {student.task}"
+        )
+    if preset.kind != "language" and (request.window or request.stride):
+        raise ConfigError(f"window and stride are of plain text, as wikitext-2; {preset.name} is none")
+    show = show or Quiet()
+    with show.step(f"read {preset.name}"):
+        columns = benchmark.read(preset, preset.measured, request.path, None, preset.name)
+        if request.limit is not None and preset.kind != "language":
+            columns = {key: values[: request.limit] for key, values in columns.items()}
+    with show.step(f"measure {preset.name}") as tick:
+        figures = measure(student, request, columns, tick)
+    return {
+        "model": student.name,
+        "benchmark": preset.name,
+        "split": preset.measured,
+        "ranks_by": preset.metric,
+        **({} if preset.kind == "language" else {"examples": len(columns[preset.columns[0]])}),
+        **figures,
+        **({"note": preset.note} if preset.note else {}),
+    }
+
+
+def language(student: Student, pages: list[str], request: Request, tick: Tick) -> Json:
+    """Perplexity of documents, each whole, in windows that overlap.
+
+    ``perplexity`` is by token, ``bits_per_byte`` by byte of what the model reads (detokenised), and
+    ``word_perplexity`` by word of the page as it stands in the data set, counted as lm-evaluation-harness
+    does. The first token of a page is predicted from the token that begins texts.
+    """
+    window = request.window or student.max_tokens
+    if not 2 <= window <= student.max_tokens:
+        raise ConfigError(f"window = {window}: {student.name} reads 2 to {student.max_tokens} tokens")
+    stride = request.stride or max(1, window // 2)
+    if not 1 <= stride < window:
+        raise ConfigError(f"stride = {stride} must be from 1 to {window - 1}, less than the window")
+    prefix = prefix_of(student)
+    texts = [benchmark.detokenise(page) for page in pages]
+    asked: list[Scored] = []
+    for text in texts:
+        tokens = encode(student, text)
+        tokens = tokens[1:] if tokens[:1] == [prefix] else tokens
+        if not tokens:
+            raise DataError(f"{request.preset.name}: a page has no tokens")
+        asked.extend(windows(tokens, prefix, window, stride))
+    nats = -float(log_likelihoods(student, asked, tick).sum())
+    tokens_read = sum(one.count for one in asked)
+    size = sum(len(text.encode()) for text in texts)
+    words = sum(len(re.split(r"\s+", page)) for page in pages)
+    return {
+        "documents": len(pages),
+        "tokens": tokens_read,
+        "bytes": size,
+        "words": words,
+        "window": window,
+        "stride": stride,
+        "perplexity": round(_exp(nats / tokens_read), 6),
+        "word_perplexity": round(_exp(nats / words), 6),
+        "bits_per_byte": round(nats / size / math.log(2), 6),
+    }
+
+
+def _language(student: Student, request: Request, columns: benchmark.Columns, tick: Tick) -> Json:
+    return language(student, benchmark.pages(columns["text"])[: request.limit], request, tick)
+
+
+def _questions(student: Student, request: Request, columns: benchmark.Columns, tick: Tick) -> Json:
+    """SQuAD by what a causal language model writes, up to the end of the line."""
+    given = _written(student, request.preset, columns, ANSWER_TOKENS, STOP, tick)
+    if request.preset.name == HARD:
+        given = ["" if metrics.normalised(text) == UNANSWERABLE else text for text in given]
+    return _spans(given, request.preset, columns)
+
+
+def _passages(student: Student, request: Request, columns: benchmark.Columns, tick: Tick) -> Json:
+    """SQuAD by a model that points at the answer."""
+    questions, hard = [text.strip() for text in columns["question"]], request.preset.name == HARD
+    given = extract(student, questions, columns["context"], tick, unanswerable=hard)
+    return _spans(given, request.preset, columns)
+
+
+def _spans(given: list[str], preset: Preset, columns: benchmark.Columns) -> Json:
+    return metrics.squad(given, benchmark.golds(columns, preset.name), no_answer=preset.name == HARD)
+
+
+def _summaries(student: Student, request: Request, columns: benchmark.Columns, tick: Tick) -> Json:
+    right = columns[request.preset.label_column]
+    given = _written(student, request.preset, columns, SUMMARY_TOKENS, ("\n\n",), tick)
+    return {**overlap.rouge(given, right), **overlap.bleu(given, right)}
+
+
+def _written(
+    student: Student,
+    preset: Preset,
+    columns: benchmark.Columns,
+    new_tokens: int,
+    stop: tuple[str, ...],
+    tick: Tick,
+) -> list[str]:
+    assert preset.cut is not None, "whatever is answered by writing is about a long text"
+    room = student.max_tokens - new_tokens
+    if room < 1:
+        raise ConfigError(f"{student.name} reads {student.max_tokens} tokens, too few to write {new_tokens}")
+    prompts = [
+        encode(student, fitted(student, preset.prompt, row, preset.cut, room))
+        for row in benchmark.rows(preset, columns)
+    ]
+    return generate(student, prompts, new_tokens=new_tokens, stop=stop, tick=tick)
+
+
+def _exp(nats: float) -> float:
+    return math.exp(nats) if nats < 700 else math.inf
+
+
+def _simple(measure: Callable[[Student, Preset, benchmark.Columns, Tick], Json]) -> Measure:
+    return lambda student, request, columns, tick: measure(student, request.preset, columns, tick)
+
+
+MEASURES: dict[tuple[Kind, Task], Measure] = {
+    ("classification", "classification"): _simple(classification.by_answers),
+    ("classification", "causal_lm"): _simple(classification.by_likelihood),
+    ("choice", "causal_lm"): _simple(classification.by_choice),
+    ("language", "causal_lm"): _language,
+    ("reading", "causal_lm"): _questions,
+    ("reading", "reading"): _passages,
+    ("summary", "causal_lm"): _summaries,
+}
+"""By what is measured and what kind of model it is measured of."""

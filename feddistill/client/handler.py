@@ -1,0 +1,135 @@
+"""A client's side of the protocol: what it does when it is asked. Whatever it sends is made in here."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from itertools import chain
+
+from safetensors.torch import load, save
+from torch import Tensor
+
+from feddistill import models, payload
+from feddistill.client import local_update
+from feddistill.client.client import Client
+from feddistill.errors import ModelError
+from feddistill.federation import answer_files, encoding
+from feddistill.federation.protocol import Reply, Task
+from feddistill.store.run_directory import Json, RunDirectory
+from feddistill.tasks.choose import learner_of
+from feddistill.types import RoundSpec
+
+Lie = Callable[[int], Callable[[Tensor], Tensor]]
+"""From a round to what a simulated attacker makes of its answers."""
+
+PARTS = ("envelope", "payload")
+"""The two files of a shard."""
+
+
+class Agent:
+    """Answers tasks with ``client``, whose run directory is its own or, in one process, the server's."""
+
+    def __init__(self, client: Client, *, lie: Lie | None = None, alone: bool = True):
+        """``alone``: the run directory is this client's; rounds that it missed are no error there."""
+        self.client = client
+        self.lie = lie
+        self.alone = alone
+
+    def handle(self, task: Task) -> Reply:
+        """Do what is asked, once; asked again, say what was found.
+
+        Raises:
+            FeddistillError: It cannot.
+        """
+        content, blobs = {
+            "describe": self._describe,
+            "publish": self._nothing,
+            "digest": self._digest,
+            "train": self._train,
+            "answer": self._answer,
+            "average": self._average,
+        }[task.kind](task)
+        return Reply(self.client.name, content, blobs)
+
+    def _describe(self, task: Task) -> tuple[Json, dict[str, bytes]]:
+        splits = self.client.session.splits
+        told = {
+            "description": asdict(self.client.describe()),
+            "version": payload.VERSION,
+            "proxy": splits.proxy.digest(),
+            "vocabulary": self.client.session.question.fingerprint,
+        }
+        return told, {}
+
+    def _nothing(self, task: Task) -> tuple[Json, dict[str, bytes]]:
+        """The proxy texts are here already."""
+        return {}, {}
+
+    def _digest(self, task: Task) -> tuple[Json, dict[str, bytes]]:
+        """Keep a shard of the teacher of round ``task.round``."""
+        run, spec = self.client.session.run, encoding.feedback_spec(_spec(task.content["asked"]))
+        for place, part in zip(self._feedback(spec)[task.content["shard"]], PARTS, strict=True):
+            run.write_bytes(place, task.blobs[part])
+        return {}, {}
+
+    def _feedback(self, spec: RoundSpec) -> list[tuple[str, str]]:
+        return answer_files.files(f"rounds/{spec.round:03d}/feedback", spec)
+
+    def _train(self, task: Task) -> tuple[Json, dict[str, bytes]]:
+        before = task.content["asked"]
+        asked = None if before is None else _spec(before)
+        if not self.alone:
+            return self.client.train(task.round, asked), {}
+        run = self.client.session.run
+        if asked is not None:
+            files = chain(*self._feedback(encoding.feedback_spec(asked)))
+            if not all(run.path(file).exists() for file in files):
+                asked = None  # it was away when the teacher was sent
+        record = self.client.train(task.round, asked)
+        self.client.tidy(task.round)
+        # Not the loss of private texts, step by step: what the server counts, and in a simulation figures.
+        return {name: record[name] for name in ("costs", "validation", "test") if name in record}, {}
+
+    def _answer(self, task: Task) -> tuple[Json, dict[str, bytes]]:
+        """One shard: payload and envelope."""
+        spec, shard = _spec(task.content["spec"]), int(task.content["shard"])
+        lie = None if self.lie is None else self.lie(spec.round)
+        record = self.client.answer(spec, f"{self.client.step(spec.round)}.safetensors", lie)
+        run, step = self.client.session.run, f"rounds/{spec.round:03d}/payloads/{self.client.name}"
+        places = answer_files.files(step, spec)[shard]
+        blobs = {part: run.read_bytes(place) for place, part in zip(places, PARTS, strict=True)}
+        return {"shard": shard, "shards": record["shards"], "cost": record["cost"]}, blobs
+
+    def _average(self, task: Task) -> tuple[Json, dict[str, bytes]]:
+        """Train the student's architecture from the average, as ``fedavg`` wants it."""
+        session, step = self.client.session, f"baselines/fedavg/{task.round:03d}"
+        learner = learner_of(session, session.config.student.model, "student.model")
+        given = load(task.blobs["weights"])
+        if {n: t.shape for n, t in given.items()} != {
+            n: t.shape for n, t in models.trained(learner.model).items()
+        }:
+            raise ModelError("these are not the weights of the student's architecture")
+        learner.model.load_state_dict(given, strict=False)
+        start = f"{step}/start.safetensors"
+        session.run.write(start, lambda path: models.save(learner.model, path))
+        private, taught = self.client.private, learner.lessons
+        record = local_update.trained_by(session, learner, "fedavg", task.round, start, private, taught)
+        learner.restore(record["weights"])
+        session.run.remove(start)
+        for earlier in range(1, task.round):
+            session.run.remove(f"baselines/fedavg/{earlier:03d}")
+        told = {"examples": len(private), "cost": record["costs"]["train"]}
+        return told, {"weights": save(models.trained(learner.model))}
+
+
+def _spec(said: str) -> RoundSpec:
+    return payload.parse_spec(said.encode())
+
+
+def receive(run: RunDirectory, name: str, task: Task) -> None:
+    """Keep a part of a file; with the last that was missing, the file."""
+    part, parts = task.content["part"], task.content["parts"]
+    pieces = [f"{name}.part-{index}" for index in range(parts)]
+    run.write_bytes(pieces[part], task.blobs["part"])
+    if all(run.path(piece).exists() for piece in pieces):
+        run.write_bytes(name, b"".join(map(run.read_bytes, pieces)))
+        for piece in pieces:
+            run.remove(piece)

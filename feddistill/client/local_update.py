@@ -1,0 +1,39 @@
+"""A client's part of a round of federated averaging."""
+
+from collections.abc import Callable
+
+from feddistill import training
+from feddistill.store.run_directory import Json
+from feddistill.tasks.learner import Learner, later
+from feddistill.tasks.session import Session
+from feddistill.training import Lessons
+from feddistill.types import TextSet
+
+
+def trained_by(
+    session: Session,
+    learner: Learner,
+    name: str,
+    number: int,
+    start: str | None,
+    private: TextSet,
+    taught: Callable[[TextSet], Lessons],
+) -> Json:
+    """A client's part of round ``number``, from the weights in file ``start``; the record of the step."""
+    config = session.config
+    settings = config.clients.training
+    if config.fedavg.epochs is not None:
+        settings = settings.model_copy(update={"epochs": config.fedavg.epochs})
+    if number > 1:
+        settings = later(settings, None, config.clients.codistillation.head_learning_rate)
+    lessons = taught(private)
+    return learner.step(
+        f"baselines/{name}/{number:03d}/clients/{private.name}",
+        f"{name}: round {number}: {private.name} learns",
+        start,
+        lambda: lessons,
+        settings,
+        steps=training.steps_of(settings, len(lessons.tokens)),
+        proximal=config.fedavg.proximal,
+        evaluate=False,
+    )

@@ -1,0 +1,170 @@
+"""Read a configuration: YAML and ``--set`` overrides to a checked ``Config``, and back."""
+
+import hashlib
+import json
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from feddistill.config.data import FileSource
+from feddistill.config.settings import QUICKSTART, Config
+from feddistill.errors import ConfigError
+
+
+def load(path: Path | None = None, overrides: tuple[str, ...] = ()) -> Config:
+    """Read ``path`` (``None``: the quickstart), apply ``a.b=value`` overrides, check.
+
+    Raises:
+        ConfigError: The file is not YAML, or a setting is unknown, missing or out of range. The message
+            names it as the user wrote it.
+    """
+    source = path or QUICKSTART
+    try:
+        raw = yaml.safe_load(source.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {source}: {error.strerror}") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: text that is no UTF-8, a date with month 99
+        raise ConfigError(f"{source} is not YAML: {' '.join(str(error).split())}") from None
+    raw = untied({} if raw is None else raw)
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{source} must be a mapping of settings, got {type(raw).__name__}")
+    for text in overrides:
+        override(raw, text)
+    return parse(raw)
+
+
+def untied(raw: Any) -> Any:
+    """Groups that YAML's aliases made one object, as several: an override of one must not change another."""
+    if isinstance(raw, dict):
+        return {key: untied(value) for key, value in raw.items()}
+    return [untied(value) for value in raw] if isinstance(raw, list) else raw
+
+
+def parse(raw: dict[str, Any]) -> Config:
+    """Check a mapping of settings."""
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(one_line(error, raw)) from None
+
+
+def texts(path: Path, columns: dict[str, str | None], name: str) -> FileSource:
+    """Files of texts and which of their columns are read; ``name`` is what errors call it."""
+    try:
+        return FileSource.model_validate({"path": path, **columns})
+    except ValidationError as error:
+        raise ConfigError(f"{name}: {one_line(error, columns)}") from None
+
+
+def dump(config: Config) -> str:
+    """The configuration as YAML, every default filled in; ``load`` gives it back unchanged."""
+    text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return text
+
+
+def digest(config: Config) -> str:
+    """A hash of all settings."""
+    canonical = json.dumps(config.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()
+
+
+def differs(given: Config, stored: Config) -> str | None:
+    """The first setting in which ``given`` is not ``stored``, but for those that it leaves to the machine."""
+    settled = {"threads": stored.threads, "precision": stored.precision}
+    left = {key: value for key, value in settled.items() if getattr(given, key) in (None, "auto")}
+    ours, theirs = given.model_copy(update=left).model_dump(mode="json"), stored.model_dump(mode="json")
+    return None if ours == theirs else _first_difference(ours, theirs)
+
+
+def _first_difference(a: object, b: object, path: str = "") -> str:
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in [*a, *(k for k in b if k not in a)]:
+            if a.get(key) != b.get(key):
+                return _first_difference(a.get(key), b.get(key), f"{path}.{key}" if path else str(key))
+    return path
+
+
+def override(raw: dict[str, Any], text: str) -> None:
+    """Set ``a.b.0.c`` in nested mappings and lists; groups left out of the file are made."""
+    dotted, equals, value_text = text.partition("=")
+    if not equals or not dotted:
+        raise ConfigError(f"--set takes KEY=VALUE, got {text!r}")
+    try:
+        value = yaml.safe_load(value_text)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"--set {dotted}: the value is not YAML: {' '.join(str(error).split())}") from None
+    place: Any = raw
+    *groups, last = dotted.split(".")
+    for depth, key in enumerate(groups):
+        here = ".".join(groups[: depth + 1])
+        if isinstance(place, list):
+            place = place[_index(place, key, here)]
+        else:
+            if isinstance(place.get(key), str):  # rule: median, with one of its settings on top
+                place[key] = {"kind": place[key]}
+            place = place.setdefault(key, {})
+        if not isinstance(place, dict | list):
+            raise ConfigError(f"--set {dotted}: {here} is {place!r}, not a group of settings")
+    if isinstance(place, list):
+        place[_index(place, last, dotted)] = value
+    else:
+        place[last] = value
+
+
+def _index(place: list[Any], key: str, name: str) -> int:
+    if not key.isdigit() or int(key) >= len(place):
+        raise ConfigError(f"--set {name}: needs an index from 0 to {len(place) - 1}, got {key!r}")
+    return int(key)
+
+
+def one_line(error: ValidationError, raw: Any) -> str:
+    """The first thing that is wrong, as the user wrote it."""
+    first, *more = error.errors()
+    path = _as_written(first["loc"], raw)
+    match first["type"]:
+        case "unknown_setting":
+            context = first["ctx"]
+            dotted = ".".join([*path, context["key"]])
+            if context["near"]:
+                text = f"{dotted} is not a setting; did you mean {'.'.join([*path, context['near']])}?"
+            else:
+                text = f"{dotted} is not a setting; {'.'.join(path) or 'there'} has: {context['known']}"
+        case "value_error":  # ours, already naming the setting
+            text = str(first["ctx"]["error"])
+        case "union_tag_invalid":
+            context = first["ctx"]
+            known = [tag.strip("' ") for tag in context["expected_tags"].split(",")]
+            near = get_close_matches(str(context["tag"]), known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(known)}"
+            text = f"{'.'.join([*path, 'kind'])} = {context['tag']!r} does not exist; {hint}"
+        case "union_tag_not_found":
+            text = f"{'.'.join(path)} has no kind; name it as well, as in {'.'.join([*path, 'kind'])}=…"
+        case "missing":
+            text = f"{'.'.join(path)} is missing"
+        case _:
+            reason = first["msg"][0].lower() + first["msg"][1:]
+            text = f"{'.'.join(path)}: {reason}, got {first['input']!r}"
+    return text + (f" (and {len(more)} more)" if more else "")
+
+
+def _as_written(loc: tuple[int | str, ...], raw: Any) -> list[str]:
+    """``loc`` without the union tags that pydantic adds and the user never wrote."""
+    path: list[str] = []
+    place = raw
+    for position, key in enumerate(loc):
+        inside = (isinstance(place, dict) and key in place) or (
+            isinstance(place, list) and isinstance(key, int) and key < len(place)
+        )
+        if inside:
+            place = place[key]
+            path.append(str(key))
+        elif position == len(loc) - 1 and not _is_tag(place, key):
+            path.append(str(key))
+    return path
+
+
+def _is_tag(place: Any, key: int | str) -> bool:
+    return isinstance(place, dict) and place.get("kind") == key

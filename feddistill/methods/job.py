@@ -1,0 +1,76 @@
+"""What a method would train and run, as a list of jobs: what ``plan`` adds up."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from feddistill import training
+from feddistill.aggregation.rules.choice import MinCe
+from feddistill.config import Config
+from feddistill.config.training import TrainingConfig
+from feddistill.tasks.learner import Learner
+from feddistill.tasks.session import Session
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A training or a pass of answers that the run would do ``times`` over."""
+
+    phase: str
+    learner: Learner
+    texts: Sequence[Sequence[int]]
+    settings: TrainingConfig | None = None
+    """Of training; ``None`` for a pass over ``texts``."""
+    steps: int = 0
+    """Of the optimiser, in training."""
+    times: int = 1
+
+
+def client_texts(session: Session, learners: list[Learner]) -> Iterator[tuple[Learner, list[Sequence[int]]]]:
+    """Each client's model, and its private texts as that reads them."""
+    for place, private in zip(session.splits.places, session.splits.private, strict=True):
+        learner = learners[place % len(learners)]
+        yield learner, list(learner.tokens(private))
+
+
+def rounds_asked(session: Session) -> list[list[int]]:
+    """Of each client, the rounds in which it is asked."""
+    asked = {n: session.asked(n) for n in range(1, session.config.rounds + 1)}
+    return [[n for n in asked if private.name in asked[n]] for private in session.splits.private]
+
+
+def client_steps(config: Config, own: int, proxy: int, late: bool = False) -> tuple[int, int]:
+    """Of the round in which it is asked first, which may be a ``late`` one, and of each later one."""
+    digest, settings = config.clients.codistillation, config.clients.training
+    later = settings.model_copy(update={"epochs": digest.epochs if digest.enabled else settings.epochs})
+    digested = min(digest.examples or proxy, proxy) if digest.enabled else 0
+    return training.steps_of(settings, own + late * digested), training.steps_of(later, own + digested)
+
+
+def federation(
+    session: Session, learners: list[Learner], student: Learner, baseline: str | None = None
+) -> Iterator[Job]:
+    """The rounds; of a ``baseline``, that one's, whose first round's clients are the federation's."""
+    config, rounds = session.config, session.config.rounds
+    settings, digest = config.clients.training, config.clients.codistillation
+    for (learner, own), turns in zip(client_texts(session, learners), rounds_asked(session), strict=True):
+        proxy, late = list(learner.tokens(session.splits.proxy)), 1 not in turns
+        first, later = client_steps(config, len(own), len(proxy), late)
+        digested = min(digest.examples or len(proxy), len(proxy)) if digest.enabled else 0
+        phase, both = baseline or "clients_train", [*own, *proxy[:digested]]
+        yield Job(phase, learner, both if late else own, settings, first, min(len(turns), 1))
+        yield Job(phase, learner, both, settings, later, max(len(turns) - 1, 0))
+        yield Job(baseline or "clients_answer", learner, proxy, times=len(turns))
+        if baseline is None and config.clients.evaluate:
+            yield from evaluation(session, learner, len(turns))
+    proxy, learns = list(student.tokens(session.splits.proxy)), config.student.training
+    steps = training.steps_of(learns, len(proxy))
+    yield Job(baseline or "server_train", student, proxy, learns, steps, rounds)
+    rule = config.aggregation.rule if baseline is None else MinCe()
+    if "student" in rule.needs():
+        yield Job(baseline or "server_aggregate", student, proxy, times=rounds - 1)
+    yield from evaluation(session, student, rounds)
+
+
+def evaluation(session: Session, learner: Learner, times: int) -> Iterator[Job]:
+    for texts in (session.splits.validation, session.splits.test):
+        yield Job("evaluate", learner, learner.tokens(texts), times=times)

@@ -1,0 +1,233 @@
+"""The report of a run: a page that needs nothing else, tables as CSV, figures as SVG, TensorBoard logs."""
+
+import csv
+import io
+from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
+
+from jinja2 import Environment, StrictUndefined
+from rich.console import Console
+from rich.table import Table
+
+from feddistill.config.methods import row_labels
+from feddistill.config.tasks import TASKS, Task
+from feddistill.data import Skew
+from feddistill.errors import RunError
+from feddistill.report import plots
+from feddistill.store.run_directory import CONFIG, RESULT, Json, RunDirectory
+
+PAGE = "report.html"
+
+
+def write(out: Path) -> Path:
+    """Write the report of a complete run into its directory; returns the page.
+
+    Raises:
+        RunError: The run has no result yet.
+    """
+    run = RunDirectory.open(out)
+    try:
+        if not run.path(RESULT).exists():
+            raise RunError(f"{out} is not complete; go on with: feddistill train --resume --out {out}")
+        result, skew = run.read_json(RESULT), _skew(run.read_json("data/skew.json"))
+        drawn = plots.draw(result, skew)
+        for name, svg in drawn.items():
+            run.write_text(f"figures/{name}.svg", svg)
+        run.write_text("rounds.csv", as_csv(result["by_round"]))
+        run.write_text("metrics.csv", as_csv([{"who": who, **m} for who, m in metric_rows(result)]))
+        _tensorboard(run, result)
+        return run.write_text(
+            PAGE,
+            rendered(
+                "page.html",
+                result=result,
+                task=task_of(result),
+                rows=[(row_labels()[who], m) for who, m in metric_rows(result)],
+                skew=skew,
+                skew_lines=skew_lines(skew),
+                figures=drawn,
+                config=run.read_bytes(CONFIG).decode(),
+                traffic=traffic_rows(result),
+                phases=phase_rows(result),
+                size=size,
+            ),
+        )
+    finally:
+        run.close()
+
+
+def rendered(template: str, **facts: object) -> str:
+    """A page that needs nothing else, from a template of this package."""
+    folder = files("feddistill.report")
+    text, style = (folder.joinpath(name).read_text(encoding="utf-8") for name in (template, "style.css"))
+    page = Environment(autoescape=True, undefined=StrictUndefined).from_string(text)
+    return page.render(style=style, **facts)
+
+
+def task_of(result: Json) -> Task:
+    """What a run's figures are; results from before there were several tasks are of classification."""
+    return TASKS[result.get("task", "classification")]
+
+
+def metric_rows(result: Json) -> list[tuple[str, Json]]:
+    """Who, and its figures on the test set, in the order of the table."""
+    metrics = result["metrics"]
+    rows = [
+        ("student", metrics["student"]),
+    ]
+    if "clients" in metrics:
+        rows += [(f"clients_{when}", metrics["clients"][when]["mean"]) for when in ("before", "after")]
+    for who in row_labels():
+        name, _, which = who.rpartition("_")
+        if which in ("mean", "best") and name in metrics:
+            rows.append((who, metrics[name][which]))
+        elif who in metrics and who != "student":
+            rows.append((who, metrics[who]))
+    return rows
+
+
+def print_table(result: Json) -> None:
+    """The figures on a terminal."""
+    shown = task_of(result).shown
+    table = Table("", *shown.values(), title=f"{result['name']}, seed {result['seed']}: test set")
+    for who, m in metric_rows(result):
+        cells = [f"{m[key]:.3f}" for key in shown]
+        table.add_row(row_labels()[who], *cells, style="bold" if who == "student" else None)
+    console = Console()
+    console.print(table)
+    sizes = {name: size(count) for name, count in result["bytes"].items() if isinstance(count, int)}
+    console.print(
+        f"uploaded {sizes['uplink']}, sent back {sizes['downlink']}, proxy set {sizes['proxy']}; "
+        f"FedAvg of this student would upload {sizes['fedavg_uplink_same_rounds']}, "
+        f"its LoRA {sizes['lora_uplink_same_rounds']}",
+        highlight=False,
+    )
+    console.print(
+        f"{result['seconds']['total']:.0f} s of work, {sum(result['flops'].values()) / 1e12:.1f} TFLOP, "
+        f"peak memory {size(result['peak_memory_bytes'])}",
+        highlight=False,
+    )
+
+
+def traffic_rows(result: Json) -> list[tuple[str, str]]:
+    """What travelled, in words and sizes."""
+    b = result["bytes"]
+    return [
+        ("clients upload: answers and descriptions, all rounds", size(b["uplink"])),
+        ("of that, descriptions (sizes, class counts)", size(b["descriptions"])),
+        ("server sends: requests and teachers, all rounds", size(b["downlink"])),
+        ("proxy texts, once to each client", size(b["proxy"])),
+        (
+            "FedAvg of the weights that the student trains (float32) would upload, same rounds",
+            size(b["fedavg_uplink_same_rounds"]),
+        ),
+        ("times as much as the answers", f"{b['fedavg_uplink_same_rounds'] / b['uplink']:,.1f}×"),
+        (
+            "federated LoRA of the student (float32, rank 8) would upload, same rounds",
+            size(b["lora_uplink_same_rounds"]),
+        ),
+        ("an answer to one row (text or token), envelope included", f"{b['a_row']:.2f} B"),
+    ]
+
+
+def phase_rows(result: Json) -> list[tuple[str, str, str]]:
+    """Phase, seconds, operations."""
+    return [
+        (name.replace("_", " "), f"{result['seconds'][name]:.1f}", f"{flops / 1e12:.2f}")
+        for name, flops in result["flops"].items()
+    ]
+
+
+def skew_lines(skew: Skew) -> list[str]:
+    """The skew report as a table in plain text."""
+    width = max(map(len, (*skew.clients, "proxy (labelled)")))
+    if not skew.labels:
+        texts = zip(skew.clients, skew.examples, strict=False)
+        return [*(f"{client.ljust(width)}  {count} texts" for client, count in texts), *_skew_words(skew)]
+    if len(skew.labels) > plots.WRITTEN:
+        return [*_many_labels(skew, width), *_skew_words(skew)]
+    columns = [max(len(label), 4) for label in skew.labels]
+
+    def line(name: str, cells: tuple[object, ...], total: object) -> str:
+        padded = (str(cell).rjust(column) for cell, column in zip(cells, columns, strict=True))
+        return f"{name.ljust(width)}  {'  '.join(padded)}  {str(total).rjust(6)}"
+
+    return [
+        line("", skew.labels, "total"),
+        *(
+            line(client, counts, sum(counts))
+            for client, counts in zip(skew.clients, skew.counts, strict=True)
+        ),
+        line("proxy (labelled)", skew.proxy_counts, sum(skew.proxy_counts)),
+        *_skew_words(skew),
+    ]
+
+
+def _many_labels(skew: Skew, width: int) -> Iterator[str]:
+    """Of labels that are too many for a column each."""
+    yield f"{''.ljust(width)}  labels   total  its most frequent label"
+    for name, counts in (
+        *zip(skew.clients, skew.counts, strict=True),
+        ("proxy (labelled)", skew.proxy_counts),
+    ):
+        has, most = sum(count > 0 for count in counts), max(counts)
+        top = f"{skew.labels[counts.index(most)]}: {most}" if most else ""
+        yield f"{name.ljust(width)}  {str(has).rjust(6)}  {str(sum(counts)).rjust(6)}  {top}"
+
+
+def _skew_words(skew: Skew) -> list[str]:
+    if skew.size_ratio is None:
+        divided = "how the private texts are divided is known at the clients alone"
+    else:
+        labels = "no labels, so no skew of them"
+        if skew.non_iid is not None:
+            labels = f"non-IID {skew.non_iid:.3f} (mean total variation from the pool)"
+        divided = f"{labels}; largest client {skew.size_ratio:.1f} times the smallest"
+    return [
+        divided,
+        f"texts: proxy {skew.proxy_examples}, test {skew.test_examples}, validation "
+        f"{skew.validation_examples}",
+        f"{skew.test_also_public} of the test also stand in proxy or private texts",
+    ]
+
+
+def size(count: float) -> str:
+    """Bytes in the unit that reads best.
+
+    >>> size(1234567)
+    '1.23 MB'
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def _skew(stored: Json) -> Skew:
+    lists = {key: tuple(value) for key, value in stored.items() if isinstance(value, list)}
+    return Skew(**{**stored, **lists, "counts": tuple(map(tuple, stored["counts"]))})
+
+
+def as_csv(rows: list[Json]) -> str:
+    """Rows with the same keys, as CSV."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
+
+
+def _tensorboard(run: RunDirectory, result: Json) -> None:
+    """What decides of every series by round, from the result: a resumed run has each point once."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    run.remove("tensorboard")
+    figure = task_of(result).decides
+    with SummaryWriter(str(run.path("tensorboard"))) as board:
+        for row in result["by_round"]:
+            for which in ("test", "validation"):
+                board.add_scalar(f"{which}_{figure}/{row['series']}", row[f"{which}_{figure}"], row["round"])
+        for name, figures_ in metric_rows(result):
+            board.add_scalar(f"final_test_{figure}/{name}", figures_[figure], result["rounds"])

@@ -1,0 +1,211 @@
+"""A trained model, ready to be measured or released: a run's student, or a ``save_pretrained`` folder."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+    utils,
+)
+
+from feddistill import models
+from feddistill.config import Config
+from feddistill.config.models import ScratchModel, TrainedTokenizer
+from feddistill.errors import ModelError, RunError
+from feddistill.models import causal, reading
+from feddistill.runs import experiment
+from feddistill.seeds import derive
+from feddistill.store.run_directory import CONFIG, RESULT, RunDirectory
+
+Task = Literal["classification", "causal_lm", "masked_lm", "reading"]
+HEADS: dict[str, tuple[Task, Any]] = {
+    "ForSequenceClassification": ("classification", AutoModelForSequenceClassification),
+    "ForCausalLM": ("causal_lm", AutoModelForCausalLM),
+    "LMHeadModel": ("causal_lm", AutoModelForCausalLM),
+    "ForMaskedLM": ("masked_lm", AutoModelForMaskedLM),
+    "ForQuestionAnswering": ("reading", AutoModelForQuestionAnswering),
+}
+"""By the end of an architecture's name."""
+
+MODULES = "modules.json"
+DENSE = "2_Dense"
+"""Where an exported mean-pool classifier has its head; see ``export``."""
+LONGEST = 1024
+"""Tokens that a model of a folder reads at most, if it does not say."""
+
+
+@dataclass(frozen=True, slots=True)
+class Student:
+    """A model that has been trained, in evaluation mode."""
+
+    name: str
+    """What figures and errors call it."""
+    task: Task
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    max_tokens: int
+    """The longest text that it was trained to read."""
+    labels: tuple[str, ...] = ()
+    """Of classification: the classes in the order of its answers."""
+    bf16: bool = False
+    """Whether passes run in bfloat16."""
+    batch_size: int = 32
+    """Texts a forward pass."""
+
+    @property
+    def specialist(self) -> models.Specialist:
+        """The same, for what answers texts in classes."""
+        return models.Specialist(self.model, self.tokenizer, self.max_tokens)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return next(self.model.parameters()).device
+
+
+def load(path: Path) -> Student:
+    """The student of the run, or the model of the ``save_pretrained`` folder, at ``path``.
+
+    Raises:
+        RunError: A run that is not complete, or whose student's weights are gone.
+        ModelError: No run and no model, or one of another kind.
+    """
+    if (path / CONFIG).is_file():
+        return of_run(path)
+    if (path / "config.json").is_file():
+        return of_folder(path)
+    raise RunError(f"{path} is not a run: it has no {CONFIG}, nor is it a model: it has no config.json")
+
+
+def of_run(out: Path) -> Student:
+    """The student of a complete run: of the round that was best on validation.
+
+    The data are read only where the run has trained a tokenizer on the proxy texts, which is trained again.
+    """
+    config = experiment.stored_config(out)
+    directory = RunDirectory.open(out)
+    try:
+        if not directory.path(RESULT).exists():
+            raise RunError(f"{out} is not complete; go on with: feddistill train --resume --out {out}")
+        experiment.keeps_student(config, out)
+        _quiet()
+        experiment.prepare(config)
+        weights = directory.read_json(RESULT)["student_weights"]
+        labels = ()
+        if config.task == "classification":
+            labels = tuple(directory.read_json(experiment.SKEW)["labels"])
+        built = _built(config, len(labels), _public(config, directory))
+        directory.done(weights.removesuffix(".safetensors"))  # the file is what the step wrote
+        models.restore(built.model, directory.path(weights))
+    finally:
+        directory.close()
+    return Student(
+        name=str(out),
+        task=config.task,
+        model=_ready(built.model),
+        tokenizer=built.tokenizer,
+        max_tokens=built.max_tokens,
+        labels=labels,
+        bf16=config.precision == "bf16",
+        batch_size=config.clients.answer_batch_size,
+    )
+
+
+def _built(config: Config, classes: int, public: tuple[str, ...]) -> models.Specialist:
+    """The student as it is before any training."""
+    name = "student.model"
+    seed = derive(config.seed, "init", name)
+    if config.task == "classification":
+        return models.build(config.student.model, classes, seed, name, public)
+    if config.task == "reading":
+        reader = reading.build(config.student.model, config.reading, seed, name, public)
+        return models.Specialist(reader.model, reader.tokenizer, reader.max_tokens)
+    masked = config.task == "masked_lm"
+    built = causal.build(config.student.model, seed, name, public, masked=masked)
+    return models.Specialist(built.model, built.reader.tokenizer, built.max_tokens)
+
+
+def _public(config: Config, directory: RunDirectory) -> tuple[str, ...]:
+    """The proxy texts, if the student's tokenizer was trained on them."""
+    source: object = config.student.model.source
+    while isinstance(source, ScratchModel):
+        source = source.tokenizer
+    if not isinstance(source, TrainedTokenizer):
+        return ()
+    return experiment.stored_splits(config, directory).proxy.texts
+
+
+def of_folder(path: Path) -> Student:
+    """A model as transformers saves it, or a mean-pool classifier as ``export`` does."""
+    _quiet()
+    try:
+        config = AutoConfig.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        if (path / MODULES).is_file():
+            model, task = _mean_pool(path, config), HEADS["ForSequenceClassification"][0]
+        else:
+            task, auto = _head(path, config)
+            model = auto.from_pretrained(path, dtype=torch.float32)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"cannot load a model from {path}: {str(error).splitlines()[0]}") from None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    labels = tuple(config.id2label[i] for i in range(config.num_labels)) if task == "classification" else ()
+    return Student(str(path), task, _ready(model), tokenizer, _longest(config, tokenizer), labels)
+
+
+def _head(path: Path, config: PretrainedConfig) -> tuple[Task, Any]:
+    names = config.architectures or []
+    for ending, found in HEADS.items():
+        if any(name.endswith(ending) for name in names):
+            return found
+    raise ModelError(
+        f"{path} holds {', '.join(names) or 'a model without a name'}; what can be measured are models for "
+        "classification, causal language modelling and question answering"
+    )
+
+
+def _mean_pool(path: Path, config: PretrainedConfig) -> models.MeanPoolClassifier:
+    """Encoder and head of a folder in sentence-transformers' layout, if it is one of ours."""
+    settings = path / DENSE / "config.json"
+    if (
+        not settings.is_file()
+        or not json.loads(settings.read_text()).get("out_features") == config.num_labels
+    ):
+        raise ModelError(f"{path} is a sentence encoder without a classifier in {DENSE}")
+    model = models.MeanPoolClassifier(
+        AutoModel.from_pretrained(path, dtype=torch.float32), config.hidden_size, config.num_labels
+    )
+    head = load_file(path / DENSE / "model.safetensors")
+    model.head.load_state_dict({key.removeprefix("linear."): value for key, value in head.items()})
+    return model
+
+
+def _longest(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+    known = [tokenizer.model_max_length, getattr(config, "max_position_embeddings", None)]
+    return min([int(length) for length in known if length is not None and length < 1_000_000] or [LONGEST])
+
+
+def _ready(model: nn.Module) -> nn.Module:
+    if torch.cuda.is_available():
+        model.cuda()
+    return model.eval()
+
+
+def _quiet() -> None:
+    utils.logging.set_verbosity_error()
+    utils.logging.disable_progress_bar()

@@ -1,0 +1,170 @@
+"""Whether a run is still what its ledger says: for who keeps it, and for a client that took part."""
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from feddistill import payload
+from feddistill.errors import DataError, PayloadError, RunError
+from feddistill.federation import encoding
+from feddistill.federation.answer_files import Shelf
+from feddistill.payload import Entry
+from feddistill.progress import Show
+from feddistill.runs import rerun
+from feddistill.server.rounds import LEDGER
+from feddistill.store.run_directory import RESULT, Json, RunDirectory, read_object
+from feddistill.types import RoundSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was looked at."""
+
+    right: bool
+    what: str
+
+
+Ledger = tuple[Entry, ...]
+
+
+def run(root: Path, *, recompute: bool = False, show: Show | None = None) -> Iterator[Finding]:
+    """Check a whole run: the chain, every request, every payload, every teacher.
+
+    Args:
+        root: The run's directory.
+        recompute: Also make each teacher again from the payloads, which has to give the same bytes.
+        show: Where progress is shown.
+
+    Raises:
+        RunError: There is no ledger.
+    """
+    directory = RunDirectory.open(root)
+    try:
+        ledgers = _ledgers(read_object(root / LEDGER))
+        if directory.path(RESULT).exists():
+            told = directory.read_json(RESULT)["ledger"]
+            yield Finding(
+                told == ledgers[0][-1].head(), f"the result names the ledger's head, {told[:16]}..."
+            )
+        yield Finding(True, f"the ledger is a chain of {len(ledgers[0])} rounds")
+        for entry in ledgers[0]:
+            yield from _round(directory, entry, ledgers)
+    finally:
+        directory.close()
+    if recompute:
+        with tempfile.TemporaryDirectory() as scratch:
+            again = rerun.aggregate(root, Path(scratch) / "again", show=show)
+        for entry, decided in zip(ledgers[0], again, strict=True):
+            made = Entry(**decided["ledger"])
+            same = (made.teacher, made.feedback) == (entry.teacher, entry.feedback)
+            yield Finding(same, f"round {entry.round}: the payloads give this teacher, to the byte")
+
+
+def kept(ledger: Path, own: Path) -> Iterator[Finding]:
+    """Check a published ledger against what a client has kept of its own.
+
+    Args:
+        ledger: ``ledger.json`` of a run, or its directory.
+        own: A folder with requests (``spec.json``) and payloads beside their envelopes, at any depth.
+
+    Raises:
+        RunError: A file cannot be read, or nothing was kept.
+    """
+    ledgers = _ledgers(read_object(ledger / LEDGER if ledger.is_dir() else ledger))
+    yield Finding(True, f"the ledger is a chain of {len(ledgers[0])} rounds")
+    requests = sorted(own.rglob("spec.json"))
+    payloads = sorted(own.rglob("*.safetensors"))
+    if not requests and not payloads:
+        raise RunError(f"{own} has neither a request (spec.json) nor a payload (*.safetensors)")
+    for path in requests:
+        spec = payload.parse_spec(path.read_bytes())
+        yield _asked(spec, ledgers, str(path))
+    answers: dict[tuple[Path, str, object], dict[int, Path]] = {}
+    for path in payloads:
+        beside = path.with_suffix(".json")
+        if beside.exists():
+            said = read_object(beside)
+            whose = (path.parent, str(said.get("client")), said.get("round"))
+            answers.setdefault(whose, {})[int(said.get("sequence", 0))] = path
+    for (_, client, number), found in answers.items():
+        yield _counted([found[shard] for shard in sorted(found)], client, number, ledgers[0])
+
+
+def _ledgers(found: Json) -> list[Ledger]:
+    """The run's ledger, and those of the runs whose answers it took over, newest first."""
+    ledgers = [payload.parse_entries(found.get("rounds"))]
+    if not ledgers[0]:
+        raise DataError("ledger: there are no rounds")
+    if found.get("head") != ledgers[0][-1].head():
+        raise DataError("ledger: its head is not that of its last round")
+    return ledgers + (_ledgers(found["from"]) if isinstance(found.get("from"), dict) else [])
+
+
+def _asked(spec: RoundSpec, ledgers: list[Ledger], name: str) -> Finding:
+    """That a request stands in a ledger, after the rounds that it names."""
+    digest = payload.digest(payload.canonical(spec))
+    for ledger in ledgers:
+        before = ledger[spec.round - 2].head() if 1 < spec.round <= len(ledger) + 1 else ""
+        if spec.round <= len(ledger) and ledger[spec.round - 1].request == digest and spec.previous == before:
+            return Finding(
+                True, f"round {spec.round}: {name} is in the ledger and names the rounds before it"
+            )
+    return Finding(False, f"round {spec.round}: {name} is not what the ledger says that was asked")
+
+
+def _counted(paths: list[Path], client: str, number: object, ledger: Ledger) -> Finding:
+    """That an answer was used, or is said to have been refused."""
+    path = paths[0]
+    entry = ledger[number - 1] if isinstance(number, int) and 1 <= number <= len(ledger) else None
+    if entry is None:
+        return Finding(False, f"{path}: the ledger has no round {number}")
+    if client in entry.refused:
+        return Finding(True, f"round {number}: {path} was refused: {entry.refused[client]}")
+    if client not in entry.payloads:
+        return Finding(False, f"round {number}: {path} was left out: the ledger does not name {client}")
+    digests = [payload.digest(path.read_bytes()) for path in paths]
+    same = entry.payloads[client] == payload.digest_of(digests)
+    return Finding(same, f"round {number}: {path} is the answer that was counted for {client}")
+
+
+def _round(directory: RunDirectory, entry: Entry, ledgers: list[Ledger]) -> Iterator[Finding]:
+    step = f"rounds/{entry.round:03d}"
+    spec = payload.parse_spec(directory.read_bytes(f"{step}/spec.json"))
+    yield _asked(spec, ledgers, "the request")
+    for client, digest in sorted(entry.payloads.items()):
+        yield _admitted(directory, spec, client, digest)
+    for client, reason in sorted(entry.refused.items()):
+        error = _refusal(directory, spec, client)
+        given = type(error).__name__ if error else "nothing"
+        yield Finding(given == reason, f"round {entry.round}: {client} is refused for {reason}")
+    whole = directory.digest(f"{step}/teacher.safetensors") == entry.teacher
+    yield Finding(whole, f"round {entry.round}: the teacher is whole")
+    try:
+        feedback = Shelf(directory, f"{step}/feedback", encoding.feedback_spec(spec))
+        sent = feedback.admit(sender=encoding.SERVER) == entry.feedback
+    except PayloadError:
+        sent = False
+    yield Finding(sent, f"round {entry.round}: what clients were sent is whole")
+
+
+def _admitted(directory: RunDirectory, spec: RoundSpec, client: str, digest: str) -> Finding:
+    what = f"round {spec.round}: {client}'s payload is the one that was counted, and well-formed"
+    shelf = Shelf(directory, f"rounds/{spec.round:03d}/payloads/{client}", spec)
+    try:
+        found = payload.digest_of([directory.digest(content) for _, content in shelf.files])
+        if found == digest:
+            shelf.admit(sender=client)
+        return Finding(found == digest, what)
+    except RunError as error:
+        return Finding(False, f"round {spec.round}: {error}")
+    except PayloadError as refusal:
+        return Finding(False, f"round {spec.round}: {client}: {refusal}")
+
+
+def _refusal(directory: RunDirectory, spec: RoundSpec, client: str) -> PayloadError | None:
+    try:
+        Shelf(directory, f"rounds/{spec.round:03d}/payloads/{client}", spec).admit(sender=client)
+    except PayloadError as error:
+        return error
+    return None

@@ -1,0 +1,341 @@
+"""The method: clients answer public texts, the server makes one teacher, a student learns from it.
+
+Round after round: (1) every client trains its specialist, from the second round on also on the last
+teacher's answers; (2) it answers the proxy texts and uploads a payload; (3) the server admits, aggregates,
+(4) trains the student and sends the teacher back. Nothing else leaves a client.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from statistics import fmean
+
+from feddistill import models, payload, training
+from feddistill.accounting import measure
+from feddistill.aggregation.answers import Answerer, Known
+from feddistill.aggregation.diagnostics import diagnose
+from feddistill.aggregation.rules import Memory
+from feddistill.aggregation.teacher import Aggregated, aggregate, weigh
+from feddistill.errors import ConfigError, PayloadError, RoundError
+from feddistill.federation import answer_files, encoding
+from feddistill.federation.answer_files import draws
+from feddistill.server.clients import Correspondence
+from feddistill.server.request import request
+from feddistill.store.logit_files import TensorFile, TopKFile
+from feddistill.store.run_directory import Json
+from feddistill.tasks.choose import learner_of
+from feddistill.tasks.learner import Learner, best_of, later
+from feddistill.tasks.query import Question
+from feddistill.tasks.session import Session
+from feddistill.types import Cost, RoundSpec
+
+LEDGER = "ledger.json"
+
+LORA_RANK = 8
+"""Of the adapters whose size answers are compared with."""
+
+
+def run(session: Session) -> Json:
+    """All rounds; the student that is best on validation is the result."""
+    rounds = _Rounds(session)
+    records = [rounds.run(number) for number in range(1, session.config.rounds + 1)]
+    return {
+        "rounds": records,
+        "ledger": rounds.head,
+        "description_bytes": sum(len(payload.canonical(d)) for d in rounds.clients.descriptions),
+        "positions": session.question.positions,
+        "student_bytes": 4 * models.trained_count(rounds.student.model),
+        "lora_bytes": 4 * models.lora_count(rounds.student.model, LORA_RANK),
+    }
+
+
+def decide(session: Session) -> list[Json]:
+    """All rounds without the student: one teacher each, of answers that the run has or that clients give."""
+    rounds = _Rounds(session)
+    return [rounds.decide(number) for number in range(1, session.config.rounds + 1)]
+
+
+class _Rounds:
+    """The server: decides what clients are asked, and makes teachers and a student of what they say."""
+
+    def __init__(self, session: Session):
+        self.session = session
+        self.clients = Correspondence(session)
+        config = session.config
+        self.quorum = config.aggregation.quorum or config.clients.per_round or len(session.splits.private)
+        self.memory: Memory = {}
+        """What the rule remembers of former rounds."""
+        self.ledger: list[payload.Entry] = []
+        published = session.run.read_json(LEDGER) if session.run.path(LEDGER).exists() else {}
+        self.asked_in: Json | None = published.get("from")
+        """The ledger of the run in which answers were asked for, where that was another one."""
+        self.specs: dict[int, RoundSpec] = {}
+        self._student: Learner | None = None
+        self.best: Json | None = None
+        self.last: Json | None = None
+
+    @property
+    def student(self) -> Learner:
+        """Built when first needed: a run that is resumed at its end builds nothing."""
+        if self._student is None:
+            self._student = learner_of(self.session, self.session.config.student.model, "student.model")
+        return self._student
+
+    @property
+    def head(self) -> str:
+        """Of the ledger so far."""
+        return self.ledger[-1].head() if self.ledger else ""
+
+    def run(self, number: int) -> Json:
+        """Round ``number``, or what is still to do of it."""
+        run, step = self.session.run, f"rounds/{number:03d}"
+        record = run.done(step, verify=False)
+        if record is None:
+            record = run.commit(step, self._round(number, step))
+        else:
+            self._asked(number)
+            self._enter(record)
+        self.last = record["student"]
+        self.best = best_of(self.session, self.best, record["student"])
+        self._tidy(number)
+        return record
+
+    def _round(self, number: int, step: str) -> Json:
+        decided = self.decide(number)
+        teacher = decided["teacher"]
+        student = self._distil(number, step)
+        request = payload.canonical(self.specs[number])
+        downlink = len(request) + (teacher["feedback_bytes"] if number < self.session.config.rounds else 0)
+        task = self.session.task
+        clients, own = _mean(decided["specialists"], task.decides), student["validation"][task.decides]
+        others = "" if clients is None else f"clients {clients:.3f}, "
+        self.session.show.say(f"round {number}: {task.words} on validation: {others}student {own:.3f}")
+        return {
+            **decided,
+            "student": student,
+            "bytes": {
+                "uplink": {name: upload["bytes"] for name, upload in decided["uploads"].items()},
+                "downlink": dict.fromkeys(decided["uploads"], downlink),
+            },
+        }
+
+    def decide(self, number: int) -> Json:
+        """Everything of a round before the student: clients train and answer, one teacher is made."""
+        spec, step = self._asked(number), f"rounds/{number:03d}"
+        run = self.session.run
+        specialists = self.clients.trained(spec, self.specs.get(number - 1))
+        sent = self.clients.answered(spec, specialists)
+        admitted: dict[str, answer_files.Shelf] = {}
+        files: dict[str, str] = {}
+        refused: dict[str, PayloadError] = {}
+        seen: set[tuple[str, int]] = set()
+        for name in sent:
+            shelf = answer_files.Shelf(run, f"{step}/payloads/{name}", spec)
+            try:
+                files[name] = shelf.admit(seen, sender=name)
+            except PayloadError as error:  # the round goes on without this client
+                refused[name] = error
+            else:
+                admitted[name] = shelf
+                seen.add((name, number))
+        if len(admitted) < self.quorum:
+            silent = [f"{name} did not answer" for name in spec.clients if name not in sent]
+            reasons = "; ".join([*map(str, refused.values()), *silent])
+            raise RoundError(
+                f"round {number}: {len(admitted)} valid answers, quorum {self.quorum}: {reasons}"
+            )
+        try:
+            self.session.config.aggregation.fits(len(admitted))
+        except ConfigError as error:
+            raise RoundError(f"round {number}: {len(admitted)} valid answers: {error}") from None
+        teacher = self._aggregate(admitted, number, spec, step)
+        entry = payload.Entry(
+            round=number,
+            previous=self.head,
+            request=payload.digest(payload.canonical(spec)),
+            payloads=files,
+            refused={name: type(error).__name__ for name, error in refused.items()},
+            teacher=run.digest(teacher["log_probs"]),
+            feedback=teacher["feedback"],
+        )
+        decided: Json = {
+            "round": number,
+            "specialists": specialists,
+            "uploads": sent,
+            "refused": {name: str(error) for name, error in refused.items()},
+            "missing": [name for name in spec.clients if name not in sent],
+            "teacher": teacher,
+            "ledger": asdict(entry),
+        }
+        self._enter(decided)
+        return decided
+
+    def _enter(self, decided: Json) -> None:
+        """Publish the round, and remember what the next one needs of it."""
+        self.memory = decided["teacher"]["memory"]
+        self.ledger.append(payload.Entry(**decided["ledger"]))
+        entries = [asdict(entry) for entry in self.ledger]
+        other = {} if self.asked_in is None else {"from": self.asked_in}
+        self.session.run.write_json(LEDGER, {"head": self.head, "rounds": entries, **other})
+
+    def _asked(self, number: int) -> RoundSpec:
+        """The request of a round: the stored one, where it was sent before this process began."""
+        run, name = self.session.run, f"rounds/{number:03d}/spec.json"
+        if run.path(name).exists():
+            spec = payload.parse_spec(run.read_bytes(name))
+        else:
+            spec = request(self.session, number, quorum=self.quorum, previous=self.head)
+            run.write_bytes(name, payload.canonical(spec))
+        self.specs[number] = spec
+        return spec
+
+    def _aggregate(
+        self, admitted: Mapping[str, answer_files.Shelf], number: int, spec: RoundSpec, step: str
+    ) -> Json:
+        """(3) The teacher, for the student as it is and for the clients as a payload."""
+        run, name = self.session.run, f"{step}/teacher"
+        if (record := run.done(name)) is not None:
+            return record
+        config = self.session.config.aggregation
+        question, shelves = self.session.question, admitted.values()
+        answerers: list[Answerer]
+        if question.compressed:
+            answerers = [answer_files.answerer(encoding.topk, shelf) for shelf in shelves]
+        else:
+            read = encoding.codes if config.rule.of_codes else encoding.expand
+            answerers = [answer_files.answerer(read, shelf) for shelf in shelves]
+        labels = question.labels
+        student, asking = self._said_before(spec, step)
+        # Of those who are in: where the only client that knows a class was refused, the others speak for it.
+        known = Known(
+            names=tuple(admitted),
+            descriptions=tuple(d for d in self.clients.descriptions if d.client in admitted),
+            labels=labels,
+            domains=question.domains,
+            student=student,
+            memory=self.memory,
+        )
+        with self.session.show.step(f"round {number}: aggregate"), measure() as cost:
+            weights = weigh(config.rule.weighting(), answerers, spec.positions, known)
+            made: list[Aggregated] = []
+
+            def make(path: Path) -> None:
+                file = _new_teacher(path, question, spec)
+                made.append(
+                    aggregate(
+                        answerers,
+                        spec.positions,
+                        config.rule,
+                        weights,
+                        sharpen=config.sharpen,
+                        mix=config.mix,
+                        known=known,
+                        k=spec.k,
+                        sink=file.put,
+                    )
+                )
+
+            kind = TopKFile if question.compressed else TensorFile
+            teacher = kind.open(run.write(f"{name}.safetensors", make))
+            mass, shares, memory = made[0].mass, made[0].weights, made[0].memory
+            diagnostics = diagnose(list(admitted), answerers, teacher, labels, mass, shares)
+        feedback, sent = self._feedback(teacher, spec, f"{step}/feedback")
+        codistil = self.session.config.clients.codistillation.enabled
+        content: Json = {
+            "log_probs": f"{name}.safetensors",
+            "feedback": feedback,
+            "feedback_bytes": sum(run.path(file).stat().st_size for file in sent) if codistil else 0,
+            "diagnostics": asdict(diagnostics),
+            "memory": memory,
+            "cost": asdict(cost.cost + asking),
+        }
+        return run.commit(name, content, [content["log_probs"], *sent])
+
+    def _said_before(self, spec: RoundSpec, step: str) -> tuple[Answerer | None, Cost]:
+        """What the student says before it learns from this round, where the rule needs that, and what asking
+        it took; nothing in the first round, nor where teachers are made without a student."""
+        if "student" not in self.session.config.aggregation.rule.needs() or spec.round == 1:
+            return None, Cost()
+        run, name, back = self.session.run, f"{step}/before", encoding.feedback_spec(spec)
+        if (record := run.done(name)) is None:
+            if (start := self._start()) is None:
+                return None, Cost()
+            self.student.restore(start["weights"])
+            before = self.student.meter.flops
+            with (
+                self.session.show.step(f"round {spec.round}: the student answers") as tick,
+                measure() as cost,
+            ):
+                for shard in range(payload.shards(back)):
+                    seed = draws(self.session.config.seed, spec.round, encoding.SERVER, shard)
+                    said = self.student.compressed(back, seed, *payload.rows_of(back, shard), tick)
+                    self._keep(name, back, shard, said)
+                cost.flops = self.student.meter.flops - before
+            record = run.commit(name, {"cost": asdict(cost.cost)}, answer_files.flat(name, back))
+        shelf = answer_files.Shelf(run, name, back)
+        shelf.admit(sender=encoding.SERVER)
+        if self.session.question.compressed:
+            return answer_files.answerer(encoding.topk, shelf), Cost(**record["cost"])
+        return answer_files.answerer(encoding.expand, shelf), Cost(**record["cost"])
+
+    def _keep(self, name: str, back: RoundSpec, shard: int, answers: payload.Answers) -> bytes:
+        """Write answers of the server's own, as a client writes its; the payload."""
+        envelope, content = answer_files.files(name, back)[shard]
+        encoded = payload.encode(answers, back, encoding.SERVER, shard)
+        self.session.run.write_bytes(content, encoded)
+        self.session.run.write_bytes(envelope, payload.seal(encoded, back, encoding.SERVER, shard))
+        return encoded
+
+    def _start(self) -> Json | None:
+        """The student that goes on learning; ``None`` before the first round's."""
+        return self.last if self.session.config.distill.accept == "always" else self.best
+
+    def _feedback(self, teacher: TensorFile | TopKFile, spec: RoundSpec, step: str) -> tuple[str, list[str]]:
+        """The teacher as clients are sent it: the digest for the ledger, and the files."""
+        back, digests = encoding.feedback_spec(spec), []
+        for shard in range(payload.shards(back)):
+            seed = draws(self.session.config.seed, spec.round, encoding.SERVER, shard)
+            answers = encoding.compress_rows(teacher, *payload.rows_of(back, shard), back, seed)
+            digests.append(payload.digest(self._keep(step, back, shard, answers)))
+        return payload.digest_of(digests), answer_files.flat(step, back)
+
+    def _distil(self, number: int, step: str) -> Json:
+        """(4) The student on the teachers' answers and the labels that the server has."""
+        config = self.session.config
+        first = max(1, number - config.distill.replay)
+        teachers = [f"rounds/{n:03d}/teacher.safetensors" for n in range(number, first - 1, -1)]
+        settings = config.student.training
+        if number > 1:
+            settings = later(settings, None, config.student.later_head_learning_rate)
+        start = self._start()
+        return self.student.step(
+            f"{step}/student",
+            f"round {number}: the student learns",
+            start["weights"] if start else None,
+            lambda: self.student.taught(*teachers),
+            settings,
+            steps=training.steps_of(settings, self.student.proxy_examples()),
+            distill=config.distill,
+        )
+
+    def _tidy(self, number: int) -> None:
+        """Keep the newest specialists and the best student; everything else is one training away."""
+        if self.session.config.keep_checkpoints == "all":
+            return
+        run, keep = self.session.run, {record["weights"] for record in (self.best, self.last) if record}
+        self.clients.tidy(number)
+        for earlier in range(1, number):
+            student = f"rounds/{earlier:03d}/student.safetensors"
+            if student not in keep:
+                run.remove(student)
+
+
+def _new_teacher(path: Path, question: Question, spec: RoundSpec) -> TensorFile | TopKFile:
+    if question.compressed:
+        return TopKFile.create(path, spec.positions, spec.k, spec.vocab_size)
+    return TensorFile.create(path, (spec.positions, spec.vocab_size))
+
+
+def _mean(specialists: Json, figure: str) -> float | None:
+    found = [s["validation"][figure] for s in specialists.values() if "validation" in s]
+    return fmean(found) if found else None
