@@ -22,9 +22,9 @@ def plan(config: Path | None, overrides: tuple[str, ...], as_json: bool) -> None
     settings = configuration.load(config, overrides)
 
     from feddistill.progress import Quiet, Terminal
-    from feddistill.runs import experiment
+    from feddistill.runs.plan import plan as estimate
 
-    found = experiment.plan(settings, Quiet() if as_json else Terminal())
+    found = estimate(settings, Quiet() if as_json else Terminal())
     if as_json:
         click.echo(json.dumps(found, indent=2))
         return

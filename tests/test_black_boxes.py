@@ -20,7 +20,7 @@ from feddistill.engines.remote import RemoteClient
 from feddistill.errors import ConfigError, ModelError
 from feddistill.federation.protocol import Task
 from feddistill.progress import Quiet
-from feddistill.runs import experiment
+from feddistill.runs import experiment, plan
 from feddistill.server.rounds import request
 from feddistill.store.run_directory import RunDirectory
 from feddistill.tasks import endpoint
@@ -297,7 +297,7 @@ def test_a_function_of_texts_is_a_classifier(tiny_settings, tmp_path, monkeypatc
     box = {"source": {"kind": "callable", "name": "classifier_of_mine:guess"}}
     clients = {**tiny_settings["clients"], "models": [*tiny_settings["clients"]["models"], box]}
     config = parse({**tiny_settings, "clients": clients, "baselines": ["local_only", "fedavg"]})
-    costs = experiment.plan(config)
+    costs = plan.plan(config)
     assert costs["flops"]["clients_train"] > 0
     result = experiment.run(config, tmp_path / "run")
     run = RunDirectory.open(tmp_path / "run")

@@ -78,14 +78,17 @@ def test_another_seed_gives_another_run(finished, tiny_settings, tmp_path):
 KILLER = """
 import os, signal, sys
 from pathlib import Path
-from feddistill import answering, experiment, training
+from feddistill import training
 from feddistill.config import load
+from feddistill.modelio import inference
+from feddistill.runs import experiment
+from feddistill.server import rounds
 
 phase, count = sys.argv[1], int(sys.argv[2])
 module, name = {{
     "specialist training": (training, "fit"),
-    "answering": (answering, "answer"),
-    "aggregation": (aggregation, "diagnose"),
+    "answering": (inference, "answer"),
+    "aggregation": (rounds, "diagnose"),
     "distillation": (training, "fit"),
 }}[phase]
 original, calls = getattr(module, name), 0

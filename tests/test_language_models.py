@@ -31,7 +31,7 @@ from feddistill.modelio.packing import pack
 from feddistill.models import causal
 from feddistill.models.tokenizers import fingerprint, tokenizer_of
 from feddistill.report import studies
-from feddistill.runs import experiment, study
+from feddistill.runs import experiment, plan, study
 from feddistill.store.logit_files import TopKFile
 from feddistill.training.blocks import (
     NOT_TAUGHT,
@@ -382,7 +382,7 @@ def test_other_codecs_and_every_third_position(codec, tmp_path):
 
 
 def test_what_a_run_would_cost_is_known_before():
-    found = experiment.plan(parse(tiny(baselines=["public_only"])))
+    found = plan.plan(parse(tiny(baselines=["public_only"])))
     config = parse(tiny())
     splits = experiment.check(config, build=False)
     source = config.student.model.source

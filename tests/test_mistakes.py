@@ -13,7 +13,7 @@ from feddistill.cli import main
 from feddistill.config import institution, parse
 from feddistill.engines.flower import deployment
 from feddistill.errors import ConfigError, DataError, ModelError, RunError
-from feddistill.runs import experiment, rerun, study
+from feddistill.runs import experiment, plan, rerun, study
 
 
 def cli(*arguments):
@@ -79,7 +79,7 @@ def test_what_a_federation_costs_is_not_known_at_the_server(tiny_settings):
     raw = tiny_settings | {"baselines": [], "data": {**tiny_settings["data"], "partition": partition}}
     raw["data"].pop("private")
     with pytest.raises(ConfigError, match="at_clients: what a run costs depends on texts that the clients"):
-        experiment.plan(parse(raw))
+        plan.plan(parse(raw))
 
 
 def test_another_student_that_cannot_be_built_leaves_nothing_behind(tiny_settings, tmp_path):

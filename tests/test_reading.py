@@ -139,7 +139,7 @@ def test_the_server_is_told_no_answers_but_those_it_has(file, tmp_path):
 
 def test_a_plan_foretells_what_a_run_takes(run, file):
     settings = parse(made.settings(file, baselines=["public_only", "local_only", "centralized", "fedavg"]))
-    foretold = plan.plan(experiment.resolve(settings), experiment.check(settings))
+    foretold = plan.estimate(experiment.resolve(settings), experiment.check(settings))
     result = json.loads((run / "result.json").read_text())
     for phase, operations in result["flops"].items():
         if operations:
