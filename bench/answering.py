@@ -1,8 +1,8 @@
 """How fast a client answers: ``python -m bench.answering --out bench/results/answering.json``.
 
 Two clients. A Llama-like language model reads blocks of 128 tokens, V = 49,152, and its answer is 16 entries
-of three bytes a token: ``ours`` is the pass of ``feddistill.modelio.inference`` with the codec; ``topk`` a plain
-loop that keeps ``torch.topk`` of the log-probabilities; ``dense`` one that keeps them whole, as dense
+of three bytes a token: ``ours`` is the pass of ``feddistill.modelio.inference`` with the codec; ``topk`` a
+plain loop that keeps ``torch.topk`` of the log-probabilities; ``dense`` one that keeps them whole, as dense
 targets need. A small pretrained encoder classifies definitions of one to fifty words: ``ours`` has batches of
 texts of about one length, ``in order`` takes them as they come. In turns, in one process; the medians.
 """
@@ -26,7 +26,7 @@ from feddistill.data.sources import read
 from feddistill.federation.encoding import compress_parts
 from feddistill.modelio.inference import answer, answer_rows
 from feddistill.modelio.outputs import hidden_states
-from feddistill.modelio.packing import Blocks, pack
+from feddistill.modelio.packing import PackedTexts, pack
 from feddistill.types import RoundSpec
 
 V, LENGTH, BLOCKS, BATCH, K = 49_152, 128, 24, 8, 16
@@ -60,7 +60,7 @@ def _llama(hidden: int) -> Any:
     ).eval()
 
 
-def _ours(model: Any, blocks: Blocks, bf16: bool) -> Any:
+def _ours(model: Any, blocks: PackedTexts, bf16: bool) -> Any:
     rows = torch.arange(blocks.rows).numpy()
     spec = RoundSpec("run", 1, "", len(rows), V, "", "topk", K, "n", 1, ("a",))
 
@@ -75,7 +75,7 @@ def _ours(model: Any, blocks: Blocks, bf16: bool) -> Any:
     return found
 
 
-def _plain(model: Any, blocks: Blocks, bf16: bool) -> Any:
+def _plain(model: Any, blocks: PackedTexts, bf16: bool) -> Any:
     """Batches of blocks that are all of one length, as they are packed."""
     whole = [torch.from_numpy(blocks[b]) for b in range(len(blocks)) if len(blocks[b]) == LENGTH]
     for first in range(0, len(whole), BATCH):
@@ -84,11 +84,11 @@ def _plain(model: Any, blocks: Blocks, bf16: bool) -> Any:
             yield model(input_ids=ids).logits[:, :-1].float().log_softmax(-1)
 
 
-def _topk(model: Any, blocks: Blocks, bf16: bool) -> Any:
+def _topk(model: Any, blocks: PackedTexts, bf16: bool) -> Any:
     return [log_probs.topk(K) for log_probs in _plain(model, blocks, bf16)]
 
 
-def _dense(model: Any, blocks: Blocks, bf16: bool) -> Any:
+def _dense(model: Any, blocks: PackedTexts, bf16: bool) -> Any:
     return [log_probs.half() for log_probs in _plain(model, blocks, bf16)]
 
 

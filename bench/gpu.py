@@ -80,8 +80,8 @@ def measure(step: str, out: Path, quick: bool, commit: str | None) -> int:
         known = {**results, "commit": results["commit"] or commit}
         record.save(out, record.joined(before, known))
 
-    show = partial(print, flush=True)
-    found = run(cases(step, quick), setup, quick=quick, echo=show, keep=keep, go_on=True)
+    progress = partial(print, flush=True)
+    found = run(cases(step, quick), setup, quick=quick, echo=progress, keep=keep, go_on=True)
     failed = [
         f"{case['name']}: {name}: {entry['failed']}"
         for case in found["cases"]

@@ -142,7 +142,7 @@ def _status(name: str) -> int:
 def _server(out: Any) -> None:
     """One round: merge the answers of all clients into a teacher on disk, rows made as they are asked for."""
 
-    def answerer(client: int) -> Callable[[int, int], TopK]:
+    def answer_reader(client: int) -> Callable[[int, int], TopK]:
         def rows(start: int, stop: int) -> TopK:
             random = torch.Generator().manual_seed(client * POSITIONS + start)
             ids = torch.randint(0, V // KEPT, (stop - start, KEPT), generator=random) * KEPT
@@ -154,7 +154,7 @@ def _server(out: Any) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         file = TopKFile.create(Path(folder) / "teacher.safetensors", POSITIONS, KEPT, V)
-        clients = [answerer(client) for client in range(CLIENTS)]
+        clients = [answer_reader(client) for client in range(CLIENTS)]
         start = time.perf_counter()
         found = aggregate(clients, POSITIONS, MeanProbs(), k=KEPT, sink=file.put)
         teacher = TopKFile.open(Path(folder) / "teacher.safetensors")

@@ -17,7 +17,7 @@ TOLERANCE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 2e-2}
 
 
 def measure(
-    case: Case, setup: Setup, tick: Clock, copy: tuple[Contender, int], box: float, go_on: bool = False
+    case: Case, setup: Setup, on_step: Clock, copy: tuple[Contender, int], box: float, go_on: bool = False
 ) -> dict[str, Any]:
     """The case's entry in a result file.
 
@@ -37,7 +37,7 @@ def measure(
     peaks = check(case.name, case.dtype, setup.device, contenders, failures)
     able = [contender for contender in contenders if contender.name in peaks]
     copying, copied = copy
-    timings = in_turns([*able, copying], tick, box)
+    timings = in_turns([*able, copying], on_step, box)
     speed = copied / timings.pop("copy").median
     floor = timings[case.floor].median if case.floor in timings else case.counted_bytes / speed
     implementations: dict[str, Any] = {}

@@ -23,22 +23,22 @@ from bench import machine
 from bench.heatmap import ALONE, HONEST, LYING, draw, table
 from feddistill import config as configuration
 from feddistill import data
-from feddistill.aggregation.answers import Known
-from feddistill.aggregation.attacks import ATTACKS, Attack, LeastLikely, SecondBest, Sight, liars
+from feddistill.aggregation.answers import RoundContext
+from feddistill.aggregation.attacks import ATTACKS, Attack, AttackContext, LeastLikely, SecondBest, attackers
 from feddistill.aggregation.rules import ASSUMED, RULES, MeanProbs, Rule
 from feddistill.aggregation.rules.distance import Cronus, GeometricMedian, Krum, MultiKrum
 from feddistill.aggregation.rules.means import MeanLogits, PriorCorrected
 from feddistill.aggregation.rules.order import Median, TrimmedMean
 from feddistill.aggregation.rules.remembered import ExpGuard
 from feddistill.aggregation.teacher import aggregate, weigh
-from feddistill.client.client import Crew
+from feddistill.client.client import ClientGroup
 from feddistill.config import Config
-from feddistill.progress import Quiet
+from feddistill.progress import NoProgress
 from feddistill.seeds import derive
 from feddistill.store.run_directory import RunDirectory
-from feddistill.tasks.learner import Learner, labels_of, lessons_of
+from feddistill.tasks.learner import Learner, examples_of, labels_of
 from feddistill.tasks.session import Session
-from feddistill.training import Lessons
+from feddistill.training import TrainingExamples
 from feddistill.types import ClientDescription
 
 SCHEMA = 1
@@ -118,16 +118,16 @@ def world(seed: int, folder: Path, answers: Path | None) -> World:
     truth = data.load(config.data.model_copy(update={"proxy": open_labels}), seed).proxy
     assert truth.ids == splits.proxy.ids, "the same texts"
     run = RunDirectory.create(folder, configuration.dump(config))
-    session = Session(config, splits, run, Quiet())
+    session = Session(config, splits, run, NoProgress())
     stored = None if answers is None else answers / f"clients-{seed}.npz"
     if stored is not None and stored.exists():
         said = [torch.from_numpy(a) for a in np.load(stored)["answers"]]
     else:
         said = []
-        for client in Crew(session).clients:
+        for client in ClientGroup(session).clients:
             learner = client.learner
             learner.reset()
-            lessons = lessons_of(learner, client.private)
+            lessons = examples_of(learner, client.private)
             name = f"alone/001/{client.name}"
             learner.fit(lessons, config.clients.training, seed=derive(seed, name))
             said.append(learner.answer(splits.proxy))
@@ -143,10 +143,12 @@ def world(seed: int, folder: Path, answers: Path | None) -> World:
 
 def attacked(found: World, attacks: Sequence[Attack], seed: int) -> list[Tensor]:
     """All clients' answers, those of the liars after the attack."""
-    lying = liars(attacks, NAMES)
+    lying = attackers(attacks, NAMES)
     honest = [a for a, name in zip(found.answers, NAMES, strict=True) if name not in lying]
     return [
-        lying[name](Sight(own, honest, derive(seed, "attack", name), CLIENTS)) if name in lying else own
+        lying[name](AttackContext(own, honest, derive(seed, "attack", name), CLIENTS))
+        if name in lying
+        else own
         for own, name in zip(found.answers, NAMES, strict=True)
     ]
 
@@ -154,7 +156,7 @@ def attacked(found: World, attacks: Sequence[Attack], seed: int) -> list[Tensor]
 def teacher(found: World, defence: Defence, answers: Sequence[Tensor], present: Sequence[int]) -> Tensor:
     """Of the clients ``present``, as the quickstart's server makes it, but for sharpening."""
     read = [_reader(answers[index]) for index in present]
-    known = Known(
+    known = RoundContext(
         names=tuple(NAMES[index] for index in present),
         descriptions=tuple(found.descriptions[index] for index in present),
         labels=found.labels,
@@ -189,7 +191,7 @@ def student_accuracy(found: World, learner: Learner, log_probs: Tensor) -> float
     config, proxy = found.session.config, found.session.splits.proxy
     learner.reset()
     learner.fit(
-        Lessons(learner.tokens(proxy), labels_of(proxy), log_probs),
+        TrainingExamples(learner.tokens(proxy), labels_of(proxy), log_probs),
         config.student.training,
         seed=derive(config.seed, "rounds/001/student"),
         distill=config.distill,

@@ -42,12 +42,12 @@ def run(
     """
     start, on = time.perf_counter(), machine.describe(setup.device)  # files may change while it runs
     # Four times what the largest last-level caches hold; some memory systems are slower before they are warm.
-    tick, copy = clock(setup.device), copying(setup.device, megabytes=128 if quick else 512)
+    on_step, copy = clock(setup.device), copying(setup.device, megabytes=128 if quick else 512)
     echo(tables.HEAD)
     measured: list[dict[str, Any]] = []
     results: dict[str, Any] = {}
     for case in cases:
-        measured.append(measure(case, setup, tick, copy, 0.2 if quick else BOX[setup.device], go_on))
+        measured.append(measure(case, setup, on_step, copy, 0.2 if quick else BOX[setup.device], go_on))
         echo(tables.lines(measured[-1]))
         torch._dynamo.reset()
         gc.collect()

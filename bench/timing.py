@@ -18,7 +18,7 @@ from feddistill_kernels._native import drop_pages
 
 SLICE = 0.02  # seconds of one contender before the next has its turn
 ROUNDS = (3, 50)  # at least, unless `PATIENCE` times the box is spent; at most, however quick they are
-PATIENCE = 5
+RETRY_POLICY = 5
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def clock(device: str) -> Clock:
     return CudaClock() if device == "cuda" else CpuClock()
 
 
-def in_turns(contenders: Sequence[Contender], tick: Clock, box: float) -> dict[str, Timing]:
+def in_turns(contenders: Sequence[Contender], on_step: Clock, box: float) -> dict[str, Timing]:
     """Time contenders in turns until ``box`` seconds are spent, so that a noisy neighbour hits them all.
 
     A quick contender has several calls in its turn, of which the first finds cold caches and the median
@@ -99,13 +99,13 @@ def in_turns(contenders: Sequence[Contender], tick: Clock, box: float) -> dict[s
     with _no_garbage_collection():
         for turn in range(ROUNDS[1]):
             spent = time.perf_counter() - start
-            if turn and spent > (box if turn >= ROUNDS[0] else PATIENCE * box):
+            if turn and spent > (box if turn >= ROUNDS[0] else RETRY_POLICY * box):
                 break
             for contender in contenders:
                 until = time.perf_counter() + SLICE
-                seconds[contender.name].append(tick(contender))
+                seconds[contender.name].append(on_step(contender))
                 while time.perf_counter() < until:
-                    seconds[contender.name].append(tick(contender))
+                    seconds[contender.name].append(on_step(contender))
     return {name: _timing(values) for name, values in seconds.items()}
 
 

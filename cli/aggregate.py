@@ -34,16 +34,16 @@ def aggregate(
     Example:
       feddistill aggregate runs/quickstart --rule median
     """
-    from feddistill.progress import Terminal
+    from feddistill.progress import TerminalProgress
     from feddistill.store.run_directory import free
 
     chosen = (f"aggregation.rule={rule}",) if rule else ()
-    show = Terminal()
-    with show.step("load torch and transformers"):
+    progress = TerminalProgress()
+    with progress.step("load torch and transformers"):
         from feddistill.runs import rerun
 
     out = out or free(run.with_name(f"{run.name}-aggregated"))
-    decided = rerun.aggregate(run, out, (*chosen, *overrides), late=late, show=show)
+    decided = rerun.aggregate(run, out, (*chosen, *overrides), late=late, progress=progress)
     _print(decided)
     click.echo(f"run: {out}")
 

@@ -24,18 +24,18 @@ def distill(run: Path, student: str | None, overrides: tuple[str, ...], out: Pat
       feddistill distill runs/quickstart --set student.model.layers=[0,3] --out runs/small
       feddistill distill runs/quickstart-aggregated
     """
-    from feddistill.progress import Terminal
+    from feddistill.progress import TerminalProgress
     from feddistill.store.run_directory import free
 
     source = "{kind: hub, name: " + str(student) + "}"
     chosen = (f"student.model.source={source}", "student.model.layers=null") if student else ()
-    show = Terminal()
-    with show.step("load torch and transformers"):
+    progress = TerminalProgress()
+    with progress.step("load torch and transformers"):
         from feddistill import report
         from feddistill.runs import rerun
 
     out = out or free(run.with_name(f"{run.name}-distilled"))
-    result = rerun.distill(run, out, (*chosen, *overrides), show=show)
+    result = rerun.distill(run, out, (*chosen, *overrides), progress=progress)
     page = report.write(out)
     report.print_table(result)
     click.echo(f"run: {out}\nreport: {page}")

@@ -114,11 +114,11 @@ def _benchmark(
 
     preset = presets.find(name)  # before torch is imported
     from feddistill import benchmarks
-    from feddistill.progress import Terminal
+    from feddistill.progress import TerminalProgress
     from feddistill.runs import trained_models
 
     request = benchmarks.Request(preset, path, limit, window, stride)
-    return benchmarks.evaluate(trained_models.load(run), request, Terminal())
+    return benchmarks.evaluate(trained_models.load(run), request, TerminalProgress())
 
 
 def _tasks(run: Path, tasks: str, limit: int | None, folder: Path | None) -> dict[str, Any]:

@@ -31,12 +31,12 @@ def export(
       feddistill export runs/quickstart --out student --licence apache-2.0
     """
     from feddistill.errors import ConfigError
-    from feddistill.progress import Terminal
+    from feddistill.progress import TerminalProgress
     from feddistill.store.run_directory import free
 
     if private and push is None:
         raise ConfigError("--private belongs to --push")
-    with Terminal().step("load torch and transformers"):
+    with TerminalProgress().step("load torch and transformers"):
         from feddistill import release
 
     folder = release.export(

@@ -23,16 +23,16 @@ def forget(run: Path, clients: tuple[str, ...], out: Path | None) -> None:
     Example:
       feddistill forget runs/quickstart --client client-2
     """
-    from feddistill.progress import Terminal
+    from feddistill.progress import TerminalProgress
     from feddistill.store.run_directory import free
 
-    show = Terminal()
-    with show.step("load torch and transformers"):
+    progress = TerminalProgress()
+    with progress.step("load torch and transformers"):
         from feddistill import report
         from feddistill.runs import rerun
 
     out = out or free(run.with_name(f"{run.name}-without-{'-'.join(clients)}"))
-    result = rerun.forget(run, out, clients, show=show)
+    result = rerun.forget(run, out, clients, progress=progress)
     page = report.write(out)
     report.print_table(result)
     click.echo(f"run: {out}\nreport: {page}")

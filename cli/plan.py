@@ -21,10 +21,10 @@ def plan(config: Path | None, overrides: tuple[str, ...], as_json: bool) -> None
 
     settings = configuration.load(config, overrides)
 
-    from feddistill.progress import Quiet, Terminal
+    from feddistill.progress import NoProgress, TerminalProgress
     from feddistill.runs.plan import plan as estimate
 
-    found = estimate(settings, Quiet() if as_json else Terminal())
+    found = estimate(settings, NoProgress() if as_json else TerminalProgress())
     if as_json:
         click.echo(json.dumps(found, indent=2))
         return

@@ -39,15 +39,15 @@ def sweep(study: Path, overrides: tuple[str, ...], out: Path | None, jobs: int, 
         for cell in studies.cells(chosen):
             click.echo(cell.name)
         return
-    from feddistill.progress import Terminal
+    from feddistill.progress import TerminalProgress
 
-    show = Terminal()
-    with show.step("load torch and transformers"):
+    progress = TerminalProgress()
+    with progress.step("load torch and transformers"):
         from feddistill import report
         from feddistill.report import studies as pages
 
     out = out or Path("runs") / chosen.name
-    failed = studies.sweep(chosen, out, jobs=jobs, show=show, after=report.write)
+    failed = studies.sweep(chosen, out, jobs=jobs, progress=progress, after=report.write)
     if len(failed) < len(studies.cells(chosen)):
         click.echo(f"report: {pages.write(out)}")
     if failed:

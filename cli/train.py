@@ -69,27 +69,29 @@ def train(
     stored = resume and config is None and out is not None
     settings = configuration.load(out / "config.yaml" if stored and out else config, overrides)
 
-    from feddistill.progress import Quiet, Terminal
+    from feddistill.progress import NoProgress, TerminalProgress
     from feddistill.store.run_directory import free
 
-    show = Quiet() if quiet else Terminal()
-    with show.step("load torch and transformers"):  # seconds; a wrong setting has not waited for it
+    progress = NoProgress() if quiet else TerminalProgress()
+    with progress.step("load torch and transformers"):  # seconds; a wrong setting has not waited for it
         from feddistill import report
         from feddistill.runs import experiment
 
         gc.freeze()  # transformers' trainer collects garbage after each training: a third of a second less
     out = out or free(Path("runs") / settings.name)
-    show.say(f"run: {out}")
+    progress.log(f"run: {out}")
     if engine == "local":
-        result = experiment.run(settings, out, resume=resume, show=show)
+        result = experiment.run(settings, out, resume=resume, progress=progress)
     else:
         from feddistill.engines.flower import launch
-        from feddistill.federation.protocol import Patience
+        from feddistill.federation.protocol import RetryPolicy
 
         link = None if superlink is None else launch.Link(superlink, root_certificates)
-        patience = Patience(connect, reply, attempts)
-        result = launch.train(settings, out, link, resume=resume, patience=patience, show=show)
-    with show.step("write the report"):
+        retry_policy = RetryPolicy(connect, reply, attempts)
+        result = launch.train(
+            settings, out, link, resume=resume, retry_policy=retry_policy, progress=progress
+        )
+    with progress.step("write the report"):
         page = report.write(out)
     if not quiet:
         report.print_table(result)

@@ -20,10 +20,10 @@ def verify(run: Path, kept: Path | None, recompute: bool, quiet: bool) -> None:
     The ledger chains the hashes of all requests, payloads and teachers. Each request names the ledger so far,
     and so does each answer to it.
     """
-    from feddistill.progress import Quiet
+    from feddistill.progress import NoProgress
     from feddistill.runs import verify
 
-    found = verify.kept(run, kept) if kept else verify.run(run, recompute=recompute, show=Quiet())
+    found = verify.kept(run, kept) if kept else verify.run(run, recompute=recompute, progress=NoProgress())
     wrong = 0
     for finding in found:
         wrong += not finding.right

@@ -16,7 +16,7 @@ NO_LABEL = -100
 Span = tuple[int, int]
 """Of a passage: the first character, and the one behind the last."""
 
-Tick = Callable[[int, int], None]
+ProgressCallback = Callable[[int, int], None]
 """Called with how much is done and how much there is: steps, texts, clients."""
 
 

@@ -6,12 +6,12 @@ from dataclasses import replace
 from feddistill import data
 from feddistill.engines.remote import RemoteClient
 from feddistill.federation import protocol
-from feddistill.federation.protocol import Patience
+from feddistill.federation.protocol import RetryPolicy
 from feddistill.runs import experiment
 from feddistill.tasks.session import Engine
 
 NAMES = ("client-0", "client-1", "client-2")
-PATIENCE = Patience(connect=0, reply=1, attempts=2)
+RETRY_POLICY = RetryPolicy(connect=0, reply=1, attempts=2)
 
 
 class Elsewhere:
@@ -23,7 +23,7 @@ class Elsewhere:
         files = files or {}
         self.own = {name: RemoteClient(name, state, files.get(name)) for name in names}
         self.asked = []
-        self.fault = lambda task, name: None
+        self.fault = lambda instruction, name: None
         """What a client does instead of its work: a list of replies, or an exception."""
 
     def clients(self, wanted, wait):
@@ -32,11 +32,11 @@ class Elsewhere:
     def tidy(self, number):
         pass
 
-    def ask(self, task, clients, timeout):
-        assert sum(map(len, task.blobs.values())) <= protocol.PART
+    def ask(self, instruction, clients, timeout):
+        assert sum(map(len, instruction.blobs.values())) <= protocol.PART
         for name in clients:
-            self.asked.append((task.kind, task.round, name))
-            sent = replace(task, content=json.loads(json.dumps(task.content)))
+            self.asked.append((instruction.kind, instruction.round, name))
+            sent = replace(instruction, content=json.loads(json.dumps(instruction.content)))
             instead = self.fault(sent, name)
             if instead is not None:
                 yield from instead
@@ -74,4 +74,4 @@ def decided(run):
 
 
 def run(config, out, transport, **options):
-    return experiment.run(config, out, engine=Engine(transport, "elsewhere", PATIENCE), **options)
+    return experiment.run(config, out, engine=Engine(transport, "elsewhere", RETRY_POLICY), **options)

@@ -13,7 +13,7 @@ from feddistill.config import parse
 from feddistill.config.models import ModelConfig
 from feddistill.errors import ConfigError, ModelError
 from feddistill.models import adapters, causal
-from feddistill.progress import Quiet
+from feddistill.progress import NoProgress
 from feddistill.runs import experiment
 from feddistill.store.run_directory import RunDirectory
 from feddistill.tasks.choose import learner_of
@@ -24,7 +24,7 @@ LORA = {"rank": 2, "alpha": 4}
 
 def trained_once(config, splits, model, run):
     """What a client's model was and what it is after its private texts, by name; and which were to train."""
-    session = Session(config, splits, run, Quiet())
+    session = Session(config, splits, run, NoProgress())
     learner = learner_of(session, model, "clients.models.0")
     before = {name: p.detach().clone() for name, p in learner.model.named_parameters()}
     texts = splits.private[0]

@@ -13,13 +13,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from feddistill import config as configuration
 from feddistill import report
-from feddistill.client.client import Crew
+from feddistill.client.client import ClientGroup
 from feddistill.config import digest, parse
 from feddistill.config.models import CallableModel, EndpointModel
 from feddistill.engines.remote import RemoteClient
 from feddistill.errors import ConfigError, ModelError
 from feddistill.federation.protocol import Task
-from feddistill.progress import Quiet
+from feddistill.progress import NoProgress
 from feddistill.runs import experiment, plan
 from feddistill.server.rounds import request
 from feddistill.store.run_directory import RunDirectory
@@ -50,7 +50,7 @@ class Speaker:
         return found.indices, found.values
 
     def __call__(self, blocks):
-        said = (self.say(block, TOP) for block in blocks)
+        said = (self.log(block, TOP) for block in blocks)
         return [(ids[:-1], log_probs[:-1]) for ids, log_probs in said]
 
 
@@ -98,7 +98,7 @@ class Server:
         return {"choices": choices[::-1]}  # servers need not keep the order
 
     def rows(self, prompt, top, echo):
-        ids, log_probs = self.speaker.say(prompt, top)
+        ids, log_probs = self.speaker.log(prompt, top)
         rows = [
             {self.name(i): v for i, v in zip(row.tolist(), values.tolist(), strict=True)}
             for row, values in zip(ids, log_probs, strict=True)
@@ -148,8 +148,8 @@ def served(folder, url, **more):
 def answers(folder, source, out, model):
     """What the first two architectures answer in the first round, before any training."""
     config = parse(settings(folder, source))
-    session = Session(config, experiment.check(config), RunDirectory.create(out, ""), Quiet())
-    spec, learner = request(session, 1, quorum=4, previous=""), Crew(session).learner(model)
+    session = Session(config, experiment.check(config), RunDirectory.create(out, ""), NoProgress())
+    spec, learner = request(session, 1, quorum=4, previous=""), ClientGroup(session).learner(model)
     found = learner.compressed(spec, 0, 3, spec.positions)
     session.run.close()
     return found

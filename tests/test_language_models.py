@@ -17,7 +17,7 @@ from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from feddistill import payload
-from feddistill.aggregation.answers import Known, answered, silent
+from feddistill.aggregation.answers import RoundContext, answered, silent
 from feddistill.aggregation.rules import RULES
 from feddistill.aggregation.teacher import aggregate
 from feddistill.config import dump, parse
@@ -36,8 +36,8 @@ from feddistill.store.logit_files import TopKFile
 from feddistill.training.blocks import (
     NOT_TAUGHT,
     block_loss,
+    examples_of,
     hardened,
-    lessons_of,
     repeated,
     rows_of,
     some,
@@ -114,7 +114,7 @@ def test_the_loss_is_that_of_dense_autograd(tied, kind):
     blocks = pack([list(range(1, 20)), [5, 6, 7]], end=0, length=9)
     asked = torch.arange(1, blocks.rows, 2)
     teacher = topk_compress(torch.randn(len(asked), 37), 37)  # all are kept: the same as a dense one
-    given = lessons_of(blocks, teacher, asked)
+    given = examples_of(blocks, teacher, asked)
     distill = DistillConfig(kind=kind, temperature=1.0, kd_weight=0.3)
     ids = torch.zeros(len(blocks), 9, dtype=torch.long)
     for b in range(len(blocks)):
@@ -151,7 +151,7 @@ def test_lessons_are_cut_joined_and_hardened():
     ids = torch.tensor([[30, 31], [32, 33], [0, 1]], dtype=torch.int32)
     log_probs = torch.tensor([[0.2, 0.7], [0.6, 0.3], [0.0, 0.0]]).log()
     teacher = TopK(ids, log_probs, torch.tensor([0.1, 0.1, 1.0]).log(), 40)
-    given = lessons_of(blocks, teacher, asked)
+    given = examples_of(blocks, teacher, asked)
     hard = hardened(given)
     assert hard.labels[1] == 31
     assert hard.labels[5] == 32
@@ -159,7 +159,7 @@ def test_lessons_are_cut_joined_and_hardened():
     picked = some(given, [2, 0])
     assert picked.labels.tolist() == [*given.labels[8:].tolist(), *given.labels[:4].tolist()]
     assert picked.taught.tolist()[1] == 2
-    own = lessons_of(pack([[7, 8]], end=0, length=5))
+    own = examples_of(pack([[7, 8]], end=0, length=5))
     both = together(own, picked)
     assert both.labels.tolist() == [*own.labels.tolist(), *picked.labels.tolist()]
     assert both.taught[: len(own.labels)].eq(NOT_TAUGHT).all()
@@ -169,7 +169,7 @@ def test_lessons_are_cut_joined_and_hardened():
 def test_blocks_are_repeated_with_the_next_teacher():
     blocks = pack([list(range(1, 12))], end=0, length=5)
     asked = torch.tensor([1, 5, 9])
-    given = lessons_of(blocks, topk_compress(torch.randn(6, 40), 2), asked)
+    given = examples_of(blocks, topk_compress(torch.randn(6, 40), 2), asked)
     twice = repeated(given, 2, len(asked))
     assert len(twice.tokens) == 2 * len(blocks)
     again = some(twice, range(len(blocks), 2 * len(blocks)))
@@ -246,7 +246,7 @@ def test_who_has_no_opinion_is_not_there(kind):
 
 def rows_by(rule, clients):
     labels = torch.randint(0, 50, (9,), generator=torch.Generator().manual_seed(2))
-    known = Known(names=tuple("abcdef"[: len(clients)]), labels=labels)
+    known = RoundContext(names=tuple("abcdef"[: len(clients)]), labels=labels)
     answerers = [lambda a, b, c=client: c[a:b] for client in clients]
     return aggregate(answerers, 9, rule, known=known, k=4).teacher
 

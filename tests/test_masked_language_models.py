@@ -11,7 +11,7 @@ from torch.nn import functional
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM
 
 from feddistill import release, report
-from feddistill.client.client import Crew
+from feddistill.client.client import ClientGroup
 from feddistill.config import parse
 from feddistill.config.models import ModelConfig
 from feddistill.config.training import DistillConfig
@@ -19,12 +19,12 @@ from feddistill.errors import ConfigError, ModelError
 from feddistill.modelio.outputs import masked_states
 from feddistill.modelio.packing import pack
 from feddistill.models import causal
-from feddistill.progress import Quiet
+from feddistill.progress import NoProgress
 from feddistill.runs import experiment
 from feddistill.server.rounds import request
 from feddistill.store.run_directory import RunDirectory
 from feddistill.tasks.session import Session
-from feddistill.training.blocks import Hiding, lessons_of
+from feddistill.training.blocks import Masking, examples_of
 from feddistill.training.trainer import MaskedLoss
 from feddistill_kernels import topk_compress
 
@@ -122,8 +122,8 @@ def test_a_block_is_read_as_it_was_asked_and_otherwise(model):
     blocks = pack([list(range(5, 30)), [5, 6, 7, 8, 9]], end=2, length=10)
     asked = torch.tensor([1, 4, 12, 13])
     teacher = topk_compress(torch.randn(len(asked), 37), 37)
-    given = lessons_of(blocks, teacher, asked)
-    loss = MaskedLoss(given, DistillConfig(temperature=1.0), 37, False, Hiding(1, 0.5), seed=3)
+    given = examples_of(blocks, teacher, asked)
+    loss = MaskedLoss(given, DistillConfig(temperature=1.0), 37, False, Masking(1, 0.5), seed=3)
     watching, as_asked = Watching(model), []
     for _ in range(30):
         loss(watching, batch(blocks, range(len(blocks))))
@@ -141,7 +141,7 @@ def test_what_nobody_was_asked_is_learned_from_the_text(model, monkeypatch):
     blocks = pack([list(range(5, 30))], end=2, length=10)
     monkeypatch.setattr(torch, "rand", lambda *size, generator: torch.zeros(*size))
     inputs = batch(blocks, range(len(blocks)))
-    ours = MaskedLoss(lessons_of(blocks), None, 37, False, Hiding(1, 0.5), seed=0)(model, inputs)
+    ours = MaskedLoss(examples_of(blocks), None, 37, False, Masking(1, 0.5), seed=0)(model, inputs)
     shown = inputs["input_ids"].clone()
     at = [(r // 9, r % 9 + 1) for r in range(blocks.rows)]
     for b, place in at:
@@ -157,8 +157,10 @@ def test_where_all_is_asked_the_loss_is_exactly_that_of_dense_autograd(model, mo
     blocks = pack([list(range(5, 30))], end=2, length=10)
     asked = torch.arange(0, blocks.rows, 3)
     teacher = topk_compress(torch.randn(len(asked), 37), 37)
-    given = lessons_of(blocks, teacher, asked)
-    loss = MaskedLoss(given, DistillConfig(temperature=1.0, kd_weight=0.3), 37, False, Hiding(1, 0.5), seed=0)
+    given = examples_of(blocks, teacher, asked)
+    loss = MaskedLoss(
+        given, DistillConfig(temperature=1.0, kd_weight=0.3), 37, False, Masking(1, 0.5), seed=0
+    )
     monkeypatch.setattr(torch, "rand", lambda *size, generator: torch.zeros(*size))  # each as it was asked
     inputs = batch(blocks, range(len(blocks)))
     ours = loss(model, inputs)
@@ -184,8 +186,8 @@ def test_where_all_is_asked_the_loss_is_exactly_that_of_dense_autograd(model, mo
 
 def test_tokens_are_hidden_as_they_should_be(model):
     blocks = pack([torch.randint(5, 37, (3000,)).tolist()], end=2, length=16)
-    given = lessons_of(blocks)
-    loss, watching = MaskedLoss(given, None, 37, False, Hiding(1, 0.15), seed=1), Watching(model)
+    given = examples_of(blocks)
+    loss, watching = MaskedLoss(given, None, 37, False, Masking(1, 0.15), seed=1), Watching(model)
     hidden = other = total = 0
     for first in range(0, len(blocks) - 1, 20):
         which = list(range(first, min(first + 20, len(blocks) - 1)))
@@ -231,8 +233,8 @@ def test_a_run_is_whole_and_can_be_evaluated_and_exported(finished, tmp_path, ca
 def test_answers_are_about_hidden_tokens(finished, tmp_path):
     """The answer of a shard is the same whatever its neighbours are, and is that of the whole model."""
     config = parse(settings())
-    session = Session(config, experiment.check(config), RunDirectory.create(tmp_path / "r", ""), Quiet())
-    learner, question = Crew(session).learner(0), session.question
+    session = Session(config, experiment.check(config), RunDirectory.create(tmp_path / "r", ""), NoProgress())
+    learner, question = ClientGroup(session).learner(0), session.query
     spec = request(session, 1, quorum=4, previous="")
     whole = learner.compressed(spec, 0, 0, spec.positions)
     middle = learner.compressed(spec, 0, 3, 9)

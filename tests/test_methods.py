@@ -13,12 +13,12 @@ from feddistill.federation import answer_files, encoding
 from feddistill.methods.averaging import averaged
 from feddistill.methods.fedfed import sensitivity, share
 from feddistill.modelio import inference
-from feddistill.progress import Quiet
+from feddistill.progress import NoProgress
 from feddistill.runs import experiment
 from feddistill.store.run_directory import RunDirectory
 from feddistill.tasks.learner import Learner, labels_of
 from feddistill.tasks.session import Session
-from feddistill.training import lesson_loss
+from feddistill.training import example_loss
 from feddistill.types import NO_LABEL
 
 METHODS = ("centralized_distillation", "fedavg", "feddf", "fedlora", "fedmd", "fedmkt", "fedfed")
@@ -74,9 +74,9 @@ def test_fedmkt_asks_the_student_from_the_second_round_on(finished):
         places.append(("rounds/002/before", encoding.feedback_spec(specs)))
         said = []
         for place, spec in places:
-            shelf = answer_files.Shelf(run, place, spec)
-            shelf.admit()
-            said.append(answer_files.answerer(encoding.expand, shelf)(0, spec.positions))
+            stored = answer_files.StoredAnswer(run, place, spec)
+            stored.admit()
+            said.append(answer_files.answer_reader(encoding.expand, stored)(0, spec.positions))
         teacher = load_file(inner / "rounds/002/teacher.safetensors")["log_probs"]
     finally:
         run.close()
@@ -184,7 +184,7 @@ def test_fedfed_shares_the_tokens_that_matter(tiny_settings, tmp_path):
     config = settings(tiny_settings, fedfed={"share": 0.5, "noise": 0.0})
     splits = experiment.check(config)
     run = RunDirectory.create(tmp_path / "run", "")
-    learner = Learner(Session(config, splits, run, Quiet()), config.student.model, "student.model")
+    learner = Learner(Session(config, splits, run, NoProgress()), config.student.model, "student.model")
     private = splits.private[0]
     tokens = learner.tokens(private)
     scores = sensitivity(learner, tokens, labels_of(private))
@@ -222,7 +222,7 @@ def test_fedmds_loss_is_the_mean_absolute_difference_of_centred_scores():
     random = np.random.default_rng(0)
     student, teacher = (torch.from_numpy(random.normal(size=(4, 5))).float() for _ in range(2))
     nothing = torch.full((4,), NO_LABEL)
-    loss = lesson_loss(student + 3, nothing, teacher - 7, None, DistillConfig(kind="mae"))
+    loss = example_loss(student + 3, nothing, teacher - 7, None, DistillConfig(kind="mae"))
     a, b = (x.numpy().astype(np.float64) for x in (student, teacher))
     expected = np.abs(a - a.mean(1, keepdims=True) - b + b.mean(1, keepdims=True)).mean()
     assert loss.item() == pytest.approx(expected, rel=1e-5)

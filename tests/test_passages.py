@@ -16,7 +16,7 @@ from feddistill.config.training import DistillConfig
 from feddistill.errors import ModelError
 from feddistill.modelio.passages import NOWHERE, likeliest, pages
 from feddistill.tasks.question_answering import of_characters
-from feddistill.training.spans import QuestionLessons, hardened, places_of, said_of_tokens, together
+from feddistill.training.spans import SpanExamples, hardened, places_of, said_of_tokens, together
 from feddistill.training.trainer import QuestionLoss
 from feddistill.types import NO_LABEL
 from feddistill_kernels import TopK
@@ -199,8 +199,8 @@ def test_a_row_is_about_the_characters_at_the_edges():
 
 def test_two_tokenizers_mean_the_same_words():
     """What one model is sure of, another is told."""
-    for giver, taker in [(a, b) for a in KINDS for b in KINDS if a != b]:
-        theirs, ours = tokenizer_of(giver), tokenizer_of(taker)
+    for sender, receiver in [(a, b) for a in KINDS for b in KINDS if a != b]:
+        theirs, ours = tokenizer_of(sender), tokenizer_of(receiver)
         for row in ROWS[:4]:
             (page,) = pages(theirs, row["question"], row["context"], 128, "m")
             (mine,) = pages(ours, row["question"], row["context"], 128, "m")
@@ -278,7 +278,7 @@ def log_probs_of(model, page):
 def test_the_loss_is_the_mean_over_edges_of_what_the_formula_says(batch, kd_weight):
     found, labels, teacher, model = batch
     taught = torch.tensor([0, 1, 2, -1, -1])
-    lessons = QuestionLessons(found, labels, teacher, taught)
+    lessons = SpanExamples(found, labels, teacher, taught)
     loss = QuestionLoss(lessons, DistillConfig(temperature=1.0, kd_weight=kd_weight), types=True)
     model.zero_grad()
     ours = loss(model, inputs_of(found))
@@ -308,7 +308,7 @@ def test_the_loss_is_the_mean_over_edges_of_what_the_formula_says(batch, kd_weig
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_tokens_that_can_be_no_edge_have_no_part_in_any_loss(batch, kind, temperature):
     found, labels, teacher, model = batch
-    lessons = QuestionLessons(found, labels, teacher, torch.tensor([0, 1, 2, -1, -1]))
+    lessons = SpanExamples(found, labels, teacher, torch.tensor([0, 1, 2, -1, -1]))
     settings = DistillConfig(kind=kind, temperature=temperature)
     loss = QuestionLoss(lessons, settings, types=True)
     model.zero_grad()
@@ -325,7 +325,7 @@ def test_tokens_that_can_be_no_edge_have_no_part_in_any_loss(batch, kind, temper
 
 def test_questions_of_which_nothing_is_known_cost_nothing(batch):
     found, _, _, model = batch
-    nothing = QuestionLessons(found, torch.full((5, 2), NO_LABEL))
+    nothing = SpanExamples(found, torch.full((5, 2), NO_LABEL))
     loss = QuestionLoss(nothing, None, types=True)(model, inputs_of(found))
     assert loss.item() == 0
     loss.backward()
@@ -334,7 +334,7 @@ def test_questions_of_which_nothing_is_known_cost_nothing(batch):
 def test_a_hard_teacher_is_its_first_choice(batch):
     found, labels, teacher, _ = batch
     taught = torch.tensor([0, 1, 2, -1, -1])
-    made_ = hardened(QuestionLessons(found, labels, teacher, taught))
+    made_ = hardened(SpanExamples(found, labels, teacher, taught))
     assert made_.teacher is None
     for row in range(3):
         said = said_of_tokens(teacher[2 * row : 2 * row + 2], found[row])
@@ -344,8 +344,8 @@ def test_a_hard_teacher_is_its_first_choice(batch):
 
 def test_own_questions_and_taught_ones_are_one_lesson(batch):
     found, labels, teacher, _ = batch
-    own = QuestionLessons(found[:2], labels[:2])
-    both = together(own, QuestionLessons(found[2:], labels[2:], teacher, torch.tensor([2, 0, 1])))
+    own = SpanExamples(found[:2], labels[:2])
+    both = together(own, SpanExamples(found[2:], labels[2:], teacher, torch.tensor([2, 0, 1])))
     assert both.taught.tolist() == [-1, -1, 2, 0, 1]
     assert len(both.tokens) == len(both.labels) == 5
     assert both.tokens[2] == found[2].ids

@@ -23,14 +23,14 @@ from transformers import (
 from feddistill import metrics
 from feddistill.benchmarks import extraction
 from feddistill.cli import main
-from feddistill.client.client import Crew
+from feddistill.client.client import ClientGroup
 from feddistill.config import parse
 from feddistill.config.data import FileSource, PresetSource
 from feddistill.data import benchmark
 from feddistill.data.sources import read
 from feddistill.errors import ConfigError, DataError, ModelError
 from feddistill.modelio.passages import likeliest
-from feddistill.progress import Quiet
+from feddistill.progress import NoProgress
 from feddistill.runs import experiment, plan, trained_models
 from feddistill.server.rounds import request
 from feddistill.store.run_directory import RunDirectory
@@ -64,7 +64,7 @@ def figures_of(*arguments):
 
 
 def session_of(config, where):
-    return Session(config, experiment.check(config), RunDirectory.create(where, ""), Quiet())
+    return Session(config, experiment.check(config), RunDirectory.create(where, ""), NoProgress())
 
 
 def test_clients_of_two_tokenizers_answer_and_a_student_learns(run):
@@ -94,21 +94,21 @@ def test_an_interrupted_run_goes_on_to_the_same_student(run, file, tmp_path):
     class Stopped(Exception):
         pass
 
-    class Stops(Quiet):
+    class Stops(NoProgress):
         def step(self, label):
             if label.startswith("round 2: aggregate"):
                 raise Stopped
             return super().step(label)
 
     with pytest.raises(Stopped):
-        experiment.run(settings, again, show=Stops())
+        experiment.run(settings, again, progress=Stops())
     resumed = experiment.run(settings, again, resume=True)
     assert resumed["metrics"] == whole["metrics"]
 
 
 def test_shards_of_an_answer_are_those_of_the_whole(file, tmp_path):
     session = session_of(parse(made.settings(file)), tmp_path / "r")
-    learner = Crew(session).learner(1)
+    learner = ClientGroup(session).learner(1)
     spec = request(session, 1, quorum=2, previous="")
     assert (spec.positions, spec.codec, spec.k) == (48, "topk", 16)
     passages = [session.splits.proxy.question(row)[1] for row in range(24)]
@@ -125,12 +125,12 @@ def test_the_server_is_told_no_answers_but_those_it_has(file, tmp_path):
     session = session_of(parse(made.settings(file, labelled=5)), tmp_path / "r")
     proxy = session.splits.proxy
     assert int(proxy.known.sum()) == 5
-    assert session.question.labels.shape == (48,)
-    known = (session.question.labels >= 0).view(24, 2)
+    assert session.query.labels.shape == (48,)
+    known = (session.query.labels >= 0).view(24, 2)
     assert known.all(1).sum() == 5
     assert torch.equal(known[:, 0], torch.from_numpy(proxy.known))
     for row in np.flatnonzero(proxy.known):
-        begin, end = session.question.labels[2 * row : 2 * row + 2].tolist()
+        begin, end = session.query.labels[2 * row : 2 * row + 2].tolist()
         _, passage = proxy.question(int(row))
         ((a, b),) = proxy.answers[row]
         assert passage[begin - 1 : end] == passage[a:b]
@@ -416,7 +416,7 @@ def test_a_question_that_is_too_long_is_named(file, tmp_path):
 
 def test_the_figures_are_those_of_the_spans(file, tmp_path):
     session = session_of(parse(made.settings(file)), tmp_path / "r")
-    learner = Crew(session).learner(0)
+    learner = ClientGroup(session).learner(0)
     test = session.splits.test
     found = learner.figures(test)
     given, golds = [], []

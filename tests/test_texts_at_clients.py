@@ -9,7 +9,7 @@ from elsewhere_fixtures import NAMES, Elsewhere, decided, institutions, run
 from feddistill import payload
 from feddistill.config import parse
 from feddistill.errors import ConfigError, FeddistillError
-from feddistill.federation.protocol import Task
+from feddistill.federation.protocol import Instruction
 from feddistill.runs import experiment, rerun
 
 
@@ -125,7 +125,7 @@ class TestTextsAtClients:
         settings = experiment.resolve(apart)
         from feddistill.config import digest
 
-        task = Task(
+        task = Instruction(
             "describe",
             digest(settings)[:16],
             0,

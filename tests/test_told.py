@@ -13,9 +13,9 @@ from feddistill import payload
 from feddistill.config import parse
 from feddistill.errors import ConfigError, RoundError, RunError
 from feddistill.payload import keys
-from feddistill.progress import Quiet
+from feddistill.progress import NoProgress
 from feddistill.server import reports
-from feddistill.server.clients import task_of
+from feddistill.server.clients import instruction_for
 from feddistill.store.run_directory import RunDirectory
 from feddistill.tasks.session import Session
 from feddistill.types import Cost
@@ -33,10 +33,10 @@ def brief(tiny_settings):
 def changed(transport, kind, change):
     """``client-1`` says something else to tasks of one kind."""
 
-    def fault(task, name):
-        if task.kind != kind or name != "client-1":
+    def fault(instruction, name):
+        if instruction.kind != kind or name != "client-1":
             return None
-        reply = transport.own[name].handle(task)
+        reply = transport.own[name].handle(instruction)
         return [replace(reply, content=change(reply.content))]
 
     return fault
@@ -155,13 +155,13 @@ def test_a_new_run_answers_with_what_the_institution_has_now(brief, files, tmp_p
     assert [name for name in NAMES if first[name] != second[name]] == ["client-1"]
 
 
-def task(config, folder, kind="describe"):
+def instruction(config, folder, kind="describe"):
     directory = RunDirectory.create(folder, "")
     try:
         from feddistill import data
 
         splits = data.load(config.data, config.seed)
-        return task_of(Session(config, splits, directory, Quiet()), kind, 0)
+        return instruction_for(Session(config, splits, directory, NoProgress()), kind, 0)
     finally:
         directory.close()
 
@@ -169,7 +169,7 @@ def task(config, folder, kind="describe"):
 def test_a_run_goes_on_with_what_it_began_with(brief, files, tmp_path):
     config = at_clients(brief)
     client = Elsewhere(tmp_path / "state", files).own["client-0"]
-    asked = task(config, tmp_path / "run")
+    asked = instruction(config, tmp_path / "run")
     content = asked.content | {"part": 0, "parts": 1}
     client.handle(replace(asked, kind="publish", content=content, blobs={"part": b""}))
     assert client.handle(asked).content["description"]["class_counts"]
@@ -189,7 +189,7 @@ def test_a_run_goes_on_with_what_it_began_with(brief, files, tmp_path):
 
 @pytest.mark.parametrize("execution", ["", "../../elsewhere", "0" * 15, "0" * 17, "A" * 16])
 def test_where_a_client_keeps_its_work_is_not_the_servers_to_choose(execution, brief, files, tmp_path):
-    asked = task(at_clients(brief), tmp_path / "run")
+    asked = instruction(at_clients(brief), tmp_path / "run")
     asked = replace(asked, content=asked.content | {"execution": execution})
     with pytest.raises(ConfigError, match="is not 16 hexadecimal digits"):
         Elsewhere(tmp_path / "state", files).own["client-0"].handle(asked)
@@ -227,10 +227,10 @@ class TestKeys:
         false = files["client-1"].parent / "false.pem"
         keys.make(false)
 
-        def fault(task, name):
-            if (task.kind, name) != ("answer", "client-1"):
+        def fault(instruction, name):
+            if (instruction.kind, name) != ("answer", "client-1"):
                 return None
-            reply = transport.own[name].handle(task)
+            reply = transport.own[name].handle(instruction)
             envelope = json.loads(reply.blobs["envelope"])
             signed = envelope | {"signature": keys.load(false).sign(b"whatever")}
             raw = json.dumps(signed, sort_keys=True, separators=(",", ":")).encode()
@@ -242,7 +242,7 @@ class TestKeys:
         assert "signature" in result["refused"]["1"]["client-1"]
 
     def test_an_institution_without_its_key_says_so(self, brief, files, public, tmp_path):
-        asked = task(at_clients(brief, keys=public), tmp_path / "run")
+        asked = instruction(at_clients(brief, keys=public), tmp_path / "run")
         texts = "source: {kind: files, path: private.jsonl}\n"
         files["client-0"].write_text(texts)
         files["client-1"].write_text(f"{texts}key: other.pem\n")
@@ -283,7 +283,9 @@ def test_a_round_of_too_few_for_the_rule_stops_the_run(brief, tmp_path, monkeypa
         type(brief.aggregation), "fits", lambda self, clients: _too_few() if clients == 2 else None
     )
     transport = Elsewhere(tmp_path / "state")
-    transport.fault = lambda task, name: [] if (task.kind, name) == ("answer", "client-1") else None
+    transport.fault = lambda instruction, name: (
+        [] if (instruction.kind, name) == ("answer", "client-1") else None
+    )
     config = brief.model_copy(update={"aggregation": brief.aggregation.model_copy(update={"quorum": 1})})
     with pytest.raises(RoundError, match="round 1: 2 valid answers: too few for the rule"):
         run(config, tmp_path / "run", transport)

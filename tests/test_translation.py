@@ -11,14 +11,14 @@ from safetensors.numpy import load
 
 from feddistill import payload
 from feddistill.aggregation.answers import answered, first_choice
-from feddistill.client.client import Crew
+from feddistill.client.client import ClientGroup
 from feddistill.config import parse
 from feddistill.config.models import TrainedTokenizer
 from feddistill.errors import ConfigError, ModelError
 from feddistill.federation import encoding
 from feddistill.models import causal
 from feddistill.models.tokenizers import tokenizer_of
-from feddistill.progress import Quiet
+from feddistill.progress import NoProgress
 from feddistill.runs import experiment
 from feddistill.store.logit_files import stacked
 from feddistill.store.run_directory import RunDirectory
@@ -35,7 +35,7 @@ OTHER = {
 }
 
 
-class Said(Quiet):
+class Said(NoProgress):
     def __init__(self):
         self.lines = []
 
@@ -57,7 +57,7 @@ def of_two_tokenizers(**changes):
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory):
     out, said = tmp_path_factory.mktemp("mixed") / "run", Said()
-    return {"out": out, "result": experiment.run(of_two_tokenizers(), out, show=said), "said": said.lines}
+    return {"out": out, "result": experiment.run(of_two_tokenizers(), out, progress=said), "said": said.lines}
 
 
 def uploads_of(out):
@@ -110,9 +110,9 @@ def test_who_speaks_in_other_tokens_learns_from_the_teacher(mixed):
     config = of_two_tokenizers()
     directory = RunDirectory.open(mixed["out"])
     try:
-        session = Session(config, experiment.check(config, build=False), directory, Quiet())
+        session = Session(config, experiment.check(config, build=False), directory, NoProgress())
         spec = payload.parse_spec(directory.read_bytes("rounds/001/spec.json"))
-        client = next(c for c in Crew(session).clients if c.name in mixed["result"]["projection"]["1"])
+        client = next(c for c in ClientGroup(session).clients if c.name in mixed["result"]["projection"]["1"])
         given, own = client._lessons(2, spec), client.learner.lessons(client.private)
     finally:
         directory.close()
@@ -179,10 +179,10 @@ def test_projected_answers_of_the_same_tokenizer_are_the_direct_ones(step, tmp_p
     assert (tally.rows, tally.answered) == (len(rows), len(rows))
 
 
-def a_way(alignment, giver, taker, folder):
+def a_way(alignment, sender, receiver, folder):
     if alignment == "mined":
-        return by_edit_distance(giver.vocabulary, taker.vocabulary)
-    return by_spans(giver.vocabulary, taker.vocabulary, folder)
+        return by_edit_distance(sender.vocabulary, receiver.vocabulary)
+    return by_spans(sender.vocabulary, receiver.vocabulary, folder)
 
 
 @pytest.mark.parametrize("alignment", ["spans", "mined"])

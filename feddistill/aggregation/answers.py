@@ -19,13 +19,13 @@ CHUNK = 1 << 20
 STEPS_PER_NAT = 12
 """Of an answer in bytes: ``log p = -code / 12``."""
 
-Answerer = Callable[[int, int], Tensor | TopK]
+AnswerReader = Callable[[int, int], Tensor | TopK]
 """``(start, stop)`` to that client's answers to these rows: log-probabilities ``[n, V]``, their bytes
 (uint8), or ``TopK``."""
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
+class RoundContext:
     """What the server knows besides the answers."""
 
     names: tuple[str, ...] = ()
@@ -36,19 +36,19 @@ class Known:
     """``[N]`` true ids (labels, next tokens); negative where not known."""
     domains: Tensor | None = None
     """``[N]`` small integers: where each row is from."""
-    student: Answerer | None = None
+    student: AnswerReader | None = None
     """What the student said before this round."""
     memory: Memory = field(default_factory=dict)
     """What the rule remembers of former rounds."""
 
 
 @dataclass(frozen=True, slots=True)
-class Reader:
+class AnswerSet:
     """``N`` rows of ``C`` clients."""
 
-    clients: Sequence[Answerer]
+    clients: Sequence[AnswerReader]
     positions: int
-    known: Known = Known()
+    known: RoundContext = RoundContext()
     expand: bool = False
     """Whether compressed answers are opened: where weights or priors differ by class."""
     mixing: Tensor | None = None
@@ -92,7 +92,7 @@ class Reader:
             if len(who) == len(self.clients):
                 yield group.block(0, group.positions)
 
-    def groups(self, start: int, stop: int) -> Iterator[tuple[list[int], Tensor, "Reader"]]:
+    def groups(self, start: int, stop: int) -> Iterator[tuple[list[int], Tensor, "AnswerSet"]]:
         """Some rows by who answers them: the clients' numbers, the rows' (from ``start`` on), and a reader of
         these rows of these clients. Rows that nobody answers are in none of them."""
         answers = [self.read(client, start, stop) for client in self.clients]
@@ -106,7 +106,7 @@ class Reader:
 
     def _of(
         self, who: list[int], rows: Tensor, answers: list[Tensor | TopK], start: int, stop: int
-    ) -> "Reader":
+    ) -> "AnswerSet":
         chosen = [answers[client][rows] for client in who]
         known, mixing = self.known, self.mixing
         labels = None if known.labels is None else known.labels[start:stop][rows]
@@ -118,7 +118,7 @@ class Reader:
             mixing = mixing[who][:, who]
             mixing = mixing / mixing.sum(1, keepdim=True)
         changed = replace(known, labels=labels, student=student, descriptions=descriptions)
-        return Reader([_held(answer) for answer in chosen], len(rows), changed, mixing=mixing)
+        return AnswerSet([_held(answer) for answer in chosen], len(rows), changed, mixing=mixing)
 
     def block(self, start: int, stop: int) -> Block:
         """Some rows, mixed if that is asked for."""
@@ -138,7 +138,7 @@ class Reader:
             block = replace(block, priors=counts / counts.sum(1, keepdim=True))
         return block if self.mixing is None else block.mixed(self.mixing)
 
-    def read(self, client: Answerer, start: int, stop: int) -> Tensor | TopK:
+    def read(self, client: AnswerReader, start: int, stop: int) -> Tensor | TopK:
         """One client's log-probabilities or compressed answers."""
         answer = client(start, stop)
         if isinstance(answer, TopK):
@@ -146,7 +146,7 @@ class Reader:
         return decoded(answer) if answer.dtype == torch.uint8 else answer
 
 
-def _held(answer: Tensor | TopK) -> Answerer:
+def _held(answer: Tensor | TopK) -> AnswerReader:
     return lambda start, stop: answer[start:stop]
 
 

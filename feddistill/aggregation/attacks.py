@@ -26,7 +26,7 @@ LEAST = 21.25
 
 
 @dataclass(frozen=True, slots=True)
-class Sight:
+class AttackContext:
     """What a liar sees. All of it is log-probabilities ``[N, V]``."""
 
     own: Tensor
@@ -57,7 +57,7 @@ class Attack(Setting):
     clients: Annotated[int, Field(ge=0)] | tuple[str, ...] = 1
     """How many, the first that no other attack has taken; or their names."""
 
-    def __call__(self, sight: Sight) -> Tensor:
+    def __call__(self, context: AttackContext) -> Tensor:
         """Log-probabilities ``[N, V]`` to send."""
         raise NotImplementedError
 
@@ -74,12 +74,12 @@ class RandomOneHot(Attack):
 
     kind: Literal["random_one_hot"] = "random_one_hot"
 
-    def __call__(self, sight: Sight) -> Tensor:
+    def __call__(self, context: AttackContext) -> Tensor:
         """See ``Attack``."""
         import torch
 
-        rows, classes = sight.own.shape
-        random = torch.Generator().manual_seed(sight.seed)
+        rows, classes = context.own.shape
+        random = torch.Generator().manual_seed(context.seed)
         return certain(torch.randint(classes, (rows,), generator=random), classes)
 
 
@@ -91,9 +91,9 @@ class LeastLikely(Attack):
 
     kind: Literal["least_likely"] = "least_likely"
 
-    def __call__(self, sight: Sight) -> Tensor:
+    def __call__(self, context: AttackContext) -> Tensor:
         """See ``Attack``."""
-        mean = sight.mean()
+        mean = context.mean()
         return certain(mean.argmin(-1), mean.shape[1])
 
 
@@ -106,9 +106,9 @@ class ClassConfusion(Attack):
 
     kind: Literal["class_confusion"] = "class_confusion"
 
-    def __call__(self, sight: Sight) -> Tensor:
+    def __call__(self, context: AttackContext) -> Tensor:
         """See ``Attack``."""
-        mean = sight.mean()
+        mean = context.mean()
         unlike = (mean.T @ mean).fill_diagonal_(float("inf")).argmin(-1)
         return certain(unlike[mean.argmax(-1)], mean.shape[1])
 
@@ -122,9 +122,9 @@ class SecondBest(Attack):
 
     kind: Literal["second_best"] = "second_best"
 
-    def __call__(self, sight: Sight) -> Tensor:
+    def __call__(self, context: AttackContext) -> Tensor:
         """See ``Attack``."""
-        mean = sight.mean()
+        mean = context.mean()
         return certain(mean.topk(2, dim=-1).indices[:, 1], mean.shape[1])
 
 
@@ -137,15 +137,15 @@ class Hips(Attack):
 
     kind: Literal["hips"] = "hips"
 
-    def __call__(self, sight: Sight) -> Tensor:
+    def __call__(self, context: AttackContext) -> Tensor:
         """See ``Attack``."""
         import torch
 
-        stacked = torch.stack(list(sight.honest))  # [H, N, V]
-        top = sight.mean().argmax(-1)
+        stacked = torch.stack(list(context.honest))  # [H, N, V]
+        top = context.mean().argmax(-1)
         at_top = stacked.gather(2, top.expand(len(stacked), -1)[..., None])[..., 0]
         worst = at_top.argmin(0)
-        return stacked.gather(0, worst[None, :, None].expand(1, *sight.own.shape))[0]
+        return stacked.gather(0, worst[None, :, None].expand(1, *context.own.shape))[0]
 
 
 class ReverseRank(Attack):
@@ -156,12 +156,12 @@ class ReverseRank(Attack):
 
     kind: Literal["reverse_rank"] = "reverse_rank"
 
-    def __call__(self, sight: Sight) -> Tensor:
+    def __call__(self, context: AttackContext) -> Tensor:
         """See ``Attack``."""
         import torch
 
-        ordered = sight.own.sort(dim=-1, stable=True)
-        return torch.empty_like(sight.own).scatter_(-1, ordered.indices, ordered.values.flip(-1))
+        ordered = context.own.sort(dim=-1, stable=True)
+        return torch.empty_like(context.own).scatter_(-1, ordered.indices, ordered.values.flip(-1))
 
 
 class Alie(Attack):
@@ -175,12 +175,12 @@ class Alie(Attack):
     z: float | None = Field(default=None, gt=0)
     """``null`` for the paper's formula."""
 
-    def __call__(self, sight: Sight) -> Tensor:
+    def __call__(self, context: AttackContext) -> Tensor:
         """See ``Attack``."""
         import torch
 
-        stacked = torch.stack([a.clamp_min(-LEAST) for a in sight.honest])
-        z = self.z if self.z is not None else largest_z(*counted(sight))
+        stacked = torch.stack([a.clamp_min(-LEAST) for a in context.honest])
+        z = self.z if self.z is not None else largest_z(*counted(context))
         top = stacked.mean(0).argmax(-1, keepdim=True)
         # Down for the likeliest class and up for the others: down for all is no change of a distribution.
         sign = torch.ones_like(stacked[0]).scatter_(-1, top, -1.0)
@@ -196,11 +196,11 @@ class Ipm(Attack):
     kind: Literal["ipm"] = "ipm"
     scale: float = Field(default=1.0, gt=0)
 
-    def __call__(self, sight: Sight) -> Tensor:
+    def __call__(self, context: AttackContext) -> Tensor:
         """See ``Attack``."""
         import torch
 
-        mean = torch.stack([a.clamp_min(-LEAST) for a in sight.honest]).mean(0)
+        mean = torch.stack([a.clamp_min(-LEAST) for a in context.honest]).mean(0)
         return said(-self.scale * (mean - mean.mean(-1, keepdim=True)))
 
 
@@ -212,9 +212,9 @@ class LabelFlip(Attack):
 
     kind: Literal["label_flip"] = "label_flip"
 
-    def __call__(self, sight: Sight) -> Tensor:
+    def __call__(self, context: AttackContext) -> Tensor:
         """See ``Attack``."""
-        return sight.own.flip(-1)
+        return context.own.flip(-1)
 
 
 class Targeted(Attack):
@@ -236,15 +236,15 @@ class Targeted(Attack):
                 f"{classes} classes"
             )
 
-    def __call__(self, sight: Sight) -> Tensor:
+    def __call__(self, context: AttackContext) -> Tensor:
         """See ``Attack``."""
         import torch
 
-        mean = sight.mean()
+        mean = context.mean()
         rows, classes = mean.shape
         self.check(classes)
         lie = certain(torch.full((rows,), self.target), classes)
-        return torch.where((mean.argmax(-1) == self.source)[:, None], lie, sight.own)
+        return torch.where((mean.argmax(-1) == self.source)[:, None], lie, context.own)
 
 
 class FreeRider(Attack):
@@ -257,12 +257,12 @@ class FreeRider(Attack):
     noise: float = Field(default=0.1, ge=0)
     """Standard deviation, in nats, of what it adds so as not to send a copy."""
 
-    def __call__(self, sight: Sight) -> Tensor:
+    def __call__(self, context: AttackContext) -> Tensor:
         """See ``Attack``."""
         import torch
 
-        random = torch.Generator().manual_seed(sight.seed)
-        copied = torch.zeros_like(sight.own) if sight.teacher is None else sight.teacher
+        random = torch.Generator().manual_seed(context.seed)
+        copied = torch.zeros_like(context.own) if context.teacher is None else context.teacher
         return said(copied + self.noise * torch.randn(copied.shape, generator=random))
 
 
@@ -274,9 +274,9 @@ class Stale(Attack):
 
     kind: Literal["stale"] = "stale"
 
-    def __call__(self, sight: Sight) -> Tensor:
+    def __call__(self, context: AttackContext) -> Tensor:
         """See ``Attack``."""
-        return said(0.5 * sight.own) if sight.before is None else sight.before
+        return said(0.5 * context.own) if context.before is None else context.before
 
 
 class PermutedRows(Attack):
@@ -284,12 +284,12 @@ class PermutedRows(Attack):
 
     kind: Literal["permuted_rows"] = "permuted_rows"
 
-    def __call__(self, sight: Sight) -> Tensor:
+    def __call__(self, context: AttackContext) -> Tensor:
         """See ``Attack``."""
         import torch
 
-        random = torch.Generator().manual_seed(sight.seed)
-        return sight.own[torch.randperm(len(sight.own), generator=random)]
+        random = torch.Generator().manual_seed(context.seed)
+        return context.own[torch.randperm(len(context.own), generator=random)]
 
 
 ATTACKS: dict[str, type[Attack]] = {
@@ -309,10 +309,10 @@ ATTACKS: dict[str, type[Attack]] = {
 }
 
 
-def liars(attacks: Sequence[Attack], names: Sequence[str]) -> dict[str, Attack]:
+def attackers(attacks: Sequence[Attack], names: Sequence[str]) -> dict[str, Attack]:
     """Which of the clients ``names`` carries out which attack.
 
-    >>> liars([SecondBest(clients=("b",)), Ipm(clients=2)], ["a", "b", "c", "d"])["c"].kind
+    >>> attackers([SecondBest(clients=("b",)), Ipm(clients=2)], ["a", "b", "c", "d"])["c"].kind
     'ipm'
 
     Raises:
@@ -357,10 +357,10 @@ def said(logits: Tensor) -> Tensor:
     return logits.log_softmax(-1).clamp_min(-LEAST).log_softmax(-1)
 
 
-def counted(sight: Sight) -> tuple[int, int]:
+def counted(context: AttackContext) -> tuple[int, int]:
     """All clients, and those that lie."""
-    honest = len(sight.honest)
-    clients = 2 * honest - 1 if sight.clients is None else sight.clients
+    honest = len(context.honest)
+    clients = 2 * honest - 1 if context.clients is None else context.clients
     return clients, clients - honest
 
 

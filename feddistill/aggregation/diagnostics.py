@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from feddistill.aggregation.answers import Answerer, Reader, answered, at_labels, first_choice
+from feddistill.aggregation.answers import AnswerReader, AnswerSet, answered, at_labels, first_choice
 from feddistill.types import UNLABELLED
 from feddistill_kernels import TopK
 
@@ -53,15 +53,15 @@ class Diagnostics:
 
 def diagnose(
     names: Sequence[str],
-    clients: Sequence[Answerer],
-    teacher: Answerer,
+    clients: Sequence[AnswerReader],
+    teacher: AnswerReader,
     labels: Tensor,
     mass: float,
     weights: Sequence[float],
 ) -> Diagnostics:
     """Compare every client with the teacher, and the teacher with ``labels [N]`` where they are known."""
     positions = len(labels)
-    reader, itself = Reader(clients, positions), Reader([teacher], positions)
+    reader, itself = AnswerSet(clients, positions), AnswerSet([teacher], positions)
     choice, truths = _choices(itself, labels)
     known = (labels != UNLABELLED) & (choice != NONE)
     whole = _effective(_marginal(itself, 0))
@@ -93,7 +93,7 @@ def diagnose(
     )
 
 
-def _choices(reader: Reader, labels: Tensor) -> tuple[Tensor, Tensor]:
+def _choices(reader: AnswerSet, labels: Tensor) -> tuple[Tensor, Tensor]:
     """``[N]`` first choices, ``NONE`` without an opinion, and log-probabilities of the known labels."""
     choices, truths = [], []
     for start, stop in reader.parts(reader.shape()[1]):
@@ -105,7 +105,7 @@ def _choices(reader: Reader, labels: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(choices), torch.cat(truths)
 
 
-def _marginal(reader: Reader, client: int) -> Tensor:
+def _marginal(reader: AnswerSet, client: int) -> Tensor:
     """``[V]``, float64: the mean answer."""
     _, kept, vocab, _ = reader.shape()
     total, rows = torch.zeros(vocab, dtype=torch.float64), 0
@@ -129,7 +129,7 @@ def _effective(marginal: Tensor) -> float:
     return float(torch.special.entr(marginal.clamp_min(0)).sum().exp())
 
 
-def _alike(reader: Reader) -> list[tuple[int, int]]:
+def _alike(reader: AnswerSet) -> list[tuple[int, int]]:
     """Pairs of clients by their total variation on some rows, evenly spread."""
     count = len(reader.clients)
     apart = torch.zeros(count, count, dtype=torch.float64)

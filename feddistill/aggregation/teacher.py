@@ -19,9 +19,9 @@ from torch import Tensor
 from feddistill.aggregation import client_weights as weighing
 from feddistill.aggregation.answers import (
     STEPS_PER_NAT,
-    Answerer,
-    Known,
-    Reader,
+    AnswerReader,
+    AnswerSet,
+    RoundContext,
     answered,
     at_labels,
     entropy,
@@ -56,12 +56,14 @@ class Aggregated:
     """For the rule's next round."""
 
 
-def weigh(kind: WeightKind, clients: Sequence[Answerer], positions: int, known: Known) -> Weights | None:
+def weigh(
+    kind: WeightKind, clients: Sequence[AnswerReader], positions: int, known: RoundContext
+) -> Weights | None:
     """The weights that a rule asks for; ``None`` for equal ones.
 
     Memory: one chunk of answers and, for ``confidence`` and ``verified``, a number for each client and row.
     """
-    reader = Reader(clients, positions)
+    reader = AnswerSet(clients, positions)
     match kind:
         case "uniform":
             return None
@@ -92,14 +94,14 @@ def weigh(kind: WeightKind, clients: Sequence[Answerer], positions: int, known: 
 
 
 def aggregate(
-    clients: Sequence[Answerer],
+    clients: Sequence[AnswerReader],
     positions: int,
     rule: Rule,
     weights: Weights | None = None,
     *,
     sharpen: float = 1.0,
     mix: int | None = None,
-    known: Known | None = None,
+    known: RoundContext | None = None,
     k: int | None = None,
     sink: Sink | None = None,
 ) -> Aggregated:
@@ -119,9 +121,9 @@ def aggregate(
     Memory: ``O(C * chunk * k)``, of dense answers ``O(C * chunk * V)``, and the teacher where nothing else
     takes it. Rules that look at whole payloads read them once more.
     """
-    known = known or Known()
+    known = known or RoundContext()
     by_class = (weights is not None and weights.by == "class") or "class_counts" in rule.needs()
-    reader = Reader(clients, positions, known, expand=by_class)
+    reader = AnswerSet(clients, positions, known, expand=by_class)
     compressed, longest, _, width = reader.shape()
     names = known.names or tuple(map(str, range(len(clients))))
     looks_at_all = mix is not None or "whole" in rule.needs()
@@ -164,7 +166,7 @@ def aggregate(
 
 
 def _combined(
-    reader: Reader, rule: Rule, weights: Weights | None, start: int, stop: int, sharpen: float
+    reader: AnswerSet, rule: Rule, weights: Weights | None, start: int, stop: int, sharpen: float
 ) -> tuple[Tensor, Tensor]:
     """Dense rows ``[n, V]``, and the log of what they summed to before, ``[n, 1]``."""
     if rule.of_codes and reader.mixing is None:
@@ -187,8 +189,8 @@ def _combine(block: Block, rule: Rule, weights: Weights | None, start: int) -> T
 
 
 def _by_group(
-    make: Callable[[Reader, Rule, Weights | None, int, int, int, float], TopK],
-    reader: Reader,
+    make: Callable[[AnswerSet, Rule, Weights | None, int, int, int, float], TopK],
+    reader: AnswerSet,
     rule: Rule,
     weights: Weights | None,
     start: int,
@@ -226,7 +228,7 @@ def _enough(rule: Rule, weights: Weights | None, present: int, clients: int) -> 
     return True
 
 
-def _nothing(reader: Reader, memory: Memory, k: int, sink: Sink | None) -> Aggregated:
+def _nothing(reader: AnswerSet, memory: Memory, k: int, sink: Sink | None) -> Aggregated:
     """Where clients have no row in common, who compares whole answers has nothing to compare."""
     count, vocab_size = len(reader.clients), reader.shape()[2]
     parts: list[Tensor | TopK] = []
@@ -248,7 +250,7 @@ def _weights_of(weights: Weights | None, who: list[int], rows: Tensor) -> Weight
 
 
 def _merged(
-    reader: Reader, rule: Rule, weights: Weights | None, start: int, stop: int, k: int, sharpen: float
+    reader: AnswerSet, rule: Rule, weights: Weights | None, start: int, stop: int, k: int, sharpen: float
 ) -> TopK:
     """Compressed rows by the rule's kernel."""
     answers = [reader.read(client, start, stop) for client in reader.clients]
@@ -264,7 +266,7 @@ def _merged(
 
 
 def _compressed(
-    reader: Reader, rule: Rule, weights: Weights | None, start: int, stop: int, k: int, sharpen: float
+    reader: AnswerSet, rule: Rule, weights: Weights | None, start: int, stop: int, k: int, sharpen: float
 ) -> TopK:
     """Compressed rows in the columns that clients have in common."""
     block = reader.block(start, stop)
@@ -278,7 +280,7 @@ def _compressed(
     return TopK(block.ids.gather(1, kept).int(), y.gather(1, kept), tail, reader.shape()[2])
 
 
-def _sampled_mass(reader: Reader, rule: Rule, weights: Weights | None) -> float:
+def _sampled_mass(reader: AnswerSet, rule: Rule, weights: Weights | None) -> float:
     """On some rows, evenly spread: a kernel does not tell it."""
     total, rows = 0.0, 0
     for start, stop in reader.sample(SAMPLE):
@@ -305,7 +307,7 @@ def _joined(parts: list[Tensor | TopK]) -> Tensor | TopK:
 
 
 def _held_back(
-    reader: Reader, labels: Tensor
+    reader: AnswerSet, labels: Tensor
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_], NDArray[np.int64]]:
     """At the rows with a label: its log-probability, whether it is the first choice; which rows."""
     known = labels >= 0

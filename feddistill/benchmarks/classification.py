@@ -15,13 +15,15 @@ from feddistill.errors import DataError
 from feddistill.modelio import inference
 from feddistill.runs.trained_models import Student
 from feddistill.store.run_directory import Json
-from feddistill.types import Tick
+from feddistill.types import ProgressCallback
 
 LINKS = {"cause": "because", "effect": "therefore"}
 """COPA's questions as the word that joins premise and choice."""
 
 
-def by_answers(student: Student, preset: Preset, columns: benchmark.Columns, tick: Tick) -> Json:
+def by_answers(
+    student: Student, preset: Preset, columns: benchmark.Columns, on_step: ProgressCallback
+) -> Json:
     """Figures of a classifier, which must know the benchmark's classes by name.
 
     Where it knows others as well, those count as wrong.
@@ -44,12 +46,14 @@ def by_answers(student: Student, preset: Preset, columns: benchmark.Columns, tic
         batch_size=student.batch_size,
         bf16=student.bf16,
         meter=FlopMeter(student.model),
-        tick=tick,
+        on_step=on_step,
     ).numpy()
     return figures(preset, answers, benchmark.labels(preset, columns, preset.name), student.labels)
 
 
-def by_likelihood(student: Student, preset: Preset, columns: benchmark.Columns, tick: Tick) -> Json:
+def by_likelihood(
+    student: Student, preset: Preset, columns: benchmark.Columns, on_step: ProgressCallback
+) -> Json:
     """Figures of a causal language model: a text is of the class whose name is likeliest behind the prompt.
 
     Summed over the tokens of `` name``, as lm-evaluation-harness's ``acc``; no examples are shown.
@@ -66,12 +70,14 @@ def by_likelihood(student: Student, preset: Preset, columns: benchmark.Columns, 
         )
         for row in benchmark.rows(preset, columns)
     ]
-    scores = _scores(student, prompts, tick)
+    scores = _scores(student, prompts, on_step)
     labels = benchmark.labels(preset, columns, preset.name)
     return figures(preset, scores, labels, preset.labels)
 
 
-def by_choice(student: Student, preset: Preset, columns: benchmark.Columns, tick: Tick) -> Json:
+def by_choice(
+    student: Student, preset: Preset, columns: benchmark.Columns, on_step: ProgressCallback
+) -> Json:
     """COPA by a causal language model: the premise, ``because`` or ``therefore``, the likelier choice."""
     prompts = []
     for number, row in enumerate(benchmark.rows(preset, columns)):
@@ -80,7 +86,7 @@ def by_choice(student: Student, preset: Preset, columns: benchmark.Columns, tick
         context = f"{row['premise'].removesuffix('.')} {LINKS[row['question']]}"
         choices = [row["choice1"], row["choice2"]]
         prompts.append((context, [f" {text[:1].lower()}{text[1:]}" for text in choices]))
-    scores = _scores(student, prompts, tick)
+    scores = _scores(student, prompts, on_step)
     return figures(preset, scores, benchmark.labels(preset, columns, preset.name), preset.labels)
 
 
@@ -101,9 +107,9 @@ def figures(
 
 
 def _scores(
-    student: Student, prompts: Sequence[tuple[str, Sequence[str]]], tick: Tick
+    student: Student, prompts: Sequence[tuple[str, Sequence[str]]], on_step: ProgressCallback
 ) -> NDArray[np.float32]:
     """``[N, choices]`` log-probabilities among the choices."""
     asked = [continuation(student, context, text) for context, texts in prompts for text in texts]
-    sums = log_likelihoods(student, asked, tick).reshape(len(prompts), -1)
+    sums = log_likelihoods(student, asked, on_step).reshape(len(prompts), -1)
     return np.asarray(sums - np.logaddexp.reduce(sums, axis=1, keepdims=True), np.float32)

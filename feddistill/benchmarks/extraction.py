@@ -6,9 +6,9 @@ from feddistill.accounting import FlopMeter
 from feddistill.modelio import inference
 from feddistill.modelio.outputs import takes_types
 from feddistill.modelio.padding import PAD_TO
-from feddistill.modelio.passages import Page, likeliest, pages
+from feddistill.modelio.passages import QAWindow, likeliest, pages
 from feddistill.runs.trained_models import Student
-from feddistill.types import Tick
+from feddistill.types import ProgressCallback
 
 ANSWER_TOKENS = 30
 """Of a span at most, as in BERT's own script and transformers' ``run_qa.py``."""
@@ -17,7 +17,12 @@ OVERLAP = 128
 
 
 def extract(
-    student: Student, questions: Sequence[str], passages: Sequence[str], tick: Tick, *, unanswerable: bool
+    student: Student,
+    questions: Sequence[str],
+    passages: Sequence[str],
+    on_step: ProgressCallback,
+    *,
+    unanswerable: bool,
 ) -> list[str]:
     """The likeliest span of each passage, over as many pages as it takes.
 
@@ -28,7 +33,7 @@ def extract(
         ModelError: A question is too long, or ``unanswerable`` has no token to say it with.
     """
     length = student.max_tokens - student.max_tokens % PAD_TO
-    cut: list[Page] = []
+    cut: list[QAWindow] = []
     rows: list[int] = []
     for row, (question, passage) in enumerate(zip(questions, passages, strict=True)):
         made = pages(
@@ -50,7 +55,7 @@ def extract(
         batch_size=student.batch_size,
         bf16=student.bf16,
         meter=FlopMeter(student.model),
-        tick=tick,
+        on_step=on_step,
     )
     best = [(-float("inf"), "")] * len(questions)
     least = [float("inf")] * len(questions)

@@ -8,7 +8,7 @@ from transformers import GenerationConfig
 from feddistill.benchmarks.likelihood import encode, prefix_of
 from feddistill.errors import ModelError
 from feddistill.runs.trained_models import Student
-from feddistill.types import Tick
+from feddistill.types import ProgressCallback
 
 
 def fitted(student: Student, template: str, row: Mapping[str, str], cut: str, room: int) -> str:
@@ -42,7 +42,7 @@ def generate(
     *,
     new_tokens: int,
     stop: Sequence[str] = (),
-    tick: Tick | None = None,
+    on_step: ProgressCallback | None = None,
 ) -> list[str]:
     """What the model writes behind each prompt, by greedy search.
 
@@ -83,15 +83,15 @@ def generate(
         for place, row in enumerate(rows):
             text = tokenizer.decode(written[place, longest:], skip_special_tokens=True)
             found[row] = before(text, stop).strip()
-        if tick is not None:
-            tick(start + len(rows), len(order))
+        if on_step is not None:
+            on_step(start + len(rows), len(order))
     return found
 
 
 def before(text: str, stop: Sequence[str]) -> str:
     """What stands before the first of ``stop``.
 
-    >>> before("Paris\\n\\nQuestion: what", ["\\n", "Question"])
+    >>> before("Paris\\n\\nQuestion: what", ["\\n", "ProxyQuery"])
     'Paris'
     """
     places = [place for mark in stop if (place := text.find(mark)) >= 0]

@@ -13,7 +13,7 @@ from feddistill.errors import ModelError
 from feddistill.modelio.padding import pad
 from feddistill.models.tokenizers import end_id
 from feddistill.runs.trained_models import Student
-from feddistill.types import Tick
+from feddistill.types import ProgressCallback
 
 ROWS = 2048
 """Rows of logits that are held at once: 400 MB at a vocabulary of 50,000."""
@@ -30,7 +30,7 @@ class Scored:
 
 
 def log_likelihoods(
-    student: Student, asked: Sequence[Scored], tick: Tick | None = None
+    student: Student, asked: Sequence[Scored], on_step: ProgressCallback | None = None
 ) -> NDArray[np.float64]:
     """``[N]`` natural log-probabilities of each sequence's last tokens, given those before them.
 
@@ -42,8 +42,8 @@ def log_likelihoods(
         part = [asked[place] for place in batch]
         found[batch] = _sums(student, part).numpy()
         done += len(batch)
-        if tick is not None:
-            tick(done, len(asked))
+        if on_step is not None:
+            on_step(done, len(asked))
     return found
 
 

@@ -14,10 +14,10 @@ from feddistill.benchmarks.likelihood import Scored, encode, log_likelihoods, pr
 from feddistill.config.presets import Kind, Preset
 from feddistill.data import benchmark
 from feddistill.errors import ConfigError, DataError
-from feddistill.progress import Quiet, Show
+from feddistill.progress import NoProgress, Progress
 from feddistill.runs.trained_models import Student, Task
 from feddistill.store.run_directory import Json
-from feddistill.types import Tick
+from feddistill.types import ProgressCallback
 
 __all__ = ["Request", "evaluate", "language"]
 
@@ -46,10 +46,10 @@ class Request:
     """Of ``language``: tokens by which the window moves; ``None`` for half a window."""
 
 
-Measure = Callable[[Student, Request, benchmark.Columns, Tick], Json]
+Measure = Callable[[Student, Request, benchmark.Columns, ProgressCallback], Json]
 
 
-def evaluate(student: Student, request: Request, show: Show | None = None) -> Json:
+def evaluate(student: Student, request: Request, progress: Progress | None = None) -> Json:
     """The figures of ``student`` on a benchmark, with how many examples and which of the figures ranks.
 
     Raises:
@@ -65,13 +65,13 @@ def evaluate(student: Student, request: Request, show: Show | None = None) -> Js
         )
     if preset.kind != "language" and (request.window or request.stride):
         raise ConfigError(f"window and stride are of plain text, as wikitext-2; {preset.name} is none")
-    show = show or Quiet()
-    with show.step(f"read {preset.name}"):
+    progress = progress or NoProgress()
+    with progress.step(f"read {preset.name}"):
         columns = benchmark.read(preset, preset.measured, request.path, None, preset.name)
         if request.limit is not None and preset.kind != "language":
             columns = {key: values[: request.limit] for key, values in columns.items()}
-    with show.step(f"measure {preset.name}") as tick:
-        figures = measure(student, request, columns, tick)
+    with progress.step(f"measure {preset.name}") as on_step:
+        figures = measure(student, request, columns, on_step)
     return {
         "model": student.name,
         "benchmark": preset.name,
@@ -83,7 +83,7 @@ def evaluate(student: Student, request: Request, show: Show | None = None) -> Js
     }
 
 
-def language(student: Student, pages: list[str], request: Request, tick: Tick) -> Json:
+def language(student: Student, pages: list[str], request: Request, on_step: ProgressCallback) -> Json:
     """Perplexity of documents, each whole, in windows that overlap.
 
     ``perplexity`` is by token, ``bits_per_byte`` by byte of what the model reads (detokenised), and
@@ -105,7 +105,7 @@ def language(student: Student, pages: list[str], request: Request, tick: Tick) -
         if not tokens:
             raise DataError(f"{request.preset.name}: a page has no tokens")
         asked.extend(windows(tokens, prefix, window, stride))
-    nats = -float(log_likelihoods(student, asked, tick).sum())
+    nats = -float(log_likelihoods(student, asked, on_step).sum())
     tokens_read = sum(one.count for one in asked)
     size = sum(len(text.encode()) for text in texts)
     words = sum(len(re.split(r"\s+", page)) for page in pages)
@@ -122,22 +122,28 @@ def language(student: Student, pages: list[str], request: Request, tick: Tick) -
     }
 
 
-def _language(student: Student, request: Request, columns: benchmark.Columns, tick: Tick) -> Json:
-    return language(student, benchmark.pages(columns["text"])[: request.limit], request, tick)
+def _language(
+    student: Student, request: Request, columns: benchmark.Columns, on_step: ProgressCallback
+) -> Json:
+    return language(student, benchmark.pages(columns["text"])[: request.limit], request, on_step)
 
 
-def _questions(student: Student, request: Request, columns: benchmark.Columns, tick: Tick) -> Json:
+def _questions(
+    student: Student, request: Request, columns: benchmark.Columns, on_step: ProgressCallback
+) -> Json:
     """SQuAD by what a causal language model writes, up to the end of the line."""
-    given = _written(student, request.preset, columns, ANSWER_TOKENS, STOP, tick)
+    given = _written(student, request.preset, columns, ANSWER_TOKENS, STOP, on_step)
     if request.preset.name == HARD:
         given = ["" if metrics.normalised(text) == UNANSWERABLE else text for text in given]
     return _spans(given, request.preset, columns)
 
 
-def _passages(student: Student, request: Request, columns: benchmark.Columns, tick: Tick) -> Json:
+def _passages(
+    student: Student, request: Request, columns: benchmark.Columns, on_step: ProgressCallback
+) -> Json:
     """SQuAD by a model that points at the answer."""
     questions, hard = [text.strip() for text in columns["question"]], request.preset.name == HARD
-    given = extract(student, questions, columns["context"], tick, unanswerable=hard)
+    given = extract(student, questions, columns["context"], on_step, unanswerable=hard)
     return _spans(given, request.preset, columns)
 
 
@@ -145,9 +151,11 @@ def _spans(given: list[str], preset: Preset, columns: benchmark.Columns) -> Json
     return metrics.squad(given, benchmark.golds(columns, preset.name), no_answer=preset.name == HARD)
 
 
-def _summaries(student: Student, request: Request, columns: benchmark.Columns, tick: Tick) -> Json:
+def _summaries(
+    student: Student, request: Request, columns: benchmark.Columns, on_step: ProgressCallback
+) -> Json:
     right = columns[request.preset.label_column]
-    given = _written(student, request.preset, columns, SUMMARY_TOKENS, ("\n\n",), tick)
+    given = _written(student, request.preset, columns, SUMMARY_TOKENS, ("\n\n",), on_step)
     return {**overlap.rouge(given, right), **overlap.bleu(given, right)}
 
 
@@ -157,7 +165,7 @@ def _written(
     columns: benchmark.Columns,
     new_tokens: int,
     stop: tuple[str, ...],
-    tick: Tick,
+    on_step: ProgressCallback,
 ) -> list[str]:
     assert preset.cut is not None, "whatever is answered by writing is about a long text"
     room = student.max_tokens - new_tokens
@@ -167,15 +175,15 @@ def _written(
         encode(student, fitted(student, preset.prompt, row, preset.cut, room))
         for row in benchmark.rows(preset, columns)
     ]
-    return generate(student, prompts, new_tokens=new_tokens, stop=stop, tick=tick)
+    return generate(student, prompts, new_tokens=new_tokens, stop=stop, on_step=on_step)
 
 
 def _exp(nats: float) -> float:
     return math.exp(nats) if nats < 700 else math.inf
 
 
-def _simple(measure: Callable[[Student, Preset, benchmark.Columns, Tick], Json]) -> Measure:
-    return lambda student, request, columns, tick: measure(student, request.preset, columns, tick)
+def _simple(measure: Callable[[Student, Preset, benchmark.Columns, ProgressCallback], Json]) -> Measure:
+    return lambda student, request, columns, on_step: measure(student, request.preset, columns, on_step)
 
 
 MEASURES: dict[tuple[Kind, Task], Measure] = {

@@ -23,14 +23,14 @@ from feddistill.types import ClientDescription, RoundSpec, TextSet
 class Client:
     """One institution: its private texts, and the model that it works with."""
 
-    def __init__(self, session: Session, private: TextSet, crew: "Crew", place: int):
+    def __init__(self, session: Session, private: TextSet, group: "ClientGroup", place: int):
         self.key: PrivateKey | None = None
         """By which it signs, where the round enrolled keys."""
         self.session = session
         self.config = session.config
         self.private = private
         self.name = private.name
-        self._crew = crew
+        self._crew = group
         self._place = place
 
     @property
@@ -104,11 +104,11 @@ class Client:
             distill=self.config.distill,
         )
 
-    def answer(self, spec: RoundSpec, weights: str, lie: Callable[[Tensor], Tensor] | None = None) -> Json:
+    def answer(self, spec: RoundSpec, weights: str, attack: Callable[[Tensor], Tensor] | None = None) -> Json:
         """Answer the proxy texts with the model in file ``weights``: the upload.
 
-        ``lie``: what a simulated attacker makes of its answers before it sends them; it sees all of them, so
-        they are in memory at once, as else only those of a shard are.
+        ``attack`` changes the answers of a simulated attacker before they are sent. It needs all of them in
+        memory; otherwise one shard is in memory at a time.
         """
         run, name = self.session.run, f"rounds/{spec.round:03d}/payloads/{self.name}"
         if (record := run.done(name)) is not None:
@@ -116,15 +116,18 @@ class Client:
         learner, proxy = self.learner, self.session.splits.proxy
         learner.restore(weights)
         before = learner.meter.flops
-        with self.session.show.step(f"round {spec.round}: {self.name} answers") as tick, measure() as cost:
-            lies = None if lie is None else lie(learner.answer(proxy, tick))
+        with (
+            self.session.progress.step(f"round {spec.round}: {self.name} answers") as on_step,
+            measure() as cost,
+        ):
+            lies = None if attack is None else attack(learner.answer(proxy, on_step))
             for shard, (envelope, content) in enumerate(answer_files.files(name, spec)):
                 if run.path(envelope).exists():  # written last, before something interrupted this
                     continue
                 start, stop = payload.rows_of(spec, shard)
                 seed = draws(self.config.seed, spec.round, self.name, shard)
                 if lies is None:
-                    said = learner.compressed(spec, seed, start, stop, tick)
+                    said = learner.compressed(spec, seed, start, stop, on_step)
                 else:
                     said = encoding.compress(lies[start:stop], spec, seed)
                 encoded = payload.encode(said, spec, self.name, shard)
@@ -133,7 +136,7 @@ class Client:
             cost.flops = learner.meter.flops - before
         projection = learner.projection()
         if projection is not None and not self._answered_before(spec.round):
-            self.session.show.say(
+            self.session.progress.log(
                 f"{self.name} has another tokenizer: it answers {projection['answered']:.1%} of the rows, "
                 f"with {projection['coverage']:.1%} of what it knows, projected in {projection['seconds']} s"
             )
@@ -149,11 +152,11 @@ class Client:
         if not settings.enabled or asked is None:
             return own
         spec = encoding.feedback_spec(asked)
-        shelf = answer_files.Shelf(self.session.run, f"rounds/{asked.round:03d}/feedback", spec)
-        shelf.admit()
+        stored = answer_files.StoredAnswer(self.session.run, f"rounds/{asked.round:03d}/feedback", spec)
+        stored.admit()
         random = generator(self.config.seed, "digest", number, self.name)
         chosen = np.sort(random.permutation(self.learner.proxy_examples())[: settings.examples])
-        return self.learner.digested(own, chosen, shelf, settings.target)
+        return self.learner.digested(own, chosen, stored, settings.target)
 
     def _settings(self, number: int) -> TrainingConfig:
         settings = self.config.clients.training
@@ -172,7 +175,7 @@ class Client:
         return training.steps_of(settings, len(self.learner.tokens(self.private)) + digested)
 
 
-class Crew:
+class ClientGroup:
     """All clients, with one model in memory for each architecture, whatever the number of clients."""
 
     def __init__(self, session: Session):

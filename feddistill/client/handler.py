@@ -12,28 +12,28 @@ from feddistill.client import local_update
 from feddistill.client.client import Client
 from feddistill.errors import ModelError
 from feddistill.federation import answer_files, encoding
-from feddistill.federation.protocol import Reply, Task
+from feddistill.federation.protocol import Instruction, Reply
 from feddistill.store.run_directory import Json, RunDirectory
 from feddistill.tasks.choose import learner_of
 from feddistill.types import RoundSpec
 
-Lie = Callable[[int], Callable[[Tensor], Tensor]]
+Attacker = Callable[[int], Callable[[Tensor], Tensor]]
 """From a round to what a simulated attacker makes of its answers."""
 
 PARTS = ("envelope", "payload")
 """The two files of a shard."""
 
 
-class Agent:
+class Handler:
     """Answers tasks with ``client``, whose run directory is its own or, in one process, the server's."""
 
-    def __init__(self, client: Client, *, lie: Lie | None = None, alone: bool = True):
+    def __init__(self, client: Client, *, attack: Attacker | None = None, alone: bool = True):
         """``alone``: the run directory is this client's; rounds that it missed are no error there."""
         self.client = client
-        self.lie = lie
+        self.attack = attack
         self.alone = alone
 
-    def handle(self, task: Task) -> Reply:
+    def handle(self, instruction: Instruction) -> Reply:
         """Do what is asked, once; asked again, say what was found.
 
         Raises:
@@ -46,63 +46,63 @@ class Agent:
             "train": self._train,
             "answer": self._answer,
             "average": self._average,
-        }[task.kind](task)
+        }[instruction.kind](instruction)
         return Reply(self.client.name, content, blobs)
 
-    def _describe(self, task: Task) -> tuple[Json, dict[str, bytes]]:
+    def _describe(self, instruction: Instruction) -> tuple[Json, dict[str, bytes]]:
         splits = self.client.session.splits
         told = {
             "description": asdict(self.client.describe()),
             "version": payload.VERSION,
             "proxy": splits.proxy.digest(),
-            "vocabulary": self.client.session.question.fingerprint,
+            "vocabulary": self.client.session.query.fingerprint,
         }
         return told, {}
 
-    def _nothing(self, task: Task) -> tuple[Json, dict[str, bytes]]:
+    def _nothing(self, instruction: Instruction) -> tuple[Json, dict[str, bytes]]:
         """The proxy texts are here already."""
         return {}, {}
 
-    def _digest(self, task: Task) -> tuple[Json, dict[str, bytes]]:
+    def _digest(self, instruction: Instruction) -> tuple[Json, dict[str, bytes]]:
         """Keep a shard of the teacher of round ``task.round``."""
-        run, spec = self.client.session.run, encoding.feedback_spec(_spec(task.content["asked"]))
-        for place, part in zip(self._feedback(spec)[task.content["shard"]], PARTS, strict=True):
-            run.write_bytes(place, task.blobs[part])
+        run, spec = self.client.session.run, encoding.feedback_spec(_spec(instruction.content["asked"]))
+        for place, part in zip(self._feedback(spec)[instruction.content["shard"]], PARTS, strict=True):
+            run.write_bytes(place, instruction.blobs[part])
         return {}, {}
 
     def _feedback(self, spec: RoundSpec) -> list[tuple[str, str]]:
         return answer_files.files(f"rounds/{spec.round:03d}/feedback", spec)
 
-    def _train(self, task: Task) -> tuple[Json, dict[str, bytes]]:
-        before = task.content["asked"]
+    def _train(self, instruction: Instruction) -> tuple[Json, dict[str, bytes]]:
+        before = instruction.content["asked"]
         asked = None if before is None else _spec(before)
         if not self.alone:
-            return self.client.train(task.round, asked), {}
+            return self.client.train(instruction.round, asked), {}
         run = self.client.session.run
         if asked is not None:
             files = chain(*self._feedback(encoding.feedback_spec(asked)))
             if not all(run.path(file).exists() for file in files):
                 asked = None  # it was away when the teacher was sent
-        record = self.client.train(task.round, asked)
-        self.client.tidy(task.round)
+        record = self.client.train(instruction.round, asked)
+        self.client.tidy(instruction.round)
         # Not the loss of private texts, step by step: what the server counts, and in a simulation figures.
         return {name: record[name] for name in ("costs", "validation", "test") if name in record}, {}
 
-    def _answer(self, task: Task) -> tuple[Json, dict[str, bytes]]:
+    def _answer(self, instruction: Instruction) -> tuple[Json, dict[str, bytes]]:
         """One shard: payload and envelope."""
-        spec, shard = _spec(task.content["spec"]), int(task.content["shard"])
-        lie = None if self.lie is None else self.lie(spec.round)
-        record = self.client.answer(spec, f"{self.client.step(spec.round)}.safetensors", lie)
+        spec, shard = _spec(instruction.content["spec"]), int(instruction.content["shard"])
+        attack = None if self.attack is None else self.attack(spec.round)
+        record = self.client.answer(spec, f"{self.client.step(spec.round)}.safetensors", attack)
         run, step = self.client.session.run, f"rounds/{spec.round:03d}/payloads/{self.client.name}"
         places = answer_files.files(step, spec)[shard]
         blobs = {part: run.read_bytes(place) for place, part in zip(places, PARTS, strict=True)}
         return {"shard": shard, "shards": record["shards"], "cost": record["cost"]}, blobs
 
-    def _average(self, task: Task) -> tuple[Json, dict[str, bytes]]:
+    def _average(self, instruction: Instruction) -> tuple[Json, dict[str, bytes]]:
         """Train the student's architecture from the average, as ``fedavg`` wants it."""
-        session, step = self.client.session, f"baselines/fedavg/{task.round:03d}"
+        session, step = self.client.session, f"baselines/fedavg/{instruction.round:03d}"
         learner = learner_of(session, session.config.student.model, "student.model")
-        given = load(task.blobs["weights"])
+        given = load(instruction.blobs["weights"])
         if {n: t.shape for n, t in given.items()} != {
             n: t.shape for n, t in models.trained(learner.model).items()
         }:
@@ -111,10 +111,12 @@ class Agent:
         start = f"{step}/start.safetensors"
         session.run.write(start, lambda path: models.save(learner.model, path))
         private, taught = self.client.private, learner.lessons
-        record = local_update.trained_by(session, learner, "fedavg", task.round, start, private, taught)
+        record = local_update.trained_by(
+            session, learner, "fedavg", instruction.round, start, private, taught
+        )
         learner.restore(record["weights"])
         session.run.remove(start)
-        for earlier in range(1, task.round):
+        for earlier in range(1, instruction.round):
             session.run.remove(f"baselines/fedavg/{earlier:03d}")
         told = {"examples": len(private), "cost": record["costs"]["train"]}
         return told, {"weights": save(models.trained(learner.model))}
@@ -124,11 +126,11 @@ def _spec(said: str) -> RoundSpec:
     return payload.parse_spec(said.encode())
 
 
-def receive(run: RunDirectory, name: str, task: Task) -> None:
+def receive(run: RunDirectory, name: str, instruction: Instruction) -> None:
     """Keep a part of a file; with the last that was missing, the file."""
-    part, parts = task.content["part"], task.content["parts"]
+    part, parts = instruction.content["part"], instruction.content["parts"]
     pieces = [f"{name}.part-{index}" for index in range(parts)]
-    run.write_bytes(pieces[part], task.blobs["part"])
+    run.write_bytes(pieces[part], instruction.blobs["part"])
     if all(run.path(piece).exists() for piece in pieces):
         run.write_bytes(name, b"".join(map(run.read_bytes, pieces)))
         for piece in pieces:

@@ -6,7 +6,7 @@ from feddistill import training
 from feddistill.store.run_directory import Json
 from feddistill.tasks.learner import Learner, later
 from feddistill.tasks.session import Session
-from feddistill.training import Lessons
+from feddistill.training import TrainingExamples
 from feddistill.types import TextSet
 
 
@@ -17,7 +17,7 @@ def trained_by(
     number: int,
     start: str | None,
     private: TextSet,
-    taught: Callable[[TextSet], Lessons],
+    taught: Callable[[TextSet], TrainingExamples],
 ) -> Json:
     """A client's part of round ``number``, from the weights in file ``start``; the record of the step."""
     config = session.config

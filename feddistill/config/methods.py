@@ -1,6 +1,6 @@
 """The methods, one entry each: what reports, plots, ``plan``, the command line and the tests derive from.
 
-A new baseline is one file in ``feddistill/methods/`` and one entry here. Importing this does not import torch.
+A new baseline is one file in ``feddistill/methods/`` and one entry here. Imports no torch.
 """
 
 from collections.abc import Mapping
@@ -64,7 +64,7 @@ class Method:
     style: Mapping[str, Any] | None = None
     """Of its curve, keywords of ``Axes.plot``; ``None`` if it has no curve: it yields one model a client."""
     model_per_client: bool = False
-    """True if it yields one model a client instead of one student; then the table has a mean and a best row."""
+    """True if it yields one model a client: the table then has a mean and a best row."""
     trains_clients: bool = False
     """True if it trains the clients' own models, as query-only models cannot be."""
     remote: bool = False

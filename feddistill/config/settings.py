@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from feddistill.aggregation.attacks import liars
+from feddistill.aggregation.attacks import attackers
 from feddistill.config.data import AtClientsPartition, DataConfig
 from feddistill.config.methods import (
     METHODS,
@@ -86,7 +86,7 @@ class Config(Setting):
             if not present:
                 raise ConfigError("data.absent names every client")
             self._fits_clients(len(present))
-            liars(self.simulate.attack, present)
+            attackers(self.simulate.attack, present)
         if isinstance(self.data.partition, AtClientsPartition):
             self._fits_texts_at_clients(self.data.partition)
         rule = self.aggregation.rule

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-Figures = Mapping[str, Any]
+Metrics = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class Task:
         """What it is called beside a figure."""
         return f"{self.words} on the test set{', %' if self.percent else ''}"
 
-    def read(self, figures: Figures) -> float:
+    def read(self, figures: Metrics) -> float:
         """What decides, as studies give it.
 
         >>> TASKS["classification"].read({"accuracy": 0.5})
@@ -44,7 +44,7 @@ class Task:
         """
         return float(figures[self.decides]) * (100 if self.percent else 1)
 
-    def better(self, new: Figures, old: Figures) -> bool:
+    def better(self, new: Metrics, old: Metrics) -> bool:
         """Whether figures are better than others; equal ones are not."""
         now, then = float(new[self.decides]), float(old[self.decides])
         return now > then if self.larger_is_better else now < then

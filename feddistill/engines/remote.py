@@ -9,15 +9,15 @@ import numpy as np
 
 from feddistill import config as configuration
 from feddistill import data
-from feddistill.client.client import Client, Crew
-from feddistill.client.handler import Agent, receive
+from feddistill.client.client import Client, ClientGroup
+from feddistill.client.handler import Handler, receive
 from feddistill.config import Config, institution
 from feddistill.config.data import AtClientsPartition
 from feddistill.errors import ConfigError, DataError, RunError
-from feddistill.federation.protocol import Reply, Task
+from feddistill.federation.protocol import Instruction, Reply
 from feddistill.payload import keys
 from feddistill.payload.keys import PrivateKey
-from feddistill.progress import Quiet
+from feddistill.progress import NoProgress
 from feddistill.runs import experiment
 from feddistill.store.run_directory import CONFIG, RunDirectory
 from feddistill.tasks.session import Session
@@ -44,28 +44,28 @@ class RemoteClient:
     """Whether server and client are one user's: only then may the server's settings name code to call, or
     an address to ask."""
 
-    def handle(self, task: Task) -> Reply:
+    def handle(self, instruction: Instruction) -> Reply:
         """Do what the server asks.
 
         Raises:
             FeddistillError: It cannot.
         """
-        config = configuration.parse(task.content["config"])
-        if configuration.digest(config)[:16] != task.run:
-            raise ConfigError(f"run {task.run} is not that of the settings that came with it")
-        run = self._directory(config, task.run, str(task.content["execution"]))
+        config = configuration.parse(instruction.content["config"])
+        if configuration.digest(config)[:16] != instruction.run:
+            raise ConfigError(f"run {instruction.run} is not that of the settings that came with it")
+        run = self._directory(config, instruction.run, str(instruction.content["execution"]))
         try:
-            if task.kind == "publish":
-                receive(run, PROXY, task)
+            if instruction.kind == "publish":
+                receive(run, PROXY, instruction)
                 return Reply(self.name)
             experiment.prepare(config)
-            splits = self._splits(config, tuple(task.content["labels"]), run)
+            splits = self._splits(config, tuple(instruction.content["labels"]), run)
             if splits is None:
                 return Reply(self.name, {"proxy": None})
             own = self._with_own_model(config)
             self._unchanged(run, splits, own)
-            session = Session(own, splits, run, Quiet())
-            return Agent(self._client(session)).handle(task)
+            session = Session(own, splits, run, NoProgress())
+            return Handler(self._client(session)).handle(instruction)
         finally:
             run.close()
 
@@ -138,7 +138,7 @@ class RemoteClient:
             raise RunError(f"{self.name}: its {changed} have changed since this run began; start a new one")
 
     def _client(self, session: Session) -> Client:
-        (client,) = Crew(session).clients
+        (client,) = ClientGroup(session).clients
         client.key = self._key(session.config)
         return client
 

@@ -51,7 +51,7 @@ def store(run: RunDirectory, step: str, spec: RoundSpec, cost: Cost, projection:
     return run.commit(step, record, names)
 
 
-class Shelf:
+class StoredAnswer:
     """An answer that lies at ``step``."""
 
     def __init__(self, run: RunDirectory, step: str, spec: RoundSpec):
@@ -97,10 +97,10 @@ class Shelf:
                 yield read(self.shard(number))[torch.from_numpy(here)]
 
 
-def answerer(read: Callable[[payload.Answers], T], shelf: Shelf) -> Callable[[int, int], T]:
+def answer_reader(read: Callable[[payload.Answers], T], stored: StoredAnswer) -> Callable[[int, int], T]:
     """``(start, stop)`` to these rows of what is on a shelf, as ``read`` opens them."""
 
     def rows(start: int, stop: int) -> T:
-        return stacked([read(answers) for answers in shelf.rows(start, stop)])
+        return stacked([read(answers) for answers in stored.rows(start, stop)])
 
     return rows

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from feddistill.federation.protocol import Reply, Task
-from feddistill.progress import Show
+from feddistill.federation.protocol import Instruction, Reply
+from feddistill.progress import Progress
 
 EVENTS = "federation.jsonl"
 METRICS = "metrics.prom"
@@ -26,53 +26,53 @@ HELP = {
 class Journal:
     """Writes ``federation.jsonl`` and ``metrics.prom`` in the folder of a run."""
 
-    def __init__(self, root: Path, show: Show):
+    def __init__(self, root: Path, progress: Progress):
         self.root = root
-        self.show = show
+        self.progress = progress
         self._numbers: defaultdict[tuple[str, str, str], float] = defaultdict(float)
 
-    def asked(self, task: Task, clients: Sequence[str], attempt: int) -> None:
-        """Clients were sent ``task``."""
+    def asked(self, instruction: Instruction, clients: Sequence[str], attempt: int) -> None:
+        """Clients were sent ``instruction``."""
         for name in clients:
-            self._count("tasks_total", name, task)
-            self._numbers["round", name, ""] = task.round
-        self._event("asked", task, clients=list(clients), attempt=attempt)
+            self._count("tasks_total", name, instruction)
+            self._numbers["round", name, ""] = instruction.round
+        self._event("asked", instruction, clients=list(clients), attempt=attempt)
 
-    def replied(self, task: Task, reply: Reply, seconds: float) -> None:
+    def replied(self, instruction: Instruction, reply: Reply, seconds: float) -> None:
         """A reply was taken."""
-        self._count("replies_total", reply.client, task)
-        self._count("received_bytes_total", reply.client, task, reply.bytes())
-        self._numbers["reply_seconds", reply.client, task.kind] = seconds
+        self._count("replies_total", reply.client, instruction)
+        self._count("received_bytes_total", reply.client, instruction, reply.bytes())
+        self._numbers["reply_seconds", reply.client, instruction.kind] = seconds
         told: dict[str, Any] = {"client": reply.client, "bytes": reply.bytes(), "seconds": round(seconds, 3)}
         for key in ("shard", "shards"):
             if isinstance(reply.content.get(key), int):
                 told[key] = reply.content[key]
-        self._event("replied", task, **told)
+        self._event("replied", instruction, **told)
 
-    def dropped(self, task: Task, reply: Reply) -> None:
+    def dropped(self, instruction: Instruction, reply: Reply) -> None:
         """A reply came late, or a second time."""
-        self._event("dropped", task, client=reply.client)
+        self._event("dropped", instruction, client=reply.client)
 
-    def failed(self, task: Task, client: str, why: str, seconds: float) -> None:
+    def failed(self, instruction: Instruction, client: str, why: str, seconds: float) -> None:
         """A client failed or was absent; it may be asked again."""
-        self._count("failures_total", client, task)
-        self._event("failed", task, client=client, why=why, seconds=round(seconds, 3))
-        self.show.say(f"round {task.round}: {client} did not {task.kind}: {why}")
+        self._count("failures_total", client, instruction)
+        self._event("failed", instruction, client=client, why=why, seconds=round(seconds, 3))
+        self.progress.log(f"round {instruction.round}: {client} did not {instruction.kind}: {why}")
 
-    def given_up(self, task: Task, client: str) -> None:
+    def given_up(self, instruction: Instruction, client: str) -> None:
         """A client is not asked again in this round."""
-        self._event("given_up", task, client=client)
-        self.show.say(f"round {task.round}: went on without {client}")
+        self._event("given_up", instruction, client=client)
+        self.progress.log(f"round {instruction.round}: went on without {client}")
 
-    def _count(self, name: str, client: str, task: Task, by: int = 1) -> None:
-        self._numbers[name, client, task.kind] += by
+    def _count(self, name: str, client: str, instruction: Instruction, by: int = 1) -> None:
+        self._numbers[name, client, instruction.kind] += by
 
-    def _event(self, event: str, task: Task, **told: Any) -> None:
+    def _event(self, event: str, instruction: Instruction, **told: Any) -> None:
         line: dict[str, Any] = {
             "time": round(time.time(), 3),
             "event": event,
-            "task": task.kind,
-            "round": task.round,
+            "task": instruction.kind,
+            "round": instruction.round,
         }
         with (self.root / EVENTS).open("a", encoding="utf-8") as file:
             file.write(json.dumps({**line, **told}) + "\n")

@@ -13,7 +13,7 @@ PART = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
+class Instruction:
     """What the server asks of a client.
 
     ``describe``: what it says of itself, and whether it fits. ``publish``: here are the proxy texts.
@@ -57,8 +57,8 @@ class Transport(Protocol):
         """Those of ``wanted`` that can be asked now; waits up to ``wait`` seconds for all of them."""
         ...
 
-    def ask(self, task: Task, clients: Sequence[str], timeout: float) -> Iterator[Reply]:
-        """Send ``task`` to each client and yield replies one at a time, as they come.
+    def ask(self, instruction: Instruction, clients: Sequence[str], timeout: float) -> Iterator[Reply]:
+        """Send ``instruction`` to each client and yield replies one at a time, as they come.
 
         A client that fails yields a reply with ``error``; one that is silent for ``timeout`` seconds yields
         nothing. Replies may come twice.
@@ -70,7 +70,7 @@ class Transport(Protocol):
         ...
 
 
-class Nobody:
+class OfflineTransport:
     """Of a run that is decided again: its clients were elsewhere, and are not asked."""
 
     shares_run = False
@@ -79,7 +79,7 @@ class Nobody:
         """See ``Transport``."""
         return ()
 
-    def ask(self, task: Task, clients: Sequence[str], timeout: float) -> Iterator[Reply]:
+    def ask(self, instruction: Instruction, clients: Sequence[str], timeout: float) -> Iterator[Reply]:
         """See ``Transport``."""
         return iter(())
 
@@ -88,7 +88,7 @@ class Nobody:
 
 
 @dataclass(frozen=True, slots=True)
-class Patience:
+class RetryPolicy:
     """How long the server bears with clients. Seconds."""
 
     connect: float = 600.0

@@ -15,7 +15,7 @@ from feddistill.store.run_directory import Json
 from feddistill.tasks.choose import learner_of
 from feddistill.tasks.learner import Learner
 from feddistill.tasks.session import Averager, Session
-from feddistill.training import Lessons
+from feddistill.training import TrainingExamples
 from feddistill.types import Cost, TextSet
 
 Server = Callable[[Learner, int, str, list[str]], Json]
@@ -28,7 +28,7 @@ def rounds(
     server: Server | None = None,
     *,
     learner: Learner | None = None,
-    lessons: Callable[[TextSet], Lessons] | None = None,
+    lessons: Callable[[TextSet], TrainingExamples] | None = None,
     averager: Averager | None = None,
 ) -> list[Json]:
     """Every round each client trains the student's architecture from the last average, on its own texts.
@@ -87,7 +87,7 @@ def _round_elsewhere(
         learner.reset()
     else:
         learner.restore(start)
-    with session.show.step(f"{name}: round {number}: clients learn"), measure() as waiting:
+    with session.progress.step(f"{name}: round {number}: clients learn"), measure() as waiting:
         average = averager(session, number, models.trained(learner.model))
         learner.model.load_state_dict(dict(average.weights), strict=False)
         weights = f"{step}.safetensors"
@@ -111,7 +111,7 @@ def _round(
     number: int,
     start: str | None,
     server: Server | None,
-    taught: Callable[[TextSet], Lessons],
+    taught: Callable[[TextSet], TrainingExamples],
 ) -> Json:
     run, step = session.run, f"baselines/{name}/{number:03d}"
     asked = session.asked(number)

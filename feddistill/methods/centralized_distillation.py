@@ -14,9 +14,9 @@ from feddistill.accounting import measure
 from feddistill.methods.centralized import pool
 from feddistill.methods.job import Job, evaluation
 from feddistill.store.run_directory import Json
-from feddistill.tasks.learner import Learner, best_of, labels_of, later, lessons_of
+from feddistill.tasks.learner import Learner, best_of, examples_of, labels_of, later
 from feddistill.tasks.session import Session
-from feddistill.training import Lessons
+from feddistill.training import TrainingExamples
 
 
 def run(session: Session) -> Json:
@@ -42,7 +42,7 @@ def run(session: Session) -> Json:
             f"{step}/teacher",
             f"centralized_distillation: segment {number}: the teacher learns",
             taught,
-            partial(lessons_of, teacher, texts),
+            partial(examples_of, teacher, texts),
             settings,
             steps=sum(training.steps_of(settings, len(private)) for private in session.splits.private),
             evaluate=False,
@@ -50,9 +50,9 @@ def run(session: Session) -> Json:
         taught = teaching["weights"]
         answering = _answers(session, teacher, number, taught)
 
-        def lessons(file: str = answering["answers"]) -> Lessons:
+        def lessons(file: str = answering["answers"]) -> TrainingExamples:
             answers = load_file(session.run.path(file))["log_probs"]
-            return Lessons(student.tokens(proxy), labels_of(proxy), answers)
+            return TrainingExamples(student.tokens(proxy), labels_of(proxy), answers)
 
         start = records[-1] if config.distill.accept == "always" and records else best
         record = student.step(
@@ -76,8 +76,8 @@ def _answers(session: Session, teacher: Learner, number: int, weights: str) -> J
         teacher.restore(weights)
         before = teacher.meter.flops
         label = f"centralized_distillation: segment {number}: the teacher answers"
-        with session.show.step(label) as tick, measure() as cost:
-            said = teacher.answer(session.splits.proxy, tick)
+        with session.progress.step(label) as on_step, measure() as cost:
+            said = teacher.answer(session.splits.proxy, on_step)
             cost.flops = teacher.meter.flops - before
         file = f"{step}.safetensors"
         run.write_bytes(file, save({"log_probs": said}))

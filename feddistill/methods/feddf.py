@@ -14,7 +14,7 @@ from feddistill.methods.job import Job, rounds_asked
 from feddistill.store.run_directory import Json
 from feddistill.tasks.learner import Learner, labels_of, later
 from feddistill.tasks.session import Session
-from feddistill.training import Lessons
+from feddistill.training import TrainingExamples
 
 
 def run(session: Session) -> Json:
@@ -26,14 +26,14 @@ def run(session: Session) -> Json:
         if number > 1:
             settings = later(settings, None, config.student.later_head_learning_rate)
 
-        def lessons() -> Lessons:
+        def lessons() -> TrainingExamples:
             said = []
             for weights in clients:
                 learner.restore(weights)
                 said.append(learner.answer(proxy))
             teacher = torch.stack(said).mean(0).log_softmax(-1)
             learner.load(average)
-            return Lessons(learner.tokens(proxy), labels_of(proxy), teacher)
+            return TrainingExamples(learner.tokens(proxy), labels_of(proxy), teacher)
 
         return learner.step(
             f"baselines/feddf/{number:03d}/distilled",

@@ -22,9 +22,9 @@ from feddistill.methods.job import Job
 from feddistill.modelio.padding import pad
 from feddistill.seeds import generator
 from feddistill.store.run_directory import Json
-from feddistill.tasks.learner import Learner, labels_of, lessons_of
+from feddistill.tasks.learner import Learner, examples_of, labels_of
 from feddistill.tasks.session import Session
-from feddistill.training import Lessons
+from feddistill.training import TrainingExamples
 from feddistill.types import Cost, TextSet
 
 BYTES = 4
@@ -40,9 +40,9 @@ def run(session: Session) -> Json:
     labels = torch.cat([labels for _, labels, _ in shared.values()])
     cost = sum((spent for _, _, spent in shared.values()), Cost())
 
-    def lessons(private: TextSet) -> Lessons:
-        own = lessons_of(learner, private)
-        return Lessons([*own.tokens, *tokens], torch.cat([own.labels, labels]))
+    def lessons(private: TextSet) -> TrainingExamples:
+        own = examples_of(learner, private)
+        return TrainingExamples([*own.tokens, *tokens], torch.cat([own.labels, labels]))
 
     records = rounds(session, "fedfed", learner=learner, lessons=lessons)
     sent = BYTES * (sum(map(len, tokens)) + len(labels))
@@ -72,7 +72,7 @@ def share(session: Session, learner: Learner, private: TextSet) -> tuple[list[li
         f"baselines/fedfed/000/{private.name}",
         f"fedfed: {private.name} learns what matters in its texts",
         None,
-        lambda: lessons_of(learner, private),
+        lambda: examples_of(learner, private),
         config.clients.training,
         evaluate=False,
     )

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from feddistill import training
 from feddistill.accounting import measure
-from feddistill.client.client import Client, Crew
+from feddistill.client.client import Client, ClientGroup
 from feddistill.config.training import DistillConfig
 from feddistill.methods.job import Job, client_texts, evaluation
 from feddistill.store.run_directory import Json
-from feddistill.tasks.learner import Learner, later, lessons_of
+from feddistill.tasks.learner import Learner, examples_of, later
 from feddistill.tasks.session import Session
-from feddistill.training import Lessons
+from feddistill.training import TrainingExamples
 from feddistill.types import NO_LABEL, UNLABELLED, Cost
 
 DIGEST = DistillConfig(kind="mae", kd_weight=1.0)
@@ -31,18 +31,18 @@ FLOAT = 4
 
 def run(session: Session) -> Json:
     """As many rounds as the federation has; the result is the clients' own models."""
-    crew = Crew(session)
-    clients: dict[str, list[Json]] = {client.name: [] for client in crew.clients}
-    pretrained = {client.name: _pretrain(session, client) for client in crew.clients}
+    group = ClientGroup(session)
+    clients: dict[str, list[Json]] = {client.name: [] for client in group.clients}
+    pretrained = {client.name: _pretrain(session, client) for client in group.clients}
     for number in range(1, session.config.rounds + 1):
-        consensus, costs = _consensus(session, crew, number)
-        for client in crew.clients:
+        consensus, costs = _consensus(session, group, number)
+        for client in group.clients:
             record = _digest(session, client, number, consensus)
             first = {"pretrain": pretrained[client.name]} if number == 1 else {}
             costs_of = {**record["costs"], "answer": costs[client.name], **first}
             clients[client.name].append({**record, "costs": costs_of})
     rows, classes = len(session.splits.proxy), len(session.splits.label_names)
-    sent = FLOAT * rows * classes * len(crew.clients)
+    sent = FLOAT * rows * classes * len(group.clients)
     return {"clients": clients, "bytes": {"uplink": sent, "downlink": sent}}
 
 
@@ -59,7 +59,7 @@ def _pretrain(session: Session, client: Client) -> Json:
             f"baselines/fedmd/000/{what}/{client.name}",
             f"fedmd: {client.name} learns {what} texts",
             start,
-            partial(lessons_of, client.learner, texts),
+            partial(examples_of, client.learner, texts),
             session.config.clients.training,
             evaluate=False,
         )
@@ -74,21 +74,21 @@ def _last(number: int, client: Client) -> str:
     return f"baselines/fedmd/{number - 1:03d}/{what}/{client.name}.safetensors"
 
 
-def _consensus(session: Session, crew: Crew, number: int) -> tuple[str, dict[str, Json]]:
+def _consensus(session: Session, group: ClientGroup, number: int) -> tuple[str, dict[str, Json]]:
     """The mean of the clients' scores, as a file, and what answering took of each."""
     run, name = session.run, f"baselines/fedmd/{number:03d}/consensus"
     if (record := run.done(name)) is None:
         scores: list[Tensor] = []
         costs: dict[str, Json] = {}
-        for client in crew.clients:
+        for client in group.clients:
             learner = client.learner
             learner.restore(_last(number, client))
             before = learner.meter.flops
             with (
-                session.show.step(f"fedmd: round {number}: {client.name} answers") as tick,
+                session.progress.step(f"fedmd: round {number}: {client.name} answers") as on_step,
                 measure() as cost,
             ):
-                said = learner.answer(session.splits.proxy, tick)
+                said = learner.answer(session.splits.proxy, on_step)
                 cost.flops = learner.meter.flops - before
             scores.append(said - said.mean(-1, keepdim=True))
             costs[client.name] = asdict(cost.cost)
@@ -103,10 +103,10 @@ def _digest(session: Session, client: Client, number: int, consensus: str) -> Js
     head = session.config.clients.codistillation.head_learning_rate
     training = session.config.clients.training
 
-    def lessons() -> Lessons:
+    def lessons() -> TrainingExamples:
         scores = load_file(session.run.path(consensus))["scores"]
         nothing = torch.full((len(proxy),), NO_LABEL)
-        return Lessons(learner.tokens(proxy), nothing, scores)
+        return TrainingExamples(learner.tokens(proxy), nothing, scores)
 
     step = f"baselines/fedmd/{number:03d}"
     digested = learner.step(
@@ -122,7 +122,7 @@ def _digest(session: Session, client: Client, number: int, consensus: str) -> Js
         f"{step}/revisit/{client.name}",
         f"fedmd: round {number}: {client.name} revisits its own texts",
         digested["weights"],
-        partial(lessons_of, learner, client.private),
+        partial(examples_of, learner, client.private),
         later(training, settings.revisit_epochs, head),
     )
     cost = Cost(**digested["costs"]["train"]) + Cost(**record["costs"]["train"])

@@ -72,5 +72,6 @@ def federation(
 
 
 def evaluation(session: Session, learner: Learner, times: int) -> Iterator[Job]:
+    """Validation and test set, ``times`` over."""
     for texts in (session.splits.validation, session.splits.test):
         yield Job("evaluate", learner, learner.tokens(texts), times=times)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from feddistill.client.client import Crew
+from feddistill.client.client import ClientGroup
 from feddistill.methods.job import Job, client_steps, client_texts, evaluation, rounds_asked
 from feddistill.store.run_directory import Json
 from feddistill.tasks.learner import Learner
@@ -12,7 +12,7 @@ from feddistill.tasks.session import Session
 def run(session: Session) -> Json:
     """Each client's segments, one for each round, on its private texts alone."""
     found: dict[str, list[Json]] = {}
-    for client in Crew(session).clients:
+    for client in ClientGroup(session).clients:
         records: list[Json] = []
         for number in range(1, session.config.rounds + 1):
             start = records[-1]["weights"] if records else None

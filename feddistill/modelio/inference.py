@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from feddistill.accounting import FlopMeter
 from feddistill.modelio.outputs import logits_of, span_logits
-from feddistill.modelio.packing import Blocks
+from feddistill.modelio.packing import PackedTexts
 from feddistill.modelio.padding import pad
-from feddistill.modelio.passages import Page
-from feddistill.types import Tick
+from feddistill.modelio.passages import QAWindow
+from feddistill.types import ProgressCallback
 
 
 def answer(
@@ -24,7 +24,7 @@ def answer(
     batch_size: int,
     bf16: bool,
     meter: FlopMeter,
-    tick: Tick | None = None,
+    on_step: ProgressCallback | None = None,
 ) -> Tensor:
     """Log-probabilities ``[N, V]``, float32, of each text in ``tokens``.
 
@@ -41,15 +41,15 @@ def answer(
             logits = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
             out[rows] = logits.float().log_softmax(-1).cpu()
             meter.add(*ids.shape, training=False)
-            if tick:
-                tick(start + len(rows), len(order))
+            if on_step:
+                on_step(start + len(rows), len(order))
     return out
 
 
 def answer_rows(
     model: nn.Module,
     states: Callable[[Tensor, Tensor, Tensor], Tensor],
-    blocks: Blocks,
+    blocks: PackedTexts,
     rows: NDArray[np.int64],
     vocab_size: int,
     *,
@@ -57,7 +57,7 @@ def answer_rows(
     batch_size: int,
     bf16: bool,
     meter: FlopMeter,
-    tick: Tick | None = None,
+    on_step: ProgressCallback | None = None,
 ) -> Iterator[Tensor]:
     """Logits ``[m, V]``, float32, of ``rows`` of blocks, which ascend, some rows at a time.
 
@@ -90,20 +90,20 @@ def answer_rows(
             for logits in logits_of(model, chosen, vocab_size, bf16=bf16):
                 yield logits.cpu()
         meter.add(*ids.shape, training=False)
-        if tick:
-            tick(min(first + batch_size, len(needed)), len(needed))
+        if on_step:
+            on_step(min(first + batch_size, len(needed)), len(needed))
 
 
 def answer_pages(
     model: nn.Module,
-    pages: Sequence[Page],
+    pages: Sequence[QAWindow],
     *,
     pad_id: int,
     types: bool,
     batch_size: int,
     bf16: bool,
     meter: FlopMeter,
-    tick: Tick | None = None,
+    on_step: ProgressCallback | None = None,
 ) -> list[Tensor]:
     """Logits ``[2, T]``, float32, of each page: where the answer starts, and where it ends.
 
@@ -134,6 +134,6 @@ def answer_pages(
                 chosen = torch.from_numpy(pages[row].choices)
                 found[row] = said[:, : len(chosen)].masked_fill(~chosen, -torch.inf)
             meter.add(*ids.shape, training=False)
-            if tick:
-                tick(start + len(rows), len(order))
+            if on_step:
+                on_step(start + len(rows), len(order))
     return found

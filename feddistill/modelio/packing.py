@@ -15,7 +15,7 @@ Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
-class Blocks:
+class PackedTexts:
     """``R`` rows in ``B`` blocks."""
 
     stream: Ints
@@ -29,10 +29,10 @@ class Blocks:
     shown: Ints | None = None
     """``[R + 1]``, what is read in the place of ``stream``, where tokens are hidden."""
 
-    def hiding(self, rows: Ints, token: int) -> "Blocks":
+    def masking(self, rows: Ints, token: int) -> "PackedTexts":
         """The same, with ``token`` read in the place of those that ``rows`` predict.
 
-        >>> blocks = pack([[5, 6, 7], [8]], end=0, length=4).hiding(np.array([1]), 9)
+        >>> blocks = pack([[5, 6, 7], [8]], end=0, length=4).masking(np.array([1]), 9)
         >>> [blocks[b].tolist() for b in range(len(blocks))], blocks.targets.tolist()
         ([[0, 5, 9, 7], [7, 0, 8, 0]], [5, 6, 7, 0, 8, 0])
         """
@@ -72,7 +72,7 @@ def pack(
     end: int,
     length: int,
     wanted: Sequence[Sequence[bool]] | None = None,
-) -> Blocks:
+) -> PackedTexts:
     """Token ids of texts as blocks of ``length``.
 
     Args:
@@ -95,7 +95,7 @@ def pack(
         mask = np.ones(len(text), bool) if wanted is None else np.asarray(wanted[index], bool)
         masks.append(np.append(mask, mask[-1] if len(mask) else True))
     sizes = np.array([len(part) for part in parts])
-    return Blocks(
+    return PackedTexts(
         stream=np.concatenate(parts),
         texts=np.repeat(np.arange(-1, len(texts)), sizes),
         wanted=np.concatenate(masks) if masks else np.zeros(0, bool),

@@ -24,7 +24,7 @@ FEWEST = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Page:
+class QAWindow:
     """A question, and as much of its passage as the model reads at once."""
 
     ids: list[int]
@@ -81,7 +81,7 @@ def pages(
     *,
     overlap: int = 0,
     unanswerable: bool = False,
-) -> list[Page]:
+) -> list[QAWindow]:
     """A question and its passage, on as many pages of up to ``length`` tokens as the passage takes.
 
     Args:
@@ -126,13 +126,13 @@ def pages(
         ]
         starts, ends = np.array(places, np.int64).T
         none = _none(tokenizer, ids, name) if unanswerable else NOWHERE
-        found.append(Page(list(ids), list(encoded["token_type_ids"][at]), starts, ends, none))
+        found.append(QAWindow(list(ids), list(encoded["token_type_ids"][at]), starts, ends, none))
     if not found[0].passage.any():
         raise ModelError(f"{name}: its tokenizer reads nothing of the passage {passage[:60]!r}")
     return found
 
 
-def likeliest(start: Tensor, end: Tensor, page: Page, longest: int) -> tuple[float, int, int]:
+def likeliest(start: Tensor, end: Tensor, page: QAWindow, longest: int) -> tuple[float, int, int]:
     """The span of most ``start[i] + end[j]`` among ``i <= j < i + longest``, both tokens of the passage.
 
     Devlin et al., NAACL 2019, section 4.2.

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedT
 from feddistill.config.models import ModelConfig
 from feddistill.errors import ModelError
 from feddistill.modelio.outputs import head_of, hidden_states, masked_states
-from feddistill.modelio.packing import Blocks, pack
+from feddistill.modelio.packing import PackedTexts, pack
 from feddistill.models import cut, loaded, reads
 from feddistill.models.tokenizers import end_id, mask_id, tokenizer_of
 from feddistill.types import TextSet
@@ -25,7 +25,7 @@ class LooksBackError(ModelError):
 
 
 @dataclass(frozen=True, slots=True)
-class Reader:
+class TextReader:
     """A tokenizer, and how it makes blocks of texts."""
 
     tokenizer: PreTrainedTokenizerBase
@@ -37,7 +37,7 @@ class Reader:
         """``V``; a model's head may have more rows, which are padding."""
         return len(self.tokenizer)
 
-    def blocks(self, texts: TextSet, length: int) -> Blocks:
+    def blocks(self, texts: TextSet, length: int) -> PackedTexts:
         """All of ``texts``, in blocks of ``length`` tokens."""
         encoded = self.tokenizer(
             list(texts.texts), add_special_tokens=False, return_offsets_mapping=self.answers_only
@@ -62,7 +62,7 @@ class Causal:
     """A model with what it reads by."""
 
     model: nn.Module
-    reader: Reader
+    reader: TextReader
     max_tokens: int
 
     @property
@@ -97,7 +97,7 @@ def build(
     reads(model, tokenizer, config.max_tokens, name)
     check = _is_masked if masked else _is_causal
     check(model, len(tokenizer), name)
-    return Causal(model, Reader(tokenizer, answers_only), config.max_tokens)
+    return Causal(model, TextReader(tokenizer, answers_only), config.max_tokens)
 
 
 def _is_causal(model: nn.Module, vocab_size: int, name: str) -> None:

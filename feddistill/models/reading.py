@@ -9,7 +9,7 @@ from transformers import AutoModelForQuestionAnswering, PreTrainedTokenizerBase
 from feddistill.config.models import ModelConfig
 from feddistill.config.training import ReadingConfig
 from feddistill.modelio.outputs import takes_types
-from feddistill.modelio.passages import Page, pages
+from feddistill.modelio.passages import QAWindow, pages
 from feddistill.models import cut, loaded, reads
 from feddistill.models.tokenizers import tokenizer_of
 from feddistill.types import TextSet
@@ -36,7 +36,7 @@ class PassageReader:
         """Whether the model reads types of tokens."""
         return takes_types(self.model)
 
-    def pages(self, texts: TextSet) -> list[Page]:
+    def pages(self, texts: TextSet) -> list[QAWindow]:
         """A page of each text; what of a passage is behind ``max_tokens`` is not read."""
         return [
             pages(

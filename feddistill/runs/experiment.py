@@ -19,15 +19,15 @@ from feddistill.config import Config
 from feddistill.config.data import AtClientsPartition, FileSource
 from feddistill.config.methods import METHODS
 from feddistill.errors import ConfigError, RunError
-from feddistill.federation.protocol import Nobody, Patience
-from feddistill.progress import Quiet, Show
+from feddistill.federation.protocol import OfflineTransport, RetryPolicy
+from feddistill.progress import NoProgress, Progress
 from feddistill.runs import results
 from feddistill.server import rounds
 from feddistill.store.run_directory import CONFIG, PROVENANCE, RESULT, Json, RunDirectory
 from feddistill.tasks.check import check as check_models
 from feddistill.tasks.choose import learner_of
 from feddistill.tasks.session import Engine, Session
-from feddistill.tasks.step_cache import Shared
+from feddistill.tasks.step_cache import StepCache
 from feddistill.types import Splits
 
 SKEW = "data/skew.json"
@@ -41,7 +41,7 @@ def run(
     out: Path,
     *,
     resume: bool = False,
-    show: Show | None = None,
+    progress: Progress | None = None,
     engine: Engine | None = None,
     shared: Path | None = None,
 ) -> Json:
@@ -58,7 +58,7 @@ def run(
     Raises:
         FeddistillError: The user's to mend; nothing that a resume would trust is half-written.
     """
-    show = show or Quiet()
+    progress = progress or NoProgress()
     start = time.perf_counter()
     if resume:
         directory = RunDirectory.open(out)
@@ -67,7 +67,7 @@ def run(
         config = resolve(config)
         _here(config, engine)
         prepare(config)
-        splits = check(config, show, build=_works_here(engine))
+        splits = check(config, progress, build=_works_here(engine))
         directory = RunDirectory.create(out, configuration.dump(config))
     try:
         if resume:
@@ -75,13 +75,13 @@ def run(
             if (done := _result(directory)) is not None:
                 return done
             prepare(config)
-            splits = check(config, show, build=_works_here(engine))
+            splits = check(config, progress, build=_works_here(engine))
         _same_data(splits, directory)
         engine = _engine(engine, directory)
         skew = data.skew(splits)
         directory.write_json(SKEW, asdict(skew))
-        common = None if shared is None else Shared(shared, config)
-        session = Session(config, splits, directory, show, engine, LocalTransport, common)
+        common = None if shared is None else StepCache(shared, config)
+        session = Session(config, splits, directory, progress, engine, LocalTransport, common)
         found = {name: _method(session, name) for name in ("feddistill", *config.baselines)}
         _tidy(directory, config)
         result = results.summarise(config, splits, skew.non_iid, found, environment(config))
@@ -95,30 +95,30 @@ def run(
         directory.close()
 
 
-def decide(out: Path, show: Show | None = None) -> list[Json]:
+def decide(out: Path, progress: Progress | None = None) -> list[Json]:
     """What each round of the run in ``out`` decides, without a student: see ``server.rounds.decide``."""
-    show = show or Quiet()
+    progress = progress or NoProgress()
     config = stored_config(out)
     directory = RunDirectory.open(out)
     try:
         prepare(config)
-        splits = check(config, show)
+        splits = check(config, progress)
         _same_data(splits, directory)
         return rounds.decide(
-            Session(config, splits, directory, show, _engine(None, directory), LocalTransport)
+            Session(config, splits, directory, progress, _engine(None, directory), LocalTransport)
         )
     finally:
         directory.close()
 
 
-def check(config: Config, show: Show | None = None, *, build: bool = True) -> Splits:
+def check(config: Config, progress: Progress | None = None, *, build: bool = True) -> Splits:
     """Read the data and ``build`` every model once; returns the data. Nothing is trained or written."""
-    show = show or Quiet()
+    progress = progress or NoProgress()
     transformers.utils.logging.set_verbosity_error()  # its chatter and bars; what we show is enough
     transformers.utils.logging.disable_progress_bar()
-    with show.step("read the data"):
+    with progress.step("read the data"):
         splits = data.load(config.data, config.seed, config.task)
-    with show.step("build the models"):
+    with progress.step("build the models"):
         check_models(config, splits, build=build)
     return splits
 
@@ -147,7 +147,7 @@ def evaluate(out: Path, texts: FileSource | None = None) -> Json:
         chosen = splits.test
         if texts is not None:
             chosen = data.labelled(texts, splits.label_names, "--texts", config.task)
-        session = Session(config, splits, directory, Quiet())
+        session = Session(config, splits, directory, NoProgress())
         learner = learner_of(session, config.student.model, "student.model")
         learner.restore(result["student_weights"])
         figures = learner.figures(chosen)
@@ -248,7 +248,7 @@ def _engine(given: Engine | None, directory: RunDirectory) -> Engine:
     engine = given or Engine()
     before = directory.read_json(ENGINE)["name"] if directory.path(ENGINE).exists() else None
     if directory.path(PROVENANCE).exists():
-        return engine if before in (None, LOCAL) else Engine(Nobody(), before, Patience(0, 0, 1))
+        return engine if before in (None, LOCAL) else Engine(OfflineTransport(), before, RetryPolicy(0, 0, 1))
     if before is None:
         directory.write_json(ENGINE, {"name": engine.name})
     elif before != engine.name:

@@ -22,7 +22,7 @@ from feddistill.config.training import PayloadConfig, TrainingConfig
 from feddistill.errors import ConfigError
 from feddistill.methods.job import Job
 from feddistill.modelio.padding import pad
-from feddistill.progress import Quiet, Show
+from feddistill.progress import NoProgress, Progress
 from feddistill.runs import experiment
 from feddistill.runs.results import proxy_bytes
 from feddistill.server.request import request
@@ -32,14 +32,14 @@ from feddistill.tasks.check import DENSE_CLASSES
 from feddistill.tasks.choose import learner_of
 from feddistill.tasks.learner import Learner, labels_of
 from feddistill.tasks.session import Session
-from feddistill.training import Lessons
+from feddistill.training import TrainingExamples
 from feddistill.types import RoundSpec, Splits
 
 FLOAT = 4
 TRIAL_STEPS = 3
 
 
-def plan(config: Config, show: Show | None = None) -> Json:
+def plan(config: Config, progress: Progress | None = None) -> Json:
     """What ``config`` would cost; nothing is trained but a few steps, nothing is written."""
     if isinstance(config.data.partition, AtClientsPartition):
         raise ConfigError(
@@ -47,10 +47,10 @@ def plan(config: Config, show: Show | None = None) -> Json:
         )
     config = experiment.resolve(config)
     experiment.prepare(config)
-    return estimate(config, experiment.check(config, show), show)
+    return estimate(config, experiment.check(config, progress), progress)
 
 
-def estimate(config: Config, splits: Splits, show: Show | None = None) -> Json:
+def estimate(config: Config, splits: Splits, progress: Progress | None = None) -> Json:
     """The costs of ``config`` on ``splits``.
 
     Uploads are exact: payloads are encoded, with empty answers.  Operations are counted on one text of each
@@ -61,11 +61,11 @@ def estimate(config: Config, splits: Splits, show: Show | None = None) -> Json:
         ``bytes``, ``flops``, ``seconds``, ``memory_bytes``, ``disk_bytes``; see ``docs/payload.md`` for what
         the codecs are.
     """
-    show = show or Quiet()
+    progress = progress or NoProgress()
     with tempfile.TemporaryDirectory() as scratch:
         directory = RunDirectory.create(Path(scratch) / "plan", "")
         try:
-            return _plan(Session(config, splits, directory, show))
+            return _plan(Session(config, splits, directory, progress))
         finally:
             directory.close()
 
@@ -78,11 +78,11 @@ def _plan(session: Session) -> Json:
         for index, model in enumerate(config.clients.models[:count])
     ]
     student = learner_of(session, config.student.model, "student.model")
-    jobs = [job for job in _jobs(session, learners, student) if not job.learner.closed]
+    jobs = [job for job in _jobs(session, learners, student) if not job.learner.query_only]
     speeds: dict[tuple[int, int], float] = {}
     for job in jobs:
         if (tried := _tried(job)) not in speeds:
-            with session.show.step(f"try {job.learner.name} for a few steps"):
+            with session.progress.step(f"try {job.learner.name} for a few steps"):
                 speeds[tried] = _speed(session, job)
     flops: dict[str, int] = {}
     seconds: dict[str, float] = {}
@@ -96,8 +96,8 @@ def _plan(session: Session) -> Json:
         "clients": len(splits.private),
         "rounds": config.rounds,
         "proxy_texts": len(splits.proxy),
-        "rows": session.question.positions,
-        "classes": session.question.vocab_size,
+        "rows": session.query.positions,
+        "classes": session.query.vocab_size,
         "bytes": sent,
         "flops": {**flops, "total": sum(flops.values())},
         "seconds": {name: round(s, 1) for name, s in {**seconds, "total": sum(seconds.values())}.items()},
@@ -105,7 +105,7 @@ def _plan(session: Session) -> Json:
             "training": peak_memory_bytes(),
             "aggregation": 3
             * FLOAT
-            * min(CHUNK, len(splits.private) * session.question.positions * _columns(session)),
+            * min(CHUNK, len(splits.private) * session.query.positions * _columns(session)),
         },
         "disk_bytes": _disk(session, learners, student, sent["codecs"][_chosen(config)]["upload"]),
     }
@@ -139,8 +139,8 @@ def _speed(session: Session, job: Job) -> float:
         learner.figures(known)
         return (time.perf_counter() - start) / _padded(learner.tokens(some), session.config)
     lessons: Any = learner.lessons(texts)
-    if isinstance(lessons, Lessons):  # the server knows few labels; any will do
-        lessons = Lessons(tokens, labels_of(texts).clamp_min(0))
+    if isinstance(lessons, TrainingExamples):  # the server knows few labels; any will do
+        lessons = TrainingExamples(tokens, labels_of(texts).clamp_min(0))
     _fit(learner, lessons, job.settings, 1)  # what is done once
     one, several = (_fit(learner, lessons, job.settings, steps) for steps in (1, 1 + TRIAL_STEPS))
     learner.reset()
@@ -198,7 +198,7 @@ def _length(longest: int) -> int:
 def _bytes(session: Session, student: Learner) -> Json:
     """What travels: for each codec, and for what others would send in as many rounds."""
     config, splits = session.config, session.splits
-    clients, rows, classes = len(splits.private), session.question.positions, session.question.vocab_size
+    clients, rows, classes = len(splits.private), session.query.positions, session.query.vocab_size
     codecs = {}
     for name, settings in _codecs(config, classes).items():
         spec = _spec(session, settings)
@@ -280,7 +280,7 @@ def _spec(session: Session, settings: PayloadConfig) -> RoundSpec:
 def _disk(session: Session, learners: list[Learner], student: Learner, upload: int) -> Json:
     """The run's directory at its largest."""
     config, splits = session.config, session.splits
-    clients, rows = len(splits.private), session.question.positions
+    clients, rows = len(splits.private), session.query.positions
     whole = config.keep_checkpoints == "all"
     rounds = config.rounds
     kept = [learners[place % len(config.clients.models)] for place in splits.places]
@@ -299,7 +299,7 @@ def _disk(session: Session, learners: list[Learner], student: Learner, upload: i
 
 def _columns(session: Session) -> int:
     """Numbers of a row of the teacher."""
-    return 2 * session.config.payload.k + 1 if session.question.compressed else session.question.vocab_size
+    return 2 * session.config.payload.k + 1 if session.query.compressed else session.query.vocab_size
 
 
 def _size(learner: Learner) -> int:

@@ -14,7 +14,7 @@ from feddistill import payload
 from feddistill.config import Config
 from feddistill.errors import ConfigError, PayloadError, RunError
 from feddistill.federation import answer_files
-from feddistill.progress import Show
+from feddistill.progress import Progress
 from feddistill.runs import experiment
 from feddistill.server.rounds import LEDGER
 from feddistill.store.run_directory import CONFIG, PROVENANCE, Json, RunDirectory
@@ -30,7 +30,7 @@ def aggregate(
     overrides: tuple[str, ...] = (),
     *,
     late: Sequence[Path] = (),
-    show: Show | None = None,
+    progress: Progress | None = None,
 ) -> list[Json]:
     """Another teacher of each round from the answers that a run stored, in the new run ``out``.
 
@@ -78,10 +78,12 @@ def aggregate(
             made.close()
     finally:
         original.close()
-    return experiment.decide(out, show)
+    return experiment.decide(out, progress)
 
 
-def distill(source: Path, out: Path, overrides: tuple[str, ...] = (), *, show: Show | None = None) -> Json:
+def distill(
+    source: Path, out: Path, overrides: tuple[str, ...] = (), *, progress: Progress | None = None
+) -> Json:
     """Another student from the teachers that a run made, in the new run ``out``; returns its result.
 
     Args:
@@ -97,7 +99,7 @@ def distill(source: Path, out: Path, overrides: tuple[str, ...] = (), *, show: S
     RunDirectory.check_free(out, "choose another --out")
     original = _open(source, config)
     try:
-        experiment.check(config, show)  # before anything is written: the new run cannot be mended
+        experiment.check(config, progress)  # before anything is written: the new run cannot be mended
         made = _derive(original, out, config, "distill", {"set": list(overrides)})
         try:
             for number in _rounds(config):
@@ -107,10 +109,10 @@ def distill(source: Path, out: Path, overrides: tuple[str, ...] = (), *, show: S
             made.close()
     finally:
         original.close()
-    return experiment.run(config, out, resume=True, show=show)
+    return experiment.run(config, out, resume=True, progress=progress)
 
 
-def forget(source: Path, out: Path, clients: Sequence[str], *, show: Show | None = None) -> Json:
+def forget(source: Path, out: Path, clients: Sequence[str], *, progress: Progress | None = None) -> Json:
     """A run as if ``clients`` had never been there, in the new run ``out``; returns its result.
 
     The first round's answers of the others are taken over; so are the later ones where clients do not
@@ -150,7 +152,7 @@ def forget(source: Path, out: Path, clients: Sequence[str], *, show: Show | None
             made.close()
     finally:
         original.close()
-    return experiment.run(config, out, resume=True, show=show)
+    return experiment.run(config, out, resume=True, progress=progress)
 
 
 def _rounds(config: Config) -> range:

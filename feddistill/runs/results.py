@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from statistics import fmean, pstdev
 
 from feddistill import data
-from feddistill.aggregation.attacks import liars
+from feddistill.aggregation.attacks import attackers
 from feddistill.aggregation.rules import ASSUMED
 from feddistill.config import Config, digest
 from feddistill.config.tasks import TASKS, Task
@@ -107,7 +107,7 @@ def _projections(rounds: list[Json]) -> Json:
 
 def trust(config: Config, names: list[str]) -> Json:
     """What the aggregation assumes of the clients ``names``, and what it does not hold against."""
-    rule, lying = config.aggregation.rule, liars(config.simulate.attack, names)
+    rule, lying = config.aggregation.rule, attackers(config.simulate.attack, names)
     warnings = []
     if rule.weighting() == "confidence":
         warnings.append("Weights by confidence are an attack vector: whoever is sure of everything leads.")

@@ -22,7 +22,7 @@ from pydantic import Field, ValidationError
 from feddistill import config as configuration
 from feddistill.config import Config
 from feddistill.errors import ConfigError, FeddistillError, RunError
-from feddistill.progress import Quiet, Show
+from feddistill.progress import NoProgress, Progress
 from feddistill.settings_model import Setting
 from feddistill.store.run_directory import CONFIG, RESULT, Json, read_object
 
@@ -130,7 +130,7 @@ def sweep(
     out: Path,
     *,
     jobs: int = 1,
-    show: Show | None = None,
+    progress: Progress | None = None,
     after: Callable[[Path], object] | None = None,
 ) -> dict[str, str]:
     """Run every cell that is not done yet, in ``out``; returns what went wrong, by cell.
@@ -147,23 +147,23 @@ def sweep(
     Raises:
         RunError: ``out`` holds another study.
     """
-    show = show or Quiet()
+    progress = progress or NoProgress()
     _claim(study, out)
     todo = [cell for cell in cells(study) if not _is_done(cell, out)]
     todo.sort(key=lambda cell: study.seeds.index(cell.seed))
     done = len(cells(study)) - len(todo)
     if done:
-        show.say(f"{done} of {done + len(todo)} runs are done")
+        progress.log(f"{done} of {done + len(todo)} runs are done")
     failed: dict[str, str] = {}
     if jobs == 1:
         for cell in todo:
-            failed |= _told(cell.name, _run(cell, out, show, after), show)
+            failed |= _told(cell.name, _run(cell, out, progress, after), progress)
     else:
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(jobs, mp_context=spawn) as pool:
             waiting = {pool.submit(_run, cell, out, None, after): cell.name for cell in todo}
             for future in as_completed(waiting):
-                failed |= _told(waiting[future], future.result(), show)
+                failed |= _told(waiting[future], future.result(), progress)
     if not failed:
         shutil.rmtree(out / SHARED, ignore_errors=True)
     return failed
@@ -195,13 +195,15 @@ def _is_done(cell: Cell, out: Path) -> bool:
     return True
 
 
-def _run(cell: Cell, out: Path, show: Show | None, after: Callable[[Path], object] | None) -> str | None:
+def _run(
+    cell: Cell, out: Path, progress: Progress | None, after: Callable[[Path], object] | None
+) -> str | None:
     from feddistill.runs import experiment  # seconds: a study that is wrong has said so by then
 
     folder = out / CELLS / cell.name
     resume = (folder / "config.yaml").exists()
     try:
-        experiment.run(cell.config, folder, resume=resume, show=show, shared=out / SHARED)
+        experiment.run(cell.config, folder, resume=resume, progress=progress, shared=out / SHARED)
         if after is not None:
             after(folder)
     except FeddistillError as error:
@@ -209,8 +211,8 @@ def _run(cell: Cell, out: Path, show: Show | None, after: Callable[[Path], objec
     return None
 
 
-def _told(name: str, error: str | None, show: Show) -> dict[str, str]:
-    show.say(f"{name}: {error or 'done'}")
+def _told(name: str, error: str | None, progress: Progress) -> dict[str, str]:
+    progress.log(f"{name}: {error or 'done'}")
     return {} if error is None else {name: error}
 
 

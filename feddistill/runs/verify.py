@@ -8,9 +8,9 @@ from pathlib import Path
 from feddistill import payload
 from feddistill.errors import DataError, PayloadError, RunError
 from feddistill.federation import encoding
-from feddistill.federation.answer_files import Shelf
+from feddistill.federation.answer_files import StoredAnswer
 from feddistill.payload import Entry
-from feddistill.progress import Show
+from feddistill.progress import Progress
 from feddistill.runs import rerun
 from feddistill.server.rounds import LEDGER
 from feddistill.store.run_directory import RESULT, Json, RunDirectory, read_object
@@ -28,7 +28,7 @@ class Finding:
 Ledger = tuple[Entry, ...]
 
 
-def run(root: Path, *, recompute: bool = False, show: Show | None = None) -> Iterator[Finding]:
+def run(root: Path, *, recompute: bool = False, progress: Progress | None = None) -> Iterator[Finding]:
     """Check a whole run: the chain, every request, every payload, every teacher.
 
     Args:
@@ -54,7 +54,7 @@ def run(root: Path, *, recompute: bool = False, show: Show | None = None) -> Ite
         directory.close()
     if recompute:
         with tempfile.TemporaryDirectory() as scratch:
-            again = rerun.aggregate(root, Path(scratch) / "again", show=show)
+            again = rerun.aggregate(root, Path(scratch) / "again", progress=progress)
         for entry, decided in zip(ledgers[0], again, strict=True):
             made = Entry(**decided["ledger"])
             same = (made.teacher, made.feedback) == (entry.teacher, entry.feedback)
@@ -141,7 +141,7 @@ def _round(directory: RunDirectory, entry: Entry, ledgers: list[Ledger]) -> Iter
     whole = directory.digest(f"{step}/teacher.safetensors") == entry.teacher
     yield Finding(whole, f"round {entry.round}: the teacher is whole")
     try:
-        feedback = Shelf(directory, f"{step}/feedback", encoding.feedback_spec(spec))
+        feedback = StoredAnswer(directory, f"{step}/feedback", encoding.feedback_spec(spec))
         sent = feedback.admit(sender=encoding.SERVER) == entry.feedback
     except PayloadError:
         sent = False
@@ -150,11 +150,11 @@ def _round(directory: RunDirectory, entry: Entry, ledgers: list[Ledger]) -> Iter
 
 def _admitted(directory: RunDirectory, spec: RoundSpec, client: str, digest: str) -> Finding:
     what = f"round {spec.round}: {client}'s payload is the one that was counted, and well-formed"
-    shelf = Shelf(directory, f"rounds/{spec.round:03d}/payloads/{client}", spec)
+    stored = StoredAnswer(directory, f"rounds/{spec.round:03d}/payloads/{client}", spec)
     try:
-        found = payload.digest_of([directory.digest(content) for _, content in shelf.files])
+        found = payload.digest_of([directory.digest(content) for _, content in stored.files])
         if found == digest:
-            shelf.admit(sender=client)
+            stored.admit(sender=client)
         return Finding(found == digest, what)
     except RunError as error:
         return Finding(False, f"round {spec.round}: {error}")
@@ -164,7 +164,7 @@ def _admitted(directory: RunDirectory, spec: RoundSpec, client: str, digest: str
 
 def _refusal(directory: RunDirectory, spec: RoundSpec, client: str) -> PayloadError | None:
     try:
-        Shelf(directory, f"rounds/{spec.round:03d}/payloads/{client}", spec).admit(sender=client)
+        StoredAnswer(directory, f"rounds/{spec.round:03d}/payloads/{client}", spec).admit(sender=client)
     except PayloadError as error:
         return error
     return None

@@ -12,21 +12,23 @@ from feddistill.config import digest
 from feddistill.config.data import AtClientsPartition
 from feddistill.federation import answer_files, encoding
 from feddistill.federation.journal import Journal
-from feddistill.federation.protocol import Kind, Task
-from feddistill.federation.retry import Asking
+from feddistill.federation.protocol import Instruction, Kind
+from feddistill.federation.retry import Requests
 from feddistill.server import reports
 from feddistill.store.run_directory import Json
 from feddistill.tasks.session import Session
 from feddistill.types import ClientDescription, Cost, RoundSpec
 
 
-class Correspondence:
+class Clients:
     """With the clients of a run, through whatever carries it."""
 
     def __init__(self, session: Session):
         self.session = session
         self.transport = session.transport()
-        self.asking = Asking(self.transport, session.engine.patience, Journal(session.run.root, session.show))
+        self.requests = Requests(
+            self.transport, session.engine.retry_policy, Journal(session.run.root, session.progress)
+        )
         self.descriptions = self._described()
         self.names = [description.client for description in self.descriptions]
 
@@ -47,19 +49,23 @@ class Correspondence:
         if last is not None and not self.transport.shares_run:
             places = answer_files.files(f"rounds/{last.round:03d}/feedback", encoding.feedback_spec(last))
             for shard, (envelope, content) in enumerate(places):
-                task = self._task("digest", last.round, asked=payload.canonical(last).decode(), shard=shard)
+                instruction = self._instruction(
+                    "digest", last.round, asked=payload.canonical(last).decode(), shard=shard
+                )
                 blobs = {"envelope": run.read_bytes(envelope), "payload": run.read_bytes(content)}
-                missing = [reply.client for reply in self.asking.gather(replace(task, blobs=blobs), missing)]
+                missing = [
+                    reply.client for reply in self.requests.gather(replace(instruction, blobs=blobs), missing)
+                ]
         question = None if last is None else payload.canonical(last).decode()
-        task = self._task("train", number, asked=question)
+        instruction = self._instruction("train", number, asked=question)
         ours = not isinstance(self.session.config.data.partition, AtClientsPartition)
-        for reply in self.asking.gather(task, missing):
+        for reply in self.requests.gather(instruction, missing):
             if self.transport.shares_run:
                 found[reply.client] = reply.content
             elif (record := reports.training(reply.content, figures=ours)) is not None:
                 found[reply.client] = run.commit(f"rounds/{number:03d}/told/{reply.client}", record)
             else:
-                self.asking.journal.failed(task, reply.client, "a reply of another form", 0.0)
+                self.requests.journal.failed(instruction, reply.client, "a reply of another form", 0.0)
         return {name: found[name] for name in names if name in found}
 
     def answered(self, spec: RoundSpec, trained: Collection[str]) -> Json:
@@ -69,12 +75,12 @@ class Correspondence:
             if (record := run.done(f"{folder}/{name}")) is not None:
                 found[name] = record
         missing = [name for name in trained if name not in found]
-        task = self._task("answer", spec.round, spec=payload.canonical(spec).decode(), shard=0)
+        instruction = self._instruction("answer", spec.round, spec=payload.canonical(spec).decode(), shard=0)
         if self.transport.shares_run:  # what was sent is there
-            for reply in self.asking.gather(task, missing):
+            for reply in self.requests.gather(instruction, missing):
                 found[reply.client] = run.done(f"{folder}/{reply.client}") or {}
         else:
-            for name, cost in self._fetched(task, spec, folder, missing).items():
+            for name, cost in self._fetched(instruction, spec, folder, missing).items():
                 found[name] = answer_files.store(run, f"{folder}/{name}", spec, cost)
         return {name: found[name] for name in spec.clients if name in found}
 
@@ -92,10 +98,12 @@ class Correspondence:
         fits = {
             "version": payload.VERSION,
             "proxy": self.session.splits.proxy.digest(),
-            "vocabulary": self.session.question.fingerprint,
+            "vocabulary": self.session.query.fingerprint,
         }
         needs, classes = self.session.config.aggregation.rule.needs(), len(self.session.splits.label_names)
-        for reply in self.asking.gather(self._task("describe", 0), [n for n in names if n not in found]):
+        for reply in self.requests.gather(
+            self._instruction("describe", 0), [n for n in names if n not in found]
+        ):
             said = reply.content
             if said.get("proxy") is None:
                 said = self._published(reply.client) or said
@@ -103,7 +111,7 @@ class Correspondence:
             own = reports.description(said.get("description"), reply.client, needs, classes)
             if wrong or own is None:
                 wrong = wrong or ["form of description"]
-                self.session.show.say(f"{reply.client} takes no part: another {' and '.join(wrong)}")
+                self.session.progress.log(f"{reply.client} takes no part: another {' and '.join(wrong)}")
                 continue
             found[reply.client] = {"description": asdict(own)}
             if not self.transport.shares_run:
@@ -113,10 +121,14 @@ class Correspondence:
     def _published(self, name: str) -> Json | None:
         """Send the proxy texts to a client that has none; what it says then."""
         texts = b"".join(data.lines(self.session.splits.proxy))
-        self.asking.send(self._task("publish", 0), texts, [name])
-        return next((reply.content for reply in self.asking.gather(self._task("describe", 0), [name])), None)
+        self.requests.send(self._instruction("publish", 0), texts, [name])
+        return next(
+            (reply.content for reply in self.requests.gather(self._instruction("describe", 0), [name])), None
+        )
 
-    def _fetched(self, task: Task, spec: RoundSpec, folder: str, clients: Sequence[str]) -> dict[str, Cost]:
+    def _fetched(
+        self, instruction: Instruction, spec: RoundSpec, folder: str, clients: Sequence[str]
+    ) -> dict[str, Cost]:
         """What answering cost each client of which every shard is on disk; those that were here are not asked
         for again. A shard that is too long is cut, and its envelope will tell."""
         run, kept = self.session.run, f"rounds/{spec.round:03d}/told/{{}}.cost.json"
@@ -127,9 +139,11 @@ class Correspondence:
         for shard in range(payload.shards(spec)):
             places = {name: answer_files.files(f"{folder}/{name}", spec)[shard] for name in costs}
             missing = [name for name, place in places.items() if not all(run.path(p).exists() for p in place)]
-            for reply in self.asking.gather(replace(task, content={**task.content, "shard": shard}), missing):
+            for reply in self.requests.gather(
+                replace(instruction, content={**instruction.content, "shard": shard}), missing
+            ):
                 if reply.content.get("shard") != shard:
-                    self.asking.journal.failed(task, reply.client, "another shard", 0.0)
+                    self.requests.journal.failed(instruction, reply.client, "another shard", 0.0)
                     continue
                 envelope, content = places[reply.client]
                 costs[reply.client] = reports.cost(reply.content.get("cost"))
@@ -144,13 +158,13 @@ class Correspondence:
             }
         return costs
 
-    def _task(self, kind: Kind, number: int, **content: object) -> Task:
+    def _instruction(self, kind: Kind, number: int, **content: object) -> Instruction:
         if self.transport.shares_run:
-            return Task(kind, digest(self.session.config)[:16], number, content)
-        return task_of(self.session, kind, number, **content)
+            return Instruction(kind, digest(self.session.config)[:16], number, content)
+        return instruction_for(self.session, kind, number, **content)
 
 
-def task_of(session: Session, kind: Kind, number: int, **content: object) -> Task:
+def instruction_for(session: Session, kind: Kind, number: int, **content: object) -> Instruction:
     """For a client elsewhere, which is told all settings each time: it may have been started a moment ago."""
     config = session.config
     settings = {
@@ -158,7 +172,7 @@ def task_of(session: Session, kind: Kind, number: int, **content: object) -> Tas
         "labels": list(session.splits.label_names),
         "execution": session.run.execution,
     }
-    return Task(kind, digest(config)[:16], number, {**settings, **content})
+    return Instruction(kind, digest(config)[:16], number, {**settings, **content})
 
 
 def description_of(record: Json) -> ClientDescription:

@@ -13,7 +13,7 @@ def request(session: Session, number: int, *, quorum: int, previous: str) -> Rou
     A run has the same id as another with the same settings: payloads of equal runs are equal to the byte.
     """
     config, splits, settings = session.config, session.splits, session.config.payload
-    question = session.question
+    question = session.query
     classes = question.vocab_size
     k = {"dense": classes, "sampled": min(settings.draws, classes)}.get(settings.codec, settings.k)
     run_id, asked = digest(config)[:16], session.asked(number)

@@ -12,20 +12,20 @@ from statistics import fmean
 
 from feddistill import models, payload, training
 from feddistill.accounting import measure
-from feddistill.aggregation.answers import Answerer, Known
+from feddistill.aggregation.answers import AnswerReader, RoundContext
 from feddistill.aggregation.diagnostics import diagnose
 from feddistill.aggregation.rules import Memory
 from feddistill.aggregation.teacher import Aggregated, aggregate, weigh
 from feddistill.errors import ConfigError, PayloadError, RoundError
 from feddistill.federation import answer_files, encoding
 from feddistill.federation.answer_files import draws
-from feddistill.server.clients import Correspondence
+from feddistill.server.clients import Clients
 from feddistill.server.request import request
 from feddistill.store.logit_files import TensorFile, TopKFile
 from feddistill.store.run_directory import Json
 from feddistill.tasks.choose import learner_of
 from feddistill.tasks.learner import Learner, best_of, later
-from feddistill.tasks.query import Question
+from feddistill.tasks.query import ProxyQuery
 from feddistill.tasks.session import Session
 from feddistill.types import Cost, RoundSpec
 
@@ -43,7 +43,7 @@ def run(session: Session) -> Json:
         "rounds": records,
         "ledger": rounds.head,
         "description_bytes": sum(len(payload.canonical(d)) for d in rounds.clients.descriptions),
-        "positions": session.question.positions,
+        "positions": session.query.positions,
         "student_bytes": 4 * models.trained_count(rounds.student.model),
         "lora_bytes": 4 * models.lora_count(rounds.student.model, LORA_RANK),
     }
@@ -60,7 +60,7 @@ class _Rounds:
 
     def __init__(self, session: Session):
         self.session = session
-        self.clients = Correspondence(session)
+        self.clients = Clients(session)
         config = session.config
         self.quorum = config.aggregation.quorum or config.clients.per_round or len(session.splits.private)
         self.memory: Memory = {}
@@ -109,7 +109,7 @@ class _Rounds:
         task = self.session.task
         clients, own = _mean(decided["specialists"], task.decides), student["validation"][task.decides]
         others = "" if clients is None else f"clients {clients:.3f}, "
-        self.session.show.say(f"round {number}: {task.words} on validation: {others}student {own:.3f}")
+        self.session.progress.log(f"round {number}: {task.words} on validation: {others}student {own:.3f}")
         return {
             **decided,
             "student": student,
@@ -125,18 +125,18 @@ class _Rounds:
         run = self.session.run
         specialists = self.clients.trained(spec, self.specs.get(number - 1))
         sent = self.clients.answered(spec, specialists)
-        admitted: dict[str, answer_files.Shelf] = {}
+        admitted: dict[str, answer_files.StoredAnswer] = {}
         files: dict[str, str] = {}
         refused: dict[str, PayloadError] = {}
         seen: set[tuple[str, int]] = set()
         for name in sent:
-            shelf = answer_files.Shelf(run, f"{step}/payloads/{name}", spec)
+            stored = answer_files.StoredAnswer(run, f"{step}/payloads/{name}", spec)
             try:
-                files[name] = shelf.admit(seen, sender=name)
+                files[name] = stored.admit(seen, sender=name)
             except PayloadError as error:  # the round goes on without this client
                 refused[name] = error
             else:
-                admitted[name] = shelf
+                admitted[name] = stored
                 seen.add((name, number))
         if len(admitted) < self.quorum:
             silent = [f"{name} did not answer" for name in spec.clients if name not in sent]
@@ -190,24 +190,24 @@ class _Rounds:
         return spec
 
     def _aggregate(
-        self, admitted: Mapping[str, answer_files.Shelf], number: int, spec: RoundSpec, step: str
+        self, admitted: Mapping[str, answer_files.StoredAnswer], number: int, spec: RoundSpec, step: str
     ) -> Json:
         """(3) The teacher, for the student as it is and for the clients as a payload."""
         run, name = self.session.run, f"{step}/teacher"
         if (record := run.done(name)) is not None:
             return record
         config = self.session.config.aggregation
-        question, shelves = self.session.question, admitted.values()
-        answerers: list[Answerer]
+        question, stored_answers = self.session.query, admitted.values()
+        answerers: list[AnswerReader]
         if question.compressed:
-            answerers = [answer_files.answerer(encoding.topk, shelf) for shelf in shelves]
+            answerers = [answer_files.answer_reader(encoding.topk, stored) for stored in stored_answers]
         else:
             read = encoding.codes if config.rule.of_codes else encoding.expand
-            answerers = [answer_files.answerer(read, shelf) for shelf in shelves]
+            answerers = [answer_files.answer_reader(read, stored) for stored in stored_answers]
         labels = question.labels
-        student, asking = self._said_before(spec, step)
+        student, requests = self._said_before(spec, step)
         # Of those who are in: where the only client that knows a class was refused, the others speak for it.
-        known = Known(
+        known = RoundContext(
             names=tuple(admitted),
             descriptions=tuple(d for d in self.clients.descriptions if d.client in admitted),
             labels=labels,
@@ -215,7 +215,7 @@ class _Rounds:
             student=student,
             memory=self.memory,
         )
-        with self.session.show.step(f"round {number}: aggregate"), measure() as cost:
+        with self.session.progress.step(f"round {number}: aggregate"), measure() as cost:
             weights = weigh(config.rule.weighting(), answerers, spec.positions, known)
             made: list[Aggregated] = []
 
@@ -247,11 +247,11 @@ class _Rounds:
             "feedback_bytes": sum(run.path(file).stat().st_size for file in sent) if codistil else 0,
             "diagnostics": asdict(diagnostics),
             "memory": memory,
-            "cost": asdict(cost.cost + asking),
+            "cost": asdict(cost.cost + requests),
         }
         return run.commit(name, content, [content["log_probs"], *sent])
 
-    def _said_before(self, spec: RoundSpec, step: str) -> tuple[Answerer | None, Cost]:
+    def _said_before(self, spec: RoundSpec, step: str) -> tuple[AnswerReader | None, Cost]:
         """What the student says before it learns from this round, where the rule needs that, and what asking
         it took; nothing in the first round, nor where teachers are made without a student."""
         if "student" not in self.session.config.aggregation.rule.needs() or spec.round == 1:
@@ -263,20 +263,20 @@ class _Rounds:
             self.student.restore(start["weights"])
             before = self.student.meter.flops
             with (
-                self.session.show.step(f"round {spec.round}: the student answers") as tick,
+                self.session.progress.step(f"round {spec.round}: the student answers") as on_step,
                 measure() as cost,
             ):
                 for shard in range(payload.shards(back)):
                     seed = draws(self.session.config.seed, spec.round, encoding.SERVER, shard)
-                    said = self.student.compressed(back, seed, *payload.rows_of(back, shard), tick)
+                    said = self.student.compressed(back, seed, *payload.rows_of(back, shard), on_step)
                     self._keep(name, back, shard, said)
                 cost.flops = self.student.meter.flops - before
             record = run.commit(name, {"cost": asdict(cost.cost)}, answer_files.flat(name, back))
-        shelf = answer_files.Shelf(run, name, back)
-        shelf.admit(sender=encoding.SERVER)
-        if self.session.question.compressed:
-            return answer_files.answerer(encoding.topk, shelf), Cost(**record["cost"])
-        return answer_files.answerer(encoding.expand, shelf), Cost(**record["cost"])
+        stored = answer_files.StoredAnswer(run, name, back)
+        stored.admit(sender=encoding.SERVER)
+        if self.session.query.compressed:
+            return answer_files.answer_reader(encoding.topk, stored), Cost(**record["cost"])
+        return answer_files.answer_reader(encoding.expand, stored), Cost(**record["cost"])
 
     def _keep(self, name: str, back: RoundSpec, shard: int, answers: payload.Answers) -> bytes:
         """Write answers of the server's own, as a client writes its; the payload."""
@@ -330,7 +330,7 @@ class _Rounds:
                 run.remove(student)
 
 
-def _new_teacher(path: Path, question: Question, spec: RoundSpec) -> TensorFile | TopKFile:
+def _new_teacher(path: Path, question: ProxyQuery, spec: RoundSpec) -> TensorFile | TopKFile:
     if question.compressed:
         return TopKFile.create(path, spec.positions, spec.k, spec.vocab_size)
     return TensorFile.create(path, (spec.positions, spec.vocab_size))

@@ -18,16 +18,16 @@ from torch import Tensor, nn
 from feddistill import metrics, models, payload
 from feddistill.config.models import BlackBoxModel, CallableModel, ModelConfig
 from feddistill.federation import encoding
-from feddistill.modelio.packing import Blocks
+from feddistill.modelio.packing import PackedTexts
 from feddistill.models import causal
 from feddistill.models.tokenizers import tokenizer_of
 from feddistill.store.logit_files import TopKFile
 from feddistill.store.run_directory import Json
 from feddistill.tasks import endpoint
-from feddistill.tasks.language_model import CausalLearner
+from feddistill.tasks.language_model import CausalLanguageModel
 from feddistill.tasks.learner import Learner
 from feddistill.tasks.translation import kept_before
-from feddistill.types import Cost, RoundSpec, TextSet, Tick
+from feddistill.types import Cost, ProgressCallback, RoundSpec, TextSet
 from feddistill_kernels import TopK
 
 CALLED = 8
@@ -37,7 +37,7 @@ CALLED = 8
 class _Closed(Learner):
     """What is only asked, as a learner that learns nothing."""
 
-    closed = True
+    query_only = True
 
     def restore(self, weights: str) -> None:
         """It has none."""
@@ -55,12 +55,12 @@ class _Closed(Learner):
     def _figures(self) -> dict[str, dict[str, float]]:
         return super().evaluate()
 
-    def evaluate(self, tick: Tick | None = None) -> dict[str, dict[str, float]]:
+    def evaluate(self, on_step: ProgressCallback | None = None) -> dict[str, dict[str, float]]:
         """See ``Learner``; the same in every round."""
         return self._figures
 
 
-class ClosedClassifier(_Closed):
+class QueryOnlyClassifier(_Closed):
     """A function from texts to log-probabilities of the classes."""
 
     def _build(self, config: ModelConfig) -> models.Specialist:
@@ -74,7 +74,7 @@ class ClosedClassifier(_Closed):
         return [[]] * len(texts)
 
     def answer(
-        self, texts: TextSet, tick: Tick | None = None, start: int = 0, stop: int | None = None
+        self, texts: TextSet, on_step: ProgressCallback | None = None, start: int = 0, stop: int | None = None
     ) -> Tensor:
         """See ``Learner``."""
         if texts.name not in self._said:
@@ -82,7 +82,7 @@ class ClosedClassifier(_Closed):
         return self._said[texts.name][start:stop]
 
 
-class ClosedCausal(_Closed, CausalLearner):
+class QueryOnlyLanguageModel(_Closed, CausalLanguageModel):
     """A function or an endpoint that says which tokens are likeliest."""
 
     def _build(self, config: ModelConfig) -> causal.Causal:  # type: ignore[override]  # reads blocks
@@ -100,31 +100,31 @@ class ClosedCausal(_Closed, CausalLearner):
         return built
 
     def compressed(
-        self, spec: RoundSpec, seed: int, start: int, stop: int, tick: Tick | None = None
+        self, spec: RoundSpec, seed: int, start: int, stop: int, on_step: ProgressCallback | None = None
     ) -> payload.Answers:
         """See ``Learner``."""
         proxy, (blocks, whole) = self.session.splits.proxy, self._asked()
         asked = whole[start:stop].numpy()
         if self._translation is None:
-            said = self._said(proxy, blocks, asked, tick)
+            said = self._said(proxy, blocks, asked, on_step)
             return encoding.compress_parts((endpoint.fitted(rows, spec.k) for rows in said), spec, seed)
         rows = self._translation.rows(asked)
-        own = self._said(proxy, self._translation.client.blocks, rows, tick)
+        own = self._said(proxy, self._translation.client.blocks, rows, on_step)
         return encoding.compress_parts(self._translation.answers(own, rows, asked, spec.k), spec, seed)
 
-    def figures(self, texts: TextSet, tick: Tick | None = None) -> dict[str, float]:
+    def figures(self, texts: TextSet, on_step: ProgressCallback | None = None) -> dict[str, float]:
         """How well it predicts ``texts``, as far as it says: a token that it does not name has a share of
         the others' probability."""
         blocks = self.blocks(texts)
         rows = np.flatnonzero(blocks.wanted)
         targets, at, total = torch.from_numpy(blocks.targets[rows]), 0, 0.0
-        for said in self._said(texts, blocks, rows, tick):
+        for said in self._said(texts, blocks, rows, on_step):
             total -= float(_log_prob(said, targets[at : at + len(said)]).double().sum())
             at += len(said)
         return metrics.language(total, len(rows), self.specialist.reader.bytes(texts)).as_dict()
 
     def _said(
-        self, texts: TextSet, blocks: Blocks, rows: NDArray[np.int64], tick: Tick | None
+        self, texts: TextSet, blocks: PackedTexts, rows: NDArray[np.int64], on_step: ProgressCallback | None
     ) -> Iterator[TopK]:
         """What it says of ``rows``, which ascend, some blocks' at a time."""
         step, size = blocks.length - 1, self.session.config.clients.answer_batch_size
@@ -134,10 +134,10 @@ class ClosedCausal(_Closed, CausalLearner):
             here = rows[slice(*np.searchsorted(rows, [first, end]))]
             which = range(chunk * size, min((chunk + 1) * size, len(blocks)))
             yield self._chunk(texts, blocks, chunk, which)[torch.from_numpy(here - first)]
-            if tick:
-                tick(done, len(chunks))
+            if on_step:
+                on_step(done, len(chunks))
 
-    def _chunk(self, texts: TextSet, blocks: Blocks, chunk: int, which: range) -> TopKFile:
+    def _chunk(self, texts: TextSet, blocks: PackedTexts, chunk: int, which: range) -> TopKFile:
         """All rows of some blocks: from the run, where they have been asked."""
         run = self.session.run
         place = f"black_boxes/{self.name}/{texts.name}-{blocks.length}/{chunk:05d}.safetensors"
@@ -158,7 +158,7 @@ class ClosedCausal(_Closed, CausalLearner):
 def opened(config: ModelConfig, name: str, proxy: TextSet, answers_only: bool = False) -> causal.Causal:
     """What a black box reads by; there is no model to look into."""
     tokenizer = tokenizer_of(config.source, f"{name}.source.tokenizer", proxy.texts)
-    return causal.Causal(nn.Module(), causal.Reader(tokenizer, answers_only), config.max_tokens)
+    return causal.Causal(nn.Module(), causal.TextReader(tokenizer, answers_only), config.max_tokens)
 
 
 def tried(config: ModelConfig, name: str, proxy: TextSet, classes: int, task: str) -> causal.Causal | None:

@@ -3,7 +3,7 @@
 from importlib.util import find_spec
 
 from feddistill import models
-from feddistill.aggregation.attacks import liars
+from feddistill.aggregation.attacks import attackers
 from feddistill.alignment import Vocabulary, check_alignable
 from feddistill.config import Config
 from feddistill.config.models import ModelConfig
@@ -12,7 +12,7 @@ from feddistill.errors import ConfigError, ModelError
 from feddistill.models import adapters, causal, reading
 from feddistill.models.tokenizers import fingerprint
 from feddistill.tasks import black_box
-from feddistill.tasks.query import question_of
+from feddistill.tasks.query import query_of
 from feddistill.types import Splits
 
 DENSE_CLASSES = 256
@@ -26,10 +26,10 @@ def check(config: Config, splits: Splits, *, build: bool = True) -> None:
         ConfigError: A setting asks for more clients, classes or labels than there are.
         ModelError: A model cannot be had, cut, or made to read its own tokenizer's texts.
     """
-    question = question_of(config, splits)
+    question = query_of(config, splits)
     classes, clients = question.vocab_size, len(splits.private)
     config.aggregation.check(min(config.clients.per_round or clients, clients))
-    liars(config.simulate.attack, [private.name for private in splits.private])
+    attackers(config.simulate.attack, [private.name for private in splits.private])
     for attack in config.simulate.attack:
         attack.check(classes)
     if config.payload.codec == "dense" and classes > DENSE_CLASSES:

@@ -5,22 +5,25 @@ from collections.abc import Callable
 from torch import nn
 
 from feddistill.config.models import ModelConfig
-from feddistill.tasks.black_box import ClosedCausal, ClosedClassifier
-from feddistill.tasks.language_model import CausalLearner
+from feddistill.tasks.black_box import QueryOnlyClassifier, QueryOnlyLanguageModel
+from feddistill.tasks.language_model import CausalLanguageModel
 from feddistill.tasks.learner import Learner
-from feddistill.tasks.masked_language_model import MaskedLearner
-from feddistill.tasks.question_answering import ReadingLearner
+from feddistill.tasks.masked_language_model import MaskedLanguageModel
+from feddistill.tasks.question_answering import QuestionAnswering
 from feddistill.tasks.session import Session
 
 LEARNERS: dict[str, type[Learner]] = {
     "classification": Learner,
-    "causal_lm": CausalLearner,
-    "masked_lm": MaskedLearner,
-    "reading": ReadingLearner,
+    "causal_lm": CausalLanguageModel,
+    "masked_lm": MaskedLanguageModel,
+    "reading": QuestionAnswering,
 }
 """By task."""
 
-CLOSED: dict[str, type[Learner]] = {"classification": ClosedClassifier, "causal_lm": ClosedCausal}
+QUERY_ONLY: dict[str, type[Learner]] = {
+    "classification": QueryOnlyClassifier,
+    "causal_lm": QueryOnlyLanguageModel,
+}
 """By task, of models that are only asked."""
 
 
@@ -28,5 +31,5 @@ def learner_of(
     session: Session, config: ModelConfig, name: str, *, adapt: Callable[[nn.Module], None] | None = None
 ) -> Learner:
     """The learner of the session's task."""
-    kinds = CLOSED if config.black_box else LEARNERS
+    kinds = QUERY_ONLY if config.black_box else LEARNERS
     return kinds[session.config.task](session, config, name, adapt=adapt)

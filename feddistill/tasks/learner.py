@@ -23,16 +23,16 @@ from feddistill.seeds import derive
 from feddistill.store.logit_files import Chained, TensorFile
 from feddistill.store.run_directory import Json
 from feddistill.tasks.session import Session
-from feddistill.training import Lessons
-from feddistill.training.blocks import BlockLessons, Hiding
-from feddistill.training.spans import QuestionLessons
-from feddistill.types import NO_LABEL, UNLABELLED, Cost, RoundSpec, TextSet, Tick
+from feddistill.training import TrainingExamples
+from feddistill.training.blocks import BlockExamples, Masking
+from feddistill.training.spans import SpanExamples
+from feddistill.types import NO_LABEL, UNLABELLED, Cost, ProgressCallback, RoundSpec, TextSet
 
 
 class Learner:
     """One architecture, whose weights are put back, trained and saved. Holds two copies of the weights."""
 
-    closed = False
+    query_only = False
     """Whether it is only asked: then what it costs is not known before, and its operations never."""
 
     def __init__(
@@ -87,40 +87,40 @@ class Learner:
             self._tokens[texts.name] = self.specialist.encode(texts.texts)
         return self._tokens[texts.name]
 
-    def lessons(self, texts: TextSet) -> Lessons:
+    def lessons(self, texts: TextSet) -> TrainingExamples:
         """``texts`` with the labels that they have."""
-        return Lessons(self.tokens(texts), labels_of(texts))
+        return TrainingExamples(self.tokens(texts), labels_of(texts))
 
-    def taught(self, *teachers: str) -> Lessons:
+    def taught(self, *teachers: str) -> TrainingExamples:
         """The proxy texts with their labels and the answers of the teacher in a file of the run; with those
         of several teachers one after the other."""
         proxy, count = self.session.splits.proxy, len(teachers)
         files = [TensorFile.open(self.session.run.path(teacher)) for teacher in teachers]
-        return Lessons(self.tokens(proxy) * count, labels_of(proxy).repeat(count), Chained(files))
+        return TrainingExamples(self.tokens(proxy) * count, labels_of(proxy).repeat(count), Chained(files))
 
     def proxy_examples(self) -> int:
         """How many examples a pass over the proxy texts has."""
         return len(self.session.splits.proxy)
 
     def digested(
-        self, own: Lessons, chosen: NDArray[np.int64], shelf: answer_files.Shelf, target: str
-    ) -> Lessons:
+        self, own: TrainingExamples, chosen: NDArray[np.int64], stored: answer_files.StoredAnswer, target: str
+    ) -> TrainingExamples:
         """``own``, and those texts ``chosen`` of the proxy set with what the teacher said to them."""
         proxy, mine = self.tokens(self.session.splits.proxy), len(own.tokens)
         tokens = [*own.tokens, *(proxy[row] for row in chosen)]
-        picked = torch.cat(list(shelf.picked(encoding.expand, chosen)))
+        picked = torch.cat(list(stored.picked(encoding.expand, chosen)))
         if target == "hard":
-            return Lessons(tokens, torch.cat([own.labels, picked.argmax(-1)]))
+            return TrainingExamples(tokens, torch.cat([own.labels, picked.argmax(-1)]))
         taught = torch.cat([torch.zeros(mine), torch.ones(len(chosen))]).bool()
         filler = picked.new_zeros(mine, picked.shape[1])  # rows that are not taught
         nothing = torch.full((len(chosen),), NO_LABEL)
-        return Lessons(tokens, torch.cat([own.labels, nothing]), torch.cat([filler, picked]), taught)
+        return TrainingExamples(tokens, torch.cat([own.labels, nothing]), torch.cat([filler, picked]), taught)
 
     def compressed(
-        self, spec: RoundSpec, seed: int, start: int, stop: int, tick: Tick | None = None
+        self, spec: RoundSpec, seed: int, start: int, stop: int, on_step: ProgressCallback | None = None
     ) -> payload.Answers:
         """Rows from ``start`` to ``stop`` of what the model says to the proxy texts, in the round's codec."""
-        return encoding.compress(self.answer(self.session.splits.proxy, tick, start, stop), spec, seed)
+        return encoding.compress(self.answer(self.session.splits.proxy, on_step, start, stop), spec, seed)
 
     def projection(self) -> Json | None:
         """How answers were projected since this was asked last; ``None`` where they need not be.
@@ -131,7 +131,7 @@ class Learner:
         return None
 
     def answer(
-        self, texts: TextSet, tick: Tick | None = None, start: int = 0, stop: int | None = None
+        self, texts: TextSet, on_step: ProgressCallback | None = None, start: int = 0, stop: int | None = None
     ) -> Tensor:
         """Log-probabilities ``[N, V]`` of ``texts``, or of those from ``start`` to ``stop``."""
         answers = inference.answer(
@@ -142,7 +142,7 @@ class Learner:
             batch_size=self.session.config.clients.answer_batch_size,
             bf16=self.session.bf16,
             meter=self.meter,
-            tick=tick,
+            on_step=on_step,
         )
         if answers.isnan().any():
             raise ModelError(
@@ -152,14 +152,14 @@ class Learner:
 
     def fit(
         self,
-        lessons: Lessons | BlockLessons | QuestionLessons,
+        lessons: TrainingExamples | BlockExamples | SpanExamples,
         config: TrainingConfig,
         *,
         seed: int,
         steps: int | None = None,
         distill: DistillConfig | None = None,
         proximal: float = 0.0,
-        tick: Tick | None = None,
+        on_step: ProgressCallback | None = None,
     ) -> training.Trained:
         """Train on ``lessons`` from the weights as they are."""
         return training.fit(
@@ -175,8 +175,8 @@ class Learner:
             distill=distill,
             proximal=proximal,
             vocab_size=self._vocab_size,
-            hiding=self._hiding,
-            tick=tick,
+            masking=self._masking,
+            on_step=on_step,
         )
 
     @property
@@ -185,20 +185,20 @@ class Learner:
         return 0
 
     @property
-    def _hiding(self) -> Hiding | None:
+    def _masking(self) -> Masking | None:
         """Of a masked language model, how tokens are hidden."""
         return None
 
-    def figures(self, texts: TextSet, tick: Tick | None = None) -> dict[str, float]:
+    def figures(self, texts: TextSet, on_step: ProgressCallback | None = None) -> dict[str, float]:
         """How well the model does on labelled ``texts``."""
-        return metrics.classification(self.answer(texts, tick).numpy(), texts.labels).as_dict()
+        return metrics.classification(self.answer(texts, on_step).numpy(), texts.labels).as_dict()
 
-    def evaluate(self, tick: Tick | None = None) -> dict[str, dict[str, float]]:
+    def evaluate(self, on_step: ProgressCallback | None = None) -> dict[str, dict[str, float]]:
         """Figures on the validation and the test set. Whoever selects, selects on validation."""
         figures = {}
         splits = self.session.splits
         for name, texts in (("validation", splits.validation), ("test", splits.test)):
-            figures[name] = self.figures(texts, tick)
+            figures[name] = self.figures(texts, on_step)
         return figures
 
     def step(
@@ -219,17 +219,17 @@ class Learner:
         Returns the record: ``weights`` (a file of the run), ``trained``, ``costs`` and, where it was
         evaluated, ``validation`` and ``test``.
         """
-        run, shared = self.session.run, self.session.shared
+        run, cache = self.session.run, self.session.step_cache
         if (record := run.done(name)) is not None:
             return record
-        if shared is not None and (record := shared.take(run, name)) is not None:
+        if cache is not None and (record := cache.take(run, name)) is not None:
             return record
         if start is None:
             self.reset()
         else:
             self.restore(start)
         before = self.meter.flops
-        with self.session.show.step(label) as tick, measure() as train:
+        with self.session.progress.step(label) as on_step, measure() as train:
             trained = self.fit(
                 lessons(),
                 config,
@@ -237,7 +237,7 @@ class Learner:
                 steps=steps,
                 distill=distill,
                 proximal=proximal,
-                tick=tick,
+                on_step=on_step,
             )
             train.flops = self.meter.flops - before
         if not math.isfinite(trained.loss):
@@ -252,22 +252,22 @@ class Learner:
             "costs": {"train": asdict(train.cost), "evaluate": asdict(cost)},
         }
         record = run.commit(name, content, [weights])
-        if shared is not None:
-            shared.give(run, name)
+        if cache is not None:
+            cache.give(run, name)
         return record
 
     def measured(self, label: str) -> tuple[dict[str, dict[str, float]], Cost]:
         """``evaluate``, and what that took."""
         before = self.meter.flops
-        with self.session.show.step(f"{label}: evaluate") as tick, measure() as evaluated:
-            figures = self.evaluate(tick)
+        with self.session.progress.step(f"{label}: evaluate") as on_step, measure() as evaluated:
+            figures = self.evaluate(on_step)
             evaluated.flops = self.meter.flops - before
         return figures, evaluated.cost
 
 
-def lessons_of(learner: Learner, texts: TextSet, teacher: Tensor | None = None) -> Lessons:
+def examples_of(learner: Learner, texts: TextSet, teacher: Tensor | None = None) -> TrainingExamples:
     """``texts`` with the labels that they have and, if given, a teacher's answers to them."""
-    return Lessons(learner.tokens(texts), labels_of(texts), teacher)
+    return TrainingExamples(learner.tokens(texts), labels_of(texts), teacher)
 
 
 def labels_of(texts: TextSet) -> Tensor:

@@ -11,35 +11,35 @@ from torch import Tensor
 
 from feddistill import metrics
 from feddistill.modelio.outputs import masked_states
-from feddistill.modelio.packing import Blocks
+from feddistill.modelio.packing import PackedTexts
 from feddistill.models.tokenizers import mask_id
-from feddistill.tasks.language_model import CausalLearner
-from feddistill.tasks.query import hidden_rows
-from feddistill.training.blocks import Hiding
-from feddistill.types import TextSet, Tick
+from feddistill.tasks.language_model import CausalLanguageModel
+from feddistill.tasks.query import masked_rows
+from feddistill.training.blocks import Masking
+from feddistill.types import ProgressCallback, TextSet
 
 
-class MaskedLearner(CausalLearner):
+class MaskedLanguageModel(CausalLanguageModel):
     """See ``Learner``. Texts that are learned have other tokens hidden each time that they are read; those of
     the proxy set, half of these times, those that the teacher was asked."""
 
     @property
-    def _hiding(self) -> Hiding:
+    def _masking(self) -> Masking:
         tokenizer = self.specialist.reader.tokenizer
-        return Hiding(mask_id(tokenizer, self.name), self.session.config.language.masked)
+        return Masking(mask_id(tokenizer, self.name), self.session.config.language.masked)
 
-    def _shown(self, blocks: Blocks, rows: NDArray[np.int64]) -> Blocks:
-        return blocks.hiding(rows, self._hiding.token)
+    def _shown(self, blocks: PackedTexts, rows: NDArray[np.int64]) -> PackedTexts:
+        return blocks.masking(rows, self._masking.token)
 
     def _states(self, ids: Tensor, attention: Tensor, places: Tensor) -> Tensor:
         return masked_states(self.model, ids, attention, places + 1)
 
-    def figures(self, texts: TextSet, tick: Tick | None = None) -> dict[str, float]:
+    def figures(self, texts: TextSet, on_step: ProgressCallback | None = None) -> dict[str, float]:
         """How well the model predicts hidden tokens of ``texts``, the same each time."""
         blocks = self.blocks(texts)
-        rows = hidden_rows(self.session.config, blocks, texts.name)
+        rows = masked_rows(self.session.config, blocks, texts.name)
         targets, at, total, right = torch.from_numpy(blocks.targets[rows]), 0, 0.0, 0
-        for logits in self._logits(self._shown(blocks, rows), rows, tick):
+        for logits in self._logits(self._shown(blocks, rows), rows, on_step):
             wanted = targets[at : at + len(logits)]
             nats = torch.nn.functional.cross_entropy(logits, wanted, reduction="none")
             total += float(nats.double().sum())

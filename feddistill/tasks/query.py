@@ -9,8 +9,8 @@ from torch import Tensor
 
 from feddistill import payload
 from feddistill.config import Config
-from feddistill.modelio.packing import Blocks
-from feddistill.models.causal import Reader
+from feddistill.modelio.packing import PackedTexts
+from feddistill.models.causal import TextReader
 from feddistill.models.tokenizers import fingerprint, tokenizer_of
 from feddistill.seeds import generator
 from feddistill.training.spans import ids_of
@@ -18,7 +18,7 @@ from feddistill.types import Splits, TextSet
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class ProxyQuery:
     """``N`` rows over ``V`` classes or tokens."""
 
     positions: int
@@ -31,9 +31,9 @@ class Question:
     """``[N]``, true ids; negative where not known."""
     domains: Tensor | None
     """``[N]``, small integers: where each row is from."""
-    reader: Reader | None = None
+    reader: TextReader | None = None
     """Of a language model: the student's."""
-    blocks: Blocks | None = None
+    blocks: PackedTexts | None = None
     """Of a language model: the proxy texts as the student reads them."""
     rows: Tensor | None = None
     """``[N]``, which rows of ``blocks`` are asked."""
@@ -41,25 +41,25 @@ class Question:
     """Whether a dense answer would be too large."""
 
 
-def question_of(config: Config, splits: Splits) -> Question:
+def query_of(config: Config, splits: Splits) -> ProxyQuery:
     """Of a run."""
     proxy = splits.proxy
     if config.task == "classification":
         names = splits.label_names
         labels = torch.from_numpy(proxy.labels)
-        return Question(len(proxy), len(names), payload.fingerprint(names), labels, _domains(proxy))
+        return ProxyQuery(len(proxy), len(names), payload.fingerprint(names), labels, _domains(proxy))
     if config.task == "reading":
         return _of_passages(proxy)
     model, settings = config.student.model, config.language
     tokenizer = tokenizer_of(model.source, "student.model", proxy.texts)
-    reader = Reader(tokenizer, settings.positions == "answer")
+    reader = TextReader(tokenizer, settings.positions == "answer")
     blocks = reader.blocks(proxy, model.max_tokens)
     if config.task == "masked_lm":
-        rows = hidden_rows(config, blocks, proxy.name)
+        rows = masked_rows(config, blocks, proxy.name)
     else:
         rows = np.flatnonzero(blocks.wanted)[settings.step - 1 :: settings.step]
     where = _domains(proxy)
-    return Question(
+    return ProxyQuery(
         positions=len(rows),
         vocab_size=reader.vocab_size,
         fingerprint=fingerprint(tokenizer),
@@ -72,12 +72,12 @@ def question_of(config: Config, splits: Splits) -> Question:
     )
 
 
-def _of_passages(proxy: TextSet) -> Question:
+def _of_passages(proxy: TextSet) -> ProxyQuery:
     """Two rows a text, where its answer begins and where it ends: a character of the passage, or none."""
     longest = max(len(proxy.question(row)[1]) for row in range(len(proxy)))
     known = proxy.answers or (None,) * len(proxy)
     where = _domains(proxy)
-    return Question(
+    return ProxyQuery(
         positions=2 * len(proxy),
         vocab_size=longest + 1,
         fingerprint=payload.fingerprint(["no answer", f"{longest} characters of a passage"]),
@@ -87,7 +87,7 @@ def _of_passages(proxy: TextSet) -> Question:
     )
 
 
-def hidden_rows(config: Config, blocks: Blocks, name: str) -> NDArray[np.int64]:
+def masked_rows(config: Config, blocks: PackedTexts, name: str) -> NDArray[np.int64]:
     """Rows whose tokens are hidden when a masked model answers, or is judged, about the set ``name``: a
     random share of the wanted ones, the same for everybody."""
     wanted = np.flatnonzero(blocks.wanted)

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from feddistill.config import Config
 from feddistill.config.tasks import TASKS, Task
-from feddistill.federation.protocol import Patience, Transport
+from feddistill.federation.protocol import RetryPolicy, Transport
 from feddistill.models.frozen import States
-from feddistill.progress import Show
+from feddistill.progress import Progress
 from feddistill.seeds import generator
 from feddistill.store.run_directory import RunDirectory
-from feddistill.tasks.query import Question, question_of
-from feddistill.tasks.step_cache import Shared
+from feddistill.tasks.query import ProxyQuery, query_of
+from feddistill.tasks.step_cache import StepCache
 from feddistill.types import Cost, Splits
 
 
@@ -53,7 +53,7 @@ class Engine:
     """``None``: all clients work in this process."""
     name: str = "local"
     """What a run is resumed with: each engine keeps the clients' state in another place."""
-    patience: Patience = field(default_factory=Patience)
+    retry_policy: RetryPolicy = field(default_factory=RetryPolicy)
     averager: Averager | None = None
     """What ``fedavg`` goes through where clients are elsewhere; ``None``: it is simulated in this process."""
 
@@ -65,17 +65,17 @@ class Session:
     config: Config
     splits: Splits
     run: RunDirectory
-    show: Show
+    progress: Progress
     engine: Engine = field(default_factory=Engine)
     connect: Callable[["Session"], Transport] | None = None
     """Makes the transport to clients in this process; not needed where the engine has a transport."""
-    shared: Shared | None = None
+    step_cache: StepCache | None = None
     """Steps that it has in common with other runs of a study."""
 
     @cached_property
     def frozen(self) -> dict[str, States]:
         """What frozen layers made of the texts so far, by the layers' fingerprint."""
-        return {} if self.shared is None else self.shared.frozen
+        return {} if self.step_cache is None else self.step_cache.frozen
 
     def transport(self) -> Transport:
         """What carries the messages of a federation."""
@@ -95,9 +95,9 @@ class Session:
         return TASKS[self.config.task]
 
     @cached_property
-    def question(self) -> Question:
+    def query(self) -> ProxyQuery:
         """What the proxy texts ask."""
-        return question_of(self.config, self.splits)
+        return query_of(self.config, self.splits)
 
     def asked(self, number: int) -> tuple[str, ...]:
         """The clients that are asked in a round, in their order."""

@@ -50,7 +50,7 @@ _MODELS = 4
 _FROZEN: dict[str, States] = {}
 
 
-class Shared:
+class StepCache:
     """A folder of steps, under a digest of what they depend on; and what frozen layers made of texts."""
 
     def __init__(self, root: Path, config: Config):

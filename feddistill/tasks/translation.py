@@ -23,8 +23,8 @@ from feddistill.alignment import (
     spans,
 )
 from feddistill.errors import ModelError
-from feddistill.modelio.packing import Blocks
-from feddistill.models.causal import Reader
+from feddistill.modelio.packing import PackedTexts
+from feddistill.models.causal import TextReader
 from feddistill.models.tokenizers import end_id
 from feddistill.store.logit_files import stacked
 from feddistill.store.run_directory import Json
@@ -47,7 +47,7 @@ def kept_before(k: int, vocab_size: int) -> int:
 
 
 @dataclass
-class Tally:
+class Counts:
     """What has been projected."""
 
     rows: int = 0
@@ -70,7 +70,7 @@ class Tally:
 class Side:
     """The texts as one of the two reads them."""
 
-    def __init__(self, reader: Reader, texts: TextSet, blocks: Blocks, name: str):
+    def __init__(self, reader: TextReader, texts: TextSet, blocks: PackedTexts, name: str):
         """``blocks`` are those of ``texts``, of any length; ``name`` is the setting that errors name."""
         self.vocabulary = Vocabulary(reader.tokenizer, name)
         self.vocab_size, self.blocks = reader.vocab_size, blocks
@@ -104,38 +104,46 @@ class Side:
         return np.asarray(rows[start:stop] - self.first[text])
 
 
-class Way(Protocol):
+class Projector(Protocol):
     """A projection from one vocabulary to another: ``project`` of a map, or ``mined_project``."""
 
     def __call__(
-        self, answers: TopK, giver: Reading, taker: Reading, /, *, predicted: Ints, k: int, vocab_size: int
+        self,
+        answers: TopK,
+        sender: Reading,
+        receiver: Reading,
+        /,
+        *,
+        predicted: Ints,
+        k: int,
+        vocab_size: int,
     ) -> Projection:
-        """What is said of the giver's tokens, about the taker's."""
+        """What is said of the sender's tokens, about the receiver's."""
 
 
-def by_spans(giver: Vocabulary, taker: Vocabulary, folder: Path) -> Way:
+def by_spans(sender: Vocabulary, receiver: Vocabulary, folder: Path) -> Projector:
     """By the bytes that tokens stand for; ``folder``: where maps are kept."""
-    return partial(project, mapped=map_vocabulary(giver, taker, folder))
+    return partial(project, mapped=map_vocabulary(sender, receiver, folder))
 
 
-def by_edit_distance(giver: Vocabulary, taker: Vocabulary) -> Way:
+def by_edit_distance(sender: Vocabulary, receiver: Vocabulary) -> Projector:
     """As FedMKT does: by edit distances, of ids and of the tokens of a text."""
-    return partial(mined_project, mapped=mined_map(giver, taker), vocabularies=(giver, taker))
+    return partial(mined_project, mapped=mined_map(sender, receiver), vocabularies=(sender, receiver))
 
 
-def needed(asked: Ints, taker: Side, giver: Side) -> Ints:
-    """Rows of the giver about tokens that share a byte with those of the taker's rows ``asked``."""
+def needed(asked: Ints, receiver: Side, sender: Side) -> Ints:
+    """Rows of the sender about tokens that share a byte with those of the receiver's rows ``asked``."""
     found: list[Ints] = []
-    for text in taker.texts(asked):
-        (starts, ends), theirs = taker.edges(text), giver.edges(text)[1]
-        tokens = taker.tokens(asked, text)
+    for text in receiver.texts(asked):
+        (starts, ends), theirs = receiver.edges(text), sender.edges(text)[1]
+        tokens = receiver.tokens(asked, text)
         first = np.searchsorted(theirs, starts[tokens], side="right")
         last = np.searchsorted(theirs, ends[tokens], side="left")
         there = first <= last  # not of tokens that stand for nothing
         change = np.zeros(len(theirs) + 1, np.int64)
         np.add.at(change, first[there], 1)
         np.add.at(change, last[there] + 1, -1)
-        found.append(np.flatnonzero(np.cumsum(change)[:-1] > 0) + giver.first[text])
+        found.append(np.flatnonzero(np.cumsum(change)[:-1] > 0) + sender.first[text])
     return np.concatenate(found) if found else np.zeros(0, np.int64)
 
 
@@ -143,21 +151,21 @@ def translate(
     said: Iterable[TopK],
     rows: Ints,
     asked: Ints,
-    giver: Side,
-    taker: Side,
-    way: Way,
+    sender: Side,
+    receiver: Side,
+    way: Projector,
     k: int,
-    tally: Tally,
+    tally: Counts,
 ) -> Iterator[TopK]:
-    """What is said about ``rows`` of the giver's, as answers to ``asked`` rows of the taker's.
+    """What is said about ``rows`` of the sender's, as answers to ``asked`` rows of the receiver's.
 
     Args:
-        said: The giver's answers to ``rows``, in order, in pieces of any size; a row's likeliest id first.
-        rows: Of the giver's blocks, ascending.
-        asked: Of the taker's blocks, ascending.
-        giver: Who speaks.
-        taker: Who listens.
-        way: From the giver's vocabulary to the taker's.
+        said: The sender's answers to ``rows``, in order, in pieces of any size; a row's likeliest id first.
+        rows: Of the sender's blocks, ascending.
+        asked: Of the receiver's blocks, ascending.
+        sender: Who speaks.
+        receiver: Who listens.
+        way: From the sender's vocabulary to the receiver's.
         k: Entries that an answer keeps.
         tally: Counts what is projected.
 
@@ -167,22 +175,22 @@ def translate(
 
     Memory: A text's rows, and the largest piece of ``said``.
     """
-    texts = taker.texts(asked)
-    about = [giver.tokens(rows, text) for text in texts]
+    texts = receiver.texts(asked)
+    about = [sender.tokens(rows, text) for text in texts]
     for text, predicted, piece in zip(texts, about, _cut(said, list(map(len, about))), strict=True):
         begun = time.perf_counter()
-        tokens = taker.tokens(asked, text)
-        made = silent(len(tokens), k, taker.vocab_size)
+        tokens = receiver.tokens(asked, text)
+        made = silent(len(tokens), k, receiver.vocab_size)
         tally.rows += len(tokens)
         if piece is not None:
             found = way(
                 piece,
-                giver.readings[text],
-                taker.readings[text],
+                sender.readings[text],
+                receiver.readings[text],
                 predicted=predicted,
                 # Not k: a row that k cuts short is no row that says little.
-                k=max(k, min(piece.ids.shape[1], taker.vocab_size)),
-                vocab_size=taker.vocab_size,
+                k=max(k, min(piece.ids.shape[1], receiver.vocab_size)),
+                vocab_size=receiver.vocab_size,
             )
             short = _shortened(found.rows, k)
             good = found.answered[tokens]
@@ -205,20 +213,20 @@ class Translation:
         """``folder``: where maps are kept."""
         self.client, self.student, self._folder = client, student, folder
         self._alignment = alignment
-        self.tally = Tally()
+        self.tally = Counts()
 
     @cached_property
-    def _there(self) -> Way:
+    def _there(self) -> Projector:
         return self._way(self.client.vocabulary, self.student.vocabulary)
 
     @cached_property
-    def _back(self) -> Way:
+    def _back(self) -> Projector:
         return self._way(self.student.vocabulary, self.client.vocabulary)
 
-    def _way(self, giver: Vocabulary, taker: Vocabulary) -> Way:
+    def _way(self, sender: Vocabulary, receiver: Vocabulary) -> Projector:
         if self._alignment == "mined":
-            return by_edit_distance(giver, taker)
-        return by_spans(giver, taker, self._folder)
+            return by_edit_distance(sender, receiver)
+        return by_spans(sender, receiver, self._folder)
 
     def rows(self, asked: Ints) -> Ints:
         """Which of the client's rows it takes to answer ``asked`` rows of the student's."""
@@ -235,14 +243,14 @@ class Translation:
     def teacher(self, said: TopK, rows: Ints, asked: Ints, k: int) -> tuple[TopK, Ints]:
         """The teacher's answers to ``rows`` of the student's, to those of the client's ``asked`` rows that
         they say enough about; and which these are."""
-        parts = translate([said], rows, asked, self.student, self.client, self._back, k, Tally())
+        parts = translate([said], rows, asked, self.student, self.client, self._back, k, Counts())
         whole = stacked(list(parts))
         good = answered(whole)
         return whole[good], asked[good.numpy()]
 
     def counted(self) -> Json:
         """What has been answered since this was asked last."""
-        tally, self.tally = self.tally, Tally()
+        tally, self.tally = self.tally, Counts()
         return tally.record()
 
 

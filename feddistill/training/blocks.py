@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from feddistill.config.training import DistillConfig
-from feddistill.modelio.packing import Blocks
+from feddistill.modelio.packing import PackedTexts
 from feddistill.store.logit_files import Chained, TopKFile
 from feddistill.types import NO_LABEL
 from feddistill_kernels import TopK, linear_distillation_loss
@@ -22,7 +22,7 @@ NOT_TAUGHT = -1
 
 
 @dataclass(frozen=True, slots=True)
-class Hiding:
+class Masking:
     """How tokens are hidden from a masked model that learns them (Devlin et al., NAACL 2019): of ten that are
     drawn eight are read as ``token``, one as any other, one as it is."""
 
@@ -32,7 +32,7 @@ class Hiding:
 
 
 @dataclass(frozen=True, slots=True)
-class BlockLessons:
+class BlockExamples:
     """What is to be learned."""
 
     tokens: Sequence[NDArray[np.int64]]
@@ -47,9 +47,9 @@ class BlockLessons:
     """``[R]``, which row of ``teacher`` answers; ``NOT_TAUGHT`` where none does."""
 
 
-def lessons_of(
-    blocks: Blocks, teacher: TopK | TopKFile | Chained | None = None, rows: Tensor | None = None
-) -> BlockLessons:
+def examples_of(
+    blocks: PackedTexts, teacher: TopK | TopKFile | Chained | None = None, rows: Tensor | None = None
+) -> BlockExamples:
     """All of ``blocks``; ``rows`` are those that ``teacher`` answers, in its order."""
     labels = torch.from_numpy(np.where(blocks.wanted, blocks.targets, NO_LABEL))
     first = np.array([blocks.first(b) for b in range(len(blocks))], np.int64)
@@ -58,15 +58,15 @@ def lessons_of(
         assert rows is not None, "a teacher answers some rows"
         taught = torch.full((blocks.rows,), NOT_TAUGHT)
         taught[rows] = torch.arange(len(rows))
-    return BlockLessons([blocks[b] for b in range(len(blocks))], first, labels, teacher, taught)
+    return BlockExamples([blocks[b] for b in range(len(blocks))], first, labels, teacher, taught)
 
 
-def some(lessons: BlockLessons, chosen: Sequence[int]) -> BlockLessons:
+def some(lessons: BlockExamples, chosen: Sequence[int]) -> BlockExamples:
     """Those blocks of ``lessons``, in that order."""
     spans = [np.arange(lessons.first[b], lessons.first[b] + len(lessons.tokens[b]) - 1) for b in chosen]
     sizes = np.array([len(span) for span in spans])
     rows = torch.from_numpy(np.concatenate(spans))
-    return BlockLessons(
+    return BlockExamples(
         [lessons.tokens[b] for b in chosen],
         np.cumsum(sizes) - sizes,
         lessons.labels[rows],
@@ -75,7 +75,7 @@ def some(lessons: BlockLessons, chosen: Sequence[int]) -> BlockLessons:
     )
 
 
-def hardened(lessons: BlockLessons) -> BlockLessons:
+def hardened(lessons: BlockExamples) -> BlockExamples:
     """The teacher's first choices in the place of the labels of those rows that it answers."""
     assert isinstance(lessons.teacher, TopK), "in memory"
     assert lessons.taught is not None, "which rows it answers"
@@ -84,16 +84,16 @@ def hardened(lessons: BlockLessons) -> BlockLessons:
     labels, rows = lessons.labels.clone(), (lessons.taught != NOT_TAUGHT).nonzero()[:, 0]
     at = lessons.taught[rows]
     labels[rows[said[at]]] = first[at][said[at]]
-    return BlockLessons(lessons.tokens, lessons.first, labels)
+    return BlockExamples(lessons.tokens, lessons.first, labels)
 
 
-def together(own: BlockLessons, more: BlockLessons) -> BlockLessons:
+def together(own: BlockExamples, more: BlockExamples) -> BlockExamples:
     """Blocks that only have labels, and then those of ``more``."""
     assert own.teacher is None, "one teacher"
     taught = None
     if more.taught is not None:
         taught = torch.cat([torch.full((len(own.labels),), NOT_TAUGHT), more.taught])
-    return BlockLessons(
+    return BlockExamples(
         [*own.tokens, *more.tokens],
         np.concatenate([own.first, more.first + len(own.labels)]),
         torch.cat([own.labels, more.labels]),
@@ -102,11 +102,11 @@ def together(own: BlockLessons, more: BlockLessons) -> BlockLessons:
     )
 
 
-def repeated(lessons: BlockLessons, count: int, answers: int) -> BlockLessons:
+def repeated(lessons: BlockExamples, count: int, answers: int) -> BlockExamples:
     """The same blocks ``count`` times, each time taught by the next ``answers`` rows of the teacher."""
     assert lessons.taught is not None, "which rows are answered"
     taught, rows = lessons.taught, len(lessons.labels)
-    return BlockLessons(
+    return BlockExamples(
         list(lessons.tokens) * count,
         np.concatenate([lessons.first + rows * n for n in range(count)]),
         lessons.labels.repeat(count),
@@ -115,7 +115,7 @@ def repeated(lessons: BlockLessons, count: int, answers: int) -> BlockLessons:
     )
 
 
-def rows_of(lessons: BlockLessons, blocks: Sequence[int], length: int) -> tuple[Tensor, Tensor]:
+def rows_of(lessons: BlockExamples, blocks: Sequence[int], length: int) -> tuple[Tensor, Tensor]:
     """Where the rows of these blocks stand in a batch ``[len(blocks) * length]``, and which rows they are."""
     places, rows = [], []
     for at, block in enumerate(blocks):

@@ -11,11 +11,11 @@ from torch import nn
 from feddistill.accounting import FlopMeter
 from feddistill.config.training import DistillConfig, TrainingConfig
 from feddistill.modelio.outputs import takes_types
-from feddistill.training.blocks import BlockLessons, Hiding
-from feddistill.training.spans import QuestionLessons
-from feddistill.training.texts import Lessons
+from feddistill.training.blocks import BlockExamples, Masking
+from feddistill.training.spans import SpanExamples
+from feddistill.training.texts import TrainingExamples
 from feddistill.types import NO_LABEL as NO_LABEL
-from feddistill.types import Tick
+from feddistill.types import ProgressCallback
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ def steps_of(config: TrainingConfig, examples: int) -> int:
 
 def fit(
     model: nn.Module,
-    lessons: Lessons | BlockLessons | QuestionLessons,
+    lessons: TrainingExamples | BlockExamples | SpanExamples,
     config: TrainingConfig,
     *,
     seed: int,
@@ -49,8 +49,8 @@ def fit(
     distill: DistillConfig | None = None,
     proximal: float = 0.0,
     vocab_size: int = 0,
-    hiding: Hiding | None = None,
-    tick: Tick | None = None,
+    masking: Masking | None = None,
+    on_step: ProgressCallback | None = None,
 ) -> Trained:
     """Train ``model`` in place.
 
@@ -76,16 +76,16 @@ def fit(
 
     total = steps or steps_of(config, len(lessons.tokens))
     batch_loss: trainer.BatchLoss
-    if isinstance(lessons, Lessons):
+    if isinstance(lessons, TrainingExamples):
         batch_loss = trainer.TextLoss(lessons, distill)
-    elif isinstance(lessons, QuestionLessons):
+    elif isinstance(lessons, SpanExamples):
         batch_loss = trainer.QuestionLoss(lessons, distill, takes_types(model))
-    elif hiding is None:
+    elif masking is None:
         batch_loss = trainer.BlockLoss(lessons, distill, vocab_size, bf16)
     else:
-        batch_loss = trainer.MaskedLoss(lessons, distill, vocab_size, bf16, hiding, seed)
+        batch_loss = trainer.MaskedLoss(lessons, distill, vocab_size, bf16, masking, seed)
     with tempfile.TemporaryDirectory() as scratch:
-        loop = trainer.LessonTrainer(
+        loop = trainer.ExampleTrainer(
             model,
             lessons.tokens,
             batch_loss,
@@ -95,7 +95,7 @@ def fit(
             head=head,
             meter=meter,
             proximal=proximal,
-            tick=tick,
+            on_step=on_step,
         )
         loop.train()
     curve = [(int(e["step"]), float(e["loss"])) for e in loop.state.log_history if "loss" in e]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from feddistill.modelio.passages import NOWHERE, Page
+from feddistill.modelio.passages import NOWHERE, QAWindow
 from feddistill.store.logit_files import Chained, TopKFile
 from feddistill.training.blocks import NOT_TAUGHT
 from feddistill.types import NO_LABEL, Span
@@ -24,10 +24,10 @@ NO_ANSWER = 0
 
 
 @dataclass(frozen=True, slots=True)
-class QuestionLessons:
+class SpanExamples:
     """What is to be learned."""
 
-    pages: Sequence[Page]
+    pages: Sequence[QAWindow]
     labels: Tensor
     """``[N, 2]``, the first and the last token of the answer; ``NO_LABEL`` where it is not known, or not
     read."""
@@ -53,7 +53,7 @@ def ids_of(right: Sequence[Span] | None) -> tuple[int, int]:
     return (right[0][0] + 1, right[0][1]) if right else (NO_ANSWER, NO_ANSWER)
 
 
-def places_of(pages: Sequence[Page], right: Sequence[Sequence[Span] | None]) -> Tensor:
+def places_of(pages: Sequence[QAWindow], right: Sequence[Sequence[Span] | None]) -> Tensor:
     """``[N, 2]`` labels of pages whose answers are known, or ``None``."""
     found = torch.full((len(pages), 2), NO_LABEL)
     for row, (page, spans) in enumerate(zip(pages, right, strict=True)):
@@ -63,7 +63,7 @@ def places_of(pages: Sequence[Page], right: Sequence[Sequence[Span] | None]) -> 
     return found
 
 
-def said_of_tokens(rows: TopK, page: Page) -> Tensor:
+def said_of_tokens(rows: TopK, page: QAWindow) -> Tensor:
     """Log-probabilities ``[2, T]``, float32, of two rows over characters; ``NEVER`` where there is none.
 
     What is said of characters that are not read, and the tail, may be any of the tokens.
@@ -81,7 +81,7 @@ def said_of_tokens(rows: TopK, page: Page) -> Tensor:
     return torch.from_numpy(np.where(found > 0, logs, NEVER).astype(np.float32))
 
 
-def hardened(lessons: QuestionLessons) -> QuestionLessons:
+def hardened(lessons: SpanExamples) -> SpanExamples:
     """The tokens that the teacher finds likeliest in the place of the labels of those it answers."""
     assert isinstance(lessons.teacher, TopK), "in memory"
     assert lessons.taught is not None, "which questions it answers"
@@ -89,22 +89,20 @@ def hardened(lessons: QuestionLessons) -> QuestionLessons:
     for row in (lessons.taught != NOT_TAUGHT).nonzero()[:, 0].tolist():
         pair = 2 * int(lessons.taught[row])
         labels[row] = said_of_tokens(lessons.teacher[pair : pair + 2], lessons.pages[row]).argmax(1)
-    return QuestionLessons(lessons.pages, labels)
+    return SpanExamples(lessons.pages, labels)
 
 
-def together(own: QuestionLessons, more: QuestionLessons) -> QuestionLessons:
+def together(own: SpanExamples, more: SpanExamples) -> SpanExamples:
     """Questions that only have labels, and then those of ``more``."""
     assert own.teacher is None, "one teacher"
     taught = None
     if more.taught is not None:
         taught = torch.cat([torch.full((len(own.pages),), NOT_TAUGHT), more.taught])
-    return QuestionLessons(
-        [*own.pages, *more.pages], torch.cat([own.labels, more.labels]), more.teacher, taught
-    )
+    return SpanExamples([*own.pages, *more.pages], torch.cat([own.labels, more.labels]), more.teacher, taught)
 
 
 def _tokens(
-    page: Page, ids: np.ndarray[tuple[int, ...], np.dtype[np.int64]]
+    page: QAWindow, ids: np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 ) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
     """``[2, n]`` ids of characters, of first ones and of last ones, as tokens."""
     found = np.stack([page.first(ids[0] - 1), page.last(ids[1] - 1)])

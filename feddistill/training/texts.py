@@ -14,7 +14,7 @@ from feddistill_kernels import distillation_loss
 
 
 @dataclass(frozen=True, slots=True)
-class Lessons:
+class TrainingExamples:
     """What is to be learned: ``N`` texts, each with a label, a teacher's answer, or both."""
 
     tokens: Sequence[Sequence[int]]
@@ -31,7 +31,7 @@ class Lessons:
         assert self.teacher is None or len(self.teacher) == len(self.labels), "an answer for each text"
 
 
-def lesson_loss(
+def example_loss(
     logits: Tensor,
     labels: Tensor,
     teacher: Tensor | None,

@@ -14,10 +14,10 @@ from feddistill.accounting import FlopMeter
 from feddistill.config.training import DistillConfig, TrainingConfig
 from feddistill.modelio.outputs import head_of, hidden_states, masked_states, span_logits
 from feddistill.modelio.padding import pad
-from feddistill.training import Lessons, lesson_loss
-from feddistill.training.blocks import NOT_TAUGHT, BlockLessons, Hiding, block_loss, rows_of
-from feddistill.training.spans import NEVER, QuestionLessons, said_of_tokens
-from feddistill.types import NO_LABEL, Tick
+from feddistill.training import TrainingExamples, example_loss
+from feddistill.training.blocks import NOT_TAUGHT, BlockExamples, Masking, block_loss, rows_of
+from feddistill.training.spans import NEVER, SpanExamples, said_of_tokens
+from feddistill.types import NO_LABEL, ProgressCallback
 
 
 def in_batches(lengths: list[int], batch_size: int, order: torch.Generator) -> LengthGroupedSampler:
@@ -75,11 +75,11 @@ class _Padding:
 
 
 class _Ticker(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
-    def __init__(self, tick: Tick):
-        self.tick = tick
+    def __init__(self, on_step: ProgressCallback):
+        self.on_step = on_step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.tick(state.global_step, state.max_steps)
+        self.on_step(state.global_step, state.max_steps)
 
 
 class _Averages(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
@@ -112,7 +112,7 @@ class BatchLoss(Protocol):
 class TextLoss:
     """Of texts that have one answer each."""
 
-    def __init__(self, lessons: Lessons, distill: DistillConfig | None):
+    def __init__(self, lessons: TrainingExamples, distill: DistillConfig | None):
         self.lessons, self.distill = lessons, distill
 
     def __call__(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
@@ -121,7 +121,7 @@ class TextLoss:
         device, rows = inputs["rows"].device, inputs["rows"].cpu()
         teacher = None if self.lessons.teacher is None else self.lessons.teacher[rows].to(device)
         taught = None if self.lessons.taught is None else self.lessons.taught[rows].to(device)
-        return lesson_loss(
+        return example_loss(
             outputs.logits, self.lessons.labels[rows].to(device), teacher, taught, self.distill
         )
 
@@ -129,7 +129,7 @@ class TextLoss:
 class QuestionLoss:
     """Of questions, whose answers begin at one token and end at another."""
 
-    def __init__(self, lessons: QuestionLessons, distill: DistillConfig | None, types: bool):
+    def __init__(self, lessons: SpanExamples, distill: DistillConfig | None, types: bool):
         self.lessons, self.distill, self.types = lessons, distill, types
 
     def __call__(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
@@ -156,7 +156,7 @@ class QuestionLoss:
         for at, page in enumerate(pages):
             chosen[at, 0, : len(page)] = torch.from_numpy(page.choices)
         logits = logits.masked_fill(~chosen.to(ids.device), NEVER)
-        return lesson_loss(
+        return example_loss(
             logits.flatten(0, 1), labels.flatten().to(ids.device), teacher, taught, self.distill
         )
 
@@ -164,7 +164,7 @@ class QuestionLoss:
 class BlockLoss:
     """Of blocks, whose every token is one to predict."""
 
-    def __init__(self, lessons: BlockLessons, distill: DistillConfig | None, vocab_size: int, bf16: bool):
+    def __init__(self, lessons: BlockExamples, distill: DistillConfig | None, vocab_size: int, bf16: bool):
         self.lessons, self.distill, self.vocab_size, self.bf16 = lessons, distill, vocab_size, bf16
 
     def __call__(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
@@ -215,15 +215,15 @@ class MaskedLoss(BlockLoss):
 
     def __init__(
         self,
-        lessons: BlockLessons,
+        lessons: BlockExamples,
         distill: DistillConfig | None,
         vocab_size: int,
         bf16: bool,
-        hiding: Hiding,
+        masking: Masking,
         seed: int,
     ):
         super().__init__(lessons, distill, vocab_size, bf16)
-        self.hiding = hiding
+        self.masking = masking
         self.random = torch.Generator().manual_seed(seed)
 
     def __call__(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
@@ -233,14 +233,14 @@ class MaskedLoss(BlockLoss):
         places, answers = places + 1, self._answers(rows)  # a row is about the token behind it
         asked = (torch.rand(len(blocks), generator=self.random) < 0.5)[places // ids.shape[1]]
         asked &= self._has_answers(answers, places // ids.shape[1], len(blocks))
-        drawn = torch.rand(len(rows), generator=self.random) < self.hiding.share
+        drawn = torch.rand(len(rows), generator=self.random) < self.masking.share
         learned = self.lessons.labels[rows] != NO_LABEL
         hidden = torch.where(asked, answers != NOT_TAUGHT, drawn & learned)
         if not hidden.any():  # few tokens, and none was drawn
             hidden[int(torch.randint(len(rows), (1,), generator=self.random))] = True
         shown = ids.flatten().clone()
         how = torch.rand(len(rows), generator=self.random)
-        shown[places[hidden & (asked | (how < 0.8))].to(ids.device)] = self.hiding.token
+        shown[places[hidden & (asked | (how < 0.8))].to(ids.device)] = self.masking.token
         other = hidden & ~asked & (how >= 0.9)
         drawn_ids = torch.randint(self.vocab_size, (int(other.sum()),), generator=self.random)
         shown[places[other].to(ids.device)] = drawn_ids.to(ids.device)
@@ -258,7 +258,7 @@ class MaskedLoss(BlockLoss):
         return count[block] > 0
 
 
-class LessonTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
+class ExampleTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
     """Trains ``model`` in place; see ``training.fit``."""
 
     def __init__(
@@ -273,14 +273,14 @@ class LessonTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         head: set[str],
         meter: FlopMeter,
         proximal: float,
-        tick: Tick | None,
+        on_step: ProgressCallback | None,
     ):
         super().__init__(
             model=model,
             args=args,
             train_dataset=_Rows(tokens),
             data_collator=_Padding(pad_id),
-            callbacks=[_Ticker(tick)] if tick else None,
+            callbacks=[_Ticker(on_step)] if on_step else None,
         )
         if config.ema:
             self.add_callback(_Averages(self._trained(), config.ema))

@@ -24,7 +24,7 @@ from federation import Federation, environment
 NAMES = ["client-0", "client-1", "client-2"]
 CONFIG = Path(__file__).with_name("tiny.yaml")
 RUN_SECONDS = 500
-PATIENCE = ("--connect", "240", "--reply", "240", "--attempts", "3")
+RETRY_POLICY = ("--connect", "240", "--reply", "240", "--attempts", "3")
 
 
 class Failed(Exception):
@@ -83,7 +83,7 @@ class Trial:
         return self.folder / f"run-{self.runs}"
 
     def begin(self, run: Path, *more: str) -> None:
-        self.federation.begin(self.config, "--out", run, *PATIENCE, *more)
+        self.federation.begin(self.config, "--out", run, *RETRY_POLICY, *more)
 
     def end(self, run: Path) -> None:
         """The run completes by itself."""
@@ -97,7 +97,7 @@ class Trial:
             raise Failed(f"status {status}: {self.federation.log('train')[-300:]}")
 
     def resume(self, run: Path) -> None:
-        done = self.federation.train("--resume", "--out", run, *PATIENCE, timeout=RUN_SECONDS)
+        done = self.federation.train("--resume", "--out", run, *RETRY_POLICY, timeout=RUN_SECONDS)
         if done.returncode != 0:
             raise Failed(f"resume: {(done.stdout + done.stderr)[-300:]}")
 

@@ -7,11 +7,11 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 from torch import Tensor
 
-from feddistill.engines.flower.records import of_task
+from feddistill.engines.flower.records import instruction_record
 from feddistill.engines.flower.transport import GridTransport
 from feddistill.errors import RoundError
-from feddistill.federation.protocol import Task
-from feddistill.server.clients import task_of
+from feddistill.federation.protocol import Instruction
+from feddistill.server.clients import instruction_for
 from feddistill.tasks.session import Average, Session
 from feddistill.types import Cost
 
@@ -26,14 +26,14 @@ class GridAverager:
         """See ``Averager``."""
         names = session.asked(number)
         quorum = session.config.aggregation.quorum or len(names)
-        patience = session.engine.patience
-        task = task_of(session, "average", number)
+        retry_policy = session.engine.retry_policy
+        instruction = instruction_for(session, "average", number)
         cost, uplink, downlink = Cost(), 0, 0
-        for _ in range(patience.attempts):  # who has trained already says so at once
-            nodes = self.transport.nodes(names, patience.connect)
-            strategy = _Strategy(task, nodes)
+        for _ in range(retry_policy.attempts):  # who has trained already says so at once
+            nodes = self.transport.nodes(names, retry_policy.connect)
+            strategy = _Strategy(instruction, nodes)
             result = strategy.start(
-                self.transport.grid, ArrayRecord(dict(weights)), num_rounds=1, timeout=patience.reply
+                self.transport.grid, ArrayRecord(dict(weights)), num_rounds=1, timeout=retry_policy.reply
             )
             uplink += strategy.uplink
             downlink += strategy.downlink
@@ -56,9 +56,9 @@ class GridAverager:
 class _Strategy(FedAvg):  # type: ignore[misc]  # Flower is untyped
     """Flower's arithmetic; our clients, by name, and a count of what travels."""
 
-    def __init__(self, task: Task, nodes: Mapping[str, int]):
+    def __init__(self, instruction: Instruction, nodes: Mapping[str, int]):
         super().__init__(fraction_evaluate=0.0, min_train_nodes=1, min_available_nodes=1)
-        self.task = task
+        self.task = instruction
         self.nodes = nodes
         self.answered: list[str] = []
         self.uplink = self.downlink = 0
@@ -68,7 +68,7 @@ class _Strategy(FedAvg):  # type: ignore[misc]  # Flower is untyped
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """To each client of the federation."""
-        record = of_task(self.task)
+        record = instruction_record(self.task)
         record[self.arrayrecord_key] = arrays
         self.downlink = size_of(arrays) * len(self.nodes)
         return list(self._construct_messages(record, list(self.nodes.values()), MessageType.TRAIN))

@@ -10,7 +10,7 @@ from pathlib import Path
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from feddistill.engines.flower.records import of_reply, of_weights, to_task
+from feddistill.engines.flower.records import of_weights, reply_record, to_instruction
 from feddistill.federation.protocol import Reply
 
 app = ClientApp()
@@ -19,13 +19,13 @@ app = ClientApp()
 @app.query("hello")
 def hello(message: Message, context: Context) -> Message:
     """Whose SuperNode this is."""
-    return Message(of_reply(Reply(_name(context))), reply_to=message)
+    return Message(reply_record(Reply(_name(context))), reply_to=message)
 
 
 @app.query("work")
 def work(message: Message, context: Context) -> Message:
     """Do what the server asks. Of what goes wrong only the type leaves: its text could hold private data."""
-    return Message(of_reply(_handle(message, context)), reply_to=message)
+    return Message(reply_record(_handle(message, context)), reply_to=message)
 
 
 @app.train()
@@ -53,7 +53,7 @@ def _handle(message: Message, context: Context) -> Reply:
         state = _state(context)
         file = settings.get("data")
         client = RemoteClient(name, state, Path(str(file)) if file else None, simulated)
-        return client.handle(to_task(message.content))
+        return client.handle(to_instruction(message.content))
     except Exception as error:
         _keep(context, error)
         return Reply(name, error=type(error).__name__)

@@ -24,8 +24,8 @@ from feddistill.config.data import AtClientsPartition
 from feddistill.engines.flower import keeper
 from feddistill.engines.flower.watch import OUTCOME, Watch
 from feddistill.errors import ConfigError, RunError
-from feddistill.federation.protocol import Patience
-from feddistill.progress import Show
+from feddistill.federation.protocol import RetryPolicy
+from feddistill.progress import Progress
 from feddistill.runs import experiment
 from feddistill.store.run_directory import RESULT, Json, RunDirectory, read_object
 
@@ -57,7 +57,13 @@ class Link:
 
 
 def train(
-    config: Config, out: Path, link: Link | None, *, resume: bool, patience: Patience, show: Show
+    config: Config,
+    out: Path,
+    link: Link | None,
+    *,
+    resume: bool,
+    retry_policy: RetryPolicy,
+    progress: Progress,
 ) -> Json:
     """A run over the SuperNodes that are connected to ``link``; without one, in Flower's simulation.
 
@@ -79,14 +85,14 @@ def train(
         _reach(link)
     if not resume:
         RunDirectory.check_free(out)
-    splits = experiment.check(config, show)
+    splits = experiment.check(config, progress)
     if link is None:
         with _folder() as folder, _superlink(folder) as (own, ended):
             federation = _resources(config, max(splits.places) + 1)
-            _run(config, out, folder, own, resume, patience, show, federation, ended)
+            _run(config, out, folder, own, resume, retry_policy, progress, federation, ended)
     else:
         with _folder() as folder:
-            _run(config, out, folder, link, resume, patience, show, None)
+            _run(config, out, folder, link, resume, retry_policy, progress, None)
     return read_object(out / RESULT)
 
 
@@ -139,8 +145,8 @@ def _run(
     folder: Path,
     link: Link,
     resume: bool,
-    patience: Patience,
-    show: Show,
+    retry_policy: RetryPolicy,
+    progress: Progress,
     federation: Mapping[str, Any] | None,
     ended: Callable[[], bool] = lambda: False,
 ) -> None:
@@ -159,13 +165,13 @@ def _run(
         "state": str(folder / "clients") if federation is None else str(out / "clients"),
         "engine": "flower" if federation is None else "flower-sim",
         "resume": resume,
-        "connect": patience.connect,
-        "reply": patience.reply,
-        "attempts": patience.attempts,
+        "connect": retry_policy.connect,
+        "reply": retry_policy.reply,
+        "attempts": retry_policy.attempts,
     }
     flower = _Cli(folder, link)
     run = flower.submit(told, federation)
-    watch = Watch(out, folder / "said.txt", show)
+    watch = Watch(out, folder / "said.txt", progress)
     try:
         status, asked = "", time.monotonic()
         while not status.startswith("finished"):

@@ -14,7 +14,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from safetensors.numpy import load, save
 
-from feddistill.federation.protocol import Reply, Task
+from feddistill.federation.protocol import Instruction, Reply
 
 BLOBS, FIELDS = "blobs", "fields"
 ARRAYS = "arrays"
@@ -30,22 +30,27 @@ FILES = 64 << 20
 """Bytes of a reply's files at the most."""
 
 
-def of_task(task: Task) -> RecordDict:
+def instruction_record(instruction: Instruction) -> RecordDict:
     """To be sent to a client."""
-    fields = {"kind": task.kind, "run": task.run, "round": task.round, "content": json.dumps(task.content)}
-    return _record(fields, task.blobs)
+    fields = {
+        "kind": instruction.kind,
+        "run": instruction.run,
+        "round": instruction.round,
+        "content": json.dumps(instruction.content),
+    }
+    return _record(fields, instruction.blobs)
 
 
-def to_task(content: RecordDict) -> Task:
+def to_instruction(content: RecordDict) -> Instruction:
     """As a client got it; weights of Flower's strategy are a file of safetensors."""
     fields, blobs = content[FIELDS], _blobs(content)
     if ARRAYS in content:
         weights = {name: array.numpy() for name, array in content[ARRAYS].items()}
         blobs[WEIGHTS] = save(weights)
-    return Task(fields["kind"], fields["run"], fields["round"], json.loads(fields["content"]), blobs)
+    return Instruction(fields["kind"], fields["run"], fields["round"], json.loads(fields["content"]), blobs)
 
 
-def of_reply(reply: Reply) -> RecordDict:
+def reply_record(reply: Reply) -> RecordDict:
     """To be sent to the server."""
     fields = {"client": reply.client, "content": json.dumps(reply.content), "error": reply.error or ""}
     return _record(fields, reply.blobs)

@@ -11,20 +11,20 @@ from flwr.serverapp import Grid, ServerApp
 from feddistill.engines.flower.transport import GridTransport
 from feddistill.engines.flower.watch import OUTCOME
 from feddistill.errors import ConfigError, FeddistillError
-from feddistill.federation.protocol import Patience
-from feddistill.progress import Quiet
+from feddistill.federation.protocol import RetryPolicy
+from feddistill.progress import NoProgress
 
 app = ServerApp()
 
 
-class Lines(Quiet):
+class Lines(NoProgress):
     """Leaves what is worth keeping to the command that started the run; prints it where Flower's own did."""
 
     def __init__(self, path: Path | None):
         self.path = path
 
     def say(self, line: str) -> None:
-        """See ``progress.Show``."""
+        """See ``progress.Progress``."""
         if self.path is None:
             print(line, flush=True)
             return
@@ -42,17 +42,19 @@ def main(grid: Grid, context: Context) -> None:
 
     told = context.run_config
     folder = Path(str(told["folder"])) if told["folder"] else None
-    show = Lines(folder / "said.txt" if folder else None)
-    patience = Patience(float(str(told["connect"])), float(str(told["reply"])), int(str(told["attempts"])))
+    progress = Lines(folder / "said.txt" if folder else None)
+    retry_policy = RetryPolicy(
+        float(str(told["connect"])), float(str(told["reply"])), int(str(told["attempts"]))
+    )
     outcome: dict[str, str] = {}
     try:
         file, out = _absolute(told, "config"), _absolute(told, "out")
         if told["cwd"]:
             os.chdir(str(told["cwd"]))
         config = configuration.load(file)
-        transport = GridTransport(grid, show)
-        engine = Engine(transport, str(told["engine"]), patience, GridAverager(transport))
-        experiment.run(config, out, resume=bool(told["resume"]), show=show, engine=engine)
+        transport = GridTransport(grid, progress)
+        engine = Engine(transport, str(told["engine"]), retry_policy, GridAverager(transport))
+        experiment.run(config, out, resume=bool(told["resume"]), progress=progress, engine=engine)
     except FeddistillError as error:
         outcome = {"error": str(error)}
         raise

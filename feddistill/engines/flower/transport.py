@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from feddistill.engines.flower.records import of_task, to_reply
-from feddistill.federation.protocol import Reply, Task
-from feddistill.progress import Show
+from feddistill.engines.flower.records import instruction_record, to_reply
+from feddistill.federation.protocol import Instruction, Reply
+from feddistill.progress import Progress
 
 HELLO = f"{MessageType.QUERY}.hello"
 WORK = f"{MessageType.QUERY}.work"
@@ -22,9 +22,9 @@ class GridTransport:
 
     shares_run = False
 
-    def __init__(self, grid: Grid, show: Show, poll: float = 0.3):
+    def __init__(self, grid: Grid, progress: Progress, poll: float = 0.3):
         self.grid = grid
-        self.show = show
+        self.progress = progress
         self.poll = poll
         self._nodes: dict[str, int] = {}
         self._met: set[int] = set()
@@ -48,10 +48,10 @@ class GridTransport:
         """The SuperNodes of those of ``wanted`` that can be asked now."""
         return {name: self._nodes[name] for name in self.clients(wanted, wait)}
 
-    def ask(self, task: Task, clients: Sequence[str], timeout: float) -> Iterator[Reply]:
+    def ask(self, instruction: Instruction, clients: Sequence[str], timeout: float) -> Iterator[Reply]:
         """See ``Transport``."""
         nodes = {self._nodes[name]: name for name in clients}
-        for node, message in self._exchange(of_task(task), WORK, list(nodes), timeout):
+        for node, message in self._exchange(instruction_record(instruction), WORK, list(nodes), timeout):
             if message.has_error():
                 yield Reply(nodes[node], error=f"Flower's error {message.error.code}")
                 continue
@@ -72,16 +72,16 @@ class GridTransport:
             self._met.add(node)
             reply = _read(message)
             if reply is None:
-                self.show.say(f"SuperNode {node} does not say whose it is; it is not asked")
+                self.progress.log(f"SuperNode {node} does not say whose it is; it is not asked")
                 continue
             name, online = reply.client, set(self.grid.get_node_ids())
             other = self._nodes.get(name)
             if other is not None and other != node and other in online:
-                self.show.say(f"a second SuperNode says that it is {name}; it is not asked")
+                self.progress.log(f"a second SuperNode says that it is {name}; it is not asked")
                 continue
             before = next((known for known, at in self._nodes.items() if at == node), name)
             if before != name:
-                self.show.say(f"{before}'s SuperNode says that it is {name}; it is not asked as {name}")
+                self.progress.log(f"{before}'s SuperNode says that it is {name}; it is not asked as {name}")
                 continue
             self._nodes[name] = node
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.table import Table
 
 from feddistill.federation.journal import EVENTS
-from feddistill.progress import Show
+from feddistill.progress import Progress
 from feddistill.store.run_directory import Json
 
 OUTCOME = "outcome.json"
@@ -17,24 +17,24 @@ STATES = {"asked": "working", "replied": "done", "failed": "failed", "given_up":
 class Watch:
     """Reads what is new each time it is told to look."""
 
-    def __init__(self, out: Path, said: Path, show: Show):
-        self.events, self.said, self.show = out / EVENTS, said, show
+    def __init__(self, out: Path, said: Path, progress: Progress):
+        self.events, self.said, self.progress = out / EVENTS, said, progress
         self._at = {self.events: self.events.stat().st_size if self.events.exists() else 0}
         self.rows: dict[str, Json] = {}
 
     def look(self) -> None:
         """Show what was said, and each client's last state."""
         for line in self._new(self.said):
-            self.show.say(line)
+            self.progress.log(line)
         changed = False
         for line in self._new(self.events):
             changed = self._take(json.loads(line)) or changed
         if changed:
-            self.show.table(self.table())
+            self.progress.table(self.table())
 
     def close(self) -> None:
         """The table goes."""
-        self.show.table(None)
+        self.progress.table(None)
 
     def table(self) -> Table:
         """Clients in the order of their names."""
