@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from bench.rivals import BACKENDS, medians, rivals, written_by_hand
+from .rivals import BACKENDS, medians, rivals, written_by_hand
 
 LONG = 1 << 22
 NOISE = 1.05  # a kernel that hands over to eager's own operation is at times a few per cent slower
@@ -64,7 +64,7 @@ def bars(results: dict[str, Any]) -> Iterator[Bar]:
         yield from _never_slower(name, case)
 
 
-def said(held: Iterable[Bar]) -> Iterator[str]:
+def described(held: Iterable[Bar]) -> Iterator[str]:
     """A line a bar, and how many are missed."""
     missed = 0
     for bar in held:

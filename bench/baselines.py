@@ -14,9 +14,6 @@ from torch.nn import functional
 
 from feddistill_kernels import TeacherHead, TopK
 
-FAMILIES = ("eager", "compile", "liger", "cut_cross_entropy", "byzfl", "distillkit")
-"""Names that ``--compare`` knows."""
-
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """``torch.compile`` for these shapes alone, which is the best that it can do."""

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from bench.rivals import medians, rivals
+from .rivals import medians, rivals
 
 WIDTH = 7.6  # inches: a README's column at 100 dots an inch
 COLOURS = ["#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb", "#222222"]

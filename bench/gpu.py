@@ -68,9 +68,8 @@ def cases(step: str, quick: bool) -> list[Any]:
 
 def measure(step: str, out: Path, quick: bool, commit: str | None) -> int:
     """Measure a step's cases and add each to ``out``; 1 where one of ours fails."""
-    from bench.baselines import FAMILIES
     from bench.cases import Setup
-    from bench.rivals import BACKENDS
+    from bench.names import BACKENDS, FAMILIES
     from bench.run import run
 
     setup = Setup("cuda", frozenset(FAMILIES) - ({"compile"} if quick else set()))
@@ -95,8 +94,8 @@ def measure(step: str, out: Path, quick: bool, commit: str | None) -> int:
 
 def bars(out: Path) -> int:
     """Print how steps ended, a line a case and the bars; 1 where a step failed or a bar is missed."""
-    from bench.bars import bars as held
-    from bench.bars import said
+    from bench.bars import bars as requirements
+    from bench.bars import described
     from bench.rivals import medians, rivals
 
     found = record.load(out)
@@ -120,7 +119,7 @@ def bars(out: Path) -> int:
             if "failed" in entry
         ]
         print(f"{case['name']:66} {' '.join(cells)} {share:>7}  {'; '.join(filter(None, [others, *lost]))}")
-    *lines, missed = ["0 missed"] if found.get("quick") else said(held(found))
+    *lines, missed = ["0 missed"] if found.get("quick") else described(requirements(found))
     print(*lines, missed, sep="\n")
     steps = found.get("steps", [])
     for step in steps:

@@ -63,7 +63,13 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> tuple[str | None, bool | None]:
-    """The commit, and whether files that git knows were changed; ``None`` outside a clone."""
+    """The commit, and whether tracked files were changed; ``None`` if this file does not run from a clone.
+
+    An installed package may lie inside another repository, whose commit says nothing about it.
+    """
+    top = _git("rev-parse", "--show-toplevel")
+    if top is None or Path(top).resolve() != ROOT.resolve():
+        return None, None
     commit = _git("rev-parse", "HEAD")
     changes = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
     return commit, None if changes is None else bool(changes)

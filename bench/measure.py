@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.cases import FAMILY, Case, Setup
-from bench.timing import Clock, Contender, check_agreement, in_turns, peak_extra_bytes
 from feddistill_kernels import available_backends, use_backend
+
+from .cases import FAMILY, Case, Setup
+from .timing import Clock, Contender, check_agreement, in_turns, peak_extra_bytes
 
 # Relative error of what is computed in float32 and rounded to a dtype.
 TOLERANCE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 2e-2}

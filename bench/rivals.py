@@ -2,9 +2,8 @@
 
 from typing import Any
 
-PEERS = ("liger", "cut_cross_entropy", "byzfl", "distillkit")
-BACKENDS = ("native", "triton")
-"""Ours by the name of a backend, on a GPU."""
+from .names import BACKENDS, PEERS
+
 _OTHERS = {"ours", "products", "compile", *PEERS, *BACKENDS}
 
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from bench import machine, tables
-from bench.cases import Case, Setup
-from bench.measure import measure
-from bench.record import SCHEMA
-from bench.timing import clock, copying
+from . import machine, tables
+from .cases import Case, Setup
+from .measure import measure
+from .record import SCHEMA
+from .timing import clock, copying
 
 BOX = {"cpu": 2.0, "cuda": 0.4}
 """Seconds of a case; a GPU is steadier, and lent."""

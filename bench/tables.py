@@ -3,8 +3,8 @@
 import math
 from typing import Any
 
-from bench.bars import GPU
-from bench.rivals import medians, rivals
+from .bars import GPU
+from .rivals import medians, rivals
 
 HEAD = (
     f"{'':20} {'median ms':>10} {'quartiles ms':>19} {'x limit':>8} {'GB/s':>8} {'% copy':>7}"

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 import feddistill_kernels as fk
-from bench import baselines
-from bench.cases.case import DTYPES, FULL, HALF, Case, Setup, always, itemsize, more
-from bench.timing import Contender
+
+from .. import baselines
+from ..timing import Contender
+from .case import DTYPES, FULL, HALF, Case, Setup, always, itemsize, more
 
 REFERENCE = 8192 * 128256  # of so many numbers, from 8 clients, what is written by hand sorts for seconds
 _LONG = 1 << 22  # 17 MB a client in float32: five of them are more than a last-level cache holds

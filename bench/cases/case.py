@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import baselines
-from bench.timing import Contender
+from .. import baselines
+from ..timing import Contender
 
 TEMPERATURE = 2.0
 FULL, HALF = "float32", "bfloat16"

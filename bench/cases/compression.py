@@ -6,8 +6,10 @@ from functools import partial
 from torch import Tensor
 
 import feddistill_kernels as fk
-from bench import baselines
-from bench.cases.case import (
+
+from .. import baselines
+from ..timing import Contender
+from .case import (
     FULL,
     HALF,
     SMALL,
@@ -21,7 +23,6 @@ from bench.cases.case import (
     logits,
     written_by_hand,
 )
-from bench.timing import Contender
 
 
 def topk_compress(device: str) -> Iterator[Case]:

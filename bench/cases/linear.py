@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 import feddistill_kernels as fk
-from bench import baselines
-from bench.cases.case import (
+
+from .. import baselines
+from ..timing import Contender
+from .case import (
     DTYPES,
     FULL,
     HALF,
@@ -23,7 +25,6 @@ from bench.cases.case import (
     with_gradient,
     written_by_hand,
 )
-from bench.timing import Contender
 
 
 def linear_distillation_loss(device: str) -> Iterator[Case]:

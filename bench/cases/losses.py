@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 import feddistill_kernels as fk
-from bench import baselines
-from bench.cases.case import (
+
+from .. import baselines
+from ..timing import Contender
+from .case import (
     FULL,
     HALF,
     ROUGH,
@@ -28,7 +30,6 @@ from bench.cases.case import (
     with_gradient,
     written_by_hand,
 )
-from bench.timing import Contender
 
 
 def distillation_loss(device: str) -> Iterator[Case]:
