@@ -49,7 +49,7 @@ docs-results: setup
 # The committed figures of the kernels; then `make docs-results`.  Some ten minutes, on an idle machine.
 bench: setup
 	$(BIN)/python -m bench --out bench/results/cpu.json
-	$(BIN)/python -m bench --draw bench/results/cpu.json --check bench/results/cpu.json
+	$(BIN)/python -m bench --check bench/results/cpu.json
 
 clean:
 	rm -rf build dist $(VENV)

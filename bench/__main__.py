@@ -74,7 +74,8 @@ def results(ctx: click.Context, parameter: click.Parameter, path: Path | None) -
     metavar="FILE",
     type=click.Path(path_type=Path),
     callback=results,
-    help="Measure nothing; compare result file FILE with the required speeds. Exit status 1: one is missed.",
+    help="Measure nothing; compare the result file FILE with the required speeds. The exit status is 1 if "
+    "one is missed.",
 )
 def main(
     ops: tuple[str, ...],

@@ -91,31 +91,11 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join([*lines, "", note])
 
 
-def draw(found: dict[str, Any], path: Path) -> None:
-    """Memory and seconds a reply by the number of clients."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "feddistill"
-    from matplotlib import pyplot
-
-    cases = found["cases"]
-    counts = [case["clients"] for case in cases]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(8, 3))
-    left.plot(counts, [case["coordinator_peak_bytes"] / 1e6 for case in cases], "o-")
-    left.set(xlabel="clients", ylabel="coordinator's peak memory, MB", ylim=(0, None))
-    right.plot(counts, [case["seconds_a_reply"] for case in cases], "o-")
-    right.set(xlabel="clients", ylabel="seconds a reply", ylim=(0, None))
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None}, bbox_inches="tight")
-    pyplot.close(figure)
-
-
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--clients", "counts", type=int, multiple=True, default=COUNTS, show_default=True)
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), default=RESULT, show_default=True)
 def main(counts: Sequence[int], out: Path) -> None:
-    """Measure federations of several sizes; writes a result file and a plot."""
+    """Measure federations of several sizes and write a result file."""
     from importlib.metadata import version
 
     cases = []
@@ -125,7 +105,6 @@ def main(counts: Sequence[int], out: Path) -> None:
             click.echo(json.dumps(cases[-1]))
     found = {"schema": SCHEMA, **machine.describe("cpu"), "flower": version("flwr"), "cases": cases}
     out.write_text(json.dumps(found, indent=1) + "\n")
-    draw(found, out.with_suffix(".svg"))
     click.echo(table(found))
 
 
