@@ -1,4 +1,4 @@
-"""What a measurement was made on."""
+"""Describe the machine and software of a measurement."""
 
 import json
 import os
@@ -20,7 +20,7 @@ PACKAGES = ("torch", "triton", "numpy", "liger-kernel", "cut-cross-entropy", "by
 
 
 def describe(device: str) -> dict[str, object]:
-    """Machine, versions, build, commit and time, as they stand in a result file."""
+    """Machine, versions, build, commit and time, as stored in a result file."""
     commit, dirty = _commit()
     return {
         "machine": {
@@ -40,7 +40,7 @@ def describe(device: str) -> dict[str, object]:
 
 
 def publish(found: dict[str, Any], out: Path | None) -> None:
-    """Print what was found, and write it to a file."""
+    """Print the measurements and, with ``out``, write them to a file."""
     text = json.dumps(found, indent=1) + "\n"
     click.echo(text)
     if out:
@@ -55,7 +55,7 @@ def _cpu() -> str:
 
 
 def _version(package: str) -> str | None:
-    """Of an installed package; ``unknown`` for one that is only on the path."""
+    """Version of an installed package; ``unknown`` for one that is only on the path."""
     try:
         return version(package)
     except PackageNotFoundError:

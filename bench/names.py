@@ -1,4 +1,4 @@
-"""Names that the command line knows.  Importing them costs nothing: ``--help`` needs no PyTorch."""
+"""Choices of the command line.  This module imports nothing, so that ``--help`` is instant."""
 
 FAMILY = {
     "distillation_loss": "distillation",

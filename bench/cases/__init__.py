@@ -1,4 +1,4 @@
-"""What is measured, by operator."""
+"""The cases that are measured, by operator."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -27,7 +27,7 @@ OPERATORS: dict[str, tuple[Callable[[str], Iterator[Case]], ...]] = {
 
 
 def chosen(ops: Sequence[str], device: str, only: str = "", quick: bool = False) -> list[Case]:
-    """Cases whose names hold a text, on a device; with ``quick`` the first and smallest of each operator."""
+    """Cases on a device whose names contain ``only``; with ``quick``, an operator's first and smallest."""
     found = []
     for op in ops:
         cases = [case for make in OPERATORS[op] for case in make(device) if only in case.name]

@@ -26,7 +26,7 @@ from .case import (
 
 
 def topk_compress(device: str) -> Iterator[Case]:
-    """The logits are read; what is written is not worth counting."""
+    """Counted bytes: the logits are read; the output is negligible."""
     headlines = headline_shapes(device)
     if device == "cuda":
         grid = [(HALF, shape, 64) for shape in (*headlines, *SMALL[2:])]

@@ -28,7 +28,10 @@ from .case import (
 
 
 def linear_distillation_loss(device: str) -> Iterator[Case]:
-    """Hidden states, weights and the teacher are read, two gradients are written; three products or four."""
+    """Counted bytes: hidden states, weights and teacher are read, two gradients written.
+
+    The limit is the time of the matrix products: three, or four with a teacher head.
+    """
     dtype, rows, width, vocab = FULL, 2048, 768, 50257
     teachers: tuple[str, ...] = ("logits", "TopK", "labels")
     if device == "cuda":
@@ -86,7 +89,7 @@ def linear(
     eager = partial(baselines.linear_loss, teacher=teacher, temperature=TEMPERATURE, labels=labels)
     if dtype == FULL:
         found += written_by_hand(setup, FULL, eager, (hidden, weight), with_gradient, list)
-    else:  # the products in the inputs' dtype, the loss in float32
+    else:  # products in the inputs' dtype, the loss in float32
         if "eager" in setup.compare:
             found.append(Contender("eager", with_gradient(eager), pair, list))
         if compiler and "compile" in setup.compare:
