@@ -1,8 +1,8 @@
-"""``python -m bench.federation``: what one more client costs the server, in Flower's simulation.
+"""``python -m bench.federation``: cost of one more client for the server, in Flower's simulation.
 
-Federations of 25 to 200 tiny clients with the same texts each; a tenth of them is asked in each round. The
-coordinator's process holds one reply at a time: neither its memory nor its seconds for a reply may grow with
-the clients.
+Federations of 25 to 200 tiny clients with equally many texts; a tenth of the clients takes part in each
+round. The coordinator holds one reply at a time: neither its memory nor its seconds per reply may grow with
+the number of clients.
 """
 
 import json
@@ -48,7 +48,7 @@ def settings(clients: int) -> dict[str, Any]:
 
 
 def measure(clients: int, folder: Path) -> dict[str, Any]:
-    """One run, and what its journal and result say."""
+    """Run one federation; return the measurements from its journal and result."""
     config, out = folder / f"{clients}.yaml", folder / f"run-{clients}"
     config.write_text(yaml.safe_dump(settings(clients), sort_keys=False))
     program = Path(sys.executable).with_name("feddistill")
@@ -76,7 +76,7 @@ def measure(clients: int, folder: Path) -> dict[str, Any]:
 
 
 def table(found: dict[str, Any]) -> str:
-    """For a document."""
+    """Markdown table for the documentation."""
     lines = [
         "| clients | asked in a round | replies | seconds | seconds a reply | peak memory, MB |",
         "|--:|--:|--:|--:|--:|--:|",

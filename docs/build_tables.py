@@ -3,7 +3,7 @@
 python docs/build_tables.py                      rewrite what stands between the markers
 python docs/build_tables.py --check              say what differs, exit status 1
 python docs/build_tables.py --collect RUN ...    print the results of several runs as one file
-python docs/build_tables.py --study STUDY ...    copy the summaries of studies, and the plots that pages show
+python docs/build_tables.py --study STUDY ...    copy the summaries and plots of studies to docs/results
 """
 
 import csv
@@ -325,7 +325,7 @@ def take(folders: list[str]) -> None:
             shutil.copy(path, to)
         if not plots:
             print(f"no page shows a plot of {folder.name}: none was copied")
-        # No path of the machine: the base is named as in the study's own file.
+        # No absolute path: the base is named relative to the study's file, as the author wrote it.
         text = (folder / "study.yaml").read_text(encoding="utf-8")
         text = re.sub(r"^base: .*/examples/studies/", "base: ", text, flags=re.MULTILINE)
         (to / "study.yaml").write_text(text, encoding="utf-8")
