@@ -4,7 +4,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from .rivals import BACKENDS, medians, rivals, written_by_hand
+from .names import BACKENDS
+from .rivals import medians, rivals, written_by_hand
 
 LONG = 1 << 22
 NOISE = 1.05  # a kernel that calls eager's own operation is at times a few per cent slower

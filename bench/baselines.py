@@ -168,6 +168,7 @@ def liger(kind: str, temperature: float, device: str) -> Callable[[Tensor, Tenso
 
     def run(student: Tensor, teacher: Tensor) -> Tensor:
         a, b = (student / temperature).log_softmax(-1), (teacher / temperature).log_softmax(-1)
+        soft: Tensor
         if kind == "forward_kl":
             soft = liger_kl_div(a, b, reduction="batchmean", log_target=True)
         else:
@@ -188,7 +189,8 @@ def liger_linear(temperature: float, device: str) -> Callable[[Tensor, Tensor, T
     jsd = LigerFusedLinearJSD(jsd_beta=0.0, temperature=temperature)
 
     def run(hidden: Tensor, weight: Tensor, teacher: TeacherHead) -> Tensor:
-        return jsd(hidden, weight, teacher.hidden, teacher.weight, None) * temperature**2
+        soft: Tensor = jsd(hidden, weight, teacher.hidden, teacher.weight, None)
+        return soft * temperature**2
 
     return run
 
@@ -201,7 +203,8 @@ def cut_cross_entropy(device: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]
         return "its kernels need a GPU"
     from cut_cross_entropy import linear_cross_entropy
 
-    return linear_cross_entropy
+    run: Callable[[Tensor, Tensor, Tensor], Tensor] = linear_cross_entropy
+    return run
 
 
 def byzfl(rule: str, setting: int | None = None, elements: int = 0) -> Callable[[list[Tensor]], Tensor] | str:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from feddistill_kernels import available_backends, use_backend
 
-from .cases import FAMILY, Case, Setup
+from .cases import Case, Setup
+from .names import FAMILY
 from .timing import Clock, Contender, check_agreement, in_turns, peak_extra_bytes
 
 # Allowed relative error of a result that is computed in float32 and rounded to a dtype.
