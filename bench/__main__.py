@@ -138,4 +138,4 @@ def report(found: dict[str, Any]) -> int:
 
 
 if __name__ == "__main__":
-    main(prog_name="python -m bench")
+    main()

@@ -234,10 +234,11 @@ def test_a_wheel_holds_what_the_command_imports_and_nothing_else():
     ("arguments", "folder", "name"),
     [
         (["-m", "bench"], ROOT, "python -m bench"),
+        (["-m", "feddistill.bench"], "/", "python -m feddistill.bench"),
         (["-m", "feddistill.cli", "bench"], "/", "feddistill bench"),
     ],
 )
-def test_both_names_have_the_same_help(arguments, folder, name):
+def test_all_its_names_have_the_same_help(arguments, folder, name):
     done = subprocess.run(
         [sys.executable, *arguments, "--help"], cwd=folder, capture_output=True, text=True, check=False
     )
