@@ -1,4 +1,4 @@
-"""The result of ``bench.robustness`` as a table and as a heat map."""
+"""The result of ``bench.robustness`` as a table and a heat map."""
 
 from pathlib import Path
 from statistics import fmean
@@ -11,7 +11,7 @@ HONEST, ALONE, LYING = "ten honest", "the six honest alone", "2 second_best, 2 l
 
 
 def table(found: dict[str, Any]) -> str:
-    """For the documents: teachers under four liars of ten, and students."""
+    """Markdown tables: teachers with four attackers of ten, and students."""
     teachers, count = found["teacher_accuracy"], "4"
     attacks = [name for name in ATTACKS if name in teachers]
     lines = [
@@ -45,7 +45,7 @@ def _cell(values: list[float] | None) -> str:
 
 
 def draw(found: dict[str, Any], path: Path) -> Path:
-    """The heat map beside the result: rules by attacks, two and four liars of ten."""
+    """Write the heat map beside the result: rules by attacks, with two and four attackers of ten."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -61,7 +61,9 @@ def draw(found: dict[str, Any], path: Path) -> Path:
         ):
             columns = [(HONEST, "0"), *((name, count) for name in attacks)]
             grid = [[100 * fmean(teachers[name][f][key]) for name, f in columns] for key in keys]
-            axes.imshow(grid, cmap="cividis", vmin=0, vmax=80, aspect="auto")  # in any eye, and in grey
+            axes.imshow(
+                grid, cmap="cividis", vmin=0, vmax=80, aspect="auto"
+            )  # readable for colour-blind readers and in greyscale
             for y, row in enumerate(grid):
                 for x, value in enumerate(row):
                     ink = "white" if value < 40 else "black"

@@ -1,9 +1,9 @@
 """``python -m bench.robustness``: every rule against every attack, on the quickstart's own data and models.
 
-Ten clients train once for each seed. Then the first ``f`` of them lie: an attack makes something else of
-what they answered, the rule makes a teacher, and its accuracy is counted on the proxy texts whose labels the
-server does not have. For a few cells the student is trained as in the quickstart's first round, and counted
-on the test set. No setting was chosen by the test set.
+Ten clients train once for each seed. Then the first ``f`` of them are attackers: an attack replaces their
+answers, the rule aggregates a teacher, and its accuracy is measured on the proxy texts whose labels the
+server does not have. For a few cells a student is trained as in the quickstart's first round and evaluated on
+the test set. No setting was chosen on the test set.
 """
 
 import json
@@ -51,7 +51,7 @@ NAMES = tuple(f"client-{index}" for index in range(CLIENTS))
 
 @dataclass(frozen=True)
 class Defence:
-    """A rule, and what goes with it."""
+    """A rule, optionally with nearest-neighbour mixing."""
 
     rule: Rule
     mix: int | None = None
@@ -60,7 +60,7 @@ class Defence:
         return {**self.rule.model_dump(mode="json"), **({} if self.mix is None else {"mix": self.mix})}
 
 
-# Every rule of the table, told to expect as many liars of ten as it can, but four at the most.
+# Settings of rules for the most attackers of ten that they tolerate, at most four.
 SETTINGS: dict[str, Rule] = {
     "trimmed_mean": TrimmedMean(trim=3),
     "krum": Krum(byzantine=3),
@@ -82,7 +82,7 @@ DEFENCES: dict[str, Defence] = {
     "expguard of median": Defence(ExpGuard(base=Median())),
 }
 MIXED = (SecondBest(clients=2), LeastLikely(clients=2))
-# Whose students are trained: the default, the quickstart's rule, and those that verify.
+# Defences whose students are trained: the default, the quickstart's rule, and those that verify.
 STUDENTS = {
     "mean_probs": (HONEST, LYING),
     "mean_probs, class_counts": (LYING,),
@@ -94,12 +94,12 @@ STUDENTS = {
 
 @dataclass(frozen=True)
 class World:
-    """One seed's clients, after they have learned."""
+    """The trained clients of one seed."""
 
     session: Session
     answers: tuple[Tensor, ...]
     truth: Tensor
-    """``[N]``, of all proxy texts; the server has a few of them."""
+    """Labels of all proxy texts, ``[N]``; the server has a few of them."""
     labels: Tensor
     descriptions: tuple[ClientDescription, ...]
 
@@ -111,7 +111,7 @@ def settings(seed: int) -> Config:
 
 
 def world(seed: int, folder: Path, answers: Path | None) -> World:
-    """Train ten honest clients, or read what they answered from ``answers``, and write it there."""
+    """Train ten honest clients and store their answers in ``answers``, or read them from there."""
     config = settings(seed)
     splits = data.load(config.data, seed)
     open_labels = config.data.proxy.model_copy(update={"labelled": len(splits.proxy)})
@@ -142,7 +142,7 @@ def world(seed: int, folder: Path, answers: Path | None) -> World:
 
 
 def attacked(found: World, attacks: Sequence[Attack], seed: int) -> list[Tensor]:
-    """All clients' answers, those of the liars after the attack."""
+    """All clients' answers, the attackers' after the attack."""
     lying = attackers(attacks, NAMES)
     honest = [a for a, name in zip(found.answers, NAMES, strict=True) if name not in lying]
     return [
@@ -154,7 +154,7 @@ def attacked(found: World, attacks: Sequence[Attack], seed: int) -> list[Tensor]
 
 
 def teacher(found: World, defence: Defence, answers: Sequence[Tensor], present: Sequence[int]) -> Tensor:
-    """Of the clients ``present``, as the quickstart's server makes it, but for sharpening."""
+    """Aggregate the answers of the clients ``present``, with the quickstart's sharpening."""
     read = [_reader(answers[index]) for index in present]
     known = RoundContext(
         names=tuple(NAMES[index] for index in present),
@@ -181,13 +181,13 @@ def _reader(answers: Tensor) -> Callable[[int, int], Tensor]:
 
 
 def accuracy(found: World, log_probs: Tensor) -> float:
-    """On the proxy texts whose labels the server does not have."""
+    """Teacher's accuracy on the proxy texts whose labels the server does not have."""
     hidden = found.labels < 0
     return round(float((log_probs.argmax(-1) == found.truth)[hidden].float().mean()), 4)
 
 
 def student_accuracy(found: World, learner: Learner, log_probs: Tensor) -> float:
-    """On the test set, after the quickstart's first round."""
+    """Student's accuracy on the test set after the quickstart's first round."""
     config, proxy = found.session.config, found.session.splits.proxy
     learner.reset()
     learner.fit(
@@ -201,7 +201,7 @@ def student_accuracy(found: World, learner: Learner, log_probs: Tensor) -> float
 
 
 def cases() -> Iterator[tuple[str, int, tuple[Attack, ...]]]:
-    """Name, number of liars, attacks."""
+    """Name, number of attackers, attacks."""
     yield HONEST, 0, ()
     for name, attack in ATTACKS.items():
         for count in LIARS:
@@ -210,7 +210,7 @@ def cases() -> Iterator[tuple[str, int, tuple[Attack, ...]]]:
 
 
 def measure(seeds: Sequence[int], answers: Path | None, students: bool) -> dict[str, Any]:
-    """The whole table."""
+    """Measure all cells."""
     teachers: dict[str, dict[str, dict[str, list[float]]]] = {}
     trained: dict[str, dict[str, list[float]]] = {}
     seconds = []
@@ -265,12 +265,14 @@ def measure(seeds: Sequence[int], answers: Path | None, students: bool) -> dict[
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), default=RESULT, show_default=True)
 @click.option("--seed", "seeds", type=int, multiple=True, default=SEEDS, show_default=True)
 @click.option(
-    "--answers", type=click.Path(file_okay=False, path_type=Path), help="Keep the clients' answers here."
+    "--answers",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder to store the clients' answers in, and to reuse them from.",
 )
-@click.option("--students/--no-students", default=True, help="Whether the cells with students are trained.")
-@click.option("--redraw", is_flag=True, help="Only draw what --out holds.")
+@click.option("--students/--no-students", default=True, help="Also train the students.")
+@click.option("--redraw", is_flag=True, help="Measure nothing; plot the result file --out.")
 def main(out: Path, seeds: tuple[int, ...], answers: Path | None, students: bool, redraw: bool) -> None:
-    """Rules against attacks on the quickstart's data: a result file, a heat map, a table."""
+    """Measure rules against attacks on the quickstart's data; write a result file, a heat map and a table."""
     if not redraw:
         torch.set_num_threads(1)  # the answers, and so the table, depend on it
         out.write_text(json.dumps(measure(seeds, answers, students), indent=1) + "\n", encoding="utf-8")

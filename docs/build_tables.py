@@ -3,7 +3,7 @@
 python docs/build_tables.py                      rewrite what stands between the markers
 python docs/build_tables.py --check              say what differs, exit status 1
 python docs/build_tables.py --collect RUN ...    print the results of several runs as one file
-python docs/build_tables.py --study STUDY ...    take the summaries and figures of studies into docs/results
+python docs/build_tables.py --study STUDY ...    copy the summaries and plots of studies to docs/results
 """
 
 import csv
@@ -307,14 +307,26 @@ def _accuracy(row: dict[str, str] | None) -> str:
     return f"{100 * float(row['accuracy']):.1f}{spread}"
 
 
+def shown(name: str) -> list[str]:
+    """Names of the plots of a study that a page shows."""
+    pages = [page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").rglob("*.md"))]
+    return sorted(set(re.findall(rf"\bresults/{re.escape(name)}/([\w-]+\.svg)\)", "\n".join(pages))))
+
+
 def take(folders: list[str]) -> None:
-    """Summaries and figures of studies, as they are committed."""
+    """Copy a study's summaries, and those of its plots that a page shows, to where they are committed."""
     for folder in map(Path, folders):
-        to = RESULTS / folder.name
+        to, plots = RESULTS / folder.name, shown(folder.name)
         to.mkdir(parents=True, exist_ok=True)
-        for path in (folder / "summary.csv", folder / "runs.csv", *(folder / "figures").glob("*.svg")):
+        for path in (
+            folder / "summary.csv",
+            folder / "runs.csv",
+            *(folder / "figures" / name for name in plots),
+        ):
             shutil.copy(path, to)
-        # Where it stood when it ran is nobody's business: the base is named as the study's own file names it.
+        if not plots:
+            print(f"no page shows a plot of {folder.name}: none was copied")
+        # No absolute path: the base is named relative to the study's file, as the author wrote it.
         text = (folder / "study.yaml").read_text(encoding="utf-8")
         text = re.sub(r"^base: .*/examples/studies/", "base: ", text, flags=re.MULTILINE)
         (to / "study.yaml").write_text(text, encoding="utf-8")

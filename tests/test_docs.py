@@ -1,5 +1,6 @@
 """What the documents say is so."""
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -38,6 +39,40 @@ def test_paths_in_the_pages_exist(page):
     )
     missing = {path for path in named if not (ROOT / path).exists()}
     assert not missing
+
+
+def test_committed_plots_are_those_that_pages_show():
+    shown = {
+        (page.parent / name).resolve()
+        for page in PAGES
+        for name in re.findall(r"\]\(([^)\s]+\.svg)\)", page.read_text())
+    }
+    assert shown == {path for name in ("docs", "bench") for path in (ROOT / name).rglob("*.svg")}
+
+
+def test_a_study_is_taken_with_the_plots_that_a_page_shows(tmp_path, monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location("build_tables", ROOT / "docs" / "build_tables.py")
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    page = tmp_path / "docs" / "studies" / "mine.md"
+    page.parent.mkdir(parents=True)
+    page.write_text("![Accuracy by round](../results/mine/rounds.svg)")
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    monkeypatch.setattr(tables, "RESULTS", tmp_path / "docs" / "results")
+    for name in ("mine", "other"):
+        folder = tmp_path / "runs" / name
+        (folder / "figures").mkdir(parents=True)
+        for file in ("figures/grid.svg", "figures/rounds.svg", "summary.csv", "runs.csv"):
+            (folder / file).write_text("x")
+        (folder / "study.yaml").write_text("base: /somewhere/examples/studies/../quickstart.yaml")
+    tables.take([str(tmp_path / "runs" / name) for name in ("mine", "other")])
+    taken = {str(path.relative_to(tables.RESULTS)) for path in tables.RESULTS.rglob("*.*")}
+    summaries = {
+        f"{name}/{file}" for name in ("mine", "other") for file in ("summary.csv", "runs.csv", "study.yaml")
+    }
+    assert taken == {"mine/rounds.svg", *summaries}
+    assert (tables.RESULTS / "mine" / "study.yaml").read_text() == "base: ../quickstart.yaml"
+    assert capsys.readouterr().out == "no page shows a plot of other: none was copied\n"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
