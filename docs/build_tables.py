@@ -126,7 +126,7 @@ def rules() -> str:
     from feddistill.rules import RULES
 
     lines = [
-        "| rule | teacher | liars of ten | range | needs | secure sums |",
+        "| rule | teacher | Byzantine of ten | range | needs | secure sums |",
         "|---|---|---|---|---|---|",
     ]
     for name, kind in RULES.items():
@@ -212,7 +212,7 @@ def scale() -> str:
 def faults() -> str:
     """What became of a federation, from ``python -m tests.engines.faults``."""
     found = json.loads((RESULTS / "faults.json").read_text())
-    lines = ["| what was done | what came of it | seconds |", "|---|---|--:|"]
+    lines = ["| fault | outcome | seconds |", "|---|---|--:|"]
     lines += [f"| {c['case'].replace('_', ' ')} | {c['outcome']} | {c['seconds']} |" for c in found]
     return "\n".join(lines)
 
