@@ -54,7 +54,7 @@ class MeanProbs(Weighted):
 
 
 class MeanLogits(Weighted):
-    """``q ~ exp(sum_k w_k log p_k)``: the normalised geometric mean, the proposal's formula.
+    """``q ~ exp(sum_k w_k log p_k)``: the normalised geometric mean of the clients' distributions.
 
     One client that is sure a class is wrong vetoes it, so under label skew it is the weakest mean. The
     floor bounds the veto: no log-probability counts as less than ``-floor``.
