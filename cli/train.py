@@ -32,9 +32,15 @@ import click
     help="Engine flower: whom to trust.",
 )
 @click.option(
-    "--connect", default=600.0, show_default=True, help="Flower: seconds to wait for clients to connect."
+    "--connect-timeout",
+    "connect",
+    default=600.0,
+    show_default=True,
+    help="Flower: seconds to wait for clients to connect.",
 )
-@click.option("--reply", default=3600.0, show_default=True, help="Flower: seconds to wait for a reply.")
+@click.option(
+    "--reply-timeout", "reply", default=3600.0, show_default=True, help="Flower: seconds to wait for a reply."
+)
 @click.option("--attempts", default=3, show_default=True, help="Flower: how often a client is asked.")
 def train(
     config: Path | None,
@@ -67,7 +73,11 @@ def train(
     if resume and out is None:
         raise ConfigError("--resume needs --out DIR: the run to go on with")
     stored = resume and config is None and out is not None
-    settings = configuration.load(out / "config.yaml" if stored and out else config, overrides)
+    settings = (
+        configuration.load_stored(out / "config.yaml", overrides)
+        if stored and out
+        else configuration.load(config, overrides)
+    )
 
     from feddistill.progress import NoProgress, TerminalProgress
     from feddistill.store.run_directory import free

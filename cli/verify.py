@@ -8,7 +8,8 @@ import click
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option(
-    "--kept",
+    "--client-folder",
+    "kept",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="A client's own folder: check that RUN (or its ledger.json) tells what this client has seen.",
 )

@@ -164,8 +164,8 @@ def test_what_a_language_model_writes_is_an_answer(tiny_causal, tmp_path, versio
         asked.extend(student.tokenizer.decode(prompt) for prompt in prompts)
         return said
 
-    monkeypatch.setattr(benchmarks, "generate", generate)
-    monkeypatch.setattr(benchmarks, "ANSWER_TOKENS", 4)  # the model reads 64 in all
+    monkeypatch.setattr("feddistill.benchmarks.run.generate", generate)
+    monkeypatch.setattr("feddistill.benchmarks.run.ANSWER_TOKENS", 4)  # the model reads 64 in all
     found = evaluate(tiny_causal, "--benchmark", "squad_v2" if version == 2 else "squad", "--path", folder)
     given = [text if version == 1 or "answerable" not in text else "" for text in said]
     assert (found["exact_match"], found["f1"]) == pytest.approx(official(given, golds, version), abs=1e-5)
@@ -299,8 +299,8 @@ def test_a_long_prompt_loses_the_end_of_its_passage_and_nothing_else(tiny_causal
 @pytest.mark.skipif(find_spec("rouge_score") is None or find_spec("sacrebleu") is None, reason="extra eval")
 def test_summaries_are_measured_by_their_packages(tiny_causal, tmp_path, monkeypatch):
     given = ["a tower stands in Paris", "tall towers"]
-    monkeypatch.setattr(benchmarks, "generate", lambda *_, **__: given)
-    monkeypatch.setattr(benchmarks, "SUMMARY_TOKENS", 20)
+    monkeypatch.setattr("feddistill.benchmarks.run.generate", lambda *_, **__: given)
+    monkeypatch.setattr("feddistill.benchmarks.run.SUMMARY_TOKENS", 20)
     found = evaluate(tiny_causal, "--benchmark", "cnn_dailymail", "--path", hub.news(tmp_path))
     # ROUGE-1 by hand, stemmed: all five words; of "the tower is tall" two of four.
     assert found["rouge1"] == pytest.approx((1 + 2 * (1 * 0.5) / 1.5) / 2, abs=1e-6)

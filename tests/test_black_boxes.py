@@ -18,7 +18,7 @@ from feddistill.config import digest, parse
 from feddistill.config.models import CallableModel, EndpointModel
 from feddistill.engines.remote import RemoteClient
 from feddistill.errors import ConfigError, ModelError
-from feddistill.federation.protocol import Task
+from feddistill.federation.protocol import Instruction
 from feddistill.progress import NoProgress
 from feddistill.runs import experiment, plan
 from feddistill.server.rounds import request
@@ -264,7 +264,7 @@ def test_a_run_asks_everything_once_also_when_the_model_goes_away_meanwhile(spea
     blocks = [block for block in map(tuple, speaker.asked) if len(block) > black_box_trial(config)]
     assert len(blocks) > 20
     lost = len(blocks) - len(set(blocks))
-    assert lost < config.clients.answer_batch_size, (
+    assert lost < config.clients.eval_batch_size, (
         "what was said is kept: the batch that failed is asked again"
     )
     assert result["metrics"]["local_only"]
@@ -414,7 +414,7 @@ def test_what_cannot_be_asked_of_a_black_box(changes, words):
 def test_a_server_may_not_name_code_for_an_institution_to_call(speaker, tiny_causal, tmp_path):
     config = experiment.resolve(parse(settings(tiny_causal, called(tiny_causal))))
     content = {"config": config.model_dump(mode="json"), "labels": [], "execution": "0" * 16}
-    task = Task("describe", digest(config)[:16], 0, content)
+    task = Instruction("describe", digest(config)[:16], 0, content)
     with pytest.raises(ConfigError, match="named by the institution's own file"):
         RemoteClient("1790-1860", tmp_path).handle(task)
 

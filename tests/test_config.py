@@ -42,7 +42,10 @@ def test_the_digest_sees_every_setting():
         ),
         ("clients.evaluate=false", "baselines: local_only needs clients.evaluate, which is false"),
         ("aggregation.quorum=5", "aggregation.quorum = 5 exceeds the 4 clients"),
-        ("aggregation.mix=2", "aggregation.mix = 2 must be fewer than half of the 4 clients"),
+        (
+            "aggregation.nnm_byzantine=2",
+            "aggregation.nnm_byzantine = 2 must be fewer than half of the 4 clients",
+        ),
         (
             "aggregation.rule={kind: krum, byzantine: 1}",
             "aggregation.rule.byzantine = 1 needs at least 5 clients, there are 4",
@@ -76,7 +79,7 @@ def test_a_wrong_setting_is_named_as_it_was_written(override, message):
 
 
 def test_draws_want_the_mean_of_probabilities():
-    assert load(None, ("payload.codec=sampled",)).payload.draws == 50
+    assert load(None, ("payload.codec=sampled",)).payload.samples == 50
     with pytest.raises(ConfigError, match=r"aggregation\.rule must be mean_probs, not median"):
         load(None, ("payload.codec=sampled", "aggregation.rule=median"))
 

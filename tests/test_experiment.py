@@ -250,7 +250,7 @@ def test_the_last_teachers_are_replayed_in_as_many_steps(tiny_settings, tmp_path
         return fitted(model, lessons, *args, **more)
 
     monkeypatch.setattr(training, "fit", seen)
-    settings = {**tiny_settings, "rounds": 3, "baselines": [], "distill": {"replay": 1}}
+    settings = {**tiny_settings, "rounds": 3, "baselines": [], "distill": {"teacher_history": 1}}
     experiment.run(parse(settings), tmp_path / "run")
     rounds = tmp_path / "run" / "rounds"
     teachers = [load_file(rounds / f"00{n}" / "teacher.safetensors")["log_probs"] for n in (1, 2, 3)]
@@ -270,7 +270,7 @@ def test_top_k_answers_are_smaller_than_dense_ones_of_many_classes(tiny_settings
     "settings",
     [
         {"codec": "threshold", "k": 6, "epsilon": 0.05, "compression": "zstd"},
-        {"codec": "sampled", "draws": 5},
+        {"codec": "sampled", "samples": 5},
     ],
 )
 def test_every_codec_carries_a_run(settings, tiny_settings, tmp_path):
@@ -301,7 +301,7 @@ def test_every_weighting_runs(tiny_settings, tmp_path):
 def test_a_full_disk_is_one_clear_error(tiny_file, tmp_path):
     """A limit on file size stands for a full disk: writing a model's weights fails half-way."""
     code = (
-        "import resource, sys; from pathlib import Path; from feddistill import experiment; "
+        "import resource, sys; from pathlib import Path; from feddistill.runs import experiment; "
         "from feddistill.config import load; from feddistill.errors import RunError; "
         "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))\n"
         "try: experiment.run(load(Path(sys.argv[1])), Path(sys.argv[2]))\n"

@@ -13,11 +13,12 @@ from feddistill.client.in_process import LocalTransport
 from feddistill.config import parse
 from feddistill.engines.remote import RemoteClient
 from feddistill.errors import ConfigError, ModelError, RoundError
-from feddistill.federation.journal import EVENTS, METRICS
+from feddistill.federation.journal import EVENT_COUNTS
 from feddistill.federation.protocol import Reply
 from feddistill.methods.averaging import averaged
 from feddistill.runs import experiment
 from feddistill.server.clients import instruction_for
+from feddistill.store.layout import EVENTS
 from feddistill.store.run_directory import RunDirectory
 from feddistill.tasks.session import Average, Engine, Session
 from feddistill.types import Cost
@@ -399,7 +400,7 @@ def test_what_happened_is_written_down(config, tmp_path):
     assert {event["event"] for event in events} == {"asked", "replied", "failed"}
     failed = next(event for event in events if event["event"] == "failed")
     assert (failed["client"], failed["why"], failed["round"]) == ("client-1", "OSError", 1)
-    metrics = (tmp_path / "run" / METRICS).read_text()
+    metrics = (tmp_path / "run" / EVENT_COUNTS).read_text()
     assert 'feddistill_tasks_total{client="client-1",task="train"} 3' in metrics
     assert 'feddistill_failures_total{client="client-1",task="train"} 1' in metrics
     assert "# TYPE feddistill_received_bytes_total counter" in metrics

@@ -288,7 +288,7 @@ def test_a_killed_run_resumes_to_the_same_numbers(finished, tmp_path):
     code = """
 import os, signal, sys
 from pathlib import Path
-from feddistill import experiment
+from feddistill.runs import experiment
 from feddistill.config import load
 from feddistill.methods import wire
 from feddistill.methods.client import Crew
@@ -367,7 +367,7 @@ print(fingerprint(tokenizer_of(TrainedTokenizer(vocab_size=280), "s", texts)))
 
 @pytest.mark.parametrize("codec", ["threshold", "sampled"])
 def test_other_codecs_and_every_third_position(codec, tmp_path):
-    changes = {"payload": {"codec": codec}, "language": {"step": 3}, "rounds": 1, "baselines": []}
+    changes = {"payload": {"codec": codec}, "language": {"position_stride": 3}, "rounds": 1, "baselines": []}
     result = experiment.run(parse(tiny(**changes)), tmp_path / "run")
     spec = payload.parse_spec((tmp_path / "run/rounds/001/spec.json").read_bytes())
     config = parse(tiny(**changes))

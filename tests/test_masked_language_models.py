@@ -258,7 +258,7 @@ def test_answers_are_about_hidden_tokens(finished, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"language": {"step": 2}}, "language.step is for task = causal_lm"),
+        ({"language": {"position_stride": 2}}, "language.position_stride is for task = causal_lm"),
         ({"language": {"alignment": "mined"}}, "language.alignment is for task = causal_lm"),
         (
             {"aggregation": {"rule": "era"}},

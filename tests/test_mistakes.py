@@ -75,10 +75,10 @@ class TestStudies:
 
 
 def test_what_a_federation_costs_is_not_known_at_the_server(tiny_settings):
-    partition = {"kind": "at_clients", "names": ["north", "south"]}
+    partition = {"kind": "remote", "names": ["north", "south"]}
     raw = tiny_settings | {"baselines": [], "data": {**tiny_settings["data"], "partition": partition}}
     raw["data"].pop("private")
-    with pytest.raises(ConfigError, match="at_clients: what a run costs depends on texts that the clients"):
+    with pytest.raises(ConfigError, match="remote: what a run costs depends on texts that the clients"):
         plan.plan(parse(raw))
 
 
@@ -137,7 +137,7 @@ class TestTexts:
         test = question_fixtures.write(tmp_path / "test.jsonl", long)
         source = question_fixtures.source
         raw = {
-            "task": "reading",
+            "task": "question_answering",
             "rounds": 1,
             "data": {
                 "source": source(path),

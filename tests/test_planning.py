@@ -23,7 +23,7 @@ from feddistill.runs import experiment, plan
                 "fedfed",
             ]
         },
-        {"payload": {"codec": "sampled", "draws": 9}, "baselines": []},
+        {"payload": {"codec": "sampled", "samples": 9}, "baselines": []},
     ],
     ids=str,
 )

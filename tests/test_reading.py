@@ -69,7 +69,7 @@ def session_of(config, where):
 
 def test_clients_of_two_tokenizers_answer_and_a_student_learns(run):
     result = json.loads((run / "result.json").read_text())
-    assert result["task"] == "reading"
+    assert result["task"] == "question_answering"
     metrics = result["metrics"]
     for who in ("student", "public_only", "centralized", "fedavg"):
         assert 0 <= metrics[who]["exact_match"] <= metrics[who]["f1"] <= 1
@@ -168,8 +168,8 @@ def test_every_way_to_learn_from_a_teacher_runs(tmp_path, target, unanswerable):
             "training": {"epochs": 1},
             "codistillation": {"target": target, "examples": 5},
         },
-        "reading": {"unanswerable": unanswerable},
-        "distill": {"replay": 1},
+        "question_answering": {"allow_no_answer": unanswerable},
+        "distill": {"teacher_history": 1},
         "payload": {"shard_mib": 0.0005},
         "aggregation": {"rule": {"kind": "mean_probs", "weights": "verified"}},
     }
@@ -355,19 +355,22 @@ def test_answers_that_are_not_there_are_refused(answers, words):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"baselines": ["fedmd"]}, "baselines: fedmd is for classification, not for task = reading"),
+        (
+            {"baselines": ["fedmd"]},
+            "baselines: fedmd is for classification, not for task = question_answering",
+        ),
         ({"payload": {"codec": "dense"}}, "payload.codec = dense is for classification"),
         (
             {"aggregation": {"rule": {"kind": "mean_probs", "weights": "class_counts"}}},
-            "weights = class_counts is for classification, not for task = reading",
+            "weights = class_counts is for classification, not for task = question_answering",
         ),
         (
             {"student": {"model": {"freeze_embeddings": True, "freeze_layers": 1, "frozen_cache_mb": 9}}},
-            "student.model.frozen_cache_mb is not for task = reading",
+            "student.model.frozen_cache_mb is not for task = question_answering",
         ),
         (
             {"clients": {"models": [{"source": {"kind": "callable", "name": "a:b"}}]}},
-            "clients.models.0.source.kind = callable is not for task = reading",
+            "clients.models.0.source.kind = callable is not for task = question_answering",
         ),
         ({"simulate": {"attack": {"kind": "second_best", "clients": 1}}}, "simulate.attack is for classific"),
         (
@@ -384,11 +387,17 @@ def test_what_is_of_other_tasks_is_refused(changes, words):
 def test_questions_without_answers_need_a_setting(tmp_path):
     file = made.write(tmp_path / "all.jsonl", made.rows(60, unanswerable=True))
     config = parse(made.settings(file, sizes=(30, 12, 8, 8)))
-    with pytest.raises(ConfigError, match=r"has no answer, which reading\.unanswerable: true allows"):
+    with pytest.raises(
+        ConfigError, match=r"has no answer, which question_answering\.allow_no_answer: true allows"
+    ):
         experiment.run(config, tmp_path / "run")
     bare = {**made.BERT, "source": {**made.BERT["source"], "tokenizer": made.TRAINED}}
     clients = {"models": [bare]}
-    config = parse(made.settings(file, sizes=(30, 12, 8, 8), clients=clients, reading={"unanswerable": True}))
+    config = parse(
+        made.settings(
+            file, sizes=(30, 12, 8, 8), clients=clients, question_answering={"allow_no_answer": True}
+        )
+    )
     with pytest.raises(ModelError, match=r"clients\.models\.0: its tokenizer has no cls token"):
         experiment.run(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -397,7 +406,7 @@ def test_questions_without_answers_need_a_setting(tmp_path):
 def test_texts_that_are_no_questions_are_refused(file, tmp_path):
     raw = made.settings(file)
     plain = {**raw["data"]["source"], "question_column": None}
-    with pytest.raises(DataError, match=r"data\.source: task = reading asks of passages"):
+    with pytest.raises(DataError, match=r"data\.source: task = question_answering asks of passages"):
         experiment.run(parse({**raw, "data": {**raw["data"], "source": plain}}), tmp_path / "run")
     other = {**raw["data"]["source"], "answers_column": "golds"}
     with pytest.raises(DataError, match=r"data\.source: has no column of answers; answers_column names it"):

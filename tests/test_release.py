@@ -18,6 +18,7 @@ from feddistill.config.presets import PRESETS
 from feddistill.errors import ModelError, RunError
 from feddistill.metrics import classification
 from feddistill.models import causal
+from feddistill.payload.codecs import layout
 from feddistill.runs import experiment, trained_models
 
 TEXTS = ["a warm film and a bright scene", "a dull story", "noisy " * 40]
@@ -349,7 +350,7 @@ def test_a_run_of_language_models_has_the_figures_of_its_export(
 def test_a_tokenizer_is_not_trained_on_other_texts(language_run, tmp_path):
     changed = tmp_path / "changed"
     shutil.copytree(language_run, changed)
-    digests = json.loads((changed / experiment.DIGESTS).read_text())
-    (changed / experiment.DIGESTS).write_text(json.dumps({**digests, "data.proxy": "0"}))
+    digests = json.loads((changed / layout.DIGESTS).read_text())
+    (changed / layout.DIGESTS).write_text(json.dumps({**digests, "data.proxy": "0"}))
     with pytest.raises(RunError, match=r"data\.proxy is not what .* the data have changed"):
         release.export(changed, tmp_path / "student")

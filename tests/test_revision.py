@@ -11,7 +11,7 @@ from feddistill import payload
 from feddistill.config import parse
 from feddistill.errors import ConfigError, DataError, PayloadError, RunError
 from feddistill.runs import experiment, rerun, verify
-from feddistill.server.rounds import LEDGER
+from feddistill.store.layout import LEDGER
 
 
 def settings_of(tiny_settings, **changes):
@@ -92,7 +92,7 @@ def test_forget_equals_a_run_that_never_had_the_client(codistil, keep, tiny_sett
     experiment.run(parse(settings), tmp_path / "source")
     result = rerun.forget(tmp_path / "source", tmp_path / "without", ["client-1"])
 
-    settings["data"] = {**settings["data"], "absent": ["client-1"]}
+    settings["data"] = {**settings["data"], "exclude_clients": ["client-1"]}
     settings["aggregation"]["quorum"] = 2
     never = experiment.run(parse(settings), tmp_path / "never")
     assert teachers(tmp_path / "without") == teachers(tmp_path / "never")

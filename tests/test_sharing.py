@@ -10,6 +10,7 @@ from feddistill.config import parse
 from feddistill.runs import experiment, study, trained_models
 from feddistill.store.run_directory import read_object
 from feddistill.tasks import step_cache
+from feddistill.tasks.learner import Learner
 
 CHANGED = {
     "rounds": 2,
@@ -20,7 +21,7 @@ CHANGED = {
     "distill.kind": "jsd",
     "distill.temperature": 3,
     "distill.kd_weight": 0.9,
-    "distill.replay": 1,
+    "distill.teacher_history": 1,
     "clients.codistillation.examples": 10,
     "fedmd.digest_epochs": 2,
     "keep_checkpoints": "all",
@@ -87,13 +88,13 @@ def test_a_shared_step_does_not_depend_on_what_differs(beginning, more, whole, t
 
 def test_what_is_there_is_taken_over(whole, tiny_settings, tmp_path, monkeypatch):
     fitted = []
-    fit = experiment.federation.Learner.fit
+    fit = Learner.fit
 
     def counted(learner, *args, **more):
         fitted.append(learner.name)
         return fit(learner, *args, **more)
 
-    monkeypatch.setattr(experiment.federation.Learner, "fit", counted)
+    monkeypatch.setattr(Learner, "fit", counted)
     other = settings(tiny_settings, **{"distill.temperature": 4})
     result = experiment.run(other, tmp_path / "taking", shared=whole / "shared")
     assert fitted == ["student.model"]
@@ -127,7 +128,7 @@ def test_a_damaged_step_is_not_taken_over(whole, tiny_settings, tmp_path):
 
 def test_a_study_may_leave_no_weights(whole, tiny_settings, tmp_path):
     run = tmp_path / "run"
-    kept = {"rounds": 2, "keep_checkpoints": "none", "distill.accept": "always"}
+    kept = {"rounds": 2, "keep_checkpoints": "none", "distill.rollback": False}
     result = experiment.run(settings(tiny_settings, **kept), run, shared=whole / "shared")
     assert result["status"] == "complete"
     for place in ("alone", "baselines", "rounds/*/specialists", "rounds/*/student.safetensors"):

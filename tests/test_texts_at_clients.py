@@ -28,7 +28,7 @@ class TestTextsAtClients:
     @pytest.fixture
     def apart(self, config):
         raw = config.model_dump(mode="json")
-        raw["data"]["partition"] = {"kind": "at_clients", "names": list(NAMES)}
+        raw["data"]["partition"] = {"kind": "remote", "names": list(NAMES)}
         raw["aggregation"] = {"rule": {"kind": "mean_probs", "weights": "class_counts"}}
         return parse(raw)
 

@@ -132,7 +132,7 @@ def files(tiny_settings, tmp_path):
 
 def at_clients(brief, **partition):
     raw = brief.model_dump(mode="json")
-    raw["data"]["partition"] = {"kind": "at_clients", "names": list(NAMES), **partition}
+    raw["data"]["partition"] = {"kind": "remote", "names": list(NAMES), **partition}
     return parse(raw)
 
 
@@ -271,7 +271,7 @@ def test_a_quorum_too_small_for_the_rule_is_refused(tiny_settings):
         {"rule": {"kind": "krum", "byzantine": 1}, "quorum": 4},
         {"rule": {"kind": "trimmed_mean", "trim": 2}, "quorum": 4},
         {"rule": {"kind": "cronus", "byzantine": 2}, "quorum": 3},
-        {"mix": 2, "quorum": 4},
+        {"nnm_byzantine": 2, "quorum": 4},
     ):
         with pytest.raises(ConfigError, match=r"aggregation\.quorum = \d is too few: aggregation\."):
             parse(raw | {"aggregation": aggregation})

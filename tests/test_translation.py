@@ -23,7 +23,7 @@ from feddistill.runs import experiment
 from feddistill.store.logit_files import stacked
 from feddistill.store.run_directory import RunDirectory
 from feddistill.tasks.session import Session
-from feddistill.tasks.translation import Side, Tally, by_edit_distance, by_spans, needed, translate
+from feddistill.tasks.translation import Counts, Side, by_edit_distance, by_spans, needed, translate
 from feddistill.training.blocks import NOT_TAUGHT
 from feddistill.types import TextSet
 from feddistill_kernels import topk_compress
@@ -48,7 +48,7 @@ def of_two_tokenizers(**changes):
     clients = {
         "models": [GPT2, OTHER],
         "training": language_fixtures.TRAINING,
-        "answer_batch_size": 16,
+        "eval_batch_size": 16,
         "evaluate": False,
     }
     return parse(tiny(clients=clients, baselines=[], **changes))
@@ -169,7 +169,7 @@ def test_projected_answers_of_the_same_tokenizer_are_the_direct_ones(step, tmp_p
     rows = np.arange(theirs.blocks.rows)[step - 1 :: step]
     way = by_spans(theirs.vocabulary, mine.vocabulary, tmp_path)
     assert np.array_equal(needed(rows, mine, theirs), rows)
-    logits, tally = torch.randn(len(rows), 280) * 4, Tally()
+    logits, tally = torch.randn(len(rows), 280) * 4, Counts()
     pieces = [topk_compress(part, 64, id_order=False) for part in logits.split(4)]
     found = stacked(list(translate(pieces, rows, rows, theirs, mine, way, 5, tally)))
     wanted = topk_compress(logits, 5, id_order=False)
@@ -191,7 +191,7 @@ def test_what_is_projected_is_a_distribution(step, alignment, tmp_path):
     torch.manual_seed(0)
     mine, theirs = side_of(270, public_texts(), 9), side_of(290, public_texts(), 5)
     asked = np.arange(mine.blocks.rows)[step - 1 :: step]
-    rows, tally = needed(asked, mine, theirs), Tally()
+    rows, tally = needed(asked, mine, theirs), Counts()
     assert len(rows) <= theirs.blocks.rows
     assert (len(rows) == theirs.blocks.rows) == (step == 1)
     way = a_way(alignment, theirs, mine, tmp_path)

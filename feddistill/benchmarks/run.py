@@ -191,8 +191,8 @@ MEASURES: dict[tuple[Kind, Task], Measure] = {
     ("classification", "causal_lm"): _simple(classification.by_likelihood),
     ("choice", "causal_lm"): _simple(classification.by_choice),
     ("language", "causal_lm"): _language,
-    ("reading", "causal_lm"): _questions,
-    ("reading", "reading"): _passages,
+    ("question_answering", "causal_lm"): _questions,
+    ("question_answering", "question_answering"): _passages,
     ("summary", "causal_lm"): _summaries,
 }
 """By what is measured and what kind of model it is measured of."""

@@ -13,6 +13,7 @@ from feddistill.federation import answer_files, encoding
 from feddistill.federation.answer_files import draws
 from feddistill.payload.keys import PrivateKey
 from feddistill.seeds import generator
+from feddistill.store import layout
 from feddistill.store.run_directory import Json
 from feddistill.tasks.choose import learner_of
 from feddistill.tasks.learner import Learner, later
@@ -45,7 +46,7 @@ class Client:
         """Keep the newest weights, and those of the first round, from which a client alone goes on."""
         done = [n for n in range(2, number + 1) if self._has(self.step(n))]
         for earlier in done[:-1]:
-            self.session.run.remove(f"{self.step(earlier)}.safetensors")
+            self.session.run.remove(layout.tensors(self.step(earlier)))
 
     @property
     def _evaluates(self) -> bool:
@@ -71,7 +72,7 @@ class Client:
         The first is also the client's first round in the federation: there is no teacher yet.
         """
         return self.learner.step(
-            f"alone/{number:03d}/{self.name}",
+            layout.alone(number, self.name),
             f"{self.name} alone: segment {number}",
             start,
             lambda: self.learner.lessons(self.private),
@@ -82,7 +83,7 @@ class Client:
 
     def step(self, number: int) -> str:
         """The step that trains it in round ``number``; the first is also a client's that works alone."""
-        return f"rounds/{number:03d}/specialists/{self.name}" if number > 1 else f"alone/001/{self.name}"
+        return layout.specialist(number, self.name)
 
     def train(self, number: int, asked: RoundSpec | None) -> Json:
         """Round ``number``, from the weights of the last round that it took part in.
@@ -96,7 +97,7 @@ class Client:
         return self.learner.step(
             self.step(number),
             f"round {number}: {self.name} learns",
-            None if before is None else f"{self.step(before)}.safetensors",
+            None if before is None else layout.tensors(self.step(before)),
             lambda: self._lessons(number, asked),
             settings,
             steps=self._steps(number, settings),
@@ -110,7 +111,7 @@ class Client:
         ``attack`` changes the answers of a simulated attacker before they are sent. It needs all of them in
         memory; otherwise one shard is in memory at a time.
         """
-        run, name = self.session.run, f"rounds/{spec.round:03d}/payloads/{self.name}"
+        run, name = self.session.run, layout.answer(spec.round, self.name)
         if (record := run.done(name)) is not None:
             return record
         learner, proxy = self.learner, self.session.splits.proxy
@@ -143,7 +144,7 @@ class Client:
         return answer_files.store(run, name, spec, cost.cost, projection)
 
     def _answered_before(self, number: int) -> bool:
-        return any(self._has(f"rounds/{n:03d}/payloads/{self.name}") for n in range(1, number))
+        return any(self._has(layout.answer(n, self.name)) for n in range(1, number))
 
     def _lessons(self, number: int, asked: RoundSpec | None) -> Any:
         """Private texts with their labels and, co-distilling, proxy texts with the last teacher's answers."""
@@ -152,7 +153,7 @@ class Client:
         if not settings.enabled or asked is None:
             return own
         spec = encoding.feedback_spec(asked)
-        stored = answer_files.StoredAnswer(self.session.run, f"rounds/{asked.round:03d}/feedback", spec)
+        stored = answer_files.StoredAnswer(self.session.run, layout.feedback(asked.round), spec)
         stored.admit()
         random = generator(self.config.seed, "digest", number, self.name)
         chosen = np.sort(random.permutation(self.learner.proxy_examples())[: settings.examples])

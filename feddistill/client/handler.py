@@ -13,6 +13,7 @@ from feddistill.client.client import Client
 from feddistill.errors import ModelError
 from feddistill.federation import answer_files, encoding
 from feddistill.federation.protocol import Instruction, Reply
+from feddistill.store import layout
 from feddistill.store.run_directory import Json, RunDirectory
 from feddistill.tasks.choose import learner_of
 from feddistill.types import RoundSpec
@@ -71,7 +72,7 @@ class Handler:
         return {}, {}
 
     def _feedback(self, spec: RoundSpec) -> list[tuple[str, str]]:
-        return answer_files.files(f"rounds/{spec.round:03d}/feedback", spec)
+        return answer_files.files(layout.feedback(spec.round), spec)
 
     def _train(self, instruction: Instruction) -> tuple[Json, dict[str, bytes]]:
         before = instruction.content["asked"]
@@ -92,15 +93,15 @@ class Handler:
         """One shard: payload and envelope."""
         spec, shard = _spec(instruction.content["spec"]), int(instruction.content["shard"])
         attack = None if self.attack is None else self.attack(spec.round)
-        record = self.client.answer(spec, f"{self.client.step(spec.round)}.safetensors", attack)
-        run, step = self.client.session.run, f"rounds/{spec.round:03d}/payloads/{self.client.name}"
+        record = self.client.answer(spec, layout.tensors(self.client.step(spec.round)), attack)
+        run, step = self.client.session.run, layout.answer(spec.round, self.client.name)
         places = answer_files.files(step, spec)[shard]
         blobs = {part: run.read_bytes(place) for place, part in zip(places, PARTS, strict=True)}
         return {"shard": shard, "shards": record["shards"], "cost": record["cost"]}, blobs
 
     def _average(self, instruction: Instruction) -> tuple[Json, dict[str, bytes]]:
         """Train the student's architecture from the average, as ``fedavg`` wants it."""
-        session, step = self.client.session, f"baselines/fedavg/{instruction.round:03d}"
+        session, _step = self.client.session, layout.baseline("fedavg", instruction.round)
         learner = learner_of(session, session.config.student.model, "student.model")
         given = load(instruction.blobs["weights"])
         if {n: t.shape for n, t in given.items()} != {
@@ -108,7 +109,7 @@ class Handler:
         }:
             raise ModelError("these are not the weights of the student's architecture")
         learner.model.load_state_dict(given, strict=False)
-        start = f"{step}/start.safetensors"
+        start = layout.tensors(layout.baseline("fedavg", instruction.round, "start"))
         session.run.write(start, lambda path: models.save(learner.model, path))
         private, taught = self.client.private, learner.lessons
         record = local_update.trained_by(
@@ -117,7 +118,7 @@ class Handler:
         learner.restore(record["weights"])
         session.run.remove(start)
         for earlier in range(1, instruction.round):
-            session.run.remove(f"baselines/fedavg/{earlier:03d}")
+            session.run.remove(layout.baseline("fedavg", earlier))
         told = {"examples": len(private), "cost": record["costs"]["train"]}
         return told, {"weights": save(models.trained(learner.model))}
 

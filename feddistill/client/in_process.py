@@ -13,6 +13,7 @@ from feddistill.errors import PayloadError, RoundError
 from feddistill.federation import answer_files, encoding
 from feddistill.federation.protocol import Instruction, Reply
 from feddistill.seeds import derive
+from feddistill.store import layout
 from feddistill.tasks.session import Session
 
 
@@ -58,18 +59,18 @@ class LocalTransport:
         before = teacher = None
         if number > 1:
             before = self._said(name, 1)
-            path = self.session.run.path(f"rounds/{number - 1:03d}/teacher.safetensors")
+            path = self.session.run.path(layout.tensors(layout.teacher(number - 1)))
             teacher = load_file(path)["log_probs"]
         seed = derive(self.session.config.seed, "attack", number, name)
         return lambda own: attack(AttackContext(own, honest, seed, len(names), before, teacher))
 
     def _said(self, name: str, number: int) -> Tensor | None:
         """What ``name`` answered in a round, as the server reads it; ``None`` where it was refused."""
-        run, step = self.session.run, f"rounds/{number:03d}"
-        if run.done(f"{step}/payloads/{name}") is None:  # it was not asked
+        run, _step = self.session.run, layout.round_of(number)
+        if run.done(layout.answer(number, name)) is None:  # it was not asked
             return None
-        spec = payload.parse_spec(run.read_bytes(f"{step}/spec.json"))
-        stored = answer_files.StoredAnswer(run, f"{step}/payloads/{name}", spec)
+        spec = payload.parse_spec(run.read_bytes(layout.request(number)))
+        stored = answer_files.StoredAnswer(run, layout.answer(number, name), spec)
         try:
             stored.admit()
         except PayloadError:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from feddistill import training
+from feddistill.store import layout
 from feddistill.store.run_directory import Json
 from feddistill.tasks.learner import Learner, later
 from feddistill.tasks.session import Session
@@ -28,7 +29,7 @@ def trained_by(
         settings = later(settings, None, config.clients.codistillation.head_learning_rate)
     lessons = taught(private)
     return learner.step(
-        f"baselines/{name}/{number:03d}/clients/{private.name}",
+        layout.baseline(name, number, "clients", private.name),
         f"{name}: round {number}: {private.name} learns",
         start,
         lambda: lessons,

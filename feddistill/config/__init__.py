@@ -1,18 +1,34 @@
 """The configuration of a run: YAML, checked, with every default filled in."""
 
-from feddistill.config.load import differs, digest, dump, load, one_line, override, parse, texts, untied
+from feddistill.config.load import (
+    as_stored,
+    differs,
+    digest,
+    dump,
+    load,
+    load_stored,
+    one_line,
+    override,
+    parse,
+    parse_stored,
+    texts,
+    untied,
+)
 from feddistill.config.settings import QUICKSTART, Config
 
 __all__ = [
     "QUICKSTART",
     "Config",
+    "as_stored",
     "differs",
     "digest",
     "dump",
     "load",
+    "load_stored",
     "one_line",
     "override",
     "parse",
+    "parse_stored",
     "texts",
     "untied",
 ]

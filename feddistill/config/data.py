@@ -26,11 +26,11 @@ class Columns(Setting):
     source_column: str | None = None
     """Where each text is from; what ``partition: {kind: by_source}`` divides by."""
     prompt_column: str | None = None
-    """Of ``causal_lm``: what stands before each text, and need not be learned (``language.positions``)."""
+    """Column with the prompt before each text (``causal_lm``); see ``language.completion_only``."""
     question_column: str | None = None
-    """Of ``reading``: what is asked of each text, which is the passage."""
+    """Column with the question about each text, which is the passage (``question_answering``)."""
     answers_column: str = "answers"
-    """Of ``reading``, where there is one: the right answers in SQuAD's form, ``{text: [...], answer_start:
+    """Column with the answers (``question_answering``) in SQuAD's form, ``{text: [...], answer_start:
     [...]}``."""
 
     @model_validator(mode="after")
@@ -74,7 +74,7 @@ class PresetSource(Setting):
     @model_validator(mode="after")
     def _exists(self) -> Self:
         preset = presets.find(self.name)
-        if preset.kind not in ("classification", "language", "reading"):
+        if preset.kind not in ("classification", "language", "question_answering"):
             raise ConfigError(f"{self.name} has no texts to learn classes, language or answers from")
         if self.split not in preset.splits:
             raise ConfigError(f"{self.name} has no split {self.split!r}; it has {', '.join(preset.splits)}")
@@ -146,10 +146,10 @@ class GivenPartition(Setting):
     """Source by client name."""
 
 
-class AtClientsPartition(Setting):
+class RemotePartition(Setting):
     """Each client reads its own texts, where it is; the server has none of them (``docs/deployment.md``)."""
 
-    kind: Literal["at_clients"] = "at_clients"
+    kind: Literal["remote"] = "remote"
     names: tuple[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")], ...] = Field(min_length=1)
     """Who takes part."""
     keys: dict[str, Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]] = Field(default_factory=dict)
@@ -163,7 +163,7 @@ Partition = Annotated[
     | BySourcePartition
     | QuantityPartition
     | GivenPartition
-    | AtClientsPartition,
+    | RemotePartition,
     Field(discriminator="kind"),
 ]
 
@@ -181,9 +181,8 @@ class DataConfig(Setting):
     validation: Part = Part()
     test: Part = Part()
     partition: Partition = DirichletPartition()
-    absent: tuple[str, ...] = ()
-    """Clients of the partition that take no part, as ``client-2``; the others' texts are the same as with
-    them."""
+    exclude_clients: tuple[str, ...] = ()
+    """Clients to exclude, e.g. ``client-2``. The others keep the texts they would have had."""
     histogram_epsilon: float | None = Field(default=None, gt=0)
     """Laplace noise of scale ``1/epsilon`` on the class counts that clients report; ``null`` for none.
     In a simulation the noise is drawn from the run's seed, which the server knows: it shows the effect on

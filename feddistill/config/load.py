@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from feddistill.config.data import FileSource
+from feddistill.config.renamed import has_old_names, refuse, with_new_names, with_old_names
 from feddistill.config.settings import QUICKSTART, Config
 from feddistill.errors import ConfigError
 
@@ -21,7 +23,43 @@ def load(path: Path | None = None, overrides: tuple[str, ...] = ()) -> Config:
         ConfigError: The file is not YAML, or a setting is unknown, missing or out of range. The message
             names it as the user wrote it.
     """
-    source = path or QUICKSTART
+    raw = _read(path or QUICKSTART)
+    for text in overrides:
+        override(raw, text)
+    return parse(raw)
+
+
+def load_stored(path: Path, overrides: tuple[str, ...] = ()) -> Config:
+    """Read the ``config.yaml`` of a run, which may have the old names of settings.
+
+    Without ``overrides`` the configuration keeps these names: ``as_stored``, ``dump`` and ``digest`` give
+    what the run was started with.
+    """
+    raw = _read(path)
+    old = has_old_names(raw)
+    raw = with_new_names(raw) if old else raw
+    for text in overrides:
+        override(raw, text)
+    config = parse(raw)
+    config._old_names = old and not overrides
+    return config
+
+
+def parse_stored(raw: Mapping[str, Any]) -> Config:
+    """``parse`` for settings of a run that another process sends; they may have the old names."""
+    old = has_old_names(raw)
+    config = parse(with_new_names(raw) if old else dict(raw))
+    config._old_names = old
+    return config
+
+
+def as_stored(config: Config) -> dict[str, Any]:
+    """All settings as JSON has them, under the names that their run was started with."""
+    settings = config.model_dump(mode="json")
+    return with_old_names(settings) if config._old_names else settings
+
+
+def _read(source: Path) -> dict[str, Any]:
     try:
         raw = yaml.safe_load(source.read_text(encoding="utf-8"))
     except OSError as error:
@@ -31,9 +69,7 @@ def load(path: Path | None = None, overrides: tuple[str, ...] = ()) -> Config:
     raw = untied({} if raw is None else raw)
     if not isinstance(raw, dict):
         raise ConfigError(f"{source} must be a mapping of settings, got {type(raw).__name__}")
-    for text in overrides:
-        override(raw, text)
-    return parse(raw)
+    return raw
 
 
 def untied(raw: Any) -> Any:
@@ -44,7 +80,12 @@ def untied(raw: Any) -> Any:
 
 
 def parse(raw: dict[str, Any]) -> Config:
-    """Check a mapping of settings."""
+    """Check a mapping of settings.
+
+    Raises:
+        ConfigError: As ``load``; a setting with the name that it had before 0.1.0 is refused.
+    """
+    refuse(raw)
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
@@ -61,13 +102,13 @@ def texts(path: Path, columns: dict[str, str | None], name: str) -> FileSource:
 
 def dump(config: Config) -> str:
     """The configuration as YAML, every default filled in; ``load`` gives it back unchanged."""
-    text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    text: str = yaml.safe_dump(as_stored(config), sort_keys=False, allow_unicode=True)
     return text
 
 
 def digest(config: Config) -> str:
     """A hash of all settings."""
-    canonical = json.dumps(config.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    canonical = json.dumps(as_stored(config), sort_keys=True, separators=(",", ":"))
     return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()
 
 

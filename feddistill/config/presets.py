@@ -11,7 +11,7 @@ from typing import Literal
 
 from feddistill.errors import ConfigError
 
-Kind = Literal["classification", "choice", "reading", "language", "summary"]
+Kind = Literal["classification", "choice", "question_answering", "language", "summary"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,8 @@ class Preset:
 
     name: str
     kind: Kind
-    """``choice``: which text goes on; ``reading``: questions on a passage; ``language``: plain text."""
+    """``choice``: which text goes on; ``language``: plain text;
+    ``question_answering``: questions on a passage."""
     hub: str
     """The data set's name there."""
     subset: str | None
@@ -150,7 +151,7 @@ def _squad(version: int) -> Preset:
         ask = "Question: {question} (or say unanswerable)\n\nAnswer:"
     return Preset(
         name="squad" if version == 1 else "squad_v2",
-        kind="reading",
+        kind="question_answering",
         hub="rajpurkar/squad" if version == 1 else "rajpurkar/squad_v2",
         subset="plain_text" if version == 1 else "squad_v2",
         splits=("train", "validation"),

@@ -7,10 +7,10 @@ to know about it. Nothing else in the package reads files or the environment for
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from feddistill.aggregation.attacks import attackers
-from feddistill.config.data import AtClientsPartition, DataConfig
+from feddistill.config.data import DataConfig, RemotePartition
 from feddistill.config.methods import (
     METHODS,
     Baseline,
@@ -26,7 +26,7 @@ from feddistill.config.training import (
     DistillConfig,
     LanguageConfig,
     PayloadConfig,
-    ReadingConfig,
+    QuestionAnsweringConfig,
     SimulateConfig,
     StudentConfig,
 )
@@ -42,9 +42,9 @@ class Config(Setting):
 
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9_-]{1,64}$")
     """Names the default output directory."""
-    task: Literal["classification", "causal_lm", "masked_lm", "reading"] = "classification"
+    task: Literal["classification", "causal_lm", "masked_lm", "question_answering"] = "classification"
     """What is learned: a text's class, each next token, tokens that are hidden (``docs/language_models.md``),
-    or where the answer to a question stands in a passage (``docs/reading.md``)."""
+    or where the answer to a question stands in a passage (``docs/question_answering.md``)."""
     seed: int = Field(default=0, ge=0, lt=2**31)
     rounds: int = Field(default=3, ge=1, le=10_000)
     threads: int | None = Field(default=None, ge=1)
@@ -58,7 +58,7 @@ class Config(Setting):
     student: StudentConfig = StudentConfig()
     distill: DistillConfig = DistillConfig()
     language: LanguageConfig = LanguageConfig()
-    reading: ReadingConfig = ReadingConfig()
+    question_answering: QuestionAnsweringConfig = QuestionAnsweringConfig()
     simulate: SimulateConfig = SimulateConfig()
     baselines: tuple[Baseline, ...] = ()
     """What the student is compared with in the same run."""
@@ -69,6 +69,9 @@ class Config(Setting):
     keep_checkpoints: Literal["none", "last", "all"] = "last"
     """Whether the specialists of earlier rounds stay on disk. ``none``: nobody's weights do once the run is
     complete, the student's neither, as where a study wants figures alone."""
+
+    _old_names: bool = PrivateAttr(default=False)
+    """Of a run that was started before settings were renamed: see ``config.renamed``."""
 
     @model_validator(mode="before")
     @classmethod
@@ -82,13 +85,13 @@ class Config(Setting):
         clients = getattr(self.data.partition, "clients", None)
         if clients is not None:
             names = [f"client-{index}" for index in range(clients)]
-            present = [name for name in names if name not in self.data.absent]
+            present = [name for name in names if name not in self.data.exclude_clients]
             if not present:
-                raise ConfigError("data.absent names every client")
+                raise ConfigError("data.exclude_clients names every client")
             self._fits_clients(len(present))
             attackers(self.simulate.attack, present)
-        if isinstance(self.data.partition, AtClientsPartition):
-            self._fits_texts_at_clients(self.data.partition)
+        if isinstance(self.data.partition, RemotePartition):
+            self._fits_remote(self.data.partition)
         rule = self.aggregation.rule
         if self.payload.codec == "sampled" and rule.kind != "mean_probs":
             raise ConfigError(
@@ -137,19 +140,19 @@ class Config(Setting):
         for what, is_wrong in wrong.items():
             if is_wrong:
                 raise ConfigError(f"{what} is for classification, not for task = {self.task}")
-        if self.task == "reading":
+        if self.task == "question_answering":
             cached = {f"clients.models.{i}": model for i, model in enumerate(self.clients.models)}
             for name, model in {**cached, "student.model": self.student.model}.items():
                 if model.frozen_cache_mb:
-                    raise ConfigError(f"{name}.frozen_cache_mb is not for task = reading")
+                    raise ConfigError(f"{name}.frozen_cache_mb is not for task = question_answering")
 
     def _fits_language(self) -> None:
         """Labels there are always: the tokens."""
         if self.data.proxy.labelled:
             raise ConfigError(f"data.proxy.labelled is for classification, not for task = {self.task}")
-        if self.task == "masked_lm" and self.language.step != 1:
+        if self.task == "masked_lm" and self.language.position_stride != 1:
             raise ConfigError(
-                "language.step is for task = causal_lm; of masked_lm, language.masked says how many"
+                "language.position_stride is for task = causal_lm; masked_lm has language.mask_probability"
             )
         if self.task == "masked_lm" and self.language.alignment != "spans":
             raise ConfigError("language.alignment is for task = causal_lm; masked models share a tokenizer")
@@ -168,7 +171,7 @@ class Config(Setting):
                     raise ConfigError(
                         f"baselines: {baseline} trains the clients' models, but {name} is only asked"
                     )
-            if self.task in ("masked_lm", "reading"):
+            if self.task in ("masked_lm", "question_answering"):
                 raise ConfigError(f"{name}.source.kind = {model.source.kind} is not for task = {self.task}")
             if self.task == "classification" and model.source.kind == "endpoint":
                 raise ConfigError(f"{name}.source.kind = endpoint is for task = causal_lm")
@@ -182,20 +185,20 @@ class Config(Setting):
             raise ConfigError(f"clients.per_round = {asked}, but there are {clients} clients")
         self.aggregation.check(asked or clients)
 
-    def _fits_texts_at_clients(self, partition: AtClientsPartition) -> None:
+    def _fits_remote(self, partition: RemotePartition) -> None:
         """The server has nobody's private texts."""
         names, keys = partition.names, partition.keys
         if keys and set(keys) != set(names):
             odd = ", ".join(sorted(set(keys) ^ set(names)))
             raise ConfigError(f"data.partition.keys must name just those of data.partition.names: {odd}")
-        self._fits_clients(len([name for name in names if name not in self.data.absent]))
+        self._fits_clients(len([name for name in names if name not in self.data.exclude_clients]))
         private = [name for name in self.baselines if not METHODS[name].remote]
         if private:
             raise ConfigError(
                 f"baselines: {', '.join(private)} would need the private texts, which are at the clients"
             )
         if self.simulate.attack:
-            raise ConfigError("simulate.attack needs the clients in one process, not at_clients")
+            raise ConfigError("simulate.attack needs the clients in one process, not remote")
         if self.data.histogram_epsilon is not None:
             raise ConfigError("data.histogram_epsilon draws its noise from the run's seed: no protection")
         if len(set(names)) < len(names):

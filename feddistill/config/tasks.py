@@ -93,7 +93,7 @@ TASKS: dict[str, Task] = {
         row="hidden token",
         choices="tokens",
     ),
-    "reading": Task(
+    "question_answering": Task(
         figures=("f1", "exact_match"),
         shown={"f1": "F1", "exact_match": "exact match"},
         decides="f1",
@@ -110,7 +110,7 @@ LANGUAGE = ("causal_lm", "masked_lm")
 """Tasks whose classes are tokens."""
 
 
-COMPRESSED = (*LANGUAGE, "reading")
+COMPRESSED = (*LANGUAGE, "question_answering")
 """Tasks whose answers are too long to be dense."""
 
 
@@ -123,3 +123,8 @@ DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
     for task in COMPRESSED
 }
 """By task, defaults that are not the fields' own."""
+
+
+def task_named(stored: str) -> Task:
+    """The task that a result names; results from before 0.1.0 have ``reading`` for question answering."""
+    return TASKS["question_answering" if stored == "reading" else stored]

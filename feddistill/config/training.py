@@ -52,7 +52,7 @@ class ClientsConfig(Setting):
     training: TrainingConfig = TrainingConfig()
     """Of the first round, on private texts alone."""
     codistillation: Codistillation = Codistillation()
-    answer_batch_size: int = Field(default=128, ge=1)
+    eval_batch_size: int = Field(default=128, ge=1)
     """Texts (blocks) a forward pass when answering and evaluating."""
     per_round: int | None = Field(default=None, ge=1)
     """Clients that are asked in a round, drawn anew each time; ``null`` for all of them."""
@@ -66,12 +66,12 @@ class PayloadConfig(Setting):
     codec: Literal["dense", "topk", "threshold", "sampled"] = "dense"
     """``dense``: a byte for each of up to 256 classes (default of classification). ``topk``: ids and bytes of
     the ``k`` likeliest (default of ``causal_lm``).
-    ``threshold``: of these, those of at least ``epsilon``. ``sampled``: ``draws`` random ids, for means."""
+    ``threshold``: of these, those of at least ``epsilon``. ``sampled``: ``samples`` random ids, for means."""
     k: int = Field(default=16, ge=1, le=4096)
     """Entries a row of the ``topk`` codec, and at most of ``threshold``."""
     epsilon: float = Field(default=0.001, gt=0, lt=1)
     """Of ``threshold``: what is less likely joins the tail; rounded as probabilities are."""
-    draws: int = Field(default=50, ge=1, le=255)
+    samples: int = Field(default=50, ge=1, le=255)
     """Of ``sampled``: ids drawn for each row, with replacement."""
     compression: Literal["none", "zstd"] = "none"
     """``zstd`` needs the package zstandard."""
@@ -101,7 +101,7 @@ class AggregationConfig(Setting):
     rule: AnyRule = MeanProbs()
     sharpen: float = Field(default=1.0, gt=0)
     """``q ~ q**sharpen`` after the rule (enhanced ERA): 1 leaves the teacher as it is."""
-    mix: int | None = Field(default=None, ge=0)
+    nnm_byzantine: int | None = Field(default=None, ge=0)
     """Nearest-neighbour mixing before the rule: each client becomes the mean of the logits of those nearest
     to it, all but so many (Allouah et al., AISTATS 2023). ``null`` does not mix."""
     quorum: int | None = Field(default=None, ge=1)
@@ -122,9 +122,10 @@ class AggregationConfig(Setting):
     def fits(self, clients: int) -> None:
         """Raise ``ConfigError`` where no teacher can be made of the answers of so few clients."""
         self.rule.check(clients)
-        if self.mix is not None and 2 * self.mix >= clients:
+        if self.nnm_byzantine is not None and 2 * self.nnm_byzantine >= clients:
             raise ConfigError(
-                f"aggregation.mix = {self.mix} must be fewer than half of the {clients} clients"
+                f"aggregation.nnm_byzantine = {self.nnm_byzantine} must be fewer than half of the "
+                f"{clients} clients"
             )
 
 
@@ -136,23 +137,23 @@ def _several(value: Any) -> Any:
 class LanguageConfig(Setting):
     """Of the tasks ``causal_lm`` and ``masked_lm``."""
 
-    positions: Literal["every", "answer"] = "every"
-    """Tokens that are learned, answered and judged by: all, or those that are not of a prompt."""
-    step: int = Field(default=1, ge=1)
-    """Of these, every ``step``-th one of the proxy texts is answered; the others have their labels alone."""
-    masked: float = Field(default=0.15, gt=0, lt=1)
+    completion_only: bool = False
+    """True to learn, answer and evaluate the tokens of the completion alone, not those of the prompt."""
+    position_stride: int = Field(default=1, ge=1)
+    """Answer every n-th of these tokens of the proxy texts; the others have their labels alone."""
+    mask_probability: float = Field(default=0.15, gt=0, lt=1)
     """Of ``masked_lm``, the share of the tokens that are hidden."""
     alignment: Literal["spans", "mined"] = "spans"
     """How what is said in other tokens is said in the student's: by the bytes that tokens stand for, or, to
     compare with, by edit distances as FedMKT does."""
 
 
-class ReadingConfig(Setting):
-    """Of the task ``reading``."""
+class QuestionAnsweringConfig(Setting):
+    """Settings of the task ``question_answering``."""
 
-    unanswerable: bool = False
+    allow_no_answer: bool = False
     """Whether a question may have no answer in its passage, as in SQuAD 2.0. Tokenizers need a cls token."""
-    answer_tokens: int = Field(default=30, ge=1)
+    max_answer_tokens: int = Field(default=30, ge=1)
     """Tokens of the longest answer that a model is asked for when it is evaluated."""
 
 
@@ -177,10 +178,10 @@ class DistillConfig(Setting):
     kd_weight: float = Field(default=0.5, ge=0, le=1)
     """Weight of the divergence where a proxy text has a label; where it has none the weight is 1. In
     ``causal_lm`` the next token is the label."""
-    replay: int = Field(default=0, ge=0)
+    teacher_history: int = Field(default=0, ge=0)
     """Earlier rounds' teachers that the student learns from besides the newest, in as many steps."""
-    accept: Literal["improve", "always"] = "improve"
-    """Whether a round that makes the student worse on validation is rolled back before the next."""
+    rollback: bool = True
+    """Go back to the best student after a round that made it worse on validation."""
 
 
 class StudentConfig(Setting):

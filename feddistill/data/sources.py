@@ -161,7 +161,7 @@ def _hub(source: HubSource, name: str) -> Table:
 def _preset(source: PresetSource, name: str) -> Table:
     preset = presets.find(source.name)
     rows = benchmark.read(preset, source.split, source.path, source.revision, name)
-    if preset.kind == "reading":
+    if preset.kind == "question_answering":
         columns = Columns(
             text_column="context", label_column=None, source_column="title", question_column="question"
         )

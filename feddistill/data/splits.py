@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from feddistill.config.data import AtClientsPartition, DataConfig, GivenPartition, Part, Source
+from feddistill.config.data import DataConfig, GivenPartition, Part, RemotePartition, Source
 from feddistill.data.partition import partition
 from feddistill.data.sources import Table, read
 from feddistill.errors import ConfigError, DataError
@@ -29,7 +29,7 @@ def load(config: DataConfig, seed: int, task: str = "classification") -> Splits:
         DataError: A file, a column, a label or a client's data is missing or does not fit the rest.
         ConfigError: A part has neither a source of its own nor ``data.source`` to be carved from.
     """
-    given = isinstance(config.partition, GivenPartition | AtClientsPartition)
+    given = isinstance(config.partition, GivenPartition | RemotePartition)
     wanted: dict[str, Part] = {name: getattr(config, name) for name in PARTS}
     if given:
         del wanted["private"]
@@ -51,7 +51,7 @@ def load(config: DataConfig, seed: int, task: str = "classification") -> Splits:
     # Without a common source, what counts as a class is what the test asks for: a client whose labels are
     # spelt otherwise is an error then, and not a class more.
     classes = task == "classification"
-    if task == "reading":
+    if task == "question_answering":
         every = {"data.source": pool, **{f"data.{name}": table for name, table in tables.items()}, **clients}
         for name, table in every.items():
             if table is not None:
@@ -75,16 +75,16 @@ def load(config: DataConfig, seed: int, task: str = "classification") -> Splits:
         private = tuple(
             _labelled(table, labels, name, optional=not classes) for name, table in clients.items()
         )
-    elif isinstance(config.partition, AtClientsPartition):
+    elif isinstance(config.partition, RemotePartition):
         nothing = np.zeros(0, np.int64)
         private = tuple(TextSet(name, (), (), nothing, labels) for name in config.partition.names)
     else:
         private = partition(sets["private"], config.partition, seed)
-    if not isinstance(config.partition, AtClientsPartition):
+    if not isinstance(config.partition, RemotePartition):
         _every_client_has_texts(private)
         if classes:
             _every_class_has_a_teacher(private, labels)
-    places = _present(private, config.absent)
+    places = _present(private, config.exclude_clients)
     return Splits(
         private=tuple(private[place] for place in places),
         proxy=_hide_labels(sets["proxy"], config.proxy.labelled, seed),
@@ -99,7 +99,7 @@ def labelled(source: Source, labels: tuple[str, ...], name: str, task: str = "cl
     if task == "classification":
         return _labelled(read(source, name), labels, name, optional=False)
     table = read(source.model_copy(update={"label_column": None}), name)
-    if task == "reading":
+    if task == "question_answering":
         _asks(table, name, answers=True)
     return _labelled(table, labels, name, optional=True)
 
@@ -144,7 +144,9 @@ def _labelled(table: Table, labels: tuple[str, ...], name: str, *, optional: boo
 def _asks(table: Table, name: str, *, answers: bool) -> None:
     """Whether texts are questions on passages, with ``answers`` if they have to be."""
     if not table.questions:
-        raise DataError(f"{name}: task = reading asks of passages, and no question_column is named")
+        raise DataError(
+            f"{name}: task = question_answering asks of passages, and no question_column is named"
+        )
     if answers and table.answers is None:
         raise DataError(f"{name}: has no column of answers; answers_column names it")
 
@@ -193,10 +195,12 @@ def _hide_labels(proxy: TextSet, labelled: int, seed: int) -> TextSet:
 def _present(private: tuple[TextSet, ...], absent: tuple[str, ...]) -> tuple[int, ...]:
     names = [client.name for client in private]
     if unknown := sorted(set(absent) - set(names)):
-        raise ConfigError(f"data.absent names {', '.join(unknown)}; the clients are {', '.join(names)}")
+        raise ConfigError(
+            f"data.exclude_clients names {', '.join(unknown)}; the clients are {', '.join(names)}"
+        )
     places = tuple(place for place, name in enumerate(names) if name not in absent)
     if not places:
-        raise ConfigError("data.absent names every client")
+        raise ConfigError("data.exclude_clients names every client")
     return places
 
 

@@ -12,21 +12,18 @@ from feddistill import data
 from feddistill.client.client import Client, ClientGroup
 from feddistill.client.handler import Handler, receive
 from feddistill.config import Config, institution
-from feddistill.config.data import AtClientsPartition
+from feddistill.config.data import RemotePartition
 from feddistill.errors import ConfigError, DataError, RunError
 from feddistill.federation.protocol import Instruction, Reply
 from feddistill.payload import keys
 from feddistill.payload.keys import PrivateKey
 from feddistill.progress import NoProgress
 from feddistill.runs import experiment
-from feddistill.store.run_directory import CONFIG, RunDirectory
+from feddistill.store.layout import CONFIG, INPUTS, PROXY
+from feddistill.store.run_directory import RunDirectory
 from feddistill.tasks.session import Session
 from feddistill.types import UNLABELLED, Splits, TextSet
 
-PROXY = "proxy.jsonl"
-"""The proxy texts as the server sent them."""
-OWN = "own.json"
-"""Hashes of this client's texts, and its model."""
 EXECUTION = re.compile(r"[0-9a-f]{16}")
 
 
@@ -50,7 +47,7 @@ class RemoteClient:
         Raises:
             FeddistillError: It cannot.
         """
-        config = configuration.parse(instruction.content["config"])
+        config = configuration.parse_stored(instruction.content["config"])
         if configuration.digest(config)[:16] != instruction.run:
             raise ConfigError(f"run {instruction.run} is not that of the settings that came with it")
         run = self._directory(config, instruction.run, str(instruction.content["execution"]))
@@ -80,7 +77,7 @@ class RemoteClient:
 
     def _splits(self, config: Config, labels: tuple[str, ...], run: RunDirectory) -> Splits | None:
         """What this client may see; ``None`` where the proxy texts have still to be sent."""
-        if not isinstance(config.data.partition, AtClientsPartition):
+        if not isinstance(config.data.partition, RemotePartition):
             whole = data.load(config.data, config.seed, config.task)
             places = [place for place, own in enumerate(whole.private) if own.name == self.name]
             if not places:
@@ -130,9 +127,9 @@ class RemoteClient:
         """Refuse to go on with other texts or another model than this run began with."""
         models = json.dumps([model.model_dump(mode="json") for model in config.clients.models])
         now = {"texts": splits.private[0].digest(labels=True), "models": models}
-        if not run.path(OWN).exists():
-            run.write_json(OWN, now)
-        before = run.read_json(OWN)
+        if not run.path(INPUTS).exists():
+            run.write_json(INPUTS, now)
+        before = run.read_json(INPUTS)
         changed = " and ".join(what for what in now if before.get(what) != now[what])
         if changed:
             raise RunError(f"{self.name}: its {changed} have changed since this run began; start a new one")

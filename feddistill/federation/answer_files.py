@@ -11,6 +11,7 @@ from torch import Tensor
 
 from feddistill import payload
 from feddistill.seeds import derive
+from feddistill.store import layout
 from feddistill.store.logit_files import stacked
 from feddistill.store.run_directory import Json, RunDirectory
 from feddistill.types import Cost, RoundSpec
@@ -28,7 +29,7 @@ def files(step: str, spec: RoundSpec) -> list[tuple[str, str]]:
     """
     count = payload.shards(spec)
     names = [step] if count == 1 else [f"{step}.{shard:04d}" for shard in range(count)]
-    return [(f"{name}.json", f"{name}.safetensors") for name in names]
+    return [(layout.envelope(name), layout.tensors(name)) for name in names]
 
 
 def flat(step: str, spec: RoundSpec) -> list[str]:

@@ -9,9 +9,7 @@ from typing import Any
 
 from feddistill.federation.protocol import Instruction, Reply
 from feddistill.progress import Progress
-
-EVENTS = "federation.jsonl"
-METRICS = "metrics.prom"
+from feddistill.store.layout import EVENT_COUNTS, EVENTS
 
 HELP = {
     "tasks_total": ("counter", "Tasks that clients were asked to do."),
@@ -76,9 +74,9 @@ class Journal:
         }
         with (self.root / EVENTS).open("a", encoding="utf-8") as file:
             file.write(json.dumps({**line, **told}) + "\n")
-        partial = self.root / f"{METRICS}.partial"
+        partial = self.root / f"{EVENT_COUNTS}.partial"
         partial.write_text(self.metrics(), encoding="utf-8")
-        partial.replace(self.root / METRICS)
+        partial.replace(self.root / EVENT_COUNTS)
 
     def metrics(self) -> str:
         """In the text format of Prometheus, for a file collector."""

@@ -11,6 +11,7 @@ from feddistill import models, training
 from feddistill.accounting import measure
 from feddistill.client.local_update import trained_by
 from feddistill.methods.job import Job, evaluation, rounds_asked
+from feddistill.store import layout
 from feddistill.store.run_directory import Json
 from feddistill.tasks.choose import learner_of
 from feddistill.tasks.learner import Learner
@@ -49,14 +50,14 @@ def rounds(
     taught = lessons or learner.lessons
     records: list[Json] = []
     for number in range(1, session.config.rounds + 1):
-        step = f"baselines/{name}/{number:03d}"
+        step = layout.baseline(name, number)
         if (record := session.run.done(step, verify=False)) is None:
             start = records[-1]["weights"] if records else None
             if averager is None:
                 record = _round(session, learner, name, number, start, server, taught)
             else:
                 record = _round_elsewhere(session, learner, name, number, start, averager)
-            session.run.remove(f"{step}/clients")
+            session.run.remove(layout.baseline(name, number, "clients"))
         records.append(record)
     return records
 
@@ -82,7 +83,7 @@ def averaged(states: list[dict[str, Tensor]], examples: list[int]) -> dict[str, 
 def _round_elsewhere(
     session: Session, learner: Learner, name: str, number: int, start: str | None, averager: Averager
 ) -> Json:
-    run, step = session.run, f"baselines/{name}/{number:03d}"
+    run, step = session.run, layout.baseline(name, number)
     if start is None:
         learner.reset()
     else:
@@ -90,7 +91,7 @@ def _round_elsewhere(
     with session.progress.step(f"{name}: round {number}: clients learn"), measure() as waiting:
         average = averager(session, number, models.trained(learner.model))
         learner.model.load_state_dict(dict(average.weights), strict=False)
-        weights = f"{step}.safetensors"
+        weights = layout.tensors(step)
         run.write(weights, lambda path: models.save(learner.model, path))
     figures, evaluated = learner.measured(f"{name}: round {number}")
     trained = Cost(average.cost.seconds, average.cost.flops, waiting.cost.peak_memory_bytes)
@@ -113,7 +114,7 @@ def _round(
     server: Server | None,
     taught: Callable[[TextSet], TrainingExamples],
 ) -> Json:
-    run, step = session.run, f"baselines/{name}/{number:03d}"
+    run, step = session.run, layout.baseline(name, number)
     asked = session.asked(number)
     clients = [private for private in session.splits.private if private.name in asked]
     trained = [trained_by(session, learner, name, number, start, private, taught) for private in clients]
@@ -122,7 +123,7 @@ def _round(
     with measure() as averaging:
         states = [load_file(run.path(file)) for file in files]
         models.take(learner.model, averaged(states, [len(private) for private in clients]))
-        weights = f"{step}.safetensors"
+        weights = layout.tensors(step)
         run.write(weights, lambda path: models.save(learner.model, path))
     content: Json = {"weights": weights, "costs": {}}
     if server is None:

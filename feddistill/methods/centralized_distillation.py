@@ -13,6 +13,7 @@ from feddistill import training
 from feddistill.accounting import measure
 from feddistill.methods.centralized import pool
 from feddistill.methods.job import Job, evaluation
+from feddistill.store import layout
 from feddistill.store.run_directory import Json
 from feddistill.tasks.learner import Learner, best_of, examples_of, labels_of, later
 from feddistill.tasks.session import Session
@@ -33,13 +34,13 @@ def run(session: Session) -> Json:
     best: Json | None = None
     taught: str | None = None
     for number in range(1, config.rounds + 1):
-        step = f"baselines/centralized_distillation/{number:03d}"
+        layout.baseline("centralized_distillation", number)
         settings, ours = config.clients.training, config.student.training
         if number > 1:
             settings = later(settings, None, config.clients.codistillation.head_learning_rate)
             ours = later(ours, None, config.student.later_head_learning_rate)
         teaching = teacher.step(
-            f"{step}/teacher",
+            layout.baseline("centralized_distillation", number, "teacher"),
             f"centralized_distillation: segment {number}: the teacher learns",
             taught,
             partial(examples_of, teacher, texts),
@@ -54,9 +55,9 @@ def run(session: Session) -> Json:
             answers = load_file(session.run.path(file))["log_probs"]
             return TrainingExamples(student.tokens(proxy), labels_of(proxy), answers)
 
-        start = records[-1] if config.distill.accept == "always" and records else best
+        start = records[-1] if not config.distill.rollback and records else best
         record = student.step(
-            f"{step}/student",
+            layout.baseline("centralized_distillation", number, "student"),
             f"centralized_distillation: segment {number}: the student learns",
             start["weights"] if start else None,
             lessons,
@@ -71,7 +72,7 @@ def run(session: Session) -> Json:
 
 def _answers(session: Session, teacher: Learner, number: int, weights: str) -> Json:
     """What the teacher says to the proxy texts, as a file, and what it took."""
-    run, step = session.run, f"baselines/centralized_distillation/{number:03d}/answers"
+    run, step = session.run, layout.baseline("centralized_distillation", number, "answers")
     if (record := run.done(step)) is None:
         teacher.restore(weights)
         before = teacher.meter.flops
@@ -79,7 +80,7 @@ def _answers(session: Session, teacher: Learner, number: int, weights: str) -> J
         with session.progress.step(label) as on_step, measure() as cost:
             said = teacher.answer(session.splits.proxy, on_step)
             cost.flops = teacher.meter.flops - before
-        file = f"{step}.safetensors"
+        file = layout.tensors(step)
         run.write_bytes(file, save({"log_probs": said}))
         record = run.commit(step, {"answers": file, "cost": asdict(cost.cost)}, [file])
     return record

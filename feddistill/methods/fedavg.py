@@ -5,7 +5,7 @@ It needs one architecture for all and sends weights; ``fedavg.proximal`` makes i
 
 from collections.abc import Iterator
 
-from feddistill.config.data import AtClientsPartition
+from feddistill.config.data import RemotePartition
 from feddistill.errors import ConfigError
 from feddistill.methods.averaging import averaging_jobs, rounds
 from feddistill.methods.job import Job
@@ -16,7 +16,7 @@ from feddistill.tasks.session import Session
 
 def run(session: Session) -> Json:
     """As many rounds as the federation has, of the student's architecture at every client."""
-    here = not isinstance(session.config.data.partition, AtClientsPartition)
+    here = not isinstance(session.config.data.partition, RemotePartition)
     if session.engine.averager is None and not here:
         raise ConfigError("baselines: fedavg has the clients train, which --engine flower can")
     return {"rounds": rounds(session, "fedavg", averager=session.engine.averager)}

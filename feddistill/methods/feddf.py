@@ -11,6 +11,7 @@ import torch
 from feddistill import training
 from feddistill.methods.averaging import averaging_jobs, rounds
 from feddistill.methods.job import Job, rounds_asked
+from feddistill.store import layout
 from feddistill.store.run_directory import Json
 from feddistill.tasks.learner import Learner, labels_of, later
 from feddistill.tasks.session import Session
@@ -36,7 +37,7 @@ def run(session: Session) -> Json:
             return TrainingExamples(learner.tokens(proxy), labels_of(proxy), teacher)
 
         return learner.step(
-            f"baselines/feddf/{number:03d}/distilled",
+            layout.baseline("feddf", number, "distilled"),
             f"feddf: round {number}: the average learns from the ensemble",
             None,
             lessons,

@@ -21,6 +21,7 @@ from feddistill.methods.averaging import averaging_jobs, rounds
 from feddistill.methods.job import Job
 from feddistill.modelio.padding import pad
 from feddistill.seeds import generator
+from feddistill.store import layout
 from feddistill.store.run_directory import Json
 from feddistill.tasks.learner import Learner, examples_of, labels_of
 from feddistill.tasks.session import Session
@@ -69,7 +70,7 @@ def share(session: Session, learner: Learner, private: TextSet) -> tuple[list[li
     """The sensitive tokens of each private text, noised, in their order; the labels; what it took."""
     config = session.config
     record = learner.step(
-        f"baselines/fedfed/000/{private.name}",
+        layout.baseline("fedfed", 0, private.name),
         f"fedfed: {private.name} learns what matters in its texts",
         None,
         lambda: examples_of(learner, private),
@@ -104,7 +105,7 @@ def sensitivity(learner: Learner, tokens: Sequence[Sequence[int]], labels: Tenso
 
     handle = models.embeddings(learner.model).register_forward_hook(keep)
     learner.model.eval()
-    size, device = learner.session.config.clients.answer_batch_size, next(learner.model.parameters()).device
+    size, device = learner.session.config.clients.eval_batch_size, next(learner.model.parameters()).device
     try:
         for start in range(0, len(tokens), size):
             batch = tokens[start : start + size]

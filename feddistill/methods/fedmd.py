@@ -18,6 +18,7 @@ from feddistill.accounting import measure
 from feddistill.client.client import Client, ClientGroup
 from feddistill.config.training import DistillConfig
 from feddistill.methods.job import Job, client_texts, evaluation
+from feddistill.store import layout
 from feddistill.store.run_directory import Json
 from feddistill.tasks.learner import Learner, examples_of, later
 from feddistill.tasks.session import Session
@@ -56,7 +57,7 @@ def _pretrain(session: Session, client: Client) -> Json:
     start, cost = None, Cost()
     for what, texts in sets.items():
         record = client.learner.step(
-            f"baselines/fedmd/000/{what}/{client.name}",
+            layout.baseline("fedmd", 0, what, client.name),
             f"fedmd: {client.name} learns {what} texts",
             start,
             partial(examples_of, client.learner, texts),
@@ -71,12 +72,12 @@ def _pretrain(session: Session, client: Client) -> Json:
 def _last(number: int, client: Client) -> str:
     """The weights that a client has before round ``number``."""
     what = "private" if number == 1 else "revisit"
-    return f"baselines/fedmd/{number - 1:03d}/{what}/{client.name}.safetensors"
+    return layout.tensors(layout.baseline("fedmd", number - 1, what, client.name))
 
 
 def _consensus(session: Session, group: ClientGroup, number: int) -> tuple[str, dict[str, Json]]:
     """The mean of the clients' scores, as a file, and what answering took of each."""
-    run, name = session.run, f"baselines/fedmd/{number:03d}/consensus"
+    run, name = session.run, layout.baseline("fedmd", number, "consensus")
     if (record := run.done(name)) is None:
         scores: list[Tensor] = []
         costs: dict[str, Json] = {}
@@ -92,8 +93,8 @@ def _consensus(session: Session, group: ClientGroup, number: int) -> tuple[str, 
                 cost.flops = learner.meter.flops - before
             scores.append(said - said.mean(-1, keepdim=True))
             costs[client.name] = asdict(cost.cost)
-        run.write_bytes(f"{name}.safetensors", save({"scores": torch.stack(scores).mean(0)}))
-        record = run.commit(name, {"file": f"{name}.safetensors", "costs": costs}, [f"{name}.safetensors"])
+        run.write_bytes(layout.tensors(name), save({"scores": torch.stack(scores).mean(0)}))
+        record = run.commit(name, {"file": layout.tensors(name), "costs": costs}, [layout.tensors(name)])
     return record["file"], record["costs"]
 
 
@@ -108,9 +109,9 @@ def _digest(session: Session, client: Client, number: int, consensus: str) -> Js
         nothing = torch.full((len(proxy),), NO_LABEL)
         return TrainingExamples(learner.tokens(proxy), nothing, scores)
 
-    step = f"baselines/fedmd/{number:03d}"
+    layout.baseline("fedmd", number)
     digested = learner.step(
-        f"{step}/digest/{client.name}",
+        layout.baseline("fedmd", number, "digest", client.name),
         f"fedmd: round {number}: {client.name} digests",
         _last(number, client),
         lessons,
@@ -119,7 +120,7 @@ def _digest(session: Session, client: Client, number: int, consensus: str) -> Js
         evaluate=False,
     )
     record = learner.step(
-        f"{step}/revisit/{client.name}",
+        layout.baseline("fedmd", number, "revisit", client.name),
         f"fedmd: round {number}: {client.name} revisits its own texts",
         digested["weights"],
         partial(examples_of, learner, client.private),

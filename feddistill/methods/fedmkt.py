@@ -15,6 +15,7 @@ from feddistill.config import Config
 from feddistill.config.training import PayloadConfig
 from feddistill.methods.job import Job, federation
 from feddistill.server import rounds
+from feddistill.store import layout
 from feddistill.store.run_directory import Json
 from feddistill.tasks.learner import Learner
 from feddistill.tasks.session import Session
@@ -25,8 +26,8 @@ KEPT = 128
 
 def run(session: Session) -> Json:
     """The rounds of the method itself under these settings, in a folder of their own."""
-    inner = replace(session, config=settings(session), run=session.run.within("baselines/fedmkt"))
-    for step in session.run.steps("alone/001"):  # the first round is the same: private texts alone
+    inner = replace(session, config=settings(session), run=session.run.within(layout.baseline("fedmkt")))
+    for step in session.run.steps(layout.specialists(1)):  # the first round is the same: private texts alone
         inner.run.adopt(session.run, step)
     found = rounds.run(inner)
     return {"rounds": [_record(one) for one in found["rounds"]]}
@@ -42,7 +43,9 @@ def settings(session: Session) -> Config:
     config, classes = session.config, len(session.splits.label_names)
     codistillation = config.clients.codistillation.model_copy(update={"enabled": True, "target": "soft"})
     payload = PayloadConfig(codec="topk", k=KEPT) if classes > KEPT else config.payload
-    aggregation = config.aggregation.model_copy(update={"rule": MinCe(), "sharpen": 1.0, "mix": None})
+    aggregation = config.aggregation.model_copy(
+        update={"rule": MinCe(), "sharpen": 1.0, "nnm_byzantine": None}
+    )
     return config.model_copy(
         update={
             "aggregation": aggregation,

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from feddistill import training
 from feddistill.methods.job import Job, evaluation
+from feddistill.store import layout
 from feddistill.store.run_directory import Json
 from feddistill.tasks.choose import learner_of
 from feddistill.tasks.learner import Learner, best_of, later
@@ -26,9 +27,9 @@ def student_rounds(session: Session, name: str, texts: TextSet) -> list[Json]:
         settings = config.student.training
         if number > 1:
             settings = later(settings, None, config.student.later_head_learning_rate)
-        start = records[-1] if config.distill.accept == "always" and records else best
+        start = records[-1] if not config.distill.rollback and records else best
         record = learner.step(
-            f"baselines/{name}/{number:03d}",
+            layout.baseline(name, number),
             f"{name}: segment {number} of {config.rounds}",
             start["weights"] if start else None,
             lambda: learner.lessons(texts),

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import AutoModelForQuestionAnswering, PreTrainedTokenizerBase
 
 from feddistill.config.models import ModelConfig
-from feddistill.config.training import ReadingConfig
+from feddistill.config.training import QuestionAnsweringConfig
 from feddistill.modelio.outputs import takes_types
 from feddistill.modelio.passages import QAWindow, pages
 from feddistill.models import cut, loaded, reads
@@ -51,7 +51,7 @@ class PassageReader:
 
 
 def build(
-    config: ModelConfig, reading: ReadingConfig, seed: int, name: str, public: tuple[str, ...] = ()
+    config: ModelConfig, reading: QuestionAnsweringConfig, seed: int, name: str, public: tuple[str, ...] = ()
 ) -> PassageReader:
     """The model as it is before any training; what is random in it is drawn from ``seed``.
 
@@ -67,4 +67,4 @@ def build(
         model = loaded(config, AutoModelForQuestionAnswering, {}, tokenizer, name)
     cut(model, config, name)
     reads(model, tokenizer, config.max_tokens, name)
-    return PassageReader(model, tokenizer, config.max_tokens, name, reading.unanswerable)
+    return PassageReader(model, tokenizer, config.max_tokens, name, reading.allow_no_answer)

@@ -21,7 +21,7 @@ PIPELINES = {
     "classification": "text-classification",
     "causal_lm": "text-generation",
     "masked_lm": "fill-mask",
-    "reading": "question-answering",
+    "question_answering": "question-answering",
 }
 EMBEDDED = {
     "wordnet_topics": ("definitions of WordNet 3.0 (Princeton University)", "WordNet 3.0 licence"),
@@ -61,7 +61,7 @@ def text(student: Student, config: Config, facts: Json, licence: str, *, anonymo
         origin=_origin(config.student.model),
         sources=_sources(config),
         clients=clients,
-        elsewhere=config.data.partition.kind == "at_clients",
+        elsewhere=config.data.partition.kind == "remote",
         titles=list(shown.values()),
         rows=[(row_labels()[who], [_cell(m.get(key)) for key in shown]) for who, m in metric_rows(result)],
         weights=config.aggregation.rule.weighting(),
@@ -120,7 +120,7 @@ def _sources(config: Config) -> list[tuple[str, str, str]]:
         if part == "private" and isinstance(data.partition, GivenPartition):
             kinds = sorted({_described(given)[0] for given in data.partition.sources.values()})
             found.append((part, "; ".join(kinds), "the clients'"))
-        elif part == "private" and data.partition.kind == "at_clients":
+        elif part == "private" and data.partition.kind == "remote":
             found.append((part, "the clients' own, never seen by the server", "the clients'"))
         elif source is not None:
             found.append((part, *_described(source)))

@@ -15,7 +15,9 @@ from feddistill.models.tokenizers import end_id
 from feddistill.release import card
 from feddistill.runs import experiment, trained_models
 from feddistill.runs.trained_models import DENSE, MODULES, Student
-from feddistill.store.run_directory import RESULT, Json, RunDirectory
+from feddistill.store import layout
+from feddistill.store.layout import RESULT
+from feddistill.store.run_directory import Json, RunDirectory
 
 POOLING = "1_Pooling"
 LAYOUT = (
@@ -88,7 +90,7 @@ def _facts(run: Path) -> Json:
     """What a run has recorded of itself."""
     directory = RunDirectory.open(run)
     try:
-        skew = directory.read_json(experiment.SKEW)
+        skew = directory.read_json(layout.SKEW)
         of_client = dict(zip(skew["clients"], skew.get("examples", ()), strict=False))
         told = {step.rpartition("/")[2]: directory.done(step) or {} for step in directory.steps("described")}
         return {
@@ -109,7 +111,7 @@ def write_model(student: Student, folder: Path) -> None:
     """Weights, configuration, tokenizer: what ``export`` writes but for the card."""
     model, tokenizer = student.model.cpu(), student.tokenizer
     tokenizer.model_max_length = student.max_tokens
-    if student.task == "causal_lm" or (student.task == "reading" and not takes_types(model)):
+    if student.task == "causal_lm" or (student.task == "question_answering" and not takes_types(model)):
         # Token types, as BERT's tokenizer gives, GPT-2 would add to what it reads, and Llama refuse.
         tokenizer.model_input_names = ["input_ids", "attention_mask"]
         tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names

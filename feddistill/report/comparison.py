@@ -8,7 +8,8 @@ from pathlib import Path
 from feddistill import config as configuration
 from feddistill.config.methods import row_labels
 from feddistill.report import metric_rows, task_of
-from feddistill.store.run_directory import CONFIG, RESULT, Json, read_object
+from feddistill.store.layout import CONFIG, RESULT
+from feddistill.store.run_directory import Json, read_object
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,7 @@ def side_by_side(runs: Iterable[Path]) -> list[Compared]:
         RunError: One has no result.
     """
     found = [
-        (str(run), read_object(run / RESULT), configuration.load(run / CONFIG).model_dump(mode="json"))
+        (str(run), read_object(run / RESULT), configuration.load_stored(run / CONFIG).model_dump(mode="json"))
         for run in runs
     ]
     settings = [_leaves(config) for _, _, config in found]

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from feddistill.config.methods import FEDERATED, METHODS
-from feddistill.config.tasks import TASKS, Task
+from feddistill.config.tasks import Task, task_named
 from feddistill.data import Skew
 from feddistill.store.run_directory import Json
 
@@ -63,7 +63,7 @@ def figure(width: float, height: float, into: list[str], pixels: list[bytes] | N
 
 
 def _task(result: Json) -> Task:
-    return TASKS[result.get("task", "classification")]
+    return task_named(result.get("task", "classification"))
 
 
 def _series(result: Json) -> dict[str, list[tuple[int, float]]]:

@@ -11,13 +11,13 @@ from rich.console import Console
 from rich.table import Table
 
 from feddistill.config.methods import row_labels
-from feddistill.config.tasks import TASKS, Task
+from feddistill.config.tasks import Task, task_named
 from feddistill.data import Skew
 from feddistill.errors import RunError
 from feddistill.report import plots
-from feddistill.store.run_directory import CONFIG, RESULT, Json, RunDirectory
-
-PAGE = "report.html"
+from feddistill.store import layout
+from feddistill.store.layout import CONFIG, METRICS_TABLE, REPORT, RESULT, ROUNDS_TABLE
+from feddistill.store.run_directory import Json, RunDirectory
 
 
 def write(out: Path) -> Path:
@@ -30,15 +30,15 @@ def write(out: Path) -> Path:
     try:
         if not run.path(RESULT).exists():
             raise RunError(f"{out} is not complete; go on with: feddistill train --resume --out {out}")
-        result, skew = run.read_json(RESULT), _skew(run.read_json("data/skew.json"))
+        result, skew = run.read_json(RESULT), _skew(run.read_json(layout.SKEW))
         drawn = plots.draw(result, skew)
         for name, svg in drawn.items():
             run.write_text(f"figures/{name}.svg", svg)
-        run.write_text("rounds.csv", as_csv(result["by_round"]))
-        run.write_text("metrics.csv", as_csv([{"who": who, **m} for who, m in metric_rows(result)]))
+        run.write_text(ROUNDS_TABLE, as_csv(result["by_round"]))
+        run.write_text(METRICS_TABLE, as_csv([{"who": who, **m} for who, m in metric_rows(result)]))
         _tensorboard(run, result)
         return run.write_text(
-            PAGE,
+            REPORT,
             rendered(
                 "page.html",
                 result=result,
@@ -67,7 +67,7 @@ def rendered(template: str, **facts: object) -> str:
 
 def task_of(result: Json) -> Task:
     """What a run's figures are; results from before there were several tasks are of classification."""
-    return TASKS[result.get("task", "classification")]
+    return task_named(result.get("task", "classification"))
 
 
 def metric_rows(result: Json) -> list[tuple[str, Json]]:

@@ -16,23 +16,22 @@ from feddistill import data
 from feddistill.accounting import peak_memory_bytes
 from feddistill.client.in_process import LocalTransport
 from feddistill.config import Config
-from feddistill.config.data import AtClientsPartition, FileSource
+from feddistill.config.data import FileSource, RemotePartition
 from feddistill.config.methods import METHODS
 from feddistill.errors import ConfigError, RunError
 from feddistill.federation.protocol import OfflineTransport, RetryPolicy
 from feddistill.progress import NoProgress, Progress
 from feddistill.runs import results
 from feddistill.server import rounds
-from feddistill.store.run_directory import CONFIG, PROVENANCE, RESULT, Json, RunDirectory
+from feddistill.store import layout
+from feddistill.store.layout import CONFIG, DIGESTS, ENGINE, PROVENANCE, RESULT, SKEW
+from feddistill.store.run_directory import Json, RunDirectory
 from feddistill.tasks.check import check as check_models
 from feddistill.tasks.choose import learner_of
 from feddistill.tasks.session import Engine, Session
 from feddistill.tasks.step_cache import StepCache
 from feddistill.types import Splits
 
-SKEW = "data/skew.json"
-DIGESTS = "data/digests.json"
-ENGINE = "engine.json"
 LOCAL = "local"
 
 
@@ -168,7 +167,7 @@ def keeps_student(config: Config, out: Path) -> None:
 
 def stored_config(out: Path) -> Config:
     """The resolved configuration that a run was started with."""
-    return configuration.load(_config_file(out))
+    return configuration.load_stored(_config_file(out))
 
 
 def stored_splits(config: Config, directory: RunDirectory) -> Splits:
@@ -258,8 +257,8 @@ def _engine(given: Engine | None, directory: RunDirectory) -> Engine:
 
 def _here(config: Config, engine: Engine | None) -> None:
     """Whether the texts are where the clients will work."""
-    if isinstance(config.data.partition, AtClientsPartition) and (engine is None or engine.transport is None):
-        raise ConfigError("data.partition at_clients needs clients elsewhere: --engine flower")
+    if isinstance(config.data.partition, RemotePartition) and (engine is None or engine.transport is None):
+        raise ConfigError("data.partition remote needs clients elsewhere: --engine flower")
 
 
 def _works_here(engine: Engine | None) -> bool:
@@ -275,7 +274,7 @@ def prepare(config: Config) -> None:
 
 
 def _method(session: Session, name: str) -> Json:
-    step = f"methods/{name}"
+    step = layout.method(name)
     if (record := session.run.done(step)) is not None:
         return record
     return session.run.commit(step, _load(name)(session))
@@ -284,12 +283,12 @@ def _method(session: Session, name: str) -> Json:
 def _tidy(directory: RunDirectory, config: Config) -> None:
     """Weights of the baselines: their figures are in the records."""
     if config.keep_checkpoints != "all":
-        for name in ("alone", "baselines"):
+        for name in (layout.ALONE, layout.BASELINES):
             directory.remove(name)
     if config.keep_checkpoints == "none":
         for number in range(1, config.rounds + 1):
-            directory.remove(f"rounds/{number:03d}/specialists")
-            directory.remove(f"rounds/{number:03d}/student.safetensors")
+            directory.remove(layout.specialists(number))
+            directory.remove(layout.tensors(layout.student(number)))
 
 
 def _result(directory: RunDirectory) -> Json | None:

@@ -16,7 +16,7 @@ from feddistill import models, payload
 from feddistill.accounting import peak_memory_bytes
 from feddistill.aggregation.answers import CHUNK
 from feddistill.config import Config
-from feddistill.config.data import AtClientsPartition
+from feddistill.config.data import RemotePartition
 from feddistill.config.methods import FEDERATED, METHODS
 from feddistill.config.training import PayloadConfig, TrainingConfig
 from feddistill.errors import ConfigError
@@ -41,10 +41,8 @@ TRIAL_STEPS = 3
 
 def plan(config: Config, progress: Progress | None = None) -> Json:
     """What ``config`` would cost; nothing is trained but a few steps, nothing is written."""
-    if isinstance(config.data.partition, AtClientsPartition):
-        raise ConfigError(
-            "data.partition at_clients: what a run costs depends on texts that the clients have"
-        )
+    if isinstance(config.data.partition, RemotePartition):
+        raise ConfigError("data.partition remote: what a run costs depends on texts that the clients have")
     config = experiment.resolve(config)
     experiment.prepare(config)
     return estimate(config, experiment.check(config, progress), progress)
@@ -132,7 +130,7 @@ def _speed(session: Session, job: Job) -> float:
     learner, texts = job.learner, session.splits.proxy
     tokens = learner.tokens(texts)
     if job.settings is None:
-        some = texts.select(range(min(session.config.clients.answer_batch_size, len(texts))), "trial")
+        some = texts.select(range(min(session.config.clients.eval_batch_size, len(texts))), "trial")
         known = replace(some, labels=some.labels.clip(0))
         learner.figures(known)
         start = time.perf_counter()
@@ -156,7 +154,7 @@ def _fit(learner: Learner, lessons: Any, settings: TrainingConfig, steps: int) -
 def _padded(tokens: Sequence[Sequence[int]], config: Config) -> int:
     """Tokens of all batches of a pass of answers, padding included."""
     ordered = sorted(map(len, tokens))
-    size = config.clients.answer_batch_size
+    size = config.clients.eval_batch_size
     batches = (ordered[start : start + size] for start in range(0, len(ordered), size))
     return sum(len(batch) * _length(batch[-1]) for batch in batches)
 
@@ -167,7 +165,7 @@ def _cost(job: Job, config: Config, speed: float) -> tuple[int, float]:
     before = meter.flops
     if job.settings is None:
         ordered = sorted(map(len, job.texts))
-        size = config.clients.answer_batch_size
+        size = config.clients.eval_batch_size
         for start in range(0, len(ordered), size):
             batch = ordered[start : start + size]
             meter.add(len(batch), _length(batch[-1]), training=False)
@@ -254,7 +252,7 @@ def _empty(spec: RoundSpec, rows: int) -> payload.Answers:
 def _chosen(config: Config) -> str:
     """What the table calls the configured codec."""
     settings = config.payload
-    size = {"dense": "", "sampled": f" draws={settings.draws}"}.get(settings.codec, f" k={settings.k}")
+    size = {"dense": "", "sampled": f" draws={settings.samples}"}.get(settings.codec, f" k={settings.k}")
     return f"{settings.codec}{size}{', zstd: at most' if settings.compression == 'zstd' else ''}"
 
 

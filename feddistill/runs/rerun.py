@@ -16,8 +16,9 @@ from feddistill.errors import ConfigError, PayloadError, RunError
 from feddistill.federation import answer_files
 from feddistill.progress import Progress
 from feddistill.runs import experiment
-from feddistill.server.rounds import LEDGER
-from feddistill.store.run_directory import CONFIG, PROVENANCE, Json, RunDirectory
+from feddistill.store import layout
+from feddistill.store.layout import CONFIG, LEDGER, PROVENANCE
+from feddistill.store.run_directory import Json, RunDirectory
 from feddistill.types import Cost, RoundSpec
 
 STUDENTS_OWN = ("student.", "distill.", "baselines")
@@ -63,12 +64,12 @@ def aggregate(
         try:
             for number in _rounds(config):
                 _adopt_answers(original, made, number)
-                if original.done(f"rounds/{number:03d}/before") is not None:  # what the student said
-                    made.adopt(original, f"rounds/{number:03d}/before")
+                if original.done(layout.student_answers(number)) is not None:  # what the student said
+                    made.adopt(original, layout.student_answers(number))
             for baseline in config.baselines:
-                made.adopt(original, f"methods/{baseline}")
+                made.adopt(original, layout.method(baseline))
             for (number, name), shards in answers.items():
-                spec, step = _request(original, number), f"rounds/{number:03d}/payloads/{name}"
+                spec, step = _request(original, number), layout.answer(number, name)
                 for shard, places in enumerate(answer_files.files(step, spec)):
                     path = shards[shard]
                     for place, file in zip(places, (path.with_suffix(".json"), path), strict=True):
@@ -104,7 +105,7 @@ def distill(
         try:
             for number in _rounds(config):
                 _adopt_answers(original, made, number)
-                made.adopt(original, f"rounds/{number:03d}/teacher")
+                made.adopt(original, layout.teacher(number))
         finally:
             made.close()
     finally:
@@ -124,7 +125,7 @@ def forget(source: Path, out: Path, clients: Sequence[str], *, progress: Progres
         RunError: ``source`` is not complete.
     """
     before = experiment.stored_config(source)
-    absent = tuple(dict.fromkeys((*before.data.absent, *clients)))
+    absent = tuple(dict.fromkeys((*before.data.exclude_clients, *clients)))
     config = _without(before, absent)
     RunDirectory.check_free(out, "choose another --out")
     original = _open(source, config)
@@ -133,9 +134,7 @@ def forget(source: Path, out: Path, clients: Sequence[str], *, progress: Progres
         if unknown := sorted(set(clients) - set(enrolled)):
             raise ConfigError(f"{source} has no {', '.join(unknown)}; its clients are {', '.join(enrolled)}")
         again = config.clients.codistillation.enabled and config.rounds > 1
-        engine = (
-            original.read_json(experiment.ENGINE)["name"] if original.path(experiment.ENGINE).exists() else ""
-        )
+        engine = original.read_json(layout.ENGINE)["name"] if original.path(layout.ENGINE).exists() else ""
         if again and engine not in ("", experiment.LOCAL):
             raise ConfigError(
                 f"{source}: its clients are elsewhere and have learned from {', '.join(clients)}; "
@@ -147,7 +146,7 @@ def forget(source: Path, out: Path, clients: Sequence[str], *, progress: Progres
                 if number == 1 or not again:
                     _adopt_answers(original, made, number, absent, with_weights=again)
             for baseline in config.baselines:
-                made.adopt(original, f"methods/{baseline}")
+                made.adopt(original, layout.method(baseline))
         finally:
             made.close()
     finally:
@@ -166,13 +165,13 @@ def _changed(source: Path, overrides: tuple[str, ...], own: tuple[str, ...]) -> 
             groups = ", ".join(group.rstrip(".") for group in own)
             raise ConfigError(f"{override}: only {groups} can be changed here, by this command")
     experiment.stored_config(source)  # says it where this is no run
-    return configuration.load(source / CONFIG, overrides)
+    return configuration.load_stored(source / CONFIG, overrides)
 
 
 def _without(config: Config, absent: tuple[str, ...]) -> Config:
     """``config`` for fewer clients: a quorum of all of them stays one."""
     raw = config.model_dump(mode="json")
-    raw["data"]["absent"] = list(absent)
+    raw["data"]["exclude_clients"] = list(absent)
     raw["baselines"] = [name for name in raw["baselines"] if name == "public_only"]  # nobody's private texts
     clients = getattr(config.data.partition, "clients", None)
     quorum = config.aggregation.quorum
@@ -185,7 +184,7 @@ def _open(source: Path, config: Config) -> RunDirectory:
     """A run that has decided every round."""
     original = RunDirectory.open(source)
     for number in _rounds(config):
-        if original.done(f"rounds/{number:03d}/teacher") is None:
+        if original.done(layout.teacher(number)) is None:
             original.close()
             raise RunError(
                 f"{source} has no teacher of round {number} yet; "
@@ -195,7 +194,7 @@ def _open(source: Path, config: Config) -> RunDirectory:
 
 
 def _request(original: RunDirectory, number: int) -> RoundSpec:
-    return payload.parse_spec(original.read_bytes(f"rounds/{number:03d}/spec.json"))
+    return payload.parse_spec(original.read_bytes(layout.request(number)))
 
 
 def _derive(
@@ -209,13 +208,13 @@ def _derive(
     """A new run with the configuration, the data's hashes, and where it comes from."""
     config.aggregation.check(len(set(_request(original, 1).clients) - set(absent)))
     made = RunDirectory.create(out, configuration.dump(config))
-    digests = original.read_json(experiment.DIGESTS)
-    made.write_json(experiment.DIGESTS, {k: v for k, v in digests.items() if k not in absent})
+    digests = original.read_json(layout.DIGESTS)
+    made.write_json(layout.DIGESTS, {k: v for k, v in digests.items() if k not in absent})
     before = original.read_json(PROVENANCE)["steps"] if original.path(PROVENANCE).exists() else []
     step = {"command": command, "from": str(original.root), "config": configuration.digest(config), **said}
     made.write_json(PROVENANCE, {"steps": [*before, step]})
-    if original.path(experiment.ENGINE).exists():
-        made.adopt_file(original, experiment.ENGINE)
+    if original.path(layout.ENGINE).exists():
+        made.adopt_file(original, layout.ENGINE)
     made.write_json(LEDGER, {"head": "", "rounds": [], "from": original.read_json(LEDGER)})
     return made
 
@@ -232,13 +231,13 @@ def _adopt_answers(
 
     ``with_weights``: leave out trainings whose weights are gone, as something will go on from there.
     """
-    step = f"rounds/{number:03d}"
-    made.adopt_file(original, f"{step}/spec.json")
-    specialists = "alone/001" if number == 1 else f"{step}/specialists"
+    layout.round_of(number)
+    made.adopt_file(original, layout.request(number))
+    specialists = layout.specialists(number)
     # Of clients elsewhere: what they said of themselves, and of their training.
-    for folder in ("described", specialists, f"{step}/told", f"{step}/payloads"):
+    for folder in (layout.DESCRIPTIONS, specialists, layout.reports(number), layout.answers(number)):
         for name in original.steps(folder):
-            gone = folder == specialists and not original.path(f"{name}.safetensors").exists()
+            gone = folder == specialists and not original.path(layout.tensors(name)).exists()
             if name.rsplit("/", 1)[1] not in absent and not (with_weights and gone):
                 made.adopt(original, name)
 
@@ -268,7 +267,7 @@ def _late(original: RunDirectory, path: Path) -> tuple[int, str, int]:
         raise RunError(f"cannot read {error.filename}: {error.strerror}") from None
     except (ValueError, TypeError, KeyError, RecursionError):
         raise PayloadError(f"{path.with_suffix('.json')} is no envelope of a payload") from None
-    if not original.path(f"rounds/{number:03d}/spec.json").exists():
+    if not original.path(layout.request(number)).exists():
         raise PayloadError(f"{path} answers round {number}, which {original.root} does not have")
     spec = _request(original, number)
     entries = payload.parse_entries(original.read_json(LEDGER)["rounds"])

@@ -6,7 +6,7 @@ from statistics import fmean, pstdev
 from feddistill import data
 from feddistill.aggregation.attacks import attackers
 from feddistill.aggregation.rules import ASSUMED
-from feddistill.config import Config, digest
+from feddistill.config import Config, as_stored, digest
 from feddistill.config.tasks import TASKS, Task
 from feddistill.store.run_directory import Json
 from feddistill.types import Splits
@@ -44,7 +44,7 @@ def summarise(
     rows = found["feddistill"]["positions"] * sum(len(r["uploads"]) for r in rounds)
     return {
         "status": "complete",
-        "task": config.task,
+        "task": as_stored(config)["task"],
         "name": config.name,
         "seed": config.seed,
         "rounds": config.rounds,

@@ -24,7 +24,8 @@ from feddistill.config import Config
 from feddistill.errors import ConfigError, FeddistillError, RunError
 from feddistill.progress import NoProgress, Progress
 from feddistill.settings_model import Setting
-from feddistill.store.run_directory import CONFIG, RESULT, Json, read_object
+from feddistill.store.layout import CONFIG, RESULT
+from feddistill.store.run_directory import Json, read_object
 
 STUDY = "study.yaml"
 CELLS = "cells"
@@ -189,7 +190,7 @@ def _is_done(cell: Cell, out: Path) -> bool:
     folder = out / CELLS / cell.name
     if not (folder / RESULT).exists():
         return False
-    stored = configuration.load(folder / CONFIG)
+    stored = configuration.load_stored(folder / CONFIG)
     if key := configuration.differs(cell.config, stored):
         raise RunError(f"{folder} was run with another {key}; choose another --out, or remove it")
     return True
@@ -201,7 +202,7 @@ def _run(
     from feddistill.runs import experiment  # seconds: a study that is wrong has said so by then
 
     folder = out / CELLS / cell.name
-    resume = (folder / "config.yaml").exists()
+    resume = (folder / CONFIG).exists()
     try:
         experiment.run(cell.config, folder, resume=resume, progress=progress, shared=out / SHARED)
         if after is not None:

@@ -29,15 +29,17 @@ from feddistill.errors import ModelError, RunError
 from feddistill.models import causal, reading
 from feddistill.runs import experiment
 from feddistill.seeds import derive
-from feddistill.store.run_directory import CONFIG, RESULT, RunDirectory
+from feddistill.store import layout
+from feddistill.store.layout import CONFIG, RESULT
+from feddistill.store.run_directory import RunDirectory
 
-Task = Literal["classification", "causal_lm", "masked_lm", "reading"]
+Task = Literal["classification", "causal_lm", "masked_lm", "question_answering"]
 HEADS: dict[str, tuple[Task, Any]] = {
     "ForSequenceClassification": ("classification", AutoModelForSequenceClassification),
     "ForCausalLM": ("causal_lm", AutoModelForCausalLM),
     "LMHeadModel": ("causal_lm", AutoModelForCausalLM),
     "ForMaskedLM": ("masked_lm", AutoModelForMaskedLM),
-    "ForQuestionAnswering": ("reading", AutoModelForQuestionAnswering),
+    "ForQuestionAnswering": ("question_answering", AutoModelForQuestionAnswering),
 }
 """By the end of an architecture's name."""
 
@@ -107,9 +109,9 @@ def of_run(out: Path) -> Student:
         weights = directory.read_json(RESULT)["student_weights"]
         labels = ()
         if config.task == "classification":
-            labels = tuple(directory.read_json(experiment.SKEW)["labels"])
+            labels = tuple(directory.read_json(layout.SKEW)["labels"])
         built = _built(config, len(labels), _public(config, directory))
-        directory.done(weights.removesuffix(".safetensors"))  # the file is what the step wrote
+        directory.done(layout.step_of(weights))  # the file is what the step wrote
         models.restore(built.model, directory.path(weights))
     finally:
         directory.close()
@@ -121,7 +123,7 @@ def of_run(out: Path) -> Student:
         max_tokens=built.max_tokens,
         labels=labels,
         bf16=config.precision == "bf16",
-        batch_size=config.clients.answer_batch_size,
+        batch_size=config.clients.eval_batch_size,
     )
 
 
@@ -131,8 +133,8 @@ def _built(config: Config, classes: int, public: tuple[str, ...]) -> models.Spec
     seed = derive(config.seed, "init", name)
     if config.task == "classification":
         return models.build(config.student.model, classes, seed, name, public)
-    if config.task == "reading":
-        reader = reading.build(config.student.model, config.reading, seed, name, public)
+    if config.task == "question_answering":
+        reader = reading.build(config.student.model, config.question_answering, seed, name, public)
         return models.Specialist(reader.model, reader.tokenizer, reader.max_tokens)
     masked = config.task == "masked_lm"
     built = causal.build(config.student.model, seed, name, public, masked=masked)

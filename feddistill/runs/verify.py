@@ -12,8 +12,9 @@ from feddistill.federation.answer_files import StoredAnswer
 from feddistill.payload import Entry
 from feddistill.progress import Progress
 from feddistill.runs import rerun
-from feddistill.server.rounds import LEDGER
-from feddistill.store.run_directory import RESULT, Json, RunDirectory, read_object
+from feddistill.store import layout
+from feddistill.store.layout import LEDGER, RESULT
+from feddistill.store.run_directory import Json, RunDirectory, read_object
 from feddistill.types import RoundSpec
 
 
@@ -129,8 +130,8 @@ def _counted(paths: list[Path], client: str, number: object, ledger: Ledger) -> 
 
 
 def _round(directory: RunDirectory, entry: Entry, ledgers: list[Ledger]) -> Iterator[Finding]:
-    step = f"rounds/{entry.round:03d}"
-    spec = payload.parse_spec(directory.read_bytes(f"{step}/spec.json"))
+    layout.round_of(entry.round)
+    spec = payload.parse_spec(directory.read_bytes(layout.request(entry.round)))
     yield _asked(spec, ledgers, "the request")
     for client, digest in sorted(entry.payloads.items()):
         yield _admitted(directory, spec, client, digest)
@@ -138,10 +139,10 @@ def _round(directory: RunDirectory, entry: Entry, ledgers: list[Ledger]) -> Iter
         error = _refusal(directory, spec, client)
         given = type(error).__name__ if error else "nothing"
         yield Finding(given == reason, f"round {entry.round}: {client} is refused for {reason}")
-    whole = directory.digest(f"{step}/teacher.safetensors") == entry.teacher
+    whole = directory.digest(layout.tensors(layout.teacher(entry.round))) == entry.teacher
     yield Finding(whole, f"round {entry.round}: the teacher is whole")
     try:
-        feedback = StoredAnswer(directory, f"{step}/feedback", encoding.feedback_spec(spec))
+        feedback = StoredAnswer(directory, layout.feedback(entry.round), encoding.feedback_spec(spec))
         sent = feedback.admit(sender=encoding.SERVER) == entry.feedback
     except PayloadError:
         sent = False
@@ -150,7 +151,7 @@ def _round(directory: RunDirectory, entry: Entry, ledgers: list[Ledger]) -> Iter
 
 def _admitted(directory: RunDirectory, spec: RoundSpec, client: str, digest: str) -> Finding:
     what = f"round {spec.round}: {client}'s payload is the one that was counted, and well-formed"
-    stored = StoredAnswer(directory, f"rounds/{spec.round:03d}/payloads/{client}", spec)
+    stored = StoredAnswer(directory, layout.answer(spec.round, client), spec)
     try:
         found = payload.digest_of([directory.digest(content) for _, content in stored.files])
         if found == digest:
@@ -164,7 +165,7 @@ def _admitted(directory: RunDirectory, spec: RoundSpec, client: str, digest: str
 
 def _refusal(directory: RunDirectory, spec: RoundSpec, client: str) -> PayloadError | None:
     try:
-        StoredAnswer(directory, f"rounds/{spec.round:03d}/payloads/{client}", spec).admit(sender=client)
+        StoredAnswer(directory, layout.answer(spec.round, client), spec).admit(sender=client)
     except PayloadError as error:
         return error
     return None

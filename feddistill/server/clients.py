@@ -8,13 +8,14 @@ from collections.abc import Collection, Sequence
 from dataclasses import asdict, replace
 
 from feddistill import data, payload
-from feddistill.config import digest
-from feddistill.config.data import AtClientsPartition
+from feddistill.config import as_stored, digest
+from feddistill.config.data import RemotePartition
 from feddistill.federation import answer_files, encoding
 from feddistill.federation.journal import Journal
 from feddistill.federation.protocol import Instruction, Kind
 from feddistill.federation.retry import Requests
 from feddistill.server import reports
+from feddistill.store import layout
 from feddistill.store.run_directory import Json
 from feddistill.tasks.session import Session
 from feddistill.types import ClientDescription, Cost, RoundSpec
@@ -41,13 +42,13 @@ class Clients:
         run, number, found = self.session.run, spec.round, {}
         names = [name for name in spec.clients if name in self.names]
         for name in names:
-            if (record := run.done(f"rounds/{number:03d}/told/{name}")) is not None:
+            if (record := run.done(layout.report(number, name))) is not None:
                 found[name] = record
         missing = [name for name in names if name not in found]
         if not missing:
             return found
         if last is not None and not self.transport.shares_run:
-            places = answer_files.files(f"rounds/{last.round:03d}/feedback", encoding.feedback_spec(last))
+            places = answer_files.files(layout.feedback(last.round), encoding.feedback_spec(last))
             for shard, (envelope, content) in enumerate(places):
                 instruction = self._instruction(
                     "digest", last.round, asked=payload.canonical(last).decode(), shard=shard
@@ -58,30 +59,30 @@ class Clients:
                 ]
         question = None if last is None else payload.canonical(last).decode()
         instruction = self._instruction("train", number, asked=question)
-        ours = not isinstance(self.session.config.data.partition, AtClientsPartition)
+        ours = not isinstance(self.session.config.data.partition, RemotePartition)
         for reply in self.requests.gather(instruction, missing):
             if self.transport.shares_run:
                 found[reply.client] = reply.content
             elif (record := reports.training(reply.content, figures=ours)) is not None:
-                found[reply.client] = run.commit(f"rounds/{number:03d}/told/{reply.client}", record)
+                found[reply.client] = run.commit(layout.report(number, reply.client), record)
             else:
                 self.requests.journal.failed(instruction, reply.client, "a reply of another form", 0.0)
         return {name: found[name] for name in names if name in found}
 
     def answered(self, spec: RoundSpec, trained: Collection[str]) -> Json:
         """(2) What each client has uploaded, those asked that have ``trained``; nothing is believed yet."""
-        run, folder, found = self.session.run, f"rounds/{spec.round:03d}/payloads", {}
+        run, folder, found = self.session.run, layout.answers(spec.round), {}
         for name in spec.clients:
-            if (record := run.done(f"{folder}/{name}")) is not None:
+            if (record := run.done(layout.answer(spec.round, name))) is not None:
                 found[name] = record
         missing = [name for name in trained if name not in found]
         instruction = self._instruction("answer", spec.round, spec=payload.canonical(spec).decode(), shard=0)
         if self.transport.shares_run:  # what was sent is there
             for reply in self.requests.gather(instruction, missing):
-                found[reply.client] = run.done(f"{folder}/{reply.client}") or {}
+                found[reply.client] = run.done(layout.answer(spec.round, reply.client)) or {}
         else:
             for name, cost in self._fetched(instruction, spec, folder, missing).items():
-                found[name] = answer_files.store(run, f"{folder}/{name}", spec, cost)
+                found[name] = answer_files.store(run, layout.answer(spec.round, name), spec, cost)
         return {name: found[name] for name in spec.clients if name in found}
 
     def tidy(self, number: int) -> None:
@@ -93,7 +94,7 @@ class Clients:
         run, found = self.session.run, {}
         names = [private.name for private in self.session.splits.private]
         for name in names:
-            if (record := run.done(f"described/{name}")) is not None:
+            if (record := run.done(layout.description(name))) is not None:
                 found[name] = record
         fits = {
             "version": payload.VERSION,
@@ -115,7 +116,7 @@ class Clients:
                 continue
             found[reply.client] = {"description": asdict(own)}
             if not self.transport.shares_run:
-                run.commit(f"described/{reply.client}", found[reply.client])
+                run.commit(layout.description(reply.client), found[reply.client])
         return [description_of(found[name]["description"]) for name in names if name in found]
 
     def _published(self, name: str) -> Json | None:
@@ -131,13 +132,15 @@ class Clients:
     ) -> dict[str, Cost]:
         """What answering cost each client of which every shard is on disk; those that were here are not asked
         for again. A shard that is too long is cut, and its envelope will tell."""
-        run, kept = self.session.run, f"rounds/{spec.round:03d}/told/{{}}.cost.json"
+        run = self.session.run
         costs = {}
         for name in clients:
-            file = kept.format(name)
+            file = layout.answer_cost(spec.round, name)
             costs[name] = reports.cost(run.read_json(file)) if run.path(file).exists() else Cost()
         for shard in range(payload.shards(spec)):
-            places = {name: answer_files.files(f"{folder}/{name}", spec)[shard] for name in costs}
+            places = {
+                name: answer_files.files(layout.answer(spec.round, name), spec)[shard] for name in costs
+            }
             missing = [name for name, place in places.items() if not all(run.path(p).exists() for p in place)]
             for reply in self.requests.gather(
                 replace(instruction, content={**instruction.content, "shard": shard}), missing
@@ -147,7 +150,7 @@ class Clients:
                     continue
                 envelope, content = places[reply.client]
                 costs[reply.client] = reports.cost(reply.content.get("cost"))
-                run.write_json(kept.format(reply.client), asdict(costs[reply.client]))
+                run.write_json(layout.answer_cost(spec.round, reply.client), asdict(costs[reply.client]))
                 longest = payload.bound(spec, shard) + 1
                 run.write_bytes(content, reply.blobs.get("payload", b"")[:longest])
                 run.write_bytes(envelope, reply.blobs.get("envelope", b"")[: payload.ENVELOPE_LIMIT + 1])
@@ -168,7 +171,7 @@ def instruction_for(session: Session, kind: Kind, number: int, **content: object
     """For a client elsewhere, which is told all settings each time: it may have been started a moment ago."""
     config = session.config
     settings = {
-        "config": config.model_dump(mode="json"),
+        "config": as_stored(config),
         "labels": list(session.splits.label_names),
         "execution": session.run.execution,
     }

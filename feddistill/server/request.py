@@ -15,7 +15,7 @@ def request(session: Session, number: int, *, quorum: int, previous: str) -> Rou
     config, splits, settings = session.config, session.splits, session.config.payload
     question = session.query
     classes = question.vocab_size
-    k = {"dense": classes, "sampled": min(settings.draws, classes)}.get(settings.codec, settings.k)
+    k = {"dense": classes, "sampled": min(settings.samples, classes)}.get(settings.codec, settings.k)
     run_id, asked = digest(config)[:16], session.asked(number)
     keys = getattr(config.data.partition, "keys", {})
     spec = RoundSpec(
@@ -33,7 +33,7 @@ def request(session: Session, number: int, *, quorum: int, previous: str) -> Rou
         keys=tuple((name, keys[name]) for name in asked if name in keys),
         compression=settings.compression,
         max_code=payload.max_code_of(settings.epsilon) if settings.codec == "threshold" else 255,
-        draws=settings.draws if settings.codec == "sampled" else 0,
+        draws=settings.samples if settings.codec == "sampled" else 0,
         previous=previous,
     )
     return payload.cut(spec, int(settings.shard_mib * 2**20))

@@ -21,6 +21,8 @@ from feddistill.federation import answer_files, encoding
 from feddistill.federation.answer_files import draws
 from feddistill.server.clients import Clients
 from feddistill.server.request import request
+from feddistill.store import layout
+from feddistill.store.layout import LEDGER
 from feddistill.store.logit_files import TensorFile, TopKFile
 from feddistill.store.run_directory import Json
 from feddistill.tasks.choose import learner_of
@@ -28,8 +30,6 @@ from feddistill.tasks.learner import Learner, best_of, later
 from feddistill.tasks.query import ProxyQuery
 from feddistill.tasks.session import Session
 from feddistill.types import Cost, RoundSpec
-
-LEDGER = "ledger.json"
 
 LORA_RANK = 8
 """Of the adapters whose size answers are compared with."""
@@ -88,7 +88,7 @@ class _Rounds:
 
     def run(self, number: int) -> Json:
         """Round ``number``, or what is still to do of it."""
-        run, step = self.session.run, f"rounds/{number:03d}"
+        run, step = self.session.run, layout.round_of(number)
         record = run.done(step, verify=False)
         if record is None:
             record = run.commit(step, self._round(number, step))
@@ -121,7 +121,7 @@ class _Rounds:
 
     def decide(self, number: int) -> Json:
         """Everything of a round before the student: clients train and answer, one teacher is made."""
-        spec, step = self._asked(number), f"rounds/{number:03d}"
+        spec, step = self._asked(number), layout.round_of(number)
         run = self.session.run
         specialists = self.clients.trained(spec, self.specs.get(number - 1))
         sent = self.clients.answered(spec, specialists)
@@ -130,7 +130,7 @@ class _Rounds:
         refused: dict[str, PayloadError] = {}
         seen: set[tuple[str, int]] = set()
         for name in sent:
-            stored = answer_files.StoredAnswer(run, f"{step}/payloads/{name}", spec)
+            stored = answer_files.StoredAnswer(run, layout.answer(number, name), spec)
             try:
                 files[name] = stored.admit(seen, sender=name)
             except PayloadError as error:  # the round goes on without this client
@@ -180,7 +180,7 @@ class _Rounds:
 
     def _asked(self, number: int) -> RoundSpec:
         """The request of a round: the stored one, where it was sent before this process began."""
-        run, name = self.session.run, f"rounds/{number:03d}/spec.json"
+        run, name = self.session.run, layout.request(number)
         if run.path(name).exists():
             spec = payload.parse_spec(run.read_bytes(name))
         else:
@@ -193,7 +193,7 @@ class _Rounds:
         self, admitted: Mapping[str, answer_files.StoredAnswer], number: int, spec: RoundSpec, step: str
     ) -> Json:
         """(3) The teacher, for the student as it is and for the clients as a payload."""
-        run, name = self.session.run, f"{step}/teacher"
+        run, name = self.session.run, layout.teacher(number)
         if (record := run.done(name)) is not None:
             return record
         config = self.session.config.aggregation
@@ -228,7 +228,7 @@ class _Rounds:
                         config.rule,
                         weights,
                         sharpen=config.sharpen,
-                        mix=config.mix,
+                        mix=config.nnm_byzantine,
                         known=known,
                         k=spec.k,
                         sink=file.put,
@@ -236,13 +236,13 @@ class _Rounds:
                 )
 
             kind = TopKFile if question.compressed else TensorFile
-            teacher = kind.open(run.write(f"{name}.safetensors", make))
+            teacher = kind.open(run.write(layout.tensors(name), make))
             mass, shares, memory = made[0].mass, made[0].weights, made[0].memory
             diagnostics = diagnose(list(admitted), answerers, teacher, labels, mass, shares)
-        feedback, sent = self._feedback(teacher, spec, f"{step}/feedback")
+        feedback, sent = self._feedback(teacher, spec, layout.feedback(number))
         codistil = self.session.config.clients.codistillation.enabled
         content: Json = {
-            "log_probs": f"{name}.safetensors",
+            "log_probs": layout.tensors(name),
             "feedback": feedback,
             "feedback_bytes": sum(run.path(file).stat().st_size for file in sent) if codistil else 0,
             "diagnostics": asdict(diagnostics),
@@ -256,7 +256,7 @@ class _Rounds:
         it took; nothing in the first round, nor where teachers are made without a student."""
         if "student" not in self.session.config.aggregation.rule.needs() or spec.round == 1:
             return None, Cost()
-        run, name, back = self.session.run, f"{step}/before", encoding.feedback_spec(spec)
+        run, name, back = self.session.run, layout.student_answers(spec.round), encoding.feedback_spec(spec)
         if (record := run.done(name)) is None:
             if (start := self._start()) is None:
                 return None, Cost()
@@ -288,7 +288,7 @@ class _Rounds:
 
     def _start(self) -> Json | None:
         """The student that goes on learning; ``None`` before the first round's."""
-        return self.last if self.session.config.distill.accept == "always" else self.best
+        return self.best if self.session.config.distill.rollback else self.last
 
     def _feedback(self, teacher: TensorFile | TopKFile, spec: RoundSpec, step: str) -> tuple[str, list[str]]:
         """The teacher as clients are sent it: the digest for the ledger, and the files."""
@@ -302,14 +302,14 @@ class _Rounds:
     def _distil(self, number: int, step: str) -> Json:
         """(4) The student on the teachers' answers and the labels that the server has."""
         config = self.session.config
-        first = max(1, number - config.distill.replay)
-        teachers = [f"rounds/{n:03d}/teacher.safetensors" for n in range(number, first - 1, -1)]
+        first = max(1, number - config.distill.teacher_history)
+        teachers = [layout.tensors(layout.teacher(n)) for n in range(number, first - 1, -1)]
         settings = config.student.training
         if number > 1:
             settings = later(settings, None, config.student.later_head_learning_rate)
         start = self._start()
         return self.student.step(
-            f"{step}/student",
+            layout.student(number),
             f"round {number}: the student learns",
             start["weights"] if start else None,
             lambda: self.student.taught(*teachers),
@@ -325,7 +325,7 @@ class _Rounds:
         run, keep = self.session.run, {record["weights"] for record in (self.best, self.last) if record}
         self.clients.tidy(number)
         for earlier in range(1, number):
-            student = f"rounds/{earlier:03d}/student.safetensors"
+            student = layout.tensors(layout.student(earlier))
             if student not in keep:
                 run.remove(student)
 

@@ -16,15 +16,13 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from feddistill.errors import RunError
+from feddistill.store import layout
+from feddistill.store.layout import CONFIG, LOCK
 
 Json = dict[str, Any]
 
-CONFIG = "config.yaml"
-RESULT = "result.json"
-PROVENANCE = "provenance.json"
 """Of a run that was decided anew from what another one stored: which one, and what is different."""
 EXECUTION = "execution"
-LOCK = ".lock"
 
 
 class RunDirectory:
@@ -159,7 +157,7 @@ class RunDirectory:
     def steps(self, under: str) -> list[str]:
         """The steps that are recorded in a folder, in the order of their names."""
         records = self.path("records")
-        found = self.path(f"records/{under}").glob("*.json")
+        found = self.path(f"{layout.RECORDS}/{under}").glob("*.json")
         return sorted(str(path.relative_to(records).with_suffix("")) for path in found)
 
     def adopt(self, other: "RunDirectory", step: str) -> None:
@@ -236,7 +234,7 @@ def _is_nothing(path: Path) -> bool:
 
 
 def _record(step: str) -> str:
-    return f"records/{step}.json"
+    return layout.record(step)
 
 
 def _hash(path: Path, size: int = 16) -> str:

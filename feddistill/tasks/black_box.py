@@ -21,6 +21,7 @@ from feddistill.federation import encoding
 from feddistill.modelio.packing import PackedTexts
 from feddistill.models import causal
 from feddistill.models.tokenizers import tokenizer_of
+from feddistill.store import layout
 from feddistill.store.logit_files import TopKFile
 from feddistill.store.run_directory import Json
 from feddistill.tasks import endpoint
@@ -92,7 +93,7 @@ class QueryOnlyLanguageModel(_Closed, CausalLanguageModel):
             config,
             self.name,
             self.session.splits.proxy,
-            self.session.config.language.positions == "answer",
+            self.session.config.language.completion_only,
         )
         self._box, most = endpoint.open_box(config.source, built.reader.tokenizer, self.name)
         wanted = kept_before(self.session.config.payload.k, built.reader.vocab_size)
@@ -127,7 +128,7 @@ class QueryOnlyLanguageModel(_Closed, CausalLanguageModel):
         self, texts: TextSet, blocks: PackedTexts, rows: NDArray[np.int64], on_step: ProgressCallback | None
     ) -> Iterator[TopK]:
         """What it says of ``rows``, which ascend, some blocks' at a time."""
-        step, size = blocks.length - 1, self.session.config.clients.answer_batch_size
+        step, size = blocks.length - 1, self.session.config.clients.eval_batch_size
         chunks = np.unique(rows // step // size)
         for done, chunk in enumerate(chunks.tolist(), 1):
             first, end = chunk * size * step, (chunk + 1) * size * step
@@ -140,7 +141,7 @@ class QueryOnlyLanguageModel(_Closed, CausalLanguageModel):
     def _chunk(self, texts: TextSet, blocks: PackedTexts, chunk: int, which: range) -> TopKFile:
         """All rows of some blocks: from the run, where they have been asked."""
         run = self.session.run
-        place = f"black_boxes/{self.name}/{texts.name}-{blocks.length}/{chunk:05d}.safetensors"
+        place = layout.black_box_rows(self.name, texts.name, blocks.length, chunk)
         if not run.path(place).exists():
             said = self._box.ask([blocks[b].tolist() for b in which], self._width)
 

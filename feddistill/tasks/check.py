@@ -50,7 +50,7 @@ def check(config: Config, splits: Splits, *, build: bool = True) -> None:
         raise ConfigError("baselines: fedmkt needs labels, but data.proxy.labelled is 0")
     if "public_only" in config.baselines and not labelled:
         raise ConfigError("baselines: public_only needs labels, but data.proxy.labelled is 0")
-    if config.task == "reading" and not config.reading.unanswerable:
+    if config.task == "question_answering" and not config.question_answering.allow_no_answer:
         _answered(splits)
     if not build:
         return
@@ -67,8 +67,8 @@ def check(config: Config, splits: Splits, *, build: bool = True) -> None:
             built = _built(model, name, splits, masked=config.task == "masked_lm")
             _speaks(config, built, question.fingerprint, name)
             adapters.adapt(built.model, model, name, head=False)
-        elif config.task == "reading":
-            reader = reading.build(model, config.reading, 0, name, splits.proxy.texts)
+        elif config.task == "question_answering":
+            reader = reading.build(model, config.question_answering, 0, name, splits.proxy.texts)
             learns = (
                 private
                 for place, private in zip(splits.places, splits.private, strict=True)
@@ -88,7 +88,8 @@ def _answered(splits: Splits) -> None:
         for row, right in enumerate(texts.answers or ()):
             if right == ():
                 raise ConfigError(
-                    f"{texts.name}: {texts.ids[row]} has no answer, which reading.unanswerable: true allows"
+                    f"{texts.name}: {texts.ids[row]} has no answer, which "
+                    "question_answering.allow_no_answer: true allows"
                 )
 
 

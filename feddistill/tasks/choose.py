@@ -16,7 +16,7 @@ LEARNERS: dict[str, type[Learner]] = {
     "classification": Learner,
     "causal_lm": CausalLanguageModel,
     "masked_lm": MaskedLanguageModel,
-    "reading": QuestionAnswering,
+    "question_answering": QuestionAnswering,
 }
 """By task."""
 

@@ -41,7 +41,7 @@ class CausalLanguageModel(Learner):
             derive(self.session.config.seed, "init", self.name),
             self.name,
             self.session.splits.proxy.texts,
-            answers_only=self.session.config.language.positions == "answer",
+            answers_only=self.session.config.language.completion_only,
             masked=self.session.config.task == "masked_lm",
         )
 
@@ -176,7 +176,7 @@ class CausalLanguageModel(Learner):
             rows,
             self.specialist.reader.vocab_size,
             pad_id=self.specialist.pad_id,
-            batch_size=self.session.config.clients.answer_batch_size,
+            batch_size=self.session.config.clients.eval_batch_size,
             bf16=self.session.bf16,
             meter=self.meter,
             on_step=on_step,

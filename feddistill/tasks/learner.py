@@ -20,6 +20,7 @@ from feddistill.federation import answer_files, encoding
 from feddistill.modelio import inference
 from feddistill.models import adapters
 from feddistill.seeds import derive
+from feddistill.store import layout
 from feddistill.store.logit_files import Chained, TensorFile
 from feddistill.store.run_directory import Json
 from feddistill.tasks.session import Session
@@ -50,7 +51,7 @@ class Learner:
         self.specialist = self._build(config)
         self.model = self.specialist.model
         if adapt is None and config.lora is not None:
-            head = session.config.task in ("classification", "reading")
+            head = session.config.task in ("classification", "question_answering")
             adapt = partial(adapters.adapt, config=config, name=name, head=head)
         if adapt is not None:
             with torch.random.fork_rng(devices=[]):
@@ -74,7 +75,7 @@ class Learner:
 
     def restore(self, weights: str) -> None:
         """Take up the weights that a step left, if they are still what it wrote."""
-        self.session.run.done(weights.removesuffix(".safetensors"))
+        self.session.run.done(layout.step_of(weights))
         self.load(weights)
 
     def load(self, weights: str) -> None:
@@ -139,7 +140,7 @@ class Learner:
             self.tokens(texts)[start:stop],
             self.classes,
             pad_id=self.specialist.pad_id,
-            batch_size=self.session.config.clients.answer_batch_size,
+            batch_size=self.session.config.clients.eval_batch_size,
             bf16=self.session.bf16,
             meter=self.meter,
             on_step=on_step,
@@ -243,7 +244,7 @@ class Learner:
         if not math.isfinite(trained.loss):
             raise ModelError(f"{label}: training diverged, loss {trained.loss}; lower the learning rate")
         figures, cost = self.measured(label) if evaluate else ({}, Cost())
-        weights = f"{name}.safetensors"
+        weights = layout.tensors(name)
         run.write(weights, lambda path: models.save(self.model, path))
         content = {
             "weights": weights,

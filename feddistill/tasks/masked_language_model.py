@@ -26,7 +26,7 @@ class MaskedLanguageModel(CausalLanguageModel):
     @property
     def _masking(self) -> Masking:
         tokenizer = self.specialist.reader.tokenizer
-        return Masking(mask_id(tokenizer, self.name), self.session.config.language.masked)
+        return Masking(mask_id(tokenizer, self.name), self.session.config.language.mask_probability)
 
     def _shown(self, blocks: PackedTexts, rows: NDArray[np.int64]) -> PackedTexts:
         return blocks.masking(rows, self._masking.token)

@@ -48,16 +48,16 @@ def query_of(config: Config, splits: Splits) -> ProxyQuery:
         names = splits.label_names
         labels = torch.from_numpy(proxy.labels)
         return ProxyQuery(len(proxy), len(names), payload.fingerprint(names), labels, _domains(proxy))
-    if config.task == "reading":
+    if config.task == "question_answering":
         return _of_passages(proxy)
     model, settings = config.student.model, config.language
     tokenizer = tokenizer_of(model.source, "student.model", proxy.texts)
-    reader = TextReader(tokenizer, settings.positions == "answer")
+    reader = TextReader(tokenizer, settings.completion_only)
     blocks = reader.blocks(proxy, model.max_tokens)
     if config.task == "masked_lm":
         rows = masked_rows(config, blocks, proxy.name)
     else:
-        rows = np.flatnonzero(blocks.wanted)[settings.step - 1 :: settings.step]
+        rows = np.flatnonzero(blocks.wanted)[settings.position_stride - 1 :: settings.position_stride]
     where = _domains(proxy)
     return ProxyQuery(
         positions=len(rows),
@@ -91,7 +91,7 @@ def masked_rows(config: Config, blocks: PackedTexts, name: str) -> NDArray[np.in
     """Rows whose tokens are hidden when a masked model answers, or is judged, about the set ``name``: a
     random share of the wanted ones, the same for everybody."""
     wanted = np.flatnonzero(blocks.wanted)
-    count = max(1, round(config.language.masked * len(wanted)))
+    count = max(1, round(config.language.mask_probability * len(wanted)))
     drawn = generator(config.seed, "hidden", name).permutation(len(wanted))[:count]
     return wanted[np.sort(drawn)]
 

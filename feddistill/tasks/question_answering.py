@@ -36,7 +36,7 @@ class QuestionAnswering(Learner):
         self._pages: dict[str, list[QAWindow]] = {}
         settings = self.session.config
         seed, public = derive(settings.seed, "init", self.name), self.session.splits.proxy.texts
-        return reading.build(config, settings.reading, seed, self.name, public)
+        return reading.build(config, settings.question_answering, seed, self.name, public)
 
     def pages(self, texts: TextSet) -> list[QAWindow]:
         """``texts`` as this model reads them; kept, as every round asks for them again."""
@@ -102,7 +102,7 @@ class QuestionAnswering(Learner):
             pages,
             pad_id=self.specialist.pad_id,
             types=self.specialist.types,
-            batch_size=self.session.config.clients.answer_batch_size,
+            batch_size=self.session.config.clients.eval_batch_size,
             bf16=self.session.bf16,
             meter=self.meter,
             on_step=on_step,
@@ -115,7 +115,7 @@ class QuestionAnswering(Learner):
 
     def figures(self, texts: TextSet, on_step: ProgressCallback | None = None) -> dict[str, float]:
         """How well the spans that the model points at answer ``texts``."""
-        pages, longest = self.pages(texts), self.session.config.reading.answer_tokens
+        pages, longest = self.pages(texts), self.session.config.question_answering.max_answer_tokens
         known, given, golds = texts.answers or (None,) * len(texts), [], []
         for row, (page, logits) in enumerate(zip(pages, self._logits(pages, on_step), strict=True)):
             _, passage = texts.question(row)

@@ -11,16 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from feddistill.config import Config
+from feddistill.config.methods import METHODS
 from feddistill.errors import RunError
 from feddistill.models.frozen import States
+from feddistill.store import layout
 from feddistill.store.run_directory import Json, RunDirectory
 
 _NO_TRAINING = ("name", "baselines", "payload", "aggregation", "language", "keep_checkpoints")
-_BASELINES = ("fedavg", "fedmd", "fedlora", "fedfed")
-_LOSS = tuple(f"distill.{name}" for name in ("kind", "temperature", "kd_weight", "beta", "replay"))
+_BASELINES = tuple(name for name, method in METHODS.items() if method.settings is not None)
+_LOSS = tuple(f"distill.{name}" for name in ("kind", "temperature", "kd_weight", "beta", "teacher_history"))
 
 INDEPENDENT = {
-    "alone/001/": (
+    f"{layout.specialists(1)}/": (
         *_NO_TRAINING,
         *_BASELINES,
         "rounds",
@@ -30,14 +32,14 @@ INDEPENDENT = {
         "clients.codistillation",
         "clients.per_round",
     ),
-    "baselines/public_only/": (
+    f"{layout.baseline('public_only')}/": (
         *_NO_TRAINING,
         *_BASELINES,
         *_LOSS,
         "clients",
         "simulate",
         "data.partition",
-        "data.absent",
+        "data.exclude_clients",
         "data.histogram_epsilon",
     ),
 }

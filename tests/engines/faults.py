@@ -24,7 +24,7 @@ from federation import Federation, environment
 NAMES = ["client-0", "client-1", "client-2"]
 CONFIG = Path(__file__).with_name("tiny.yaml")
 RUN_SECONDS = 500
-RETRY_POLICY = ("--connect", "240", "--reply", "240", "--attempts", "3")
+RETRY_POLICY = ("--connect-timeout", "240", "--reply-timeout", "240", "--attempts", "3")
 
 
 class Failed(Exception):
@@ -230,7 +230,7 @@ class Trial:
         run = self.fresh()
         for name in ("client-1", "client-2"):
             self.federation.stop(name, signal.SIGKILL)
-        self.begin(run, "--connect", "20", "--attempts", "1")
+        self.begin(run, "--connect-timeout", "20", "--attempts", "1")
         status = self.federation.processes.pop("train").wait(RUN_SECONDS)
         for name in ("client-1", "client-2"):
             self.federation.start_node(name)

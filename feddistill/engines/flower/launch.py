@@ -20,14 +20,15 @@ from typing import Any
 
 from feddistill import config as configuration
 from feddistill.config import Config
-from feddistill.config.data import AtClientsPartition
+from feddistill.config.data import RemotePartition
 from feddistill.engines.flower import keeper
-from feddistill.engines.flower.watch import OUTCOME, Watch
+from feddistill.engines.flower.watch import Watch
 from feddistill.errors import ConfigError, RunError
 from feddistill.federation.protocol import RetryPolicy
 from feddistill.progress import Progress
 from feddistill.runs import experiment
-from feddistill.store.run_directory import RESULT, Json, RunDirectory, read_object
+from feddistill.store.layout import CONFIG, OUTCOME, RESULT
+from feddistill.store.run_directory import Json, RunDirectory, read_object
 
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -78,9 +79,9 @@ def train(
     config = experiment.resolve(config)
     if config.simulate.attack:
         raise ConfigError("simulate.attack needs the clients in one process: --engine local")
-    at_clients = isinstance(config.data.partition, AtClientsPartition)
-    if link is None and at_clients:
-        raise ConfigError("data.partition at_clients needs clients elsewhere: --engine flower")
+    remote = isinstance(config.data.partition, RemotePartition)
+    if link is None and remote:
+        raise ConfigError("data.partition remote needs clients elsewhere: --engine flower")
     if link is not None:
         _reach(link)
     if not resume:
@@ -156,9 +157,9 @@ def _run(
         RunError: It did not complete; what there is of it can be resumed.
     """
     out = out.resolve()
-    (folder / "config.yaml").write_text(configuration.dump(config), encoding="utf-8")
+    (folder / CONFIG).write_text(configuration.dump(config), encoding="utf-8")
     told = {
-        "config": str((folder / "config.yaml").resolve()),
+        "config": str((folder / CONFIG).resolve()),
         "folder": str(folder.resolve()),
         "out": str(out),
         "cwd": str(Path.cwd()),

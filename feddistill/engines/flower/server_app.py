@@ -9,10 +9,10 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from feddistill.engines.flower.transport import GridTransport
-from feddistill.engines.flower.watch import OUTCOME
 from feddistill.errors import ConfigError, FeddistillError
 from feddistill.federation.protocol import RetryPolicy
 from feddistill.progress import NoProgress
+from feddistill.store.layout import OUTCOME
 
 app = ServerApp()
 
@@ -51,7 +51,7 @@ def main(grid: Grid, context: Context) -> None:
         file, out = _absolute(told, "config"), _absolute(told, "out")
         if told["cwd"]:
             os.chdir(str(told["cwd"]))
-        config = configuration.load(file)
+        config = configuration.load_stored(file)
         transport = GridTransport(grid, progress)
         engine = Engine(transport, str(told["engine"]), retry_policy, GridAverager(transport))
         experiment.run(config, out, resume=bool(told["resume"]), progress=progress, engine=engine)

@@ -5,11 +5,10 @@ from pathlib import Path
 
 from rich.table import Table
 
-from feddistill.federation.journal import EVENTS
 from feddistill.progress import Progress
+from feddistill.store.layout import EVENTS
 from feddistill.store.run_directory import Json
 
-OUTCOME = "outcome.json"
 """In the folder that the command made for this: whether all went well, or what the user can mend."""
 STATES = {"asked": "working", "replied": "done", "failed": "failed", "given_up": "left out"}
 

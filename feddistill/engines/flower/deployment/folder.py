@@ -92,7 +92,7 @@ def example(folder: Path, clients: Sequence[str]) -> None:
     settings = configuration.load(folder / "server" / "config.yaml")
     # What the server carves for itself comes first, whatever is left for others.
     whole = settings.data.model_dump(mode="json")
-    whole |= {"private": {"size": 400 * len(clients)}, "absent": []}
+    whole |= {"private": {"size": 400 * len(clients)}, "exclude_clients": []}
     whole["partition"] = {"kind": "dirichlet", "clients": len(clients), "alpha": 0.5}
     splits = data.load(DataConfig.model_validate(whole), settings.seed)
     for name, texts in zip(clients, splits.private, strict=True):
