@@ -72,7 +72,7 @@ def test_every_token_is_predicted_once_by_the_tokens_before_it():
 
 def test_tokens_of_a_prompt_are_not_wanted():
     source = parse(tiny()).student.model.source
-    reader = causal.Reader(tokenizer_of(source, "s", ["some words and other words"]), answers_only=True)
+    reader = causal.TextReader(tokenizer_of(source, "s", ["some words and other words"]), answers_only=True)
     texts = TextSet("t", ("0", "1"), ("Q: é? A: no", "ab"), np.zeros(2, np.int64), (), None, (5, 0))
     blocks = reader.blocks(texts, 8)
     said = [blocks.targets[(blocks.texts[1:] == t) & blocks.wanted] for t in (0, 1)]
@@ -290,11 +290,11 @@ import os, signal, sys
 from pathlib import Path
 from feddistill.runs import experiment
 from feddistill.config import load
-from feddistill.methods import wire
-from feddistill.methods.client import Crew
-from feddistill.methods.learner import Session
-from feddistill.methods.translation import Side, Tally, needed, translate
-original, calls = wire.compress_parts, 0
+from feddistill.federation import encoding
+from feddistill.client.client import ClientGroup
+from feddistill.tasks.session import Session
+
+original, calls = encoding.compress_parts, 0
 def deadly(*args):
     global calls
     calls += 1
@@ -302,7 +302,7 @@ def deadly(*args):
     if calls == 7:  # round 2: four clients and the teacher have answered in round 1
         os.kill(os.getpid(), signal.SIGKILL)
     return found
-wire.compress_parts = deadly
+encoding.compress_parts = deadly
 experiment.run(load(Path(sys.argv[1])), Path(sys.argv[2]))
 """
     out = tmp_path / "run"
@@ -373,7 +373,7 @@ def test_other_codecs_and_every_third_position(codec, tmp_path):
     config = parse(tiny(**changes))
     splits = experiment.check(config, build=False)
     rows = (
-        causal.Reader(tokenizer_of(config.student.model.source, "s", splits.proxy.texts))
+        causal.TextReader(tokenizer_of(config.student.model.source, "s", splits.proxy.texts))
         .blocks(splits.proxy, 48)
         .rows
     )
@@ -386,7 +386,7 @@ def test_what_a_run_would_cost_is_known_before():
     config = parse(tiny())
     splits = experiment.check(config, build=False)
     source = config.student.model.source
-    reader = causal.Reader(tokenizer_of(source, "student.model", splits.proxy.texts))
+    reader = causal.TextReader(tokenizer_of(source, "student.model", splits.proxy.texts))
     assert found["rows"] == reader.blocks(splits.proxy, 48).rows
     assert found["bytes"]["codecs"]["topk k=16"]["a_row"] == pytest.approx(49, abs=2)
     assert found["bytes"]["federated_lora"]["upload"] > 0

@@ -153,7 +153,7 @@ def mass_of(rows):
 
 
 def side_of(size, texts, length):
-    reader = causal.Reader(tokenizer_of(TrainedTokenizer(vocab_size=size), "s", texts.texts))
+    reader = causal.TextReader(tokenizer_of(TrainedTokenizer(vocab_size=size), "s", texts.texts))
     return Side(reader, texts, reader.blocks(texts, length), "s")
 
 

@@ -73,7 +73,7 @@ def with_new_names(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of a run that was started under the old names, under the new ones.
 
     >>> with_new_names({"distill": {"accept": "always", "replay": 2}})
-    {'distill': {'rollback': False, 'teacher_history': 2}}
+    {'distill': {'teacher_history': 2, 'rollback': False}}
     """
     return _renamed(raw, [(entry.old, entry.new, entry.values) for entry in RENAMED])
 
@@ -82,7 +82,7 @@ def with_old_names(raw: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of ``with_new_names``.
 
     >>> with_old_names({"distill": {"rollback": False, "teacher_history": 2}})
-    {'distill': {'accept': 'always', 'replay': 2}}
+    {'distill': {'replay': 2, 'accept': 'always'}}
     """
     inverse: list[tuple[str, str, Mapping[Any, Any] | None]] = []
     for entry in RENAMED:
