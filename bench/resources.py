@@ -61,8 +61,8 @@ def triton_launches() -> Iterator[tuple[str, Any]]:
 
 
 def _distillation() -> None:
-    from feddistill_kernels import kinds
     from feddistill_kernels.distillation import _triton as triton
+    from feddistill_kernels.distillation._triton_kinds import KINDS
 
     settings = {"beta": 0.5, "temperature": 2.0, "kd": 4.0}
 
@@ -90,7 +90,7 @@ def _distillation() -> None:
 
     many = 4096  # enough that a row is not split
     for dtype in DTYPES:
-        for kind in kinds():
+        for kind in KINDS:
             for kept in (0, 64):
                 rows(1, 128256, dtype, kind, kept, True, True)
                 for gradient in (True, False):

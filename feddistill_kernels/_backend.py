@@ -6,7 +6,7 @@ has ``cannot(device_type, **facts) -> str | None`` as well: why it cannot do wha
 """
 
 import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
@@ -93,7 +93,7 @@ def named(requested: str | None) -> str:
     return requested
 
 
-def load(op: str, backend: str, like: torch.Tensor, **facts: int) -> ModuleType:
+def load(op: str, backend: str, like: torch.Tensor, **facts: int | str) -> ModuleType:
     """Return the module that runs ``op`` on tensors ``like`` this; never swap a backend that was named.
 
     Args:
@@ -139,44 +139,65 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class Operator:
-    """A function without a gradient that is an operator of torch.library where somebody has to see one.
+    """A function that is called directly, or as an operator of torch.library if something must see one.
 
-    The dispatcher takes some 10 us a call, as long as torch.topk of a short row; where nobody watches, the
-    function itself is called.
+    The dispatcher takes some 10 us a call, as long as torch.topk of a short row; when nothing watches and no
+    input requires a gradient, the function itself is called.
 
     Args:
         name: ``feddistill::...``.
-        schema: As ``torch.library.custom_op`` takes it, where it cannot be inferred.
+        schema: As ``torch.library.custom_op`` takes it; ``None`` infers it from ``function``.
+        mutates_args: Names of the arguments that ``function`` writes.
     """
 
-    def __init__(self, name: str, function: Callable[..., Any], schema: str | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        function: Callable[..., Any],
+        schema: str | None = None,
+        mutates_args: Collection[str] = (),
+    ) -> None:
         self._function = function
-        self._op = torch.library.custom_op(name, function, mutates_args=(), schema=schema)
-        self.register_fake = self._op.register_fake
+        self.dispatched = torch.library.custom_op(name, function, mutates_args=mutates_args, schema=schema)
+        self.register_fake = self.dispatched.register_fake
+        self.register_autograd = self.dispatched.register_autograd
 
     def __call__(self, *arguments: Any) -> Any:
-        """Run it; an input that requires a gradient goes to the operator, whose result refuses one."""
+        """Run it; the dispatcher takes an input that requires a gradient, and has the gradient or refuses."""
         if watched():
-            return self._op(*arguments)
+            return self.dispatched(*arguments)
         for argument in arguments:
             for x in argument if type(argument) is list else (argument,):
                 if isinstance(x, Tensor) and (type(x) not in _PLAIN or x.requires_grad or x.is_meta):
-                    return self._op(*arguments)
+                    return self.dispatched(*arguments)
         return self._function(*arguments)
 
 
-def operator(name: str, schema: str | None = None) -> Callable[[Callable[..., Any]], Operator]:
+def operator(
+    name: str, schema: str | None = None, mutates_args: Collection[str] = ()
+) -> Callable[[Callable[..., Any]], Operator]:
     """Make an ``Operator`` of the function below."""
-    return lambda function: Operator(name, function, schema)
+    return lambda function: Operator(name, function, schema, mutates_args)
+
+
+def schema_like(
+    function: Callable[..., Any], returns: str, more: str = "", mutates_args: Collection[str] = ()
+) -> str:
+    """The schema of an operator with the positional arguments of ``function``, then ``more``.
+
+    >>> def function(x: Tensor, k: int, *, out: Tensor | None = None) -> Tensor: ...
+    >>> schema_like(function, "(Tensor, Tensor)", ", bool[] wanted")
+    '(Tensor x, SymInt k, bool[] wanted) -> (Tensor, Tensor)'
+    """
+    arguments, _, _ = torch.library.infer_schema(function, mutates_args=mutates_args).partition(", *")
+    return f"{arguments}{more}) -> {returns}"
 
 
 _entries = cache(entries)
 
 
-def _can(op: str, backend: str, device_type: str, facts: dict[str, int]) -> bool:
-    return _missing(op, backend, device_type) is None and not (
-        facts and _cannot(op, backend, device_type, facts)
-    )
+def _can(op: str, backend: str, device_type: str, facts: dict[str, int | str]) -> bool:
+    return _missing(op, backend, device_type) is None and not _cannot(op, backend, device_type, facts)
 
 
 @cache
@@ -184,8 +205,8 @@ def _module(op: str, backend: str) -> ModuleType:
     return import_module(f"feddistill_kernels.{op}._{backend}")
 
 
-def _cannot(op: str, backend: str, device_type: str, facts: dict[str, int]) -> str | None:
-    cannot = getattr(_module(op, backend), "cannot", None)
+def _cannot(op: str, backend: str, device_type: str, facts: dict[str, int | str]) -> str | None:
+    cannot = getattr(_module(op, backend), "cannot", None) if facts else None
     reason: str | None = cannot(device_type, **facts) if cannot else None
     return reason
 

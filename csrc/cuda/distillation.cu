@@ -654,6 +654,8 @@ void launch_scale(const void* gradient, std::int64_t n, const float* factor, voi
 }  // namespace
 
 void distillation_cuda(const Distillation& task, void* stream) {
+    if (!is_known(task.kind))
+        throw std::invalid_argument("distillation_cuda: no kind of divergence has number " + std::to_string(static_cast<int>(task.kind)));
     if (task.rows == 0) return;
     Kind kind = task.kind;
     if (kind == Kind::jsd && (task.beta == 0 || task.beta == 1))

@@ -1,5 +1,6 @@
 """Divergences between softmaxes, and the distillation loss made of them, without holding either softmax."""
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -7,8 +8,8 @@ from torch import Tensor, nn
 
 from feddistill_kernels._backend import named
 from feddistill_kernels._check import bind, floating, no_forward_mode, same_device
-from feddistill_kernels.distillation._kinds import KINDS
-from feddistill_kernels.distillation._op import FusedInPlace, each, total
+from feddistill_kernels._kinds import KINDS
+from feddistill_kernels.distillation._op import each, total, total_in_place, total_of
 from feddistill_kernels.distillation._settings import (
     check_labels,
     check_settings,
@@ -30,7 +31,7 @@ def kinds() -> tuple[str, ...]:
     """Names of the divergences.
 
     >>> kinds()
-    ('forward_kl', 'reverse_kl', 'jsd', 'tvd', 'skew_forward_kl', 'skew_reverse_kl')
+    ('forward_kl', 'reverse_kl', 'jsd', 'tvd', 'skew_forward_kl', 'skew_reverse_kl'...)
     """
     return tuple(KINDS)
 
@@ -195,11 +196,11 @@ def distillation_loss(
         return _each(student, (*teacher_tensors, hard, scale, *numbers), group).sum()
     scale, divisor = lifted(student, scale)
     arguments = (*teacher_tensors, hard, scale, *numbers)
-    loss: Tensor
-    if group is not None:
-        loss = vocabulary_parallel.total(student, arguments, group, inplace)
-    elif inplace:
-        loss = FusedInPlace.apply(student, arguments)  # type: ignore[no-untyped-call]  # torch types no apply
+    rows = None if group is None else partial(vocabulary_parallel.rows, group=group)
+    if inplace:
+        loss = total_in_place(rows, student, *arguments)
+    elif rows is not None:
+        loss = total_of(rows, student, *arguments)
     else:
         loss = total(student, *arguments)
     return loss if divisor is None else loss / divisor

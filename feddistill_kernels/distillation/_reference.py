@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from feddistill_kernels._check import labels_in_vocabulary, rows_with_a_choice
-from feddistill_kernels.distillation._kinds import KINDS
+from feddistill_kernels._kinds import KINDS
 
 CHUNK = 1 << 20
 """Entries worked on at once: a dozen float32 temporaries of 4 MiB, whatever ``N`` and ``V`` are.

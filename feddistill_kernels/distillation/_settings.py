@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from feddistill_kernels._check import bind, floating, one_of, positive_temperature, same_device
-from feddistill_kernels.distillation._kinds import KINDS
+from feddistill_kernels._kinds import KINDS
 
 REDUCTIONS = ("mean", "sum", "none")
 

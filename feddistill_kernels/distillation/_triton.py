@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from feddistill_kernels._kinds import unknown_kind
 from feddistill_kernels._native import in_rows
 from feddistill_kernels._triton import launch, missing, power_of_two, processors
 from feddistill_kernels.distillation import _triton_kernels as kernels
+from feddistill_kernels.distillation._triton_kinds import KINDS
 
-__all__ = ["missing", "rows", "scale_into"]
+__all__ = ["cannot", "missing", "rows", "scale_into"]
 
 WARPS = 8
 """The most of a program; a narrow row takes fewer."""
@@ -25,6 +27,11 @@ COLUMNS = {"skew_forward_kl": 4}
 MOST_PARTS = 64
 
 _LOG2E = math.log2(math.e)
+
+
+def cannot(device_type: str, *, kind: str) -> str | None:
+    """Why it cannot run this call; ``None`` if it can."""
+    return unknown_kind(kind, KINDS)
 
 
 def rows(

@@ -3,9 +3,9 @@
 from functools import partial
 
 from feddistill_kernels.distillation import _native
-from feddistill_kernels.distillation._native import missing
+from feddistill_kernels.distillation._native import cannot, missing
 from feddistill_kernels.linear_distillation._reference import chunked
 
-__all__ = ["missing", "rows"]
+__all__ = ["cannot", "missing", "rows"]
 
 rows = partial(chunked, _native.rows)

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from feddistill_kernels._backend import load
 from feddistill_kernels._check import labels_in_vocabulary, no_derivative_twice
-from feddistill_kernels.distillation._op import FusedInPlace, times
 from feddistill_kernels.vocabulary_parallel import _statistics
 from feddistill_kernels.vocabulary_parallel._statistics import Loss, Shard
 
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def each(student: Tensor, rest: tuple[Any, ...], group: "ProcessGroup") -> Tensor:
-    """The loss of each row ``[N]``, the same on every rank; ``rest`` as for ``distillation._op.each``."""
+    """The loss of each row ``[N]``, the same on every rank; ``rest`` as in ``distillation``."""
     call = _Call.of(student, rest, group)
     if not (student.requires_grad and torch.is_grad_enabled()):
         return call.forward()[0]
@@ -26,12 +25,12 @@ def each(student: Tensor, rest: tuple[Any, ...], group: "ProcessGroup") -> Tenso
     return loss
 
 
-def total(student: Tensor, rest: tuple[Any, ...], group: "ProcessGroup", inplace: bool) -> Tensor:
-    """Its sum, with the gradient made in the same call."""
+def rows(student: Tensor, *rest: Any, group: "ProcessGroup", gradient: Tensor) -> Tensor:
+    """The same, with the gradient of the sum written to ``gradient [N, V_r]``, which may be the student."""
     call = _Call.of(student, rest, group)
-    function = _InPlace if inplace else _Total
-    loss: Tensor = function.apply(student, call)  # type: ignore[no-untyped-call]  # as torch has it
-    return loss
+    cost, statistics, slopes = call.forward()
+    call.module.gradient(call.shard, call.loss, statistics, slopes, gradient)
+    return cost
 
 
 class _Call(NamedTuple):
@@ -51,7 +50,7 @@ class _Call(NamedTuple):
 
     @property
     def module(self) -> ModuleType:
-        return load("vocabulary_parallel", self.backend, self.shard.student)
+        return load("vocabulary_parallel", self.backend, self.shard.student, kind=self.loss.kind)
 
     def forward(self) -> tuple[Tensor, Tensor, Tensor]:
         """The loss of each row, and the statistics and slopes of whole rows that its gradient needs."""
@@ -85,34 +84,6 @@ class _Each(torch.autograd.Function):
         gradient = torch.empty_like(shard.student, memory_format=torch.contiguous_format)
         call.module.gradient(call.shard, call.loss, rows, slopes, gradient)
         return gradient, None
-
-
-class _Total(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, student: Tensor, call: _Call) -> Tensor:
-        cost, rows, slopes = call.forward()
-        gradient = torch.empty_like(student, memory_format=torch.contiguous_format)
-        call.module.gradient(call.shard, call.loss, rows, slopes, gradient)
-        ctx.save_for_backward(gradient)
-        ctx.backend = call.backend
-        return cost.sum()
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
-        no_derivative_twice()
-        return times(ctx.saved_tensors[0], upstream, ctx.backend), None
-
-
-class _InPlace(FusedInPlace):
-    @staticmethod
-    def forward(ctx: Any, student: Tensor, call: _Call) -> Tensor:  # type: ignore[override]  # its own
-        cost, rows, slopes = call.forward()
-        memory = call.shard.student
-        call.module.gradient(call.shard, call.loss, rows, slopes, memory)
-        torch.autograd.graph.increment_version(memory)  # whatever the backend wrote it with
-        ctx.save_for_backward(memory)
-        ctx.backend = call.backend
-        return cost.sum()
 
 
 def check_group(group: object) -> None:

@@ -11,8 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from feddistill_kernels.distillation._kinds import KINDS
-from feddistill_kernels.distillation._reference import CHUNK
+from feddistill_kernels._kinds import KINDS
 from feddistill_kernels.vocabulary_parallel._statistics import (
     HARD,
     LABEL,
@@ -22,6 +21,9 @@ from feddistill_kernels.vocabulary_parallel._statistics import (
     Shard,
     neutral,
 )
+
+CHUNK = 1 << 20
+"""Entries worked on at once, as in ``distillation``."""
 
 
 def statistics(shard: Shard, loss: Loss) -> Tensor:

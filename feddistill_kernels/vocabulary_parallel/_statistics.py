@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from feddistill_kernels._check import empty_row
-from feddistill_kernels.distillation._kinds import KINDS
+from feddistill_kernels._kinds import KINDS
 
 # Rows of the statistics [7, N].  The first three begin two: the greatest x and the sum of e^(x - greatest),
 # or, once all ranks' are put together, its logarithm.
