@@ -141,16 +141,9 @@ def _order_statistics() -> None:
             xs = [torch.zeros(4096, dtype=dtype)] * clients
             for trim in {1, (clients - 1) // 2}:
                 triton.trimmed(xs, trim)
+            triton.around_median(xs, clients - 1)
     triton.trimmed([torch.zeros(4099)] * 5, 2)
     triton.trimmed([torch.zeros(4096)] * 32, 15)  # as many as it takes
-
-
-def _around_median() -> None:
-    from feddistill_kernels.around_median import _triton as triton
-
-    for clients in CLIENTS:
-        for dtype in DTYPES:
-            triton.around_median([torch.zeros(4096, dtype=dtype)] * clients, clients - 1)
     triton.around_median([torch.zeros(4096)] * 32, 31)  # as many as it takes
 
 
@@ -172,7 +165,6 @@ CASES: dict[str, Callable[[], None]] = {
     "topk": _topk,
     "aggregation": _aggregation,
     "order_statistics": _order_statistics,
-    "around_median": _around_median,
     "distances": _distances,
 }
 

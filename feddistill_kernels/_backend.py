@@ -35,8 +35,8 @@ def operators() -> tuple[str, ...]:
     """Names of the operators, for ``available_backends``.
 
     >>> operators()
-    ('aggregation', 'around_median', 'distances', 'distillation', 'linear_distillation',
-     'order_statistics', 'topk', 'vocabulary_parallel')
+    ('aggregation', 'distances', 'distillation', 'linear_distillation', 'order_statistics', 'topk',
+     'vocabulary_parallel')
     """
     home = str(Path(__file__).parent)
     return tuple(sorted(module.name for module in pkgutil.iter_modules([home]) if module.ispkg))

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from feddistill_kernels._check import rows_with_a_choice
 from feddistill_kernels.aggregation._rules import Settings
-from feddistill_kernels.around_median._reference import around_median
-from feddistill_kernels.order_statistics._reference import trimmed
+from feddistill_kernels.order_statistics._reference import around_median, trimmed
 from feddistill_kernels.topk._reference import largest, union
 
 CHUNK = 1 << 22

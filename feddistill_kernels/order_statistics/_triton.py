@@ -1,4 +1,4 @@
-"""The trimmed mean in Triton: a column's values sorted in registers, each read once."""
+"""Trimmed mean and mean around the median in Triton: columns sorted in registers, each value read once."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,10 +9,14 @@ from torch import Tensor
 from feddistill_kernels._triton import interpreted, launch, missing
 from feddistill_kernels.order_statistics import _triton_kernels as kernels
 
-__all__ = ["MOST_CLIENTS", "by_columns", "cannot", "missing", "trimmed"]
+__all__ = ["MOST_CLIENTS", "around_median", "by_columns", "cannot", "missing", "trimmed"]
 
 MOST_CLIENTS = 32
 """Of more, a thread's registers do not hold a vector each."""
+
+MOST_PACKED = 8
+"""Clients of the mean around the median: what was sorted packed is unpacked to be added, and values of many
+clients do not fit the registers."""
 
 WARPS = 4
 REGISTERS = 4
@@ -24,6 +28,11 @@ EVEN = 16
 def trimmed(xs: Sequence[Tensor], trim: int) -> Tensor:
     """As in ``_reference``."""
     return by_columns(kernels.trimmed_mean, xs, TRIM=trim)
+
+
+def around_median(xs: Sequence[Tensor], keep: int) -> Tensor:
+    """As in ``_reference``."""
+    return by_columns(kernels.mean_around_median, xs, most_packed=MOST_PACKED, KEEP=keep)
 
 
 def cannot(device_type: str, clients: int) -> str | None:

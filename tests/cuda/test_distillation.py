@@ -403,4 +403,4 @@ def test_the_compiled_kinds_are_the_references(numbers):
 def test_an_unknown_kind_is_refused(number, rows):
     x = torch.zeros(2, 3)
     with pytest.raises(RuntimeError, match=f"distillation_cuda: no kind of divergence has number {number}$"):
-        rows(x, x, vocab=3, kind=number)
+        rows(x, x, scale=torch.ones(2), vocab=3, kind=number)
