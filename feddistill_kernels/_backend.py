@@ -2,7 +2,7 @@
 
 A backend is a module, ``feddistill_kernels/<operator>/_<backend>.py``: the file tree is the registry.
 Beside its functions it has ``missing(device_type) -> str | None``: why it cannot run there.  One with limits
-has ``cannot(device_type, **facts) -> str | None`` as well: why it cannot do what a call asks for there.
+has ``cannot(device_type, **facts) -> str | None`` as well: why it cannot run this call there.
 """
 
 import pkgutil
@@ -28,7 +28,7 @@ _override = AUTO
 
 
 class BackendError(RuntimeError):
-    """A backend was asked for by name and cannot run here."""
+    """A backend was named that cannot run this call here."""
 
 
 def operators() -> tuple[str, ...]:
@@ -83,7 +83,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def named(requested: str | None) -> str:
-    """What the caller asked for: the argument, else ``use_backend``'s, else ``AUTO``.
+    """The backend that the caller named: the argument, else ``use_backend``'s, else ``AUTO``.
 
     The compiler can trace this; ``load``, which looks at the machine, runs inside the operators.
     """
@@ -100,7 +100,7 @@ def load(op: str, backend: str, like: torch.Tensor, **facts: int | str) -> Modul
         op: One of ``operators()``.
         backend: A name, or ``AUTO``.
         like: Its device, dtype and shape count.
-        facts: What a backend's limits are about, by the operator's names.
+        facts: What the limits of backends depend on, passed to ``cannot``.
     """
     device_type = like.device.type
     # float64 is there for oracles and gradcheck, and one backend with it is enough.
@@ -108,10 +108,14 @@ def load(op: str, backend: str, like: torch.Tensor, **facts: int | str) -> Modul
     if backend == AUTO:
         if wide:
             return _module(op, "reference")
-        choices = _entries(op, like.device, like.dtype)
-        entry = next(entry for entry in choices if entry.any_shape or entry.fits(like.shape))
-        # One by one: on a CPU Triton comes last and is not looked at, which would load it.
-        return _module(op, next(name for name in entry.backends if _can(op, name, device_type, facts)))
+        for entry in _entries(op, like.device, like.dtype):
+            if not (entry.any_shape or entry.fits(like.shape)):
+                continue
+            # One by one: on a CPU Triton comes last and is not looked at, which would load it.
+            for name in entry.backends:
+                if _missing(op, name, device_type) is None and not _cannot(op, name, device_type, facts):
+                    return _module(op, name)
+        raise AssertionError(f"{op} has no reference")
     if reason := _missing(op, backend, device_type):
         raise BackendError(f"backend {backend!r} cannot run {op} on {device_type}: {reason}")
     if wide and backend != "reference":
@@ -122,7 +126,7 @@ def load(op: str, backend: str, like: torch.Tensor, **facts: int | str) -> Modul
 
 
 def watched(*tensors: Tensor | None) -> bool:
-    """Whether a compiler, a profiler, a mode or a subclass of Tensor has to see operators as such."""
+    """Whether a compiler, a profiler, a mode or a subclass of Tensor must see calls as operators."""
     return (
         torch.compiler.is_compiling()
         or _dispatch_modes() > 0
@@ -157,7 +161,7 @@ class Operator:
         schema: str | None = None,
         mutates_args: Collection[str] = (),
     ) -> None:
-        self._function = function
+        self.direct = function
         self.dispatched = torch.library.custom_op(name, function, mutates_args=mutates_args, schema=schema)
         self.register_fake = self.dispatched.register_fake
         self.register_autograd = self.dispatched.register_autograd
@@ -170,7 +174,7 @@ class Operator:
             for x in argument if type(argument) is list else (argument,):
                 if isinstance(x, Tensor) and (type(x) not in _PLAIN or x.requires_grad or x.is_meta):
                     return self.dispatched(*arguments)
-        return self._function(*arguments)
+        return self.direct(*arguments)
 
 
 def operator(
@@ -196,19 +200,19 @@ def schema_like(
 _entries = cache(entries)
 
 
-def _can(op: str, backend: str, device_type: str, facts: dict[str, int | str]) -> bool:
-    return _missing(op, backend, device_type) is None and not _cannot(op, backend, device_type, facts)
-
-
 @cache
 def _module(op: str, backend: str) -> ModuleType:
     return import_module(f"feddistill_kernels.{op}._{backend}")
 
 
 def _cannot(op: str, backend: str, device_type: str, facts: dict[str, int | str]) -> str | None:
-    cannot = getattr(_module(op, backend), "cannot", None) if facts else None
-    reason: str | None = cannot(device_type, **facts) if cannot else None
-    return reason
+    cannot = _limits(op, backend) if facts else None
+    return cannot(device_type, **facts) if cannot else None
+
+
+@cache
+def _limits(op: str, backend: str) -> Callable[..., str | None] | None:
+    return getattr(_module(op, backend), "cannot", None)
 
 
 @cache

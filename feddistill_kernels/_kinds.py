@@ -14,7 +14,7 @@ and where the plain form adds numbers of either sign that cancel to nothing, thi
 """
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -82,9 +82,9 @@ KINDS: dict[str, Kind] = {
 """All kinds.  A backend that does not have one leaves it to the reference, see ``unknown_kind``."""
 
 
-def unknown_kind(kind: str, known: Collection[str]) -> str | None:
-    """Why a backend with the ``known`` kinds cannot compute ``kind``; ``None`` if it can."""
-    return None if kind in known else f"it has no kind {kind!r}, only {', '.join(known)}"
+def unknown_kind(kind: str, known: Iterable[str]) -> str:
+    """Why a backend that has the ``known`` kinds cannot compute ``kind``."""
+    return f"it has no kind {kind!r}, only {', '.join(known)}"
 
 
 def _log_ratio(x: Tensor, y: Tensor) -> Tensor:

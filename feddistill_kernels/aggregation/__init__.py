@@ -174,7 +174,7 @@ def _check_names(rule: str, given: dict[str, Any]) -> None:
 
 
 def _settings(rule: str, count: int, given: dict[str, Any]) -> Settings:
-    """Of those that are not ``None``, within their ranges for ``count`` clients."""
+    """``Settings`` of the values that are not ``None``; require their ranges for ``count`` clients."""
     settings = Settings(rule, **{name: value for name, value in given.items() if value is not None})
     half = (count - 1) // 2
     for name in ("trim", "mix"):

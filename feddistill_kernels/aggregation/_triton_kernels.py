@@ -1,7 +1,7 @@
-"""From the clients' entries to a table of all that they say of the ids that somebody kept, and on to a rule.
+"""Kernels that write the clients' entries to a table by id, and apply a rule to its columns.
 
-``table [N, W + 1, C]`` holds a row's W ids, ascending: those that somebody kept, filled up with the lowest
-others; and at W what the clients say of each id that is not there.
+``table [N, W + 1, C]`` holds the clients' log-probabilities of a row's W ids, ascending: those that a client
+kept, filled up with the lowest others; and at W those of each id that is not in the table.
 """
 
 import triton

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from feddistill_kernels._backend import named
 from feddistill_kernels._check import bind, floating, no_forward_mode, same_device
@@ -245,6 +246,7 @@ class DistillationLoss(nn.Module):
         self.backend = backend
         self.group = group
 
+    @override
     def forward(
         self,
         student: Tensor,
@@ -252,7 +254,6 @@ class DistillationLoss(nn.Module):
         labels: Tensor | None = None,
         row_weight: Tensor | None = None,
     ) -> Tensor:
-        """See ``distillation_loss``."""
         return distillation_loss(
             student,
             teacher,
@@ -269,8 +270,8 @@ class DistillationLoss(nn.Module):
             group=self.group,
         )
 
+    @override
     def extra_repr(self) -> str:
-        """Say what differs from the defaults."""
         defaults = {"beta": 0.5, "kd_weight": 1.0, "ignore_index": -100, "reduction": "mean"}
         defaults |= {"inplace": False, "backend": None}
         shown = ["kind", "temperature", *(name for name in defaults if getattr(self, name) != defaults[name])]

@@ -5,7 +5,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from feddistill_kernels._check import empty_row, label_outside
+from feddistill_kernels._check import empty_row, id_outside, label_outside
 from feddistill_kernels._kinds import unknown_kind
 from feddistill_kernels._native import DTYPES, in_rows, library, matrix, missing, on_stream
 
@@ -23,7 +23,7 @@ def kinds() -> dict[str, int]:
 
 def cannot(device_type: str, *, kind: str) -> str | None:
     """Why it cannot run this call; ``None`` if it can."""
-    return unknown_kind(kind, kinds())
+    return None if kind in kinds() else unknown_kind(kind, kinds())
 
 
 def rows(
@@ -86,7 +86,7 @@ def rows(
         assert labels is not None
         raise label_outside(row, int(labels[row]), vocab)
     if reason == _ID:
-        raise ValueError(f"teacher row {row} keeps an id outside [0, {vocab})")
+        raise id_outside(row, vocab)
     if reason:
         raise empty_row("student" if reason == _EMPTY_STUDENT else "teacher", row)
     if gradient is not None and written is not None and written is not gradient:
@@ -95,7 +95,7 @@ def rows(
 
 
 def _known(x: Tensor) -> Tensor:
-    """In float32 what is in float64: a student in float64 is the reference's alone."""
+    """``x`` in float32 if it is float64: only the reference takes a float64 student."""
     return x if x.dtype in DTYPES else x.float()
 
 

@@ -154,7 +154,7 @@ fused.register_autograd(_gradient_made, setup_context=_keep_gradient)
 
 
 def each(student: Tensor, *rest: Any) -> Tensor:
-    """``loss_rows``, without the dispatcher where nobody watches."""
+    """``loss_rows``, without the dispatcher if nothing watches (``_backend.watched``)."""
     if watched(student, rest[0]):
         seen: Tensor = loss_rows.dispatched(student, *rest)
         return seen
@@ -217,11 +217,14 @@ class _Total(torch.autograd.Function):
 
 
 def times(gradient: Tensor, upstream: Tensor, backend: str) -> Tensor:
-    """``scaled``, or the gradient itself where there is nothing to scale and looking is free."""
-    # On a GPU to look at it would be a sync; here it saves a pass over the gradient.
-    if not watched(gradient, upstream) and upstream.device.type == "cpu" and float(upstream) == 1:
+    """``scaled``, or the gradient itself if ``upstream`` is 1 and reading it is free."""
+    if watched(gradient, upstream):
+        seen: Tensor = scaled.dispatched(gradient, upstream, backend)
+        return seen
+    # On a GPU reading it would be a sync; on a CPU it saves a pass over the gradient.
+    if upstream.device.type == "cpu" and float(upstream) == 1:
         return gradient
-    result: Tensor = scaled(gradient, upstream, backend)
+    result: Tensor = scaled.direct(gradient, upstream, backend)
     return result
 
 

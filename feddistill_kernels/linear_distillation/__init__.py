@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from typing_extensions import override
 
 from feddistill_kernels._backend import named
 from feddistill_kernels._check import bind, floating, no_forward_mode, same_device
@@ -173,6 +174,7 @@ class LinearDistillationLoss(nn.Module):
         self.workspace_bytes = workspace_bytes
         self.backend = backend
 
+    @override
     def forward(
         self,
         hidden: Tensor,
@@ -182,7 +184,6 @@ class LinearDistillationLoss(nn.Module):
         row_weight: Tensor | None = None,
         bias: Tensor | None = None,
     ) -> Tensor:
-        """See ``linear_distillation_loss``."""
         return linear_distillation_loss(
             hidden,
             weight,
@@ -200,8 +201,8 @@ class LinearDistillationLoss(nn.Module):
             backend=self.backend,
         )
 
+    @override
     def extra_repr(self) -> str:
-        """Say what differs from the defaults."""
         defaults = {"beta": 0.5, "kd_weight": 1.0, "ignore_index": -100, "reduction": "mean"}
         defaults |= {"workspace_bytes": None, "backend": None}
         shown = ["kind", "temperature", *(name for name in defaults if getattr(self, name) != defaults[name])]

@@ -1,4 +1,4 @@
-"""The same with the loss through ``_C``."""
+"""The loss of a projection, with each chunk's loss from ``_C``."""
 
 from functools import partial
 

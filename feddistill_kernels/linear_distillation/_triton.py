@@ -1,4 +1,4 @@
-"""The same with the loss in Triton."""
+"""The loss of a projection, with each chunk's loss in Triton."""
 
 from functools import partial
 

@@ -12,7 +12,7 @@ from feddistill_kernels.order_statistics import _triton_kernels as kernels
 __all__ = ["MOST_CLIENTS", "around_median", "by_columns", "cannot", "missing", "trimmed"]
 
 MOST_CLIENTS = 32
-"""Of more, a thread's registers do not hold a vector each."""
+"""A thread's registers hold a vector of each of up to so many clients."""
 
 MOST_PACKED = 8
 """Clients of the mean around the median: what was sorted packed is unpacked to be added, and values of many
@@ -20,9 +20,9 @@ clients do not fit the registers."""
 
 WARPS = 4
 REGISTERS = 4
-"""That a thread has of each client: a vector of 128 bits."""
+"""Registers of a thread for each client: a vector of 128 bits."""
 EVEN = 16
-"""What Triton has to know ``end`` to be a multiple of, to read whole vectors under a mask."""
+"""Triton reads whole vectors under a mask only if it knows ``end`` to be a multiple of this."""
 
 
 def trimmed(xs: Sequence[Tensor], trim: int) -> Tensor:
@@ -36,7 +36,7 @@ def around_median(xs: Sequence[Tensor], keep: int) -> Tensor:
 
 
 def cannot(device_type: str, clients: int) -> str | None:
-    """Why it cannot do this; ``None`` where it can."""
+    """Why it cannot run this call; ``None`` if it can."""
     return None if clients <= MOST_CLIENTS else f"it takes up to {MOST_CLIENTS} clients, got {clients}"
 
 

@@ -71,7 +71,7 @@ def ordered(v, C: tl.constexpr, NAN: tl.constexpr, PACKED: tl.constexpr):
 def trimmed_mean(
     out, xs, start, end, C: tl.constexpr, TRIM: tl.constexpr, PACKED: tl.constexpr, B: tl.constexpr
 ):
-    """Of columns ``start`` to ``end``, a block a program."""
+    """Write the means of columns ``start`` to ``end``, a block a program."""
     at = start + tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
     inside = at < end
     v = ordered(loaded(xs, at, inside, C, PACKED), C, True, PACKED)
@@ -89,7 +89,7 @@ def trimmed_mean(
 def mean_around_median(
     out, xs, start, end, C: tl.constexpr, KEEP: tl.constexpr, PACKED: tl.constexpr, B: tl.constexpr
 ):
-    """Of columns ``start`` to ``end``, a block a program."""
+    """Write the means of columns ``start`` to ``end``, a block a program."""
     at = start + tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
     inside = at < end
     v = ordered(loaded(xs, at, inside, C, PACKED), C, True, PACKED)

@@ -1,4 +1,4 @@
-"""The collectives and the gradient; arithmetic is the backends' and ``_statistics``'s."""
+"""Collectives and autograd; the arithmetic is in the backends and in ``_statistics``."""
 
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from feddistill_kernels._backend import load
-from feddistill_kernels._check import labels_in_vocabulary, no_derivative_twice
+from feddistill_kernels._check import id_outside, labels_in_vocabulary, no_derivative_twice
 from feddistill_kernels.vocabulary_parallel import _statistics
 from feddistill_kernels.vocabulary_parallel._statistics import Loss, Shard
 
@@ -87,7 +87,7 @@ class _Each(torch.autograd.Function):
 
 
 def check_group(group: object) -> None:
-    """Require a group that this process can speak to."""
+    """Require a group that this process belongs to."""
     if torch.compiler.is_compiling():
         raise ValueError("group is for eager mode: torch.compile cannot see its collectives")
     if not (dist.is_available() and dist.is_initialized()):
@@ -122,7 +122,7 @@ def _place(student: Tensor, vocab: int, ids: Tensor | None, group: "ProcessGroup
 
 
 def _check_shards(shards: list[list[int]]) -> None:
-    """Every rank raises the same: none is left waiting for another."""
+    """Raise the same error on every rank, so that none waits for another."""
     rows, widths, vocabs, kept, wide = zip(*shards, strict=True)
     if len(set(rows)) > 1:
         raise ValueError(f"student must have the same rows on every rank, got {list(rows)}")
@@ -157,11 +157,11 @@ def _check_ids(shard: Shard) -> None:
         outside = (((shard.ids < 0) | (shard.ids >= vocab)) & live[:, None]).any(-1)
         if outside.any():
             row = int(outside.to(torch.uint8).argmax())
-            raise ValueError(f"teacher row {row} keeps an id outside [0, {vocab})")
+            raise id_outside(row, vocab)
 
 
 def _gathered(mine: Tensor, group: "ProcessGroup") -> Tensor:
-    """Every rank's, stacked: a gather and no reduction, whose order would be the network's."""
+    """The tensors of all ranks, stacked: a reduction would add in an order that the network decides."""
     mine = mine.contiguous()
     everyone = mine.new_empty((dist.get_world_size(group), *mine.shape))
     if mine.numel():

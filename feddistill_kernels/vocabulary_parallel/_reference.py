@@ -27,7 +27,7 @@ CHUNK = 1 << 20
 
 
 def statistics(shard: Shard, loss: Loss) -> Tensor:
-    """Return ``[7, N]``, laid out as in ``_statistics``; what the loss does not need is as of no columns."""
+    """Return ``[7, N]``, laid out as in ``_statistics``; what the loss does not need stays ``neutral``."""
     result = neutral(shard.scale)
     for chunk in _chunks(shard):
         part, z = chunk.part, chunk.student

@@ -1,4 +1,4 @@
-"""A few numbers a row: what each rank finds in its columns, and what that comes to for the whole row.
+"""Statistics of a row: each rank's over its own columns, and their combination for the whole row.
 
 The same for every backend: they make and read these tensors, and only ``_op`` sends them.
 """
@@ -22,7 +22,7 @@ COUNT = 7
 
 
 class Shard(NamedTuple):
-    """What a rank has: its columns of the logits, and what all ranks have alike."""
+    """The inputs of one rank: its columns of the logits, and what is the same on all ranks."""
 
     student: Tensor  # [N, V_r]
     teacher: Tensor  # [N, <= V_r] logits, or all of [N, K] log-probabilities
@@ -90,5 +90,5 @@ def divergence(sums: Tensor, rows: Tensor, shard: Shard, loss: Loss) -> tuple[Te
 
 
 def cross_entropy(rows: Tensor) -> Tensor:
-    """Of each row with its label, at T = 1."""
+    """Cross-entropy of each row with its label, at T = 1."""
     return rows[HARD + 1] - (rows[LABEL] - rows[HARD])
