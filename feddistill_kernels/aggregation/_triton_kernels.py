@@ -47,7 +47,7 @@ def spread(
     before = tl.gather(id, tl.maximum(entry - 1, 0), 0)
     first = (real & ((entry == 0) | (id != before))).to(tl.int32)
     filled = tl.maximum(width - tl.sum(first, 0), 0)
-    # Ids 0, 1, 2, ... fill up, but for those that somebody kept: these stand at themselves, or at the end.
+    # Ids 0, 1, 2, ... fill up, but for those that a client kept: these are at their own place, or at the end.
     place = tl.minimum(id, tl.cumsum(first, 0) - 1 + filled)
     place = tl.minimum(tl.maximum(place, 0), width - 1)  # whatever the ids are
     entry = (keys & _LOW).to(tl.int32)
@@ -69,7 +69,7 @@ def _cells(table, start, width, C: tl.constexpr, CP: tl.constexpr, B: tl.constex
 
 @triton.jit
 def mix(table, mixing, width, others, C: tl.constexpr, CP: tl.constexpr, B: tl.constexpr):
-    """Replace each client by the mean of others that ``mixing [C, C]`` says, renormalised."""
+    """Replace each client by its mean with weights ``mixing [C, C]``, renormalised."""
     row = tl.program_id(0).to(tl.int64)
     table += row * (width + 1) * C
     one = tl.arange(0, CP)

@@ -1,7 +1,7 @@
 """The loss as it reads on paper.  Every other backend must agree with this file.
 
-The contract of a backend is one function, ``rows``: the loss of each row, and where it is asked for the
-gradient, each times that row's ``scale``.  Every reduction, mask and upstream gradient is a ``scale``.
+The contract of a backend is one function, ``rows``: the loss of each row and, if memory for it is given,
+the gradient, each times that row's ``scale``.  Every reduction, mask and upstream gradient is a ``scale``.
 """
 
 import math

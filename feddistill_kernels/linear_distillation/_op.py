@@ -124,7 +124,7 @@ def _gradient_later(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, scale = ctx.saved_tensors
     wanted = list(ctx.needs_input_grad[:3])
     *numbers, masked, workspace_bytes, backend = ctx.numbers
-    # Rows that nothing above asks for are masked too; to look for them is free on a CPU.
+    # Rows with upstream gradient 0 are masked too; on a CPU finding them is free.
     masked = masked or scale.device.type == "cpu"
     _, *gradients = linear_gradients.dispatched(
         *tensors, scale * upstream, *numbers, masked, workspace_bytes, backend, wanted
@@ -141,7 +141,7 @@ def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 
 
 def _gradients_made(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    if upstream is None:  # nobody asks for them
+    if upstream is None:  # nothing above depends on the loss
         return None, None, None, *_NOTHING, None
     no_derivative_twice()
     return *_scaled(ctx, upstream), *_NOTHING, None

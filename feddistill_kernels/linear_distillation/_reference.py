@@ -52,7 +52,7 @@ def chunked(
 ) -> Tensor:
     """Return ``scale * (kd D + ce CE)`` ``[N]`` and write the gradients of its sum to ``d_*``.
 
-    ``loss_rows`` is the ``rows`` of a backend of ``distillation``.  Where rows may be ``masked``, those of
+    ``loss_rows`` is the ``rows`` of a backend of ``distillation``.  If rows may be ``masked``, those of
     ``scale`` 0 are dropped; to find them waits for a GPU.
     """
     loss = torch.zeros_like(scale)

@@ -30,7 +30,7 @@ def trimmed_mean(xs: Sequence[Tensor], trim: int, *, backend: str | None = None)
 
     Returns:
         A contiguous tensor of that shape and dtype; sums are float32.  NaN where any client has NaN: a
-        client that sends NaN is to be thrown out, not outvoted.  Infinities are ordered like other numbers.
+        client that sends NaN must be excluded, not outvoted.  Infinities are ordered like other numbers.
 
     Raises:
         ValueError: ``xs`` is empty or not alike, or ``trim`` is out of range.

@@ -83,7 +83,7 @@ def divergence(sums: Tensor, rows: Tensor, shard: Shard, loss: Loss) -> tuple[Te
     b = torch.where(shard.scale != 0, shard.log_tail.to(a.dtype), 0.0)
     phi, psi = KINDS[loss.kind](a, b, loss.beta)
     if shard.ids is not None:
-        # No rank has it; where nobody looks, it must show.
+        # No rank has it; on a device that is not checked the row must be NaN.
         stray = ((shard.ids < 0) | (shard.ids >= shard.vocab)).any(-1)
         phi, psi = phi.masked_fill(stray, math.nan), psi.masked_fill(stray, math.nan)
     return sums[0] + phi, torch.stack([sums[1] + psi, psi])
