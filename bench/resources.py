@@ -61,8 +61,8 @@ def triton_launches() -> Iterator[tuple[str, Any]]:
 
 
 def _distillation() -> None:
-    from feddistill_kernels import kinds
     from feddistill_kernels.distillation import _triton as triton
+    from feddistill_kernels.distillation._triton_kinds import KINDS
 
     settings = {"beta": 0.5, "temperature": 2.0, "kd": 4.0}
 
@@ -90,7 +90,7 @@ def _distillation() -> None:
 
     many = 4096  # enough that a row is not split
     for dtype in DTYPES:
-        for kind in kinds():
+        for kind in KINDS:
             for kept in (0, 64):
                 rows(1, 128256, dtype, kind, kept, True, True)
                 for gradient in (True, False):
@@ -141,16 +141,9 @@ def _order_statistics() -> None:
             xs = [torch.zeros(4096, dtype=dtype)] * clients
             for trim in {1, (clients - 1) // 2}:
                 triton.trimmed(xs, trim)
+            triton.around_median(xs, clients - 1)
     triton.trimmed([torch.zeros(4099)] * 5, 2)
     triton.trimmed([torch.zeros(4096)] * 32, 15)  # as many as it takes
-
-
-def _around_median() -> None:
-    from feddistill_kernels.around_median import _triton as triton
-
-    for clients in CLIENTS:
-        for dtype in DTYPES:
-            triton.around_median([torch.zeros(4096, dtype=dtype)] * clients, clients - 1)
     triton.around_median([torch.zeros(4096)] * 32, 31)  # as many as it takes
 
 
@@ -172,7 +165,6 @@ CASES: dict[str, Callable[[], None]] = {
     "topk": _topk,
     "aggregation": _aggregation,
     "order_statistics": _order_statistics,
-    "around_median": _around_median,
     "distances": _distances,
 }
 

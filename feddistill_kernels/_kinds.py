@@ -14,7 +14,7 @@ and where the plain form adds numbers of either sign that cancel to nothing, thi
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -79,6 +79,12 @@ KINDS: dict[str, Kind] = {
     "skew_forward_kl": _skew_forward_kl,
     "skew_reverse_kl": _skew_reverse_kl,
 }
+"""All kinds.  A backend that does not have one leaves it to the reference, see ``unknown_kind``."""
+
+
+def unknown_kind(kind: str, known: Iterable[str]) -> str:
+    """Why a backend that has the ``known`` kinds cannot compute ``kind``."""
+    return f"it has no kind {kind!r}, only {', '.join(known)}"
 
 
 def _log_ratio(x: Tensor, y: Tensor) -> Tensor:
