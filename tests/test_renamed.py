@@ -47,7 +47,8 @@ def test_the_names_of_a_stored_run_stay(tmp_path):
     stored = load_stored(RECORDED)
     assert digest(stored) == DIGEST
     assert as_stored(stored) == yaml.safe_load(RECORDED.read_text())
-    assert stored.distill.teacher_history and stored.data.exclude_clients  # read, not left at the default
+    assert stored.distill.teacher_history  # read, not left at the default
+    assert stored.data.exclude_clients
     copied = stored.model_copy(update={"seed": 7})  # as methods do for a run within a run
     assert "replay" in as_stored(copied)["distill"]
     sent = parse_stored(as_stored(stored))
