@@ -6,6 +6,7 @@ from typing import Any
 
 from bench.draw import STYLE
 from feddistill.aggregation.attacks import ATTACKS
+from feddistill.aggregation.rules import ASSUMED
 
 HONEST, ALONE, LYING = "ten honest", "the six honest alone", "2 second_best, 2 least_likely"
 
@@ -33,7 +34,7 @@ def table(found: dict[str, Any]) -> str:
     e = found["machine"]
     note = (
         f"Means over seeds {', '.join(map(str, found['seeds']))}; {found['clients']} clients, Dirichlet 0.3, "
-        f"the quickstart's models; {e['cpu']}, torch {found['versions']['torch']}. {found['assumed']}"
+        f"the quickstart's models; {e['cpu']}, torch {found['versions']['torch']}. {ASSUMED}"
     )
     return "\n".join([*lines, "", note])
 

@@ -147,7 +147,7 @@ def test_which_rules_promise_what():
         "cronus",
         "expguard",
     }
-    assert {name for name, rule in made.items() if rule.secure_sums()} == {
+    assert {name for name, rule in made.items() if rule.secure_sums} == {
         "mean_probs",
         "mean_logits",
         "era",
@@ -156,8 +156,8 @@ def test_which_rules_promise_what():
     }
 
 
-@pytest.mark.parametrize("liars", [1, 2, 3])
-def test_liars_move_the_mean_of_probabilities_by_their_share(honest, attackers):
+@pytest.mark.parametrize("attackers", [1, 2, 3])
+def test_attackers_move_the_mean_of_probabilities_by_their_share(honest, attackers):
     lie = torch.full_like(honest[0], -40.0)
     lie[:, 3] = 0.0
     before, after = combine(honest, MeanProbs()), combine([lie] * attackers + honest[attackers:], MeanProbs())

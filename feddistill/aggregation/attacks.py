@@ -14,6 +14,7 @@ from statistics import NormalDist
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
+from typing_extensions import override
 
 from feddistill.errors import ConfigError
 from feddistill.settings_model import Setting
@@ -74,8 +75,8 @@ class RandomOneHot(Attack):
 
     kind: Literal["random_one_hot"] = "random_one_hot"
 
+    @override
     def __call__(self, context: AttackContext) -> Tensor:
-        """See ``Attack``."""
         import torch
 
         rows, classes = context.own.shape
@@ -91,8 +92,8 @@ class LeastLikely(Attack):
 
     kind: Literal["least_likely"] = "least_likely"
 
+    @override
     def __call__(self, context: AttackContext) -> Tensor:
-        """See ``Attack``."""
         mean = context.mean()
         return certain(mean.argmin(-1), mean.shape[1])
 
@@ -106,8 +107,8 @@ class ClassConfusion(Attack):
 
     kind: Literal["class_confusion"] = "class_confusion"
 
+    @override
     def __call__(self, context: AttackContext) -> Tensor:
-        """See ``Attack``."""
         mean = context.mean()
         unlike = (mean.T @ mean).fill_diagonal_(float("inf")).argmin(-1)
         return certain(unlike[mean.argmax(-1)], mean.shape[1])
@@ -122,8 +123,8 @@ class SecondBest(Attack):
 
     kind: Literal["second_best"] = "second_best"
 
+    @override
     def __call__(self, context: AttackContext) -> Tensor:
-        """See ``Attack``."""
         mean = context.mean()
         return certain(mean.topk(2, dim=-1).indices[:, 1], mean.shape[1])
 
@@ -137,8 +138,8 @@ class Hips(Attack):
 
     kind: Literal["hips"] = "hips"
 
+    @override
     def __call__(self, context: AttackContext) -> Tensor:
-        """See ``Attack``."""
         import torch
 
         stacked = torch.stack(list(context.honest))  # [H, N, V]
@@ -156,8 +157,8 @@ class ReverseRank(Attack):
 
     kind: Literal["reverse_rank"] = "reverse_rank"
 
+    @override
     def __call__(self, context: AttackContext) -> Tensor:
-        """See ``Attack``."""
         import torch
 
         ordered = context.own.sort(dim=-1, stable=True)
@@ -175,8 +176,8 @@ class Alie(Attack):
     z: float | None = Field(default=None, gt=0)
     """``null`` for the paper's formula."""
 
+    @override
     def __call__(self, context: AttackContext) -> Tensor:
-        """See ``Attack``."""
         import torch
 
         stacked = torch.stack([a.clamp_min(-LEAST) for a in context.honest])
@@ -196,8 +197,8 @@ class Ipm(Attack):
     kind: Literal["ipm"] = "ipm"
     scale: float = Field(default=1.0, gt=0)
 
+    @override
     def __call__(self, context: AttackContext) -> Tensor:
-        """See ``Attack``."""
         import torch
 
         mean = torch.stack([a.clamp_min(-LEAST) for a in context.honest]).mean(0)
@@ -212,8 +213,8 @@ class LabelFlip(Attack):
 
     kind: Literal["label_flip"] = "label_flip"
 
+    @override
     def __call__(self, context: AttackContext) -> Tensor:
-        """See ``Attack``."""
         return context.own.flip(-1)
 
 
@@ -228,16 +229,16 @@ class Targeted(Attack):
     source: int = Field(default=0, ge=0)
     target: int = Field(default=1, ge=0)
 
+    @override
     def check(self, classes: int) -> None:
-        """See ``Attack``."""
         if max(self.source, self.target) >= classes:
             raise ConfigError(
                 f"simulate.attack: source = {self.source} and target = {self.target} must be below the "
                 f"{classes} classes"
             )
 
+    @override
     def __call__(self, context: AttackContext) -> Tensor:
-        """See ``Attack``."""
         import torch
 
         mean = context.mean()
@@ -257,8 +258,8 @@ class FreeRider(Attack):
     noise: float = Field(default=0.1, ge=0)
     """Standard deviation, in nats, of what it adds so as not to send a copy."""
 
+    @override
     def __call__(self, context: AttackContext) -> Tensor:
-        """See ``Attack``."""
         import torch
 
         random = torch.Generator().manual_seed(context.seed)
@@ -274,8 +275,8 @@ class Stale(Attack):
 
     kind: Literal["stale"] = "stale"
 
+    @override
     def __call__(self, context: AttackContext) -> Tensor:
-        """See ``Attack``."""
         return said(0.5 * context.own) if context.before is None else context.before
 
 
@@ -284,8 +285,8 @@ class PermutedRows(Attack):
 
     kind: Literal["permuted_rows"] = "permuted_rows"
 
+    @override
     def __call__(self, context: AttackContext) -> Tensor:
-        """See ``Attack``."""
         import torch
 
         random = torch.Generator().manual_seed(context.seed)
