@@ -24,7 +24,7 @@ class Lines(NoProgress):
     def __init__(self, path: Path | None):
         self.path = path
 
-    def say(self, line: str) -> None:
+    def log(self, line: str) -> None:
         """See ``progress.Progress``."""
         if self.path is None:
             print(line, flush=True)
