@@ -202,7 +202,8 @@ def table(found: dict[str, Any]) -> str:
     note = (
         "× is the time relative to our map of **all** ids. Processor seconds; the exact part in wall-clock "
         "seconds. Brute force: `editdistance`, one call per pair, as in FedMKT "
-        f"({row['timed_ids']} ids timed, the rest extrapolated); FedMKT looks for an equal token first, so its real cost is the line below. "
+        f"({row['timed_ids']} ids timed, the rest extrapolated); FedMKT looks for an equal token "
+        "first, so its real cost is the line below. "
         f"`rapidfuzz` computes all pairs at once. Rows of k = {row['text']['k']} without a model. "
         f"{found['machine']['cpu']}, {found['machine']['cores']} cores."
     )

@@ -217,8 +217,8 @@ def table(found: dict[str, Any]) -> str:
         f"k = {found['k']}, {found['threads']} threads of {on['machine']['cpu']}, torch "
         f"{on['versions']['torch']}, commit {on['commit'][:7]}. Memory is the peak increase over the "
         "state before the step, dense teacher included. A server that aggregates "
-        f"{server['clients']} clients' answers to {server['positions']:,} positions (k = {server['k']}) peaks at "
-        f"{server['peak_memory_bytes'] / 2**30:.2f} GiB, imports included."
+        f"{server['clients']} clients' answers to {server['positions']:,} positions (k = {server['k']}) "
+        f"peaks at {server['peak_memory_bytes'] / 2**30:.2f} GiB, imports included."
     )
     return "\n".join([*lines, "", note])
 
