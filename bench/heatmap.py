@@ -71,7 +71,7 @@ def draw(found: dict[str, Any], path: Path) -> Path:
                     axes.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=6, color=ink)
             labels = [name for name, _ in columns]
             axes.set_xticks(range(len(columns)), labels, rotation=60, ha="right", fontsize=7)
-            axes.set_title(f"{count} liars of ten: teacher's accuracy, %", fontsize=9)
+            axes.set_title(f"{count} attackers of ten: teacher's accuracy, %", fontsize=9)
             if not place:
                 axes.set_yticks(range(len(keys)), keys, fontsize=7)
             axes.tick_params(length=0)
