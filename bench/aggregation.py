@@ -95,7 +95,7 @@ def high_water() -> int:
 
 def table(found: dict[str, Any]) -> str:
     """Markdown table for the documentation."""
-    lines = ["| merged | rule | rows a second | peak memory, GiB |", "|---|---|--:|--:|"]
+    lines = ["| aggregated | rule | rows per second | peak memory, GiB |", "|---|---|--:|--:|"]
     for case in found["cases"]:
         rows = case.get("rows")
         what = f"{case['clients']} clients, k = {case['k']}{f', {rows:,} rows' if rows else ''}"

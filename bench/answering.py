@@ -141,7 +141,7 @@ def _texts(bf16: bool, times: int) -> dict[str, Any]:
 def table(found: Mapping[str, Any]) -> str:
     """Markdown table for the documentation."""
     lines = [
-        "| answering | ours | top-k loop | dense loop | faster than top-k, dense |",
+        "| prediction | ours | top-k loop | dense loop | speed-up over top-k, dense |",
         "|--|--:|--:|--:|--:|",
     ]
     for case in found["language"]:
@@ -152,11 +152,11 @@ def table(found: Mapping[str, Any]) -> str:
     on = found["machine"]
     texts = "; ".join(
         f"{case['precision']} {case['texts_per_second']['ours']:,} texts/s in batches of one length, "
-        f"{case['texts_per_second']['in order']:,} in the order of arrival"
+        f"{case['texts_per_second']['in order']:,} in the given order"
         for case in found["texts"]
     )
     note = (
-        f"PackedTexts of {LENGTH} tokens, V = {V:,}, k = {K}, {on['threads']} threads of {on['cpu']}, torch "
+        f"Sequences of {LENGTH} tokens, V = {V:,}, k = {K}, {on['threads']} threads of {on['cpu']}, torch "
         f"{found['versions']['torch']}, commit {found['commit'][:7]}. An encoder over definitions: {texts}."
     )
     return "\n".join([*lines, "", note])

@@ -78,7 +78,7 @@ def measure(clients: int, folder: Path) -> dict[str, Any]:
 def table(found: dict[str, Any]) -> str:
     """Markdown table for the documentation."""
     lines = [
-        "| clients | asked in a round | replies | seconds | seconds a reply | peak memory, MB |",
+        "| clients | clients per round | replies | seconds | seconds per reply | peak memory, MB |",
         "|--:|--:|--:|--:|--:|--:|",
     ]
     for case in found["cases"]:

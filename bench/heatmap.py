@@ -6,6 +6,7 @@ from typing import Any
 
 from bench.draw import STYLE
 from feddistill.aggregation.attacks import ATTACKS
+from feddistill.aggregation.rules import ASSUMED
 
 HONEST, ALONE, LYING = "ten honest", "the six honest alone", "2 second_best, 2 least_likely"
 
@@ -33,7 +34,7 @@ def table(found: dict[str, Any]) -> str:
     e = found["machine"]
     note = (
         f"Means over seeds {', '.join(map(str, found['seeds']))}; {found['clients']} clients, Dirichlet 0.3, "
-        f"the quickstart's models; {e['cpu']}, torch {found['versions']['torch']}. {found['assumed']}"
+        f"the quickstart's models; {e['cpu']}, torch {found['versions']['torch']}. {ASSUMED}"
     )
     return "\n".join([*lines, "", note])
 
@@ -70,7 +71,7 @@ def draw(found: dict[str, Any], path: Path) -> Path:
                     axes.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=6, color=ink)
             labels = [name for name, _ in columns]
             axes.set_xticks(range(len(columns)), labels, rotation=60, ha="right", fontsize=7)
-            axes.set_title(f"{count} liars of ten: teacher's accuracy, %", fontsize=9)
+            axes.set_title(f"{count} attackers of ten: teacher's accuracy, %", fontsize=9)
             if not place:
                 axes.set_yticks(range(len(keys)), keys, fontsize=7)
             axes.tick_params(length=0)

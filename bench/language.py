@@ -198,8 +198,8 @@ def _step(hidden: int, bf16: bool, times: int) -> dict[str, Any]:
 def table(found: dict[str, Any]) -> str:
     """Markdown table for the documentation."""
     lines = [
-        "| student's width, precision | ours, s | dense, s | textbook, s | faster | ours, MB | dense, MB "
-        "| textbook, MB | smaller | losses apart |",
+        "| student's width, precision | ours, s | dense, s | textbook, s | speed-up | ours, MB | dense, MB "
+        "| textbook, MB | memory ratio | loss difference |",
         "|--|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for step in found["steps"]:
@@ -215,10 +215,10 @@ def table(found: dict[str, Any]) -> str:
         f"A step of {found['sequences']} sequences of {found['sequence']} tokens, "
         f"V = {found['vocabulary']:,}, "
         f"k = {found['k']}, {found['threads']} threads of {on['machine']['cpu']}, torch "
-        f"{on['versions']['torch']}, commit {on['commit'][:7]}. Memory is the most in use above what was "
-        f"there before, the dense teacher included. A server that merges {server['clients']} clients' "
-        f"answers to {server['positions']:,} positions (k = {server['k']}) peaks at "
-        f"{server['peak_memory_bytes'] / 2**30:.2f} GiB, its imports included."
+        f"{on['versions']['torch']}, commit {on['commit'][:7]}. Memory is the peak increase over the "
+        "state before the step, dense teacher included. A server that aggregates "
+        f"{server['clients']} clients' answers to {server['positions']:,} positions (k = {server['k']}) "
+        f"peaks at {server['peak_memory_bytes'] / 2**30:.2f} GiB, imports included."
     )
     return "\n".join([*lines, "", note])
 

@@ -147,7 +147,7 @@ def misses(found: dict[str, Any]) -> list[str]:
 def table(found: dict[str, Any]) -> str:
     """Markdown table for the documentation: sizes, and the divergence for each spread of the tail."""
     spreads = list(found["ours"][0]["kl"])
-    columns = ["", "bytes a token", "with zstd", *(f"KL, tail by {name}" for name in spreads)]
+    columns = ["", "bytes per token", "with zstd", *(f"KL, tail spread by {name}" for name in spreads)]
     lines = [f"| {' | '.join(columns)} |", "|---|" + "--:|" * (len(columns) - 1)]
     for row in found["ours"]:
         kl = " | ".join(f"{row['kl'][name]:.4f}" for name in spreads)
@@ -158,8 +158,8 @@ def table(found: dict[str, Any]) -> str:
             f"| DistillKit, {name}, k = {row['k']} | {row['bytes']:.1f} | – | {row['kl']:.4f} | {rest} |"
         )
     note = (
-        f"{found['positions']} tokens of {found['model']}, V = {found['vocabulary']:,}; bytes as they "
-        f"travel, envelope included; KL(model ‖ what a reader gets) in nats. Commit {found['commit'][:7]}."
+        f"{found['positions']} tokens of {found['model']}, V = {found['vocabulary']:,}; bytes as "
+        f"sent, envelope included; KL(model ‖ decoded) in nats. Commit {found['commit'][:7]}."
     )
     return "\n".join([*lines, "", note])
 

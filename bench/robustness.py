@@ -170,7 +170,7 @@ def teacher(found: World, defence: Defence, answers: Sequence[Tensor], present: 
         weights,
         sharpen=found.session.config.aggregation.sharpen,
         mix=defence.mix,
-        known=known,
+        context=known,
     )
     assert isinstance(made.teacher, Tensor)
     return made.teacher

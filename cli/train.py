@@ -67,6 +67,7 @@ def train(
     """
     from feddistill import config as configuration
     from feddistill.errors import ConfigError
+    from feddistill.store.layout import CONFIG
 
     if (engine == "flower") != (superlink is not None):
         raise ConfigError("--superlink goes with --engine flower, and --engine flower with --superlink")
@@ -74,7 +75,7 @@ def train(
         raise ConfigError("--resume needs --out DIR: the run to go on with")
     stored = resume and config is None and out is not None
     settings = (
-        configuration.load_stored(out / "config.yaml", overrides)
+        configuration.load_stored(out / CONFIG, overrides)
         if stored and out
         else configuration.load(config, overrides)
     )

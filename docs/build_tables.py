@@ -136,7 +136,7 @@ def rules() -> str:
             str(rule.tolerates(10)),
             "yes" if rule.in_range else "",
             ", ".join(sorted(rule.needs())),
-            "yes" if rule.secure_sums() else "",
+            "yes" if rule.secure_sums else "",
         )
         lines.append(f"| `{name}` | {words} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -29,7 +29,7 @@ def kept(answers, k=CLASSES):
 
 def combine(answers, rule, weights=None, **settings):
     """The teacher."""
-    settings.setdefault("known", RoundContext(labels=labels_of(len(answers[0]))))
+    settings.setdefault("context", RoundContext(labels=labels_of(len(answers[0]))))
     answerers = [lambda start, stop, a=a: a[start:stop] for a in answers]
     return aggregate(answerers, len(answers[0]), rule, weights, **settings).teacher
 

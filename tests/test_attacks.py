@@ -137,7 +137,7 @@ def test_named_clients_lie_and_then_the_first_that_are_left():
         ([Ipm(clients=("x",))], "there is no client 'x'; there are a, b, c, d"),
         ([Ipm(clients=("a",)), Hips(clients=("a",))], "a carries out two attacks"),
         ([Ipm(clients=5)], "5 clients are to carry out ipm, 4 are left"),
-        ([Ipm(clients=4)], "all 4 clients lie; at least one has to be honest"),
+        ([Ipm(clients=4)], "all 4 clients attack; at least one has to be honest"),
     ],
 )
 def test_who_cannot_lie_is_named(attacks, message):

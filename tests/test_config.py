@@ -57,7 +57,7 @@ def test_the_digest_sees_every_setting():
         ),
         ("aggregation.rule={kind: expguard, base: vote}", "aggregation.rule.base.kind = 'vote'"),
         ("simulate.attack=secondbest", "did you mean 'second_best'?"),
-        ("simulate.attack={kind: ipm, clients: 4}", "all 4 clients lie; at least one has to be honest"),
+        ("simulate.attack={kind: ipm, clients: 4}", "all 4 clients attack; at least one has to be honest"),
         ("simulate.attack={kind: ipm, clients: [client-7]}", "there is no client 'client-7'"),
         ("clients.models.0.hed=auto", "did you mean clients.models.0.head?"),
         ("clients.models.3.head=auto", "clients.models.3: needs an index from 0 to 0, got '3'"),

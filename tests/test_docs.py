@@ -7,11 +7,12 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import click
 import pytest
 import torch
 import yaml
 
-from feddistill.cli import COMMANDS
+from feddistill.cli import COMMANDS, main
 from feddistill.config import load, parse
 from feddistill.runs import study
 
@@ -125,6 +126,42 @@ def commands():
 def test_commands_in_the_pages_exist():
     assert commands()
     assert set(commands()) <= set(COMMANDS)
+
+
+def command_lines():
+    """``(command, options)`` of every command line in a code block or in backticks."""
+    text = "\n".join(page.read_text() for page in PAGES)
+    lines = re.findall(r"^ *(?:\$ )?feddistill (.+)$", text, flags=re.MULTILINE)
+    lines += re.findall(r"`feddistill ([a-z][^`]+)`", text)
+    for line in lines:
+        words = re.sub(r"\s+#.*|'[^']*'", " ", line).split()
+        yield words, {word.partition("=")[0] for word in words if word.startswith("--")}
+
+
+def test_options_in_the_pages_exist():
+    checked = 0
+    for words, options in command_lines():
+        command = main
+        while isinstance(command, click.Group) and words and not words[0].startswith("-"):
+            command = command.get_command(click.Context(command), words.pop(0))
+            assert command is not None, words
+        names = {name for parameter in command.params for name in parameter.opts} | {"--help", "--version"}
+        assert options <= names, (words, options - names)
+        checked += len(options)
+    assert checked > 50
+
+
+def test_the_tree_of_the_readme_is_that_of_the_package():
+    text = (ROOT / "README.md").read_text()
+    tree = text[text.index("## File structure") : text.index("## Documentation")]
+    inside = tree[tree.index("\nfeddistill/\n") : tree.index("\ncli/")]
+    named = set(re.findall(r"^  (\w+)/", inside, flags=re.MULTILINE)) | set(re.findall(r"\w+\.py", inside))
+    modules = {path.name for path in (ROOT / "feddistill").iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert named == modules - {"__init__.py", "__pycache__", "bench", "cli"}
+    tops = set(re.findall(r"^(\w+)/", tree, flags=re.MULTILINE))
+    tracked = subprocess.run(["git", "ls-files"], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert tops == {line.split("/")[0] for line in tracked.splitlines() if "/" in line} - {".ci"}
+    assert len(text.splitlines()) <= 150
 
 
 @pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda p: p.name)

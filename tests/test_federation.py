@@ -282,7 +282,7 @@ def test_a_client_that_does_not_fit_takes_no_part(told, what, brief, tmp_path):
         return [replace(reply, content=reply.content | told)]
 
     class Progress(experiment.NoProgress):
-        def say(self, line):
+        def log(self, line):
             said.append(line)
 
     transport.fault = other

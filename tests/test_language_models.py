@@ -17,7 +17,7 @@ from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from feddistill import payload
-from feddistill.aggregation.answers import RoundContext, answered, silent
+from feddistill.aggregation.answers import RoundContext, abstentions, answered
 from feddistill.aggregation.rules import RULES
 from feddistill.aggregation.teacher import aggregate
 from feddistill.config import dump, parse
@@ -218,7 +218,7 @@ def test_who_has_no_opinion_is_not_there(kind):
     rule = RULES[kind].model_validate({"kind": kind})
     clients = [topk_compress(torch.randn(9, 50), 4) for _ in range(6)]
     everyone = rows_by(rule, clients)
-    nothing = silent(9, 4, 50)
+    nothing = abstentions(9, 4, 50)
     fewer = [*clients]
     fewer[0] = TopK(
         *(
@@ -248,7 +248,7 @@ def rows_by(rule, clients):
     labels = torch.randint(0, 50, (9,), generator=torch.Generator().manual_seed(2))
     known = RoundContext(names=tuple("abcdef"[: len(clients)]), labels=labels)
     answerers = [lambda a, b, c=client: c[a:b] for client in clients]
-    return aggregate(answerers, 9, rule, known=known, k=4).teacher
+    return aggregate(answerers, 9, rule, context=known, k=4).teacher
 
 
 def test_a_run_is_whole(finished):

@@ -147,7 +147,7 @@ def test_which_rules_promise_what():
         "cronus",
         "expguard",
     }
-    assert {name for name, rule in made.items() if rule.secure_sums()} == {
+    assert {name for name, rule in made.items() if rule.secure_sums} == {
         "mean_probs",
         "mean_logits",
         "era",
@@ -156,8 +156,8 @@ def test_which_rules_promise_what():
     }
 
 
-@pytest.mark.parametrize("liars", [1, 2, 3])
-def test_liars_move_the_mean_of_probabilities_by_their_share(honest, attackers):
+@pytest.mark.parametrize("attackers", [1, 2, 3])
+def test_attackers_move_the_mean_of_probabilities_by_their_share(honest, attackers):
     lie = torch.full_like(honest[0], -40.0)
     lie[:, 3] = 0.0
     before, after = combine(honest, MeanProbs()), combine([lie] * attackers + honest[attackers:], MeanProbs())
@@ -309,7 +309,7 @@ def test_a_student_that_knows_better_keeps_its_answer(honest, k):
     student = student.log_softmax(-1)
     answers, own = (honest, student) if k is None else (kept(honest, k), kept([student], k)[0])
     known = RoundContext(labels=labels, student=lambda start, stop: own[start:stop])
-    teacher = combine(answers, RULES["min_ce"](), known=known)
+    teacher = combine(answers, RULES["min_ce"](), context=known)
     some = labels >= 0
     found = teacher if k is None else teacher.expand()
     torch.testing.assert_close(found[some].argmax(-1), labels[some])
@@ -338,7 +338,7 @@ def test_what_a_client_rarely_saw_is_taken_back():
     answers = [(truth * (torch.tensor(c) + 1)).log().log_softmax(-1) for c in counts]
     known = RoundContext(descriptions=tuple(ClientDescription(str(i), None, c) for i, c in enumerate(counts)))
     rule = PriorCorrected(strength=1.0, weights="uniform")
-    torch.testing.assert_close(combine(answers, rule, known=known).exp(), truth)
+    torch.testing.assert_close(combine(answers, rule, context=known).exp(), truth)
 
 
 class TestStacked:
@@ -369,7 +369,7 @@ class TestStacked:
         honest = self.right(combine(answers[3:], RULES["mean_probs"]()), truth)
         lies = [attack(AttackContext(own, answers[3:])) for own in answers[:3]]
         said = [*lies, *answers[3:]]
-        assert self.right(combine(said, RULES["stacked"](), known=known), truth) > honest - 0.02
+        assert self.right(combine(said, RULES["stacked"](), context=known), truth) > honest - 0.02
         assert self.right(combine(said, RULES["mean_probs"]()), truth) < honest - 0.1
 
     def test_a_liars_own_knowledge_is_used(self):
@@ -380,7 +380,7 @@ class TestStacked:
             best = own.topk(2, dim=-1)
             swapped.append(own.scatter(-1, best.indices, best.values.flip(-1)))
         assert self.right(combine(swapped, RULES["mean_probs"]()), truth) < 0.6
-        assert self.right(combine(swapped, RULES["stacked"](), known=known), truth) > 0.75
+        assert self.right(combine(swapped, RULES["stacked"](), context=known), truth) > 0.75
 
     def test_it_is_the_least_of_a_penalised_cross_entropy(self):
         """The same fit by another optimiser, in torch."""
@@ -406,7 +406,7 @@ class TestStacked:
 
         optimiser.step(closure)
         wanted = scores().detach().log_softmax(-1).float()
-        torch.testing.assert_close(combine(answers, rule, known=known), wanted, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(combine(answers, rule, context=known), wanted, atol=1e-4, rtol=1e-4)
 
     def test_clients_may_come_in_any_order(self):
         answers, _, known = self.world()
@@ -414,8 +414,8 @@ class TestStacked:
         moved = RoundContext(
             tuple(known.names[i] for i in order), tuple(known.descriptions[i] for i in order), known.labels
         )
-        made = combine(answers, RULES["stacked"](), known=known)
-        again = combine([answers[i] for i in order], RULES["stacked"](), known=moved)
+        made = combine(answers, RULES["stacked"](), context=known)
+        again = combine([answers[i] for i in order], RULES["stacked"](), context=moved)
         torch.testing.assert_close(made, again, atol=1e-5, rtol=1e-5)
 
     def test_a_few_labels_are_enough_to_go_on_and_none_to_begin(self):
@@ -423,7 +423,7 @@ class TestStacked:
         few = torch.where(torch.arange(self.TEXTS) < 4, truth, -1)
         for labels in (few, torch.full_like(few, -1), None):
             told = RoundContext(known.names, known.descriptions, labels)
-            teacher = combine(answers, RULES["stacked"](), known=told)
+            teacher = combine(answers, RULES["stacked"](), context=told)
             assert self.right(teacher, truth) > 0.9
             torch.testing.assert_close(teacher.exp().sum(-1), torch.ones(self.TEXTS))
 
@@ -440,7 +440,7 @@ def test_a_liar_loses_its_weight_over_rounds_and_is_forgiven(honest):
     memory, shares = {}, []
     for answers in ([lie, *honest[1:]],) * 3 + (honest,) * 8:
         answerers = [lambda start, stop, a=a: a[start:stop] for a in answers]
-        made = aggregate(answerers, TEXTS, rule, known=RoundContext(names=names, memory=memory))
+        made = aggregate(answerers, TEXTS, rule, context=RoundContext(names=names, memory=memory))
         memory = made.memory
         shares.append(made.weights[0])
     assert shares[0] < 0.05 > shares[1] > shares[2]
@@ -451,5 +451,5 @@ def test_a_liar_loses_its_weight_over_rounds_and_is_forgiven(honest):
 def test_memory_is_kept_of_clients_that_stay_away(honest):
     known = RoundContext(names=tuple("abcdefg"), memory={"gone": {"log_weight": -3.0, "clean": 0.0}})
     answerers = [lambda start, stop, a=a: a[start:stop] for a in honest]
-    made = aggregate(answerers, TEXTS, ExpGuard(), known=known)
+    made = aggregate(answerers, TEXTS, ExpGuard(), context=known)
     assert made.memory["gone"] == {"log_weight": -3.0, "clean": 0.0}

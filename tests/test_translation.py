@@ -20,13 +20,12 @@ from feddistill.models import causal
 from feddistill.models.tokenizers import tokenizer_of
 from feddistill.progress import NoProgress
 from feddistill.runs import experiment
-from feddistill.store.logit_files import stacked
 from feddistill.store.run_directory import RunDirectory
 from feddistill.tasks.session import Session
 from feddistill.tasks.translation import Counts, Side, by_edit_distance, by_spans, needed, translate
 from feddistill.training.blocks import NOT_TAUGHT
 from feddistill.types import TextSet
-from feddistill_kernels import topk_compress
+from feddistill_kernels import TopK, topk_compress
 
 OTHER = {
     **LLAMA,
@@ -39,7 +38,7 @@ class Said(NoProgress):
     def __init__(self):
         self.lines = []
 
-    def say(self, line):
+    def log(self, line):
         self.lines.append(line)
 
 
@@ -171,7 +170,7 @@ def test_projected_answers_of_the_same_tokenizer_are_the_direct_ones(step, tmp_p
     assert np.array_equal(needed(rows, mine, theirs), rows)
     logits, tally = torch.randn(len(rows), 280) * 4, Counts()
     pieces = [topk_compress(part, 64, id_order=False) for part in logits.split(4)]
-    found = stacked(list(translate(pieces, rows, rows, theirs, mine, way, 5, tally)))
+    found = TopK.cat(list(translate(pieces, rows, rows, theirs, mine, way, 5, tally)))
     wanted = topk_compress(logits, 5, id_order=False)
     assert torch.equal(found.ids, wanted.ids)
     torch.testing.assert_close(found.log_probs, wanted.log_probs, rtol=1e-5, atol=1e-6)
@@ -198,7 +197,7 @@ def test_what_is_projected_is_a_distribution(step, alignment, tmp_path):
     logits = 6 * torch.nn.functional.one_hot(torch.from_numpy(theirs.blocks.targets[rows]), 290).float()
     said = topk_compress(logits + torch.rand(len(rows), 290), 64, id_order=False)
     pieces = [said[a : a + 2] for a in range(0, len(rows), 2)]
-    found = stacked(list(translate(pieces, rows, asked, theirs, mine, way, 5, tally)))
+    found = TopK.cat(list(translate(pieces, rows, asked, theirs, mine, way, 5, tally)))
     good = answered(found)
     assert len(found) == len(asked) == tally.rows
     assert (mass_of(found) - 1).abs().max() < 1e-6

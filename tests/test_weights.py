@@ -69,8 +69,8 @@ def test_verified_weights_silence_liars(attack):
     weights = weigh("verified", read, 200, known)
     assert max(weights.mean_shares()[:4]) == pytest.approx(FLOOR / 10, abs=1e-4)
     assert max(weights.mean_shares()) <= CAP / 10 + 1e-6
-    teacher = combine(answers, MeanProbs(weights="verified"), weights, known=known)
-    plain = combine(answers, MeanProbs(), known=known)
+    teacher = combine(answers, MeanProbs(weights="verified"), weights, context=known)
+    plain = combine(answers, MeanProbs(), context=known)
     right = [(t.argmax(-1) == labels)[100:].float().mean() for t in (teacher, plain)]
     assert right[0] > 0.9
     assert right[0] >= right[1]

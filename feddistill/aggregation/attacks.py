@@ -1,7 +1,7 @@
-"""Attacks: what a client that lies sends instead of its answers. For simulations and tests.
+"""Attacks: what Byzantine clients send instead of their answers. For simulations and tests.
 
-An attack is a frozen value, as a rule is. It sees everything, the worst case: its own answers and all honest
-clients' answers to the same texts. Importing this does not import torch.
+An attack is a frozen value, as a rule is. It knows its client's honest answers and those of all honest
+clients to the same texts, which is the worst case. Importing this module does not import torch.
 
 Shapes: ``N`` texts, ``V`` classes; ``p`` is the mean of the honest clients' probabilities.
 """
@@ -14,6 +14,7 @@ from statistics import NormalDist
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
+from typing_extensions import override
 
 from feddistill.errors import ConfigError
 from feddistill.settings_model import Setting
@@ -22,25 +23,25 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LEAST = 21.25
-"""Nats: the least log-probability that a byte of a payload can say, and so a liar."""
+"""Nats: the byte codes of a payload represent log-probabilities down to ``-LEAST``."""
 
 
 @dataclass(frozen=True, slots=True)
 class AttackContext:
-    """What a liar sees. All of it is log-probabilities ``[N, V]``."""
+    """What an attacker knows. All answers are log-probabilities ``[N, V]``."""
 
     own: Tensor
-    """What it would say if it were honest."""
+    """Its own honest answers."""
     honest: Sequence[Tensor]
-    """What each honest client says."""
+    """The answers of each honest client."""
     seed: int = 0
-    """Of what is drawn at random."""
+    """Of random draws."""
     clients: int | None = None
-    """All of them; ``None`` for twice the honest ones less one."""
+    """Number of all clients; ``None`` for twice the honest ones less one."""
     before: Tensor | None = None
-    """What it said in the first round; ``None`` in that round."""
+    """Its answers of the first round; ``None`` in that round."""
     teacher: Tensor | None = None
-    """The last round's; ``None`` in the first round."""
+    """The previous round's teacher; ``None`` in the first round."""
 
     def mean(self) -> Tensor:
         """``p``, as probabilities."""
@@ -51,113 +52,113 @@ class AttackContext:
 
 
 class Attack(Setting):
-    """Who lies, and how."""
+    """A way in which some clients falsify their answers."""
 
     kind: str
     clients: Annotated[int, Field(ge=0)] | tuple[str, ...] = 1
-    """How many, the first that no other attack has taken; or their names."""
+    """Number of attackers, the first clients without another attack; or their names."""
 
     def __call__(self, context: AttackContext) -> Tensor:
-        """Log-probabilities ``[N, V]`` to send."""
+        """The log-probabilities ``[N, V]`` to send."""
         raise NotImplementedError
 
     def check(self, classes: int) -> None:
-        """Raise ``ConfigError`` where its settings name a class that there is not."""
+        """Raise ``ConfigError`` if the settings name a class that does not exist."""
 
 
 class RandomOneHot(Attack):
-    """Certain of a class drawn at random for each text: the baseline that other attacks are held against.
+    """One-hot on a class drawn at random for each text: the baseline for other attacks.
 
-    Baruch et al., "A Little Is Enough", NeurIPS 2019, name such noise the weakest attacker; here it is as
-    loud as a distribution can be.
+    Baruch et al., "A Little Is Enough", NeurIPS 2019, call such noise the weakest attack; here it is as
+    strong as a distribution can be.
     """
 
     kind: Literal["random_one_hot"] = "random_one_hot"
 
+    @override
     def __call__(self, context: AttackContext) -> Tensor:
-        """See ``Attack``."""
         import torch
 
         rows, classes = context.own.shape
         random = torch.Generator().manual_seed(context.seed)
-        return certain(torch.randint(classes, (rows,), generator=random), classes)
+        return one_hot(torch.randint(classes, (rows,), generator=random), classes)
 
 
 class LeastLikely(Attack):
-    """Certain of the class that ``p`` has for least likely: loss maximisation (LMA).
+    """One-hot on the least likely class of ``p``: loss maximisation (LMA).
 
     Roux et al., "On the Byzantine-Resilience of Distillation-Based Federated Learning", ICLR 2025.
     """
 
     kind: Literal["least_likely"] = "least_likely"
 
+    @override
     def __call__(self, context: AttackContext) -> Tensor:
-        """See ``Attack``."""
         mean = context.mean()
-        return certain(mean.argmin(-1), mean.shape[1])
+        return one_hot(mean.argmin(-1), mean.shape[1])
 
 
 class ClassConfusion(Attack):
-    """Certain of the class least like the one that ``p`` has for likeliest, the same for all its texts (CPA).
+    """One-hot on the class least similar to the likeliest class of ``p`` (CPA).
 
-    Likeness of classes is ``sum_n p_nc p_nc'``: how often they are likely together. Roux et al., ICLR 2025
-    (class prior attack).
+    The similarity of two classes is ``sum_n p_nc p_nc'``: how often they are likely together. Roux et al.,
+    ICLR 2025 (class prior attack).
     """
 
     kind: Literal["class_confusion"] = "class_confusion"
 
+    @override
     def __call__(self, context: AttackContext) -> Tensor:
-        """See ``Attack``."""
         mean = context.mean()
-        unlike = (mean.T @ mean).fill_diagonal_(float("inf")).argmin(-1)
-        return certain(unlike[mean.argmax(-1)], mean.shape[1])
+        least_similar = (mean.T @ mean).fill_diagonal_(float("inf")).argmin(-1)
+        return one_hot(least_similar[mean.argmax(-1)], mean.shape[1])
 
 
 class SecondBest(Attack):
-    """Certain of the second likeliest class: wrong and plausible.
+    """One-hot on the second likeliest class of ``p``: wrong, but plausible.
 
-    Of no paper that we know: the mirror image of loss maximisation (Roux et al., ICLR 2025), as ``p`` needs
-    the least push to be turned over to this class.
+    We know no paper with this attack. It mirrors loss maximisation (Roux et al., ICLR 2025): moving ``p`` to
+    the second class takes the least change.
     """
 
     kind: Literal["second_best"] = "second_best"
 
+    @override
     def __call__(self, context: AttackContext) -> Tensor:
-        """See ``Attack``."""
         mean = context.mean()
-        return certain(mean.topk(2, dim=-1).indices[:, 1], mean.shape[1])
+        return one_hot(mean.topk(2, dim=-1).indices[:, 1], mean.shape[1])
 
 
 class Hips(Attack):
-    """For each text the honest answer that is worst for the class ``p`` has for likeliest.
+    """For each text, the honest answer that gives the likeliest class of ``p`` the least probability.
 
-    It lies inside the honest hull, so no distance can tell it from honest: hiding in plain sight (Roux et
-    al., ICLR 2025), here with loss maximisation over the hull's corners.
+    The result is in the convex hull of the honest answers, so that no distance can detect it: hiding in plain
+    sight (Roux et al., ICLR 2025), here with loss maximisation over the corners of the hull.
     """
 
     kind: Literal["hips"] = "hips"
 
+    @override
     def __call__(self, context: AttackContext) -> Tensor:
-        """See ``Attack``."""
         import torch
 
-        stacked = torch.stack(list(context.honest))  # [H, N, V]
+        honest = torch.stack(list(context.honest))  # [H, N, V]
         top = context.mean().argmax(-1)
-        at_top = stacked.gather(2, top.expand(len(stacked), -1)[..., None])[..., 0]
-        worst = at_top.argmin(0)
-        return stacked.gather(0, worst[None, :, None].expand(1, *context.own.shape))[0]
+        of_top = honest.gather(2, top.expand(len(honest), -1)[..., None])[..., 0]
+        worst = of_top.argmin(0)
+        return honest.gather(0, worst[None, :, None].expand(1, *context.own.shape))[0]
 
 
 class ReverseRank(Attack):
-    """Its own probabilities in reverse: the likeliest class gets the least.
+    """The attacker's own probabilities in reverse order: the likeliest class gets the least.
 
     Tang et al., "Logits Poisoning Attack in Federated Distillation" (FDLA), KSEM 2024.
     """
 
     kind: Literal["reverse_rank"] = "reverse_rank"
 
+    @override
     def __call__(self, context: AttackContext) -> Tensor:
-        """See ``Attack``."""
         import torch
 
         ordered = context.own.sort(dim=-1, stable=True)
@@ -165,30 +166,30 @@ class ReverseRank(Attack):
 
 
 class Alie(Attack):
-    """A little is enough: the honest mean of logits less ``z`` standard deviations, in every coordinate.
+    """A little is enough: the mean of the honest logits, shifted by ``z`` standard deviations per coordinate.
 
-    ``z`` is the largest at which a majority is still farther out. Baruch et al., "A Little Is Enough:
-    Circumventing Defenses for Distributed Learning", NeurIPS 2019.
+    ``z`` is the largest shift with which enough honest clients are still farther from the mean. Baruch et
+    al., "A Little Is Enough: Circumventing Defenses for Distributed Learning", NeurIPS 2019.
     """
 
     kind: Literal["alie"] = "alie"
     z: float | None = Field(default=None, gt=0)
-    """``null`` for the paper's formula."""
+    """``null`` for the formula of the paper."""
 
+    @override
     def __call__(self, context: AttackContext) -> Tensor:
-        """See ``Attack``."""
         import torch
 
-        stacked = torch.stack([a.clamp_min(-LEAST) for a in context.honest])
-        z = self.z if self.z is not None else largest_z(*counted(context))
-        top = stacked.mean(0).argmax(-1, keepdim=True)
-        # Down for the likeliest class and up for the others: down for all is no change of a distribution.
-        sign = torch.ones_like(stacked[0]).scatter_(-1, top, -1.0)
-        return said(stacked.mean(0) + sign * z * stacked.std(0, unbiased=False))
+        honest = torch.stack([a.clamp_min(-LEAST) for a in context.honest])
+        z = self.z if self.z is not None else largest_z(*client_counts(context))
+        top = honest.mean(0).argmax(-1, keepdim=True)
+        # Down for the likeliest class and up for the others: down for all would not change a distribution.
+        sign = torch.ones_like(honest[0]).scatter_(-1, top, -1.0)
+        return clipped(honest.mean(0) + sign * z * honest.std(0, unbiased=False))
 
 
 class Ipm(Attack):
-    """``-scale`` times the honest mean of centred logits: its inner product with the truth is negative.
+    """``-scale`` times the mean of the honest centred logits: its inner product with that mean is negative.
 
     Xie et al., "Fall of Empires: Breaking Byzantine-Tolerant SGD by Inner Product Manipulation", UAI 2019.
     """
@@ -196,29 +197,29 @@ class Ipm(Attack):
     kind: Literal["ipm"] = "ipm"
     scale: float = Field(default=1.0, gt=0)
 
+    @override
     def __call__(self, context: AttackContext) -> Tensor:
-        """See ``Attack``."""
         import torch
 
         mean = torch.stack([a.clamp_min(-LEAST) for a in context.honest]).mean(0)
-        return said(-self.scale * (mean - mean.mean(-1, keepdim=True)))
+        return clipped(-self.scale * (mean - mean.mean(-1, keepdim=True)))
 
 
 class LabelFlip(Attack):
-    """Its own answer for class ``c`` as that for ``V - 1 - c``: what training on flipped labels gives.
+    """The attacker's own answer with class ``c`` as ``V - 1 - c``, as if it had trained on flipped labels.
 
     Fang et al., "Local Model Poisoning Attacks to Byzantine-Robust Federated Learning", USENIX Security 2020.
     """
 
     kind: Literal["label_flip"] = "label_flip"
 
+    @override
     def __call__(self, context: AttackContext) -> Tensor:
-        """See ``Attack``."""
         return context.own.flip(-1)
 
 
 class Targeted(Attack):
-    """Honest, but certain of class ``target`` wherever ``p`` has ``source`` for likeliest.
+    """Honest, except one-hot on class ``target`` if the likeliest class of ``p`` is ``source``.
 
     Targeted label poisoning: Tolpegin et al., "Data Poisoning Attacks Against Federated Learning Systems",
     ESORICS 2020.
@@ -228,64 +229,64 @@ class Targeted(Attack):
     source: int = Field(default=0, ge=0)
     target: int = Field(default=1, ge=0)
 
+    @override
     def check(self, classes: int) -> None:
-        """See ``Attack``."""
         if max(self.source, self.target) >= classes:
             raise ConfigError(
                 f"simulate.attack: source = {self.source} and target = {self.target} must be below the "
                 f"{classes} classes"
             )
 
+    @override
     def __call__(self, context: AttackContext) -> Tensor:
-        """See ``Attack``."""
         import torch
 
         mean = context.mean()
         rows, classes = mean.shape
         self.check(classes)
-        lie = certain(torch.full((rows,), self.target), classes)
-        return torch.where((mean.argmax(-1) == self.source)[:, None], lie, context.own)
+        wrong = one_hot(torch.full((rows,), self.target), classes)
+        return torch.where((mean.argmax(-1) == self.source)[:, None], wrong, context.own)
 
 
 class FreeRider(Attack):
-    """Has trained nothing: sends the last teacher back, and noise in the first round.
+    """The previous teacher plus noise, without any training; noise alone in the first round.
 
     Lin et al., "Free-riders in Federated Learning: Attacks and Defenses", 2019.
     """
 
     kind: Literal["free_rider"] = "free_rider"
     noise: float = Field(default=0.1, ge=0)
-    """Standard deviation, in nats, of what it adds so as not to send a copy."""
+    """Standard deviation of the noise, in nats, which hides that the answer is a copy."""
 
+    @override
     def __call__(self, context: AttackContext) -> Tensor:
-        """See ``Attack``."""
         import torch
 
         random = torch.Generator().manual_seed(context.seed)
         copied = torch.zeros_like(context.own) if context.teacher is None else context.teacher
-        return said(copied + self.noise * torch.randn(copied.shape, generator=random))
+        return clipped(copied + self.noise * torch.randn(copied.shape, generator=random))
 
 
 class Stale(Attack):
-    """Sends what it said in the first round again; in the first round, a model that has learned half as much.
+    """The first round's answers in every round; in the first round, log-probabilities halved.
 
-    Replay: a client that saves itself the training.
+    Replay by a client that avoids the cost of training.
     """
 
     kind: Literal["stale"] = "stale"
 
+    @override
     def __call__(self, context: AttackContext) -> Tensor:
-        """See ``Attack``."""
-        return said(0.5 * context.own) if context.before is None else context.before
+        return clipped(0.5 * context.own) if context.before is None else context.before
 
 
 class PermutedRows(Attack):
-    """Honest answers to the wrong texts: a file in another order, by malice or by mistake."""
+    """Honest answers, but in random order: each to a wrong text, by malice or by mistake."""
 
     kind: Literal["permuted_rows"] = "permuted_rows"
 
+    @override
     def __call__(self, context: AttackContext) -> Tensor:
-        """See ``Attack``."""
         import torch
 
         random = torch.Generator().manual_seed(context.seed)
@@ -310,13 +311,14 @@ ATTACKS: dict[str, type[Attack]] = {
 
 
 def attackers(attacks: Sequence[Attack], names: Sequence[str]) -> dict[str, Attack]:
-    """Which of the clients ``names`` carries out which attack.
+    """The attackers among the clients ``names``, each with its attack.
 
     >>> attackers([SecondBest(clients=("b",)), Ipm(clients=2)], ["a", "b", "c", "d"])["c"].kind
     'ipm'
 
     Raises:
-        ConfigError: An attack names a client that does not exist or already lies, or nobody is left honest.
+        ConfigError: An attack names a client that does not exist or has another attack, or no client is
+            left honest.
     """
     taken: dict[str, Attack] = {}
     for attack in attacks:
@@ -340,32 +342,33 @@ def attackers(attacks: Sequence[Attack], names: Sequence[str]) -> dict[str, Atta
                 )
             taken.update(dict.fromkeys(free[: attack.clients], attack))
     if len(taken) >= len(names):
-        raise ConfigError(f"simulate.attack: all {len(names)} clients lie; at least one has to be honest")
+        raise ConfigError(f"simulate.attack: all {len(names)} clients attack; at least one has to be honest")
     return taken
 
 
-def certain(choice: Tensor, classes: int) -> Tensor:
-    """As near to one-hot as a payload can say: log-probabilities ``[N, V]``."""
+def one_hot(choice: Tensor, classes: int) -> Tensor:
+    """Log-probabilities ``[N, V]``, as near to one-hot on ``choice [N]`` as a payload can represent."""
     import torch
 
-    lie = torch.full((len(choice), classes), -LEAST)
-    return said(lie.scatter_(1, choice[:, None], 0.0))
+    logits = torch.full((len(choice), classes), -LEAST)
+    return clipped(logits.scatter_(1, choice[:, None], 0.0))
 
 
-def said(logits: Tensor) -> Tensor:
-    """Log-probabilities that a payload can hold."""
+def clipped(logits: Tensor) -> Tensor:
+    """Normalise to log-probabilities that a payload can represent."""
     return logits.log_softmax(-1).clamp_min(-LEAST).log_softmax(-1)
 
 
-def counted(context: AttackContext) -> tuple[int, int]:
-    """All clients, and those that lie."""
+def client_counts(context: AttackContext) -> tuple[int, int]:
+    """The numbers of all clients and of attackers."""
     honest = len(context.honest)
     clients = 2 * honest - 1 if context.clients is None else context.clients
     return clients, clients - honest
 
 
 def largest_z(clients: int, byzantine: int) -> float:
-    """Of ALIE: ``max z`` with ``Phi(z) < (C - f - s) / (C - f)``, ``s = C // 2 + 1 - f`` supporters needed.
+    """ALIE's ``max z`` with ``Phi(z) < (C - f - s) / (C - f)``, where ``s = C // 2 + 1 - f`` is the number of
+    honest clients that the attackers need on their side.
 
     >>> round(largest_z(50, 24), 2)  # the paper's example
     1.43

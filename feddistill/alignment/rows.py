@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from feddistill.alignment.spans import Mask, Reading
 from feddistill.alignment.strings import Ints
 from feddistill.alignment.vocabulary_map import NOWHERE
+from feddistill.payload.answers import fill_ids
 from feddistill_kernels import TopK
 
 Floats = NDArray[np.float64]
@@ -73,18 +74,18 @@ def collect(said: Said, tokens: int, k: int, vocab_size: int, threshold: float) 
     good = (covered >= threshold) & (length > 0)
     answered = np.zeros(tokens, np.bool_)
     answered[places[good]] = True
-    all_ids = np.full((count, k), -1, np.int64)
+    all_ids = np.full((count, k), -1, np.int32)
     all_mass = np.zeros((count, k))
     all_ids[where, rank], all_mass[where, rank] = ids, mass
     all_ids, all_mass, length, tail = all_ids[good], all_mass[good], length[good], tail[good]
     others = np.maximum(vocab_size - length, 1)
     full = np.arange(k) < length[:, None]
-    all_ids = np.where(full, all_ids, _lowest_others(all_ids, full))
+    all_ids = np.where(full, all_ids, fill_ids(all_ids, full))
     all_mass = np.where(full, all_mass, (tail / others)[:, None])
     rest = np.where(length == vocab_size, 0.0, tail * (vocab_size - k) / others)
     with np.errstate(divide="ignore"):
         rows = TopK(
-            torch.from_numpy(all_ids.astype(np.int32)),
+            torch.from_numpy(all_ids),
             torch.from_numpy(np.log(all_mass).astype(np.float32)),
             torch.from_numpy(np.log(rest).astype(np.float32)),
             vocab_size,
@@ -106,14 +107,3 @@ def _summed(said: Said, vocab_size: int) -> tuple[Ints, Ints, Floats, Floats]:
     first = np.flatnonzero(np.diff(key, prepend=-1))
     total = np.add.reduceat(mass, first) if len(first) else mass
     return key[first] // vocab_size, key[first] % vocab_size, total, tail
-
-
-def _lowest_others(ids: Ints, kept: Mask) -> Ints:
-    """``[R, k]``: behind the kept ids of a row, the lowest that it does not keep."""
-    rows, k = ids.shape
-    taken = np.zeros((rows, k), np.bool_)
-    row, column = np.nonzero(kept & (ids < k))
-    taken[row, ids[row, column]] = True
-    order = np.argsort(taken, axis=1, kind="stable")
-    place = np.maximum(np.arange(k) - kept.sum(1)[:, None], 0)
-    return np.asarray(np.take_along_axis(order, place, 1))

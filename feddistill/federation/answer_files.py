@@ -12,7 +12,7 @@ from torch import Tensor
 from feddistill import payload
 from feddistill.seeds import derive
 from feddistill.store import layout
-from feddistill.store.logit_files import stacked
+from feddistill.store.logit_files import concatenate
 from feddistill.store.run_directory import Json, RunDirectory
 from feddistill.types import Cost, RoundSpec
 from feddistill_kernels import TopK
@@ -86,7 +86,7 @@ class StoredAnswer:
 
     def rows(self, start: int, stop: int) -> Iterator[payload.Answers]:
         """Some rows, in as many pieces as shards have them."""
-        for number, first, last in payload.pieces(self.spec, start, stop):
+        for number, first, last in payload.ranges(self.spec, start, stop):
             yield self.shard(number).rows(first, last)
 
     def picked(self, read: Callable[[payload.Answers], T], rows: NDArray[np.int64]) -> Iterator[T]:
@@ -102,6 +102,6 @@ def answer_reader(read: Callable[[payload.Answers], T], stored: StoredAnswer) ->
     """``(start, stop)`` to these rows of what is on a shelf, as ``read`` opens them."""
 
     def rows(start: int, stop: int) -> T:
-        return stacked([read(answers) for answers in stored.rows(start, stop)])
+        return concatenate([read(answers) for answers in stored.rows(start, stop)])
 
     return rows

@@ -36,7 +36,7 @@ def compress_rows(
 def compress_parts(parts: Iterable[Tensor | TopK], spec: RoundSpec, seed: int) -> payload.Answers:
     """Rows as they come, logits or compressed."""
     random = torch.Generator().manual_seed(seed)
-    return payload.joined([_compress(part, spec, random) for part in parts])
+    return payload.concatenate([_compress(part, spec, random) for part in parts])
 
 
 def _compress(said: Tensor | TopK, spec: RoundSpec, random: torch.Generator) -> payload.Answers:
@@ -66,11 +66,11 @@ def expand(answers: payload.Answers) -> Tensor:
 
 
 def topk(answers: payload.Answers) -> TopK:
-    """Admitted answers as they are compressed; see ``aggregation.silent`` for rows without an opinion."""
+    """Admitted compressed answers as a ``TopK``; abstained rows as in ``aggregation.answers.abstentions``."""
     assert not isinstance(answers, payload.Dense), "dense answers are opened by expand"
     kept, tail = answers.log_probs()
-    silent = payload.silent(answers)
-    kept[silent], tail[silent] = -np.inf, 0.0
+    abstained = payload.abstained(answers)
+    kept[abstained], tail[abstained] = -np.inf, 0.0
     ids = torch.from_numpy(np.array(answers.ids))  # what was admitted cannot be written to
     return TopK(ids, torch.from_numpy(kept), torch.from_numpy(tail), answers.vocab_size)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from feddistill.federation.protocol import Instruction, Reply
 from feddistill.progress import Progress
+from feddistill.store import layout
 from feddistill.store.layout import EVENT_COUNTS, EVENTS
 
 HELP = {
@@ -74,7 +75,7 @@ class Journal:
         }
         with (self.root / EVENTS).open("a", encoding="utf-8") as file:
             file.write(json.dumps({**line, **told}) + "\n")
-        partial = self.root / f"{EVENT_COUNTS}.partial"
+        partial = self.root / layout.partial(EVENT_COUNTS)
         partial.write_text(self.metrics(), encoding="utf-8")
         partial.replace(self.root / EVENT_COUNTS)
 

@@ -17,7 +17,7 @@ SIGNATURE = re.compile(r"[0-9a-f]{128}")
 
 
 class PrivateKey:
-    """A private key in memory; it shows itself to nobody."""
+    """A private key in memory; it has no representation that shows it."""
 
     def __init__(self, seed: bytes):
         """``seed``: the 32 bytes of RFC 8032."""
@@ -28,15 +28,15 @@ class PrivateKey:
 
     @property
     def public(self) -> str:
-        """The public key, in hexadecimal."""
+        """The public key in hexadecimal."""
         return self._key.public_key().public_bytes_raw().hex()
 
     def sign(self, message: bytes) -> str:
-        """The signature, in hexadecimal; equal messages have equal ones."""
+        """The signature in hexadecimal; deterministic."""
         return self._key.sign(message).hex()
 
     def to_pem(self) -> bytes:
-        """What stands in the file."""
+        """The content of the key file."""
         from cryptography.hazmat.primitives import serialization
 
         return self._key.private_bytes(
@@ -47,10 +47,10 @@ class PrivateKey:
 
 
 def make(path: Path) -> PrivateKey:
-    """A new key, written to a file that must not exist yet.
+    """Create a key and write it to a new file.
 
     Raises:
-        DataError: It exists, or cannot be written.
+        DataError: The file exists or cannot be written.
     """
     key = PrivateKey(os.urandom(32))
     write_secret(path, key.to_pem())
@@ -58,13 +58,13 @@ def make(path: Path) -> PrivateKey:
 
 
 def write_secret(path: Path, content: bytes) -> None:
-    """Write a new file that its owner alone can read.
+    """Write a new file that only its owner can read.
 
     Raises:
-        DataError: It exists, or cannot be written.
+        DataError: The file exists or cannot be written.
     """
     try:
-        # O_EXCL: neither a file nor a link that is there already; the mode holds from the first byte on.
+        # O_EXCL refuses existing files and links; the mode applies from the first byte on.
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
         raise DataError(f"{path} already exists; a key is never overwritten") from None
@@ -75,10 +75,10 @@ def write_secret(path: Path, content: bytes) -> None:
 
 
 def load(path: Path) -> PrivateKey:
-    """The key that ``make`` wrote.
+    """Read a key that ``make`` wrote.
 
     Raises:
-        DataError: It cannot be read, others may read it, or it holds no such key.
+        DataError: The file cannot be read, can be read by others, or holds no such key.
     """
     _need()
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -93,16 +93,16 @@ def load(path: Path) -> PrivateKey:
     if mode & 0o077:
         raise DataError(f"{path} may be read by others (mode {mode:03o}); run chmod 600 {path}")
     try:
-        found = load_pem_private_key(content, password=None)
+        key = load_pem_private_key(content, password=None)
     except (ValueError, TypeError):  # TypeError: it is encrypted
         raise DataError(f"{path} must be an unencrypted private key in PEM") from None
-    if not isinstance(found, Ed25519PrivateKey):
+    if not isinstance(key, Ed25519PrivateKey):
         raise DataError(f"{path} must hold an Ed25519 key")
-    return PrivateKey(found.private_bytes_raw())
+    return PrivateKey(key.private_bytes_raw())
 
 
 def verify(public: str, signature: str, message: bytes) -> bool:
-    """Whether the owner of ``public`` signed exactly this message; both in hexadecimal."""
+    """True if ``signature`` is that of exactly this message by ``public``; both in hexadecimal."""
     _need()
     from cryptography.exceptions import InvalidSignature
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey

@@ -92,7 +92,10 @@ def _facts(run: Path) -> Json:
     try:
         skew = directory.read_json(layout.SKEW)
         of_client = dict(zip(skew["clients"], skew.get("examples", ()), strict=False))
-        told = {step.rpartition("/")[2]: directory.done(step) or {} for step in directory.steps("described")}
+        told = {
+            step.rpartition("/")[2]: directory.done(step) or {}
+            for step in directory.steps(layout.DESCRIPTIONS)
+        }
         return {
             "result": directory.read_json(RESULT),
             "clients": skew["clients"],

@@ -33,7 +33,7 @@ def write(out: Path) -> Path:
         result, skew = run.read_json(RESULT), _skew(run.read_json(layout.SKEW))
         drawn = plots.draw(result, skew)
         for name, svg in drawn.items():
-            run.write_text(f"figures/{name}.svg", svg)
+            run.write_text(layout.plot(name), svg)
         run.write_text(ROUNDS_TABLE, as_csv(result["by_round"]))
         run.write_text(METRICS_TABLE, as_csv([{"who": who, **m} for who, m in metric_rows(result)]))
         _tensorboard(run, result)
@@ -223,9 +223,9 @@ def _tensorboard(run: RunDirectory, result: Json) -> None:
     """What decides of every series by round, from the result: a resumed run has each point once."""
     from torch.utils.tensorboard import SummaryWriter
 
-    run.remove("tensorboard")
+    run.remove(layout.TENSORBOARD)
     figure = task_of(result).decides
-    with SummaryWriter(str(run.path("tensorboard"))) as board:
+    with SummaryWriter(str(run.path(layout.TENSORBOARD))) as board:
         for row in result["by_round"]:
             for which in ("test", "validation"):
                 board.add_scalar(f"{which}_{figure}/{row['series']}", row[f"{which}_{figure}"], row["round"])

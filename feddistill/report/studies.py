@@ -17,6 +17,7 @@ from feddistill.errors import RunError
 from feddistill.report import as_csv, metric_rows, rendered, size, task_of
 from feddistill.report.plots import STYLE, figure
 from feddistill.runs.study import CELLS, STUDY, Cell, collect, groups
+from feddistill.store import layout
 from feddistill.store.run_directory import Json
 
 PAGE = "study.html"
@@ -52,10 +53,11 @@ def write(out: Path) -> Path:
     (out / "table.tex").write_text(latex(summary, task), encoding="utf-8")
     steady = robustness(summary, task)
     drawn = draw([(labels, results) for labels, results in groups(found)])
-    (out / "figures").mkdir(exist_ok=True)
     for name, drawing in drawn.items():
-        (out / "figures" / f"{name}.svg").write_text(drawing.svg, encoding="utf-8")
-        (out / "figures" / f"{name}.png").write_bytes(drawing.png)
+        plot = out / layout.plot(name)
+        plot.parent.mkdir(exist_ok=True)
+        plot.write_text(drawing.svg, encoding="utf-8")
+        plot.with_suffix(".png").write_bytes(drawing.png)
     path = out / PAGE
     total = len(study.seeds) * len(list(groups(found)))
     path.write_text(

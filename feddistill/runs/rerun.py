@@ -72,7 +72,7 @@ def aggregate(
                 spec, step = _request(original, number), layout.answer(number, name)
                 for shard, places in enumerate(answer_files.files(step, spec)):
                     path = shards[shard]
-                    for place, file in zip(places, (path.with_suffix(".json"), path), strict=True):
+                    for place, file in zip(places, (layout.envelope_of(path), path), strict=True):
                         made.write_bytes(place, file.read_bytes())
                 answer_files.store(made, step, spec, Cost())
         finally:
@@ -260,13 +260,13 @@ def _late_answers(original: RunDirectory, paths: Sequence[Path]) -> dict[tuple[i
 def _late(original: RunDirectory, path: Path) -> tuple[int, str, int]:
     """Round, client and shard of a payload that came late, after every check: its client may be late."""
     try:
-        envelope, content = path.with_suffix(".json").read_bytes(), path.read_bytes()
+        envelope, content = layout.envelope_of(path).read_bytes(), path.read_bytes()
         said = json.loads(envelope)
         number, client, shard = int(said["round"]), str(said["client"]), int(said["sequence"])
     except OSError as error:
         raise RunError(f"cannot read {error.filename}: {error.strerror}") from None
     except (ValueError, TypeError, KeyError, RecursionError):
-        raise PayloadError(f"{path.with_suffix('.json')} is no envelope of a payload") from None
+        raise PayloadError(f"{layout.envelope_of(path)} is no envelope of a payload") from None
     if not original.path(layout.request(number)).exists():
         raise PayloadError(f"{path} answers round {number}, which {original.root} does not have")
     spec = _request(original, number)

@@ -74,16 +74,18 @@ def kept(ledger: Path, own: Path) -> Iterator[Finding]:
     """
     ledgers = _ledgers(read_object(ledger / LEDGER if ledger.is_dir() else ledger))
     yield Finding(True, f"the ledger is a chain of {len(ledgers[0])} rounds")
-    requests = sorted(own.rglob("spec.json"))
-    payloads = sorted(own.rglob("*.safetensors"))
+    requests = sorted(own.rglob(layout.REQUEST))
+    payloads = sorted(own.rglob(layout.tensors("*")))
     if not requests and not payloads:
-        raise RunError(f"{own} has neither a request (spec.json) nor a payload (*.safetensors)")
+        raise RunError(
+            f"{own} has neither a request ({layout.REQUEST}) nor a payload ({layout.tensors('*')})"
+        )
     for path in requests:
         spec = payload.parse_spec(path.read_bytes())
         yield _asked(spec, ledgers, str(path))
     answers: dict[tuple[Path, str, object], dict[int, Path]] = {}
     for path in payloads:
-        beside = path.with_suffix(".json")
+        beside = layout.envelope_of(path)
         if beside.exists():
             said = read_object(beside)
             whose = (path.parent, str(said.get("client")), said.get("round"))

@@ -36,4 +36,4 @@ def request(session: Session, number: int, *, quorum: int, previous: str) -> Rou
         draws=settings.samples if settings.codec == "sampled" else 0,
         previous=previous,
     )
-    return payload.cut(spec, int(settings.shard_mib * 2**20))
+    return payload.split(spec, int(settings.shard_mib * 2**20))

@@ -229,7 +229,7 @@ class _Rounds:
                         weights,
                         sharpen=config.sharpen,
                         mix=config.nnm_byzantine,
-                        known=known,
+                        context=known,
                         k=spec.k,
                         sink=file.put,
                     )

@@ -4,12 +4,15 @@ A *step* is a name without a suffix, such as ``rounds/001/teacher``: its record 
 weights or logits at ``tensors(step)``.
 """
 
+from pathlib import Path
+
 CONFIG = "config.yaml"
 RESULT = "result.json"
 PROVENANCE = "provenance.json"
 """Of a run derived from another: the commands that made it."""
 LEDGER = "ledger.json"
 ENGINE = "engine.json"
+EXECUTION = "execution"
 SKEW = "data/skew.json"
 DIGESTS = "data/digests.json"
 EVENTS = "federation.jsonl"
@@ -18,10 +21,13 @@ LOCK = ".lock"
 REPORT = "report.html"
 METRICS_TABLE = "metrics.csv"
 ROUNDS_TABLE = "rounds.csv"
+TENSORBOARD = "tensorboard"
 DESCRIPTIONS = "described"
 RECORDS = "records"
 ALONE = "alone"
 BASELINES = "baselines"
+REQUEST = "spec.json"
+"""The request of a round, in the round's folder."""
 
 # In the folder of a remote client:
 PROXY = "proxy.jsonl"
@@ -31,6 +37,21 @@ INPUTS = "own.json"
 
 # In the folder of a launched Flower run:
 OUTCOME = "outcome.json"
+MESSAGES = "said.txt"
+"""Progress messages of the server's process, which the command shows."""
+
+# In the folder of a deployment:
+SERVER_CONFIG = f"server/{CONFIG}"
+
+
+def partial(name: str) -> str:
+    """A file while it is being written; it is renamed to ``name`` when it is whole."""
+    return f"{name}.partial"
+
+
+def plot(name: str) -> str:
+    """A plot of the report of a run or a study."""
+    return f"figures/{name}.svg"
 
 
 def record(step: str) -> str:
@@ -53,6 +74,11 @@ def envelope(step: str) -> str:
     return f"{step}.json"
 
 
+def envelope_of(payload: Path) -> Path:
+    """The envelope beside a payload, in any folder."""
+    return payload.with_suffix(".json")
+
+
 def round_of(number: int) -> str:
     """A round, as a step and as a folder."""
     return f"rounds/{number:03d}"
@@ -60,7 +86,7 @@ def round_of(number: int) -> str:
 
 def request(number: int) -> str:
     """The request of a round."""
-    return f"{round_of(number)}/spec.json"
+    return f"{round_of(number)}/{REQUEST}"
 
 
 def teacher(number: int) -> str:

@@ -169,17 +169,12 @@ class Chained:
             here = rows[which == number]
             if len(here):
                 parts.append(file[here - (self._ends[number] - len(file))])
-        return stacked(parts)[which.argsort(stable=True).argsort()] if parts else self._files[0][rows]
+        return concatenate(parts)[which.argsort(stable=True).argsort()] if parts else self._files[0][rows]
 
 
-def stacked(parts: list[T]) -> T:
-    """Rows one after the other."""
+def concatenate(parts: list[T]) -> T:
+    """The rows of all parts; a single part is not copied."""
     first = parts[0]
-    if len(parts) == 1:
-        return first
-    if isinstance(first, Tensor):
-        return torch.cat(parts)
-    ids, log_probs, log_tail = (
-        torch.cat([getattr(part, name) for part in parts]) for name in ("ids", "log_probs", "log_tail")
-    )
-    return TopK(ids, log_probs, log_tail, first.vocab_size)
+    if isinstance(first, TopK):
+        return TopK.cat(parts)
+    return first if len(parts) == 1 else torch.cat(parts)

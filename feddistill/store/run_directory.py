@@ -17,12 +17,9 @@ from typing import Any, TextIO
 
 from feddistill.errors import RunError
 from feddistill.store import layout
-from feddistill.store.layout import CONFIG, LOCK
+from feddistill.store.layout import CONFIG, EXECUTION, LOCK
 
 Json = dict[str, Any]
-
-"""Of a run that was decided anew from what another one stored: which one, and what is different."""
-EXECUTION = "execution"
 
 
 class RunDirectory:
@@ -64,7 +61,7 @@ class RunDirectory:
         if not (root / CONFIG).is_file():
             raise RunError(f"{root} is not a run: it has no {CONFIG}")
         run = cls(root, _lock(root))
-        for left_over in root.rglob("*.partial"):
+        for left_over in root.rglob(layout.partial("*")):
             left_over.unlink()
         return run
 
@@ -93,7 +90,7 @@ class RunDirectory:
     def write(self, name: str, fill: Callable[[Path], object]) -> Path:
         """Let ``fill`` write a file, and give it its name only when it is whole and on disk."""
         target = self.path(name)
-        partial = target.with_name(target.name + ".partial")
+        partial = target.with_name(layout.partial(target.name))
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             fill(partial)
@@ -156,9 +153,8 @@ class RunDirectory:
 
     def steps(self, under: str) -> list[str]:
         """The steps that are recorded in a folder, in the order of their names."""
-        records = self.path("records")
-        found = self.path(f"{layout.RECORDS}/{under}").glob("*.json")
-        return sorted(str(path.relative_to(records).with_suffix("")) for path in found)
+        records = self.root.glob(layout.record(f"{under}/*"))
+        return sorted(f"{under}/{path.stem}" for path in records)
 
     def adopt(self, other: "RunDirectory", step: str) -> None:
         """Take over a step of another run, with those of its files that have not been tidied away there.
@@ -230,7 +226,7 @@ def _link(source: Path, target: Path) -> None:
 
 def _is_nothing(path: Path) -> bool:
     """What a run leaves that was killed before it had a configuration."""
-    return path.name == LOCK or path.name.endswith(".partial")
+    return path.name == LOCK or path.match(layout.partial("*"))
 
 
 def _record(step: str) -> str:

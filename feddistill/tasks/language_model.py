@@ -19,14 +19,14 @@ from feddistill.modelio.packing import PackedTexts
 from feddistill.models import causal
 from feddistill.models.tokenizers import fingerprint
 from feddistill.seeds import derive
-from feddistill.store.logit_files import Chained, TopKFile, stacked
+from feddistill.store.logit_files import Chained, TopKFile
 from feddistill.store.run_directory import Json
 from feddistill.tasks.learner import Learner
 from feddistill.tasks.translation import Side, Translation, kept_before
 from feddistill.training import blocks as lessons
 from feddistill.training.blocks import BlockExamples
 from feddistill.types import ProgressCallback, RoundSpec, TextSet
-from feddistill_kernels import topk_compress
+from feddistill_kernels import TopK, topk_compress
 
 
 class CausalLanguageModel(Learner):
@@ -100,7 +100,7 @@ class CausalLanguageModel(Learner):
             return lessons.together(own, lessons.some(proxy, chosen.tolist()))
         blocks, asked = self._asked()
         picked = np.flatnonzero(np.isin(asked.numpy() // (blocks.length - 1), chosen))
-        teacher = stacked(list(stored.picked(encoding.topk, picked)))
+        teacher = TopK.cat(list(stored.picked(encoding.topk, picked)))
         proxy = lessons.examples_of(blocks, teacher, asked[torch.from_numpy(picked)])
         if target == "hard":
             proxy = lessons.hardened(proxy)
@@ -116,7 +116,7 @@ class CausalLanguageModel(Learner):
         picked = np.flatnonzero(np.isin(asked, translation.taught_by(wanted)))
         if not len(picked):
             return lessons.examples_of(blocks)
-        said = stacked(list(stored.picked(encoding.topk, picked)))
+        said = TopK.cat(list(stored.picked(encoding.topk, picked)))
         k = min(stored.spec.k, self.specialist.reader.vocab_size)
         teacher, rows = translation.teacher(said, asked[picked], wanted, k)
         return lessons.examples_of(blocks, teacher, torch.from_numpy(rows))

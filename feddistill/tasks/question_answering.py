@@ -15,7 +15,7 @@ from feddistill.modelio import inference
 from feddistill.modelio.passages import QAWindow, likeliest
 from feddistill.models import reading
 from feddistill.seeds import derive
-from feddistill.store.logit_files import Chained, TopKFile, stacked
+from feddistill.store.logit_files import Chained, TopKFile
 from feddistill.tasks.learner import Learner
 from feddistill.training import spans as lessons
 from feddistill.training.blocks import NOT_TAUGHT
@@ -72,7 +72,7 @@ class QuestionAnswering(Learner):
         """``own``, and those questions ``chosen`` of the proxy set with what the teacher said to them."""
         pages = self.pages(self.session.splits.proxy)
         rows = np.stack([2 * chosen, 2 * chosen + 1], 1).ravel()
-        teacher = stacked(list(stored.picked(encoding.topk, rows)))
+        teacher = TopK.cat(list(stored.picked(encoding.topk, rows)))
         unknown = torch.full((len(chosen), 2), NO_LABEL)
         taught = torch.arange(len(chosen))
         said = (teacher.log_probs > -torch.inf).any(-1).view(-1, 2).all(-1)

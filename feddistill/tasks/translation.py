@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from feddistill.aggregation.answers import answered, silent
+from feddistill.aggregation.answers import abstentions, answered
 from feddistill.alignment import (
     Projection,
     Reading,
@@ -26,7 +26,6 @@ from feddistill.errors import ModelError
 from feddistill.modelio.packing import PackedTexts
 from feddistill.models.causal import TextReader
 from feddistill.models.tokenizers import end_id
-from feddistill.store.logit_files import stacked
 from feddistill.store.run_directory import Json
 from feddistill.types import TextSet
 from feddistill_kernels import TopK
@@ -171,7 +170,7 @@ def translate(
 
     Returns:
         One piece for each text, all together in the order of ``asked``; rows of which too little is known
-        are without an opinion (``silent``).
+        are without an opinion (``abstentions``).
 
     Memory: A text's rows, and the largest piece of ``said``.
     """
@@ -180,7 +179,7 @@ def translate(
     for text, predicted, piece in zip(texts, about, _cut(said, list(map(len, about))), strict=True):
         begun = time.perf_counter()
         tokens = receiver.tokens(asked, text)
-        made = silent(len(tokens), k, receiver.vocab_size)
+        made = abstentions(len(tokens), k, receiver.vocab_size)
         tally.rows += len(tokens)
         if piece is not None:
             found = way(
@@ -244,7 +243,7 @@ class Translation:
         """The teacher's answers to ``rows`` of the student's, to those of the client's ``asked`` rows that
         they say enough about; and which these are."""
         parts = translate([said], rows, asked, self.student, self.client, self._back, k, Counts())
-        whole = stacked(list(parts))
+        whole = TopK.cat(list(parts))
         good = answered(whole)
         return whole[good], asked[good.numpy()]
 
@@ -264,7 +263,7 @@ def _cut(said: Iterable[TopK], sizes: Sequence[int]) -> Iterator[TopK | None]:
         parts: list[TopK] = [] if held is None else [held]
         while sum(len(part) for part in parts) < size:
             parts.append(next(source))
-        whole = stacked(parts)
+        whole = TopK.cat(parts)
         held = whole[size:]
         yield whole[:size]
 

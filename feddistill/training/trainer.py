@@ -14,9 +14,9 @@ from feddistill.accounting import FlopMeter
 from feddistill.config.training import DistillConfig, TrainingConfig
 from feddistill.modelio.outputs import head_of, hidden_states, masked_states, span_logits
 from feddistill.modelio.padding import pad
-from feddistill.training import TrainingExamples, example_loss
 from feddistill.training.blocks import NOT_TAUGHT, BlockExamples, Masking, block_loss, rows_of
 from feddistill.training.spans import NEVER, SpanExamples, said_of_tokens
+from feddistill.training.texts import TrainingExamples, example_loss
 from feddistill.types import NO_LABEL, ProgressCallback
 
 

@@ -107,7 +107,7 @@ class Trial:
             self.reference = found
         if found != self.reference:
             raise Failed("other numbers than without the fault")
-        return "the same payloads, teachers and figures as without it"
+        return "the same payloads, teachers and metrics as without it"
 
     # ---- Cases
 
@@ -181,7 +181,7 @@ class Trial:
         again = [e for e in events(run)[before:] if e["event"] == "asked" and e["round"] == 1]
         if any(e["task"] in ("train", "answer") for e in again):
             raise Failed("asked again for what it had")
-        return f"resumed without asking again for round 1: {self.same(run)}"
+        return f"resumed without repeating round 1: {self.same(run)}"
 
     def command_killed(self) -> str:
         run = self.fresh()
@@ -192,7 +192,7 @@ class Trial:
         wait_for(run, lambda: (run / "result.json").exists())
         time.sleep(3)
         self.resume(run)
-        return f"the coordinator went on, --resume shows the result: {self.same(run)}"
+        return f"the coordinator continued, --resume shows the result: {self.same(run)}"
 
     def superlink_killed(self) -> str:
         """And started again, with its database."""
@@ -210,7 +210,7 @@ class Trial:
         if status != 0:
             self.resume(run)
             return f"stopped where it could be resumed: {self.same(run)}"
-        return f"the run went on: {self.same(run)}"
+        return f"the run continued: {self.same(run)}"
 
     def disk_full(self) -> str:
         """A client's state is on a device without room."""
@@ -237,7 +237,7 @@ class Trial:
         if status != 2 or "quorum 2" not in self.federation.log("train"):
             raise Failed(f"status {status}")
         self.resume(run)
-        return f"stopped and said so; resumed: {self.same(run)}"
+        return f"stopped with an error; resumed: {self.same(run)}"
 
 
 CASES = (

@@ -1,7 +1,7 @@
-"""Aggregation rules: how the server combines the answers of many clients to the same public texts.
+"""Aggregation rules: how the server combines the clients' answers to the same public texts.
 
 A rule is a frozen value. Its fields are its settings, in a YAML file or on the command line; ``combine``
-is its formula. Importing this does not import torch.
+is its formula. Importing this package does not import torch.
 
 Shapes: ``C`` clients, ``n`` rows of ``N``, ``V`` classes or vocabulary, ``W`` columns of a block.
 """

@@ -1,7 +1,7 @@
-"""Some rows of all clients' answers, dense or sparse, in columns that they have in common.
+"""Some rows of all clients' answers, dense or sparse, in columns common to all clients.
 
-A missing id counts as that client's own tail value, so of sparse answers the union of the clients' ids is
-enough: all other ids have one value for each client, and are one more column.
+A missing id counts with that client's own tail value. The columns of sparse answers are therefore the union
+of the clients' ids and one more for all other ids, which have a single value per client.
 """
 
 import math
@@ -19,28 +19,28 @@ class Block:
     """``n`` rows of ``C`` clients in ``W`` columns."""
 
     x: Tensor
-    """``[C, n, W]``, log-probability of one id of the column."""
+    """``[C, n, W]``, log-probability of each single id of a column."""
     log_times: Tensor
-    """``[n or 1, W]``, log of how many ids the column stands for; ``-inf`` for a column of none."""
+    """``[n or 1, W]``, log of the number of ids in the column; ``-inf`` for an empty column."""
     ids: Tensor | None = None
-    """``[n, W - 1]``, ascending, of all columns but the last; ``None`` where column v is id v."""
+    """``[n, W - 1]``, ascending: the ids of all columns but the last; ``None`` if column v is id v."""
     labels: Tensor | None = None
-    """``[n]``, true ids; negative where not known."""
+    """``[n]``, true ids; negative if unknown."""
     student: Tensor | None = None
-    """``[n, W]``, what the student said before."""
+    """``[n, W]``, the previous student's log-probabilities."""
     priors: Tensor | None = None
-    """``[C, V]``, each client's share of each class; only of dense blocks."""
+    """``[C, V]``, class shares of each client's private data; only in dense blocks."""
 
     def log_mass(self, y: Tensor) -> Tensor:
-        """Of ``y [..., n, W]``, log-probabilities of single ids: those of whole columns."""
+        """Log-probabilities of whole columns, from those of single ids, ``y [..., n, W]``."""
         return torch.where(self.log_times == -math.inf, -math.inf, y + self.log_times)
 
     def normalised(self, y: Tensor) -> Tensor:
-        """``y [..., n, W]`` with rows that sum to 1."""
+        """``y [..., n, W]``, renormalised so that each row sums to 1."""
         return y - self.log_mass(y).logsumexp(-1, keepdim=True)
 
     def column(self, ids: Tensor) -> Tensor:
-        """``[n]``, the columns in which ``ids [n]`` are."""
+        """``[n]``: the column of each of ``ids [n]``."""
         if self.ids is None:
             return ids
         at = torch.searchsorted(self.ids, ids[:, None].to(self.ids.dtype))[:, 0]
@@ -49,19 +49,19 @@ class Block:
         return torch.where(found, inside, self.ids.shape[1])
 
     def mixed(self, shares: Tensor) -> "Block":
-        """Each client replaced by the mean of the log-probabilities of others, ``shares [C, C]``."""
+        """Replace each client by a mean of clients' log-probabilities with weights ``shares [C, C]``."""
         x = torch.stack([weighted_sum(self.x, row[:, None, None].to(self.x)) for row in shares])
         return replace(self, x=self.normalised(x))
 
 
 def dense(answers: Sequence[Tensor]) -> Block:
-    """Of log-probabilities ``[n, V]``."""
+    """The block of dense answers, log-probabilities ``[n, V]``."""
     x = torch.stack(list(answers))
     return Block(x, x.new_zeros(1, x.shape[-1]))
 
 
 def sparse(answers: Sequence[TopK], student: TopK | None = None) -> Block:
-    """Of compressed answers: the union of the ids of each row, and one column for all others."""
+    """The block of compressed answers: the union of each row's ids, and one column for all others."""
     everyone = [*answers, student] if student is not None else list(answers)
     vocab = everyone[0].vocab_size
     kept = torch.cat([answer.ids for answer in everyone], -1).long().sort(-1).values
@@ -70,7 +70,7 @@ def sparse(answers: Sequence[TopK], student: TopK | None = None) -> Block:
     rank = first.cumsum(-1) - 1
     counts = rank[:, -1:] + 1
     width = int(counts.max()) if len(counts) else 1
-    ids = torch.full((len(kept), width), vocab)  # rows with fewer ids end with columns of none
+    ids = torch.full((len(kept), width), vocab)  # rows with fewer ids end with empty columns
     ids.scatter_(1, rank, kept)
     log_times = torch.where(ids == vocab, -math.inf, 0.0)
     log_times = torch.cat([log_times, (vocab - counts).float().log()], -1)
@@ -83,14 +83,14 @@ def sparse(answers: Sequence[TopK], student: TopK | None = None) -> Block:
 
 
 def weighted_sum(x: Tensor, shares: Tensor) -> Tensor:
-    """``sum_c shares_c x_c`` over the first dimension; a client without a share has no veto."""
+    """``sum_c shares_c x_c`` over the first dimension; a client with share 0 has no veto."""
     return torch.where(shares == 0, 0.0, shares * x).sum(0)  # without where, 0 * -inf is NaN
 
 
 def squared_distances(blocks: Iterable[Block]) -> Tensor:
-    """``[C, C]``, float64, between answers as in Krum: rows of log-probabilities, centred, all of them.
+    """``[C, C]``, float64: Krum's distances between clients, over all rows of centred log-probabilities.
 
-    Answers that rule different ids out (``-inf``), or have NaN, are infinitely far apart.
+    Clients that exclude different ids (``-inf``), or have NaN, are infinitely far apart.
     """
     total: Tensor | None = None
     for block in blocks:
@@ -109,19 +109,19 @@ def squared_distances(blocks: Iterable[Block]) -> Tensor:
 
 
 def inner_products(points: Tensor) -> Tensor:
-    """``[C, C]`` of ``points [C, M]`` about their mean: close ones keep their digits."""
-    about = points - points.mean(0)
-    return about @ about.T
+    """``[C, C]``: the Gram matrix of ``points [C, M]``, centred so that close points do not cancel."""
+    centred = points - points.mean(0)
+    return centred @ centred.T
 
 
 def gram_distances(gram: Tensor) -> Tensor:
-    """Squared distances ``[C, C]`` of points by their inner products."""
+    """Squared distances ``[C, C]`` of points, from their Gram matrix."""
     norms = gram.diagonal()
     return (norms[:, None] + norms[None, :] - 2 * gram).clamp_min(0)
 
 
 def mixing_shares(distances: Tensor, byzantine: int) -> Tensor:
-    """``[C, C]``: row c has equal shares for the ``C - byzantine`` clients nearest to c, itself the first.
+    """``[C, C]``: row c has equal shares for the ``C - byzantine`` clients nearest to c, which include c.
 
     Allouah et al., "Fixing by Mixing", AISTATS 2023.
     """

@@ -1,4 +1,4 @@
-"""Means: of probabilities, of logits, and what is made of them."""
+"""Rules based on the mean of the probabilities or of the logits."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
+from typing_extensions import override
 
 from feddistill.aggregation.rules.rule import Need, Rule, WeightKind
 
@@ -17,69 +18,67 @@ if TYPE_CHECKING:
 
 
 class Weighted(Rule):
-    """A rule in which clients can count for more or less."""
+    """A rule with weights of the clients."""
 
     weights: WeightKind = "uniform"
-    """Who counts how much: everyone alike; by private examples (``size``), or, class by class, by private
-    examples of that class (``class_counts``); by accuracy on labelled proxy texts (``validation``); by how
-    sure a client is (``confidence``: a liar is sure); by how well the true labels are explained
-    (``verified``), or by that times class counts (``verified_counts``)."""
+    """The clients' weights: equal (``uniform``); in proportion to their private examples (``size``), or class
+    by class to their examples of that class (``class_counts``); by accuracy on labelled proxy texts
+    (``validation``); by certainty (``confidence``, which an attacker can fake); by how well they explain the
+    true labels (``verified``), or that times class counts (``verified_counts``)."""
 
+    secure_sums: ClassVar[bool] = True
+
+    @override
     def weighting(self) -> WeightKind:
-        """See ``Rule``."""
         return self.weights
-
-    def secure_sums(self) -> bool:
-        """See ``Rule``."""
-        return self.weights in ("uniform", "size")
 
 
 class MeanProbs(Weighted):
     """``q = sum_k w_k p_k``: the mixture of the clients' distributions.
 
-    ``f`` liars move it by at most ``f/C`` in total variation (with equal weights).
+    ``f`` attackers change it by at most ``f/C`` in total variation (with equal weights).
     """
 
     kind: Literal["mean_probs"] = "mean_probs"
 
+    @override
     def merge(self, answers: list[TopK], weights: Tensor | None, k: int) -> TopK:
-        """See ``Rule``."""
         from feddistill_kernels import aggregate_topk
 
         return aggregate_topk(answers, "mean_probs", weights=weights, k=k)
 
+    @override
     def combine(self, block: Block, shares: Tensor | None) -> Tensor:
-        """See ``Rule``."""
         return mixture(block.x, shares)
 
 
 class MeanLogits(Weighted):
     """``q ~ exp(sum_k w_k log p_k)``: the normalised geometric mean of the clients' distributions.
 
-    One client that is sure a class is wrong vetoes it, so under label skew it is the weakest mean. The
-    floor bounds the veto: no log-probability counts as less than ``-floor``.
+    A client that is certain that a class is wrong vetoes it, which makes this the weakest mean under label
+    skew. ``floor`` bounds the veto: no log-probability counts as less than ``-floor``.
     """
 
     kind: Literal["mean_logits"] = "mean_logits"
     floor: float = Field(default=21.25, gt=0)
-    """Nats; the default is the least that a byte of a payload can say."""
+    """Nats; the default is the least log-probability that the byte code of a payload can represent."""
 
+    @override
     def merge(self, answers: list[TopK], weights: Tensor | None, k: int) -> TopK:
-        """See ``Rule``."""
         from feddistill_kernels import aggregate_topk
 
         return aggregate_topk([floored(a, self.floor) for a in answers], "mean_logits", weights=weights, k=k)
 
+    @override
     def combine(self, block: Block, shares: Tensor | None) -> Tensor:
-        """See ``Rule``."""
         return log_mixture(block.x.clamp_min(-self.floor), shares)
 
 
 class Era(Weighted):
-    """``q = softmax(p / temperature)``, ``p`` the mixture: entropy reduction.
+    """``q = softmax(p / temperature)`` of the mixture ``p``: entropy reduction.
 
     Itahara et al., "Distillation-Based Semi-Supervised Federated Learning", IEEE TMC 2021, equation 8. A
-    softmax of probabilities cannot tell many classes apart: for classification only.
+    softmax of probabilities is nearly uniform over many classes, so the rule is for classification only.
     """
 
     kind: Literal["era"] = "era"
@@ -88,16 +87,16 @@ class Era(Weighted):
     of_classes: ClassVar[bool] = True
     unanimous: ClassVar[bool] = False
 
+    @override
     def combine(self, block: Block, shares: Tensor | None) -> Tensor:
-        """See ``Rule``."""
         return block.normalised(block.normalised(mixture(block.x, shares)).exp() / self.temperature)
 
 
 class EnhancedEra(Weighted):
-    """``q ~ p**beta``, ``p`` the mixture.
+    """``q ~ p**beta`` of the mixture ``p``.
 
     Azuma et al., "Soft-Label Caching and Sharpening for Communication-Efficient Federated Distillation",
-    2025. Unlike ERA, a class stays as likely as another that was as likely.
+    2025. Unlike ERA, it raises ratios of probabilities to a power, whatever their size.
     """
 
     kind: Literal["enhanced_era"] = "enhanced_era"
@@ -105,37 +104,34 @@ class EnhancedEra(Weighted):
 
     unanimous: ClassVar[bool] = False
 
+    @override
     def combine(self, block: Block, shares: Tensor | None) -> Tensor:
-        """See ``Rule``."""
         return block.normalised(self.beta * block.normalised(mixture(block.x, shares)))
 
 
 class PriorCorrected(Weighted):
-    """``q = sum_k w_k softmax(log p_k - strength * log prior_k)``, ``prior_k`` k's share of each class.
+    """``q = sum_k w_k softmax(log p_k - strength * log prior_k)``; ``prior_k``: client k's class shares.
 
-    What a client says because it rarely saw a class is taken back before pooling (logit adjustment: Menon
-    et al., ICLR 2021). The priors are its class counts plus one.
+    Removes from each client's answer the bias by its own class frequencies before averaging (logit
+    adjustment: Menon et al., ICLR 2021). The priors are its class counts plus one.
     """
 
     kind: Literal["prior_corrected"] = "prior_corrected"
     weights: WeightKind = "class_counts"
-    """As of ``mean_probs``."""
+    """As for ``mean_probs``."""
     strength: float = Field(default=0.5, ge=0)
     """0 is ``mean_probs``."""
 
     of_classes: ClassVar[bool] = True
     unanimous: ClassVar[bool] = False
+    secure_sums: ClassVar[bool] = False
 
+    @override
     def needs(self) -> frozenset[Need]:
-        """See ``Rule``."""
         return super().needs() | {"class_counts"}
 
-    def secure_sums(self) -> bool:
-        """See ``Rule``."""
-        return False
-
+    @override
     def combine(self, block: Block, shares: Tensor | None) -> Tensor:
-        """See ``Rule``."""
         if block.priors is None:
             return mixture(block.x, shares)
         corrected = block.x - self.strength * block.priors.log()[:, None, :].to(block.x)
@@ -150,7 +146,7 @@ def mixture(x: Tensor, shares: Tensor | None) -> Tensor:
 
 
 def floored(answer: TopK, floor: float) -> TopK:
-    """No id, kept or not, below ``-floor``."""
+    """The answer with every log-probability, also of ids that are not kept, at least ``-floor``."""
     from feddistill_kernels import TopK
 
     others = answer.vocab_size - answer.ids.shape[1]

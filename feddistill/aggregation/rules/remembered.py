@@ -1,11 +1,13 @@
-"""A rule that remembers, from round to round, who was far from the others."""
+"""A rule that keeps weights from round to round, lower for clients that were far from the others."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BeforeValidator, Field
+from typing_extensions import override
 
 from feddistill.aggregation.rules.distance import Cronus, GeometricMedian, Krum, MultiKrum
 from feddistill.aggregation.rules.means import mixture
@@ -27,65 +29,77 @@ Base = Annotated[
 ]
 
 
-class ExpGuard(Rule):
-    """The mixture by weights ``w_k ~ w_k**decay * exp(-eta * score_k)``, remembered over rounds.
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """An entry of the memory."""
 
-    ``score_k``: the client's mean total variation from the teacher of ``base``, less the median client's, if
-    that is more than 0. Roux et al., "On the Byzantine-Resilience of Distillation-Based Federated Learning",
-    ICLR 2025 (ExpGuard). A client that was no farther than the median for ``amnesty`` rounds starts afresh.
+    log_weight: float = 0.0
+    clean: float = 0.0
+    """Rounds in a row in which the client was no farther from the teacher than the median client."""
+
+
+class ExpGuard(Rule):
+    """The mixture with weights ``w_k ~ w_k**decay * exp(-eta * score_k)``, kept from round to round.
+
+    ``score_k`` is the client's mean total variation from the teacher of ``base``, minus that of the median
+    client, and at least 0. Roux et al., "On the Byzantine-Resilience of Distillation-Based Federated
+    Learning", ICLR 2025 (ExpGuard). The weight of a client that was no farther than the median for
+    ``amnesty`` rounds in a row is reset.
     """
 
     kind: Literal["expguard"] = "expguard"
     base: Base = GeometricMedian()
     eta: float = Field(default=20.0, ge=0)
-    """Nats of weight for each unit of total variation."""
+    """Nats of weight per unit of total variation."""
     decay: float = Field(default=0.9, ge=0, le=1)
-    """1 never forgets, 0 at once."""
+    """Share of a log-weight that is kept in the next round."""
     amnesty: int = Field(default=3, ge=1)
-    """Rounds in a row."""
+    """Rounds in a row after which the weight is reset."""
 
+    @override
     def needs(self) -> frozenset[Need]:
-        """See ``Rule``."""
         return frozenset({"whole", "memory"})
 
+    @override
     def tolerates(self, clients: int) -> int:
-        """See ``Rule``."""
         return self.base.tolerates(clients)
 
+    @override
     def check(self, clients: int) -> None:
-        """See ``Rule``."""
         self.base.check(clients)
 
+    @override
     def choose(self, walk: Walk, names: tuple[str, ...], memory: Memory) -> tuple[Tensor | None, Memory]:
-        """See ``Rule``."""
         import numpy as np
         import torch
 
         chosen, _ = self.base.choose(walk, names, {})
         shares = None if chosen is None else (chosen / chosen.sum())[:, None, None]
-        rows, apart = 0, np.zeros(len(names))
+        rows, distance = 0, np.zeros(len(names))
         for block in walk():
             mass = block.log_mass(block.x).exp()
-            middle = block.log_mass(block.normalised(self.base.combine(block, shares))).exp()
+            teacher = block.log_mass(block.normalised(self.base.combine(block, shares))).exp()
             # Row by row in torch, the rest in NumPy: the same sum for any number of threads.
-            apart += 0.5 * (mass - middle).abs().sum(-1).numpy().sum(1, dtype=np.float64)
+            distance += 0.5 * (mass - teacher).abs().sum(-1).numpy().sum(1, dtype=np.float64)
             rows += mass.shape[1]
-        scores = np.maximum(apart / rows - np.median(apart / rows), 0.0)
-        kept: Memory = dict(memory)  # of clients that are not here as well
+        scores = np.maximum(distance / rows - np.median(distance / rows), 0.0)
+        standings = []
         for name, score in zip(names, scores, strict=True):
-            before = memory.get(name, {"log_weight": 0.0, "clean": 0.0})
-            clean = before["clean"] + 1.0 if score <= 0 else 0.0
-            log_weight = self.decay * before["log_weight"] - self.eta * float(score)
-            kept[name] = {"log_weight": 0.0 if clean >= self.amnesty else log_weight, "clean": clean}
-        most = max(kept[name]["log_weight"] for name in names)
-        return torch.tensor([math.exp(kept[name]["log_weight"] - most) for name in names]), kept
+            last = Standing(**memory.get(name, {}))
+            clean = last.clean + 1.0 if score <= 0 else 0.0
+            log_weight = self.decay * last.log_weight - self.eta * float(score)
+            standings.append(Standing(0.0 if clean >= self.amnesty else log_weight, clean))
+        # Clients that are absent in this round keep their entries.
+        kept: Memory = memory | {n: asdict(s) for n, s in zip(names, standings, strict=True)}
+        largest = max(standing.log_weight for standing in standings)
+        return torch.tensor([math.exp(s.log_weight - largest) for s in standings]), kept
 
+    @override
     def merge(self, answers: list[TopK], weights: Tensor | None, k: int) -> TopK:
-        """See ``Rule``."""
         from feddistill_kernels import aggregate_topk
 
         return aggregate_topk(answers, "mean_probs", weights=weights, k=k)
 
+    @override
     def combine(self, block: Block, shares: Tensor | None) -> Tensor:
-        """See ``Rule``."""
         return mixture(block.x, shares)

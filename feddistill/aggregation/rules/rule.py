@@ -1,4 +1,4 @@
-"""What every rule is: a frozen value that says what it needs, what it promises, and how it combines."""
+"""The base class of the rules: what a rule needs, what it guarantees, how it combines answers."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ if TYPE_CHECKING:
     from feddistill_kernels import TopK
 
     Walk = Callable[[], Iterator[Block]]
-    """A pass over all rows, block by block; as many passes as are asked for."""
+    """Starts a pass over all rows, block by block; may be called several times."""
 
 WeightKind = Literal[
     "uniform", "size", "class_counts", "validation", "confidence", "verified", "verified_counts"
 ]
 Need = Literal["labels", "size", "class_counts", "student", "whole", "memory"]
-"""``labels`` of some proxy rows, private ``size`` or ``class_counts`` of the clients, what the ``student``
-said before, the ``whole`` of all payloads before the teacher's first row, ``memory`` of former rounds."""
+"""``labels`` of some proxy rows; ``size`` or ``class_counts`` of the clients' private data; the previous
+``student``'s answers; ``whole`` payloads before the teacher's first row; ``memory`` of earlier rounds."""
 
 Memory = dict[str, dict[str, float]]
-"""By client, what a rule remembers of it from round to round."""
+"""By client, the numbers that a rule keeps from round to round."""
 
 
 class Rule(Setting):
-    """How the clients' answers become one teacher.
+    """A formula that aggregates the clients' answers into one teacher.
 
     Rules take and return log-probabilities: logits are defined only up to a constant per row, and a
     coordinate-wise median of logits depends on that constant.
@@ -38,16 +38,21 @@ class Rule(Setting):
     kind: str
 
     unanimous: ClassVar[bool] = True
-    """Whether clients that agree get back what they said."""
+    """True if the teacher equals the clients' answers when these are all equal."""
     in_range: ClassVar[bool] = False
-    """Whether, of up to ``tolerates`` liars, every coordinate is between what honest clients said of it."""
+    """True if with at most ``tolerates(n)`` Byzantine clients every coordinate, before renormalising, stays
+    within the honest clients' range."""
     of_classes: ClassVar[bool] = False
-    """Whether it makes sense for classes alone, not for a vocabulary."""
+    """True if the rule is for classification only, not for a vocabulary."""
     of_codes: ClassVar[bool] = False
-    """Whether it can be taken on bytes, so that the result is the same to the bit on every machine."""
+    """True if the rule can be computed on the byte codes of dense answers: then the result is the same to the
+    bit on every machine."""
+    secure_sums: ClassVar[bool] = False
+    """True if the rule, with uniform weights, uses nothing but sums over clients, so that secure aggregation
+    could hide each client's numbers."""
 
     def needs(self) -> frozenset[Need]:
-        """What it has to be given besides the answers."""
+        """The inputs that the rule needs besides the answers."""
         weights: dict[str, frozenset[Need]] = {
             "size": frozenset({"size"}),
             "class_counts": frozenset({"class_counts"}),
@@ -58,41 +63,42 @@ class Rule(Setting):
         return weights.get(self.weighting(), frozenset())
 
     def weighting(self) -> WeightKind:
-        """By what the clients' answers are weighted."""
+        """The source of the clients' weights."""
         return "uniform"
 
-    def secure_sums(self) -> bool:
-        """Whether it only looks at sums over clients, so that each one's numbers could be hidden."""
-        return False
-
     def tolerates(self, clients: int) -> int:
-        """How many of ``clients`` may send anything at all without owning the result."""
+        """Byzantine clients out of ``clients`` that may send anything without controlling the result."""
         return 0
 
     def check(self, clients: int) -> None:
-        """Raise ``ConfigError`` where this rule cannot work with so few clients."""
+        """Raise ``ConfigError`` if the rule needs more clients."""
 
     def merge(self, answers: list[TopK], weights: Tensor | None, k: int) -> TopK:
-        """The same as ``combine`` on compressed answers, ``k`` entries a row, where a kernel can do it.
+        """``combine`` on compressed answers by a kernel, for rules that have one.
 
-        ``weights``: ``[C]`` or ``[C, n]``, not yet normalised; ``None`` for equal ones.
+        Args:
+            answers: One per client.
+            weights: ``[C]`` or ``[C, n]``, not normalised; ``None`` for equal weights.
+            k: Entries per row of the result.
         """
         raise NotImplementedError
 
     def fit(self, walk: Walk) -> Rule:
-        """This rule with what it learns of the answers to texts whose label is known; itself if nothing."""
+        """The rule fitted to the texts with known labels; itself if it has nothing to fit."""
         return self
 
     def choose(self, walk: Walk, names: tuple[str, ...], memory: Memory) -> tuple[Tensor | None, Memory]:
-        """Look at all payloads first: weights ``[C]`` of the clients, and what to remember.
+        """Weights ``[C]`` from a pass over all payloads (``None`` for equal weights), and the new memory.
 
-        Only where ``needs`` names the ``whole``; else there is nothing to see.
+        Called only if ``needs`` contains ``whole``.
         """
         return None, memory
 
     def combine(self, block: Block, shares: Tensor | None) -> Tensor:
-        """``C`` clients' rows ``[C, n, W]`` to ``[n, W]``, not renormalised.
+        """Aggregate the clients' rows ``[C, n, W]`` into ``[n, W]``, not renormalised.
 
-        ``shares``: broadcasts over ``[C, n, W]``, sums to 1 over clients; ``None`` for equal ones.
+        Args:
+            block: The rows.
+            shares: Broadcast over ``[C, n, W]`` and sum to 1 over clients; ``None`` for equal weights.
         """
         raise NotImplementedError

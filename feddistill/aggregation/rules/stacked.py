@@ -1,4 +1,4 @@
-"""A pool that is fitted to the labels that the server has: who lies alike everywhere is turned round."""
+"""A logarithmic pool fitted to the known labels; it inverts attackers that always falsify in the same way."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field, PrivateAttr
+from typing_extensions import override
 
 from feddistill.aggregation.rules.means import mixture
 from feddistill.aggregation.rules.rule import Memory, Need, Rule
@@ -21,61 +22,61 @@ if TYPE_CHECKING:
     Array = NDArray[np.float64]
 
 FOLDS = 5
-"""Of the labelled texts, by which the penalty is chosen."""
+"""Cross-validation folds of the labelled texts, by which the penalty is chosen."""
 
 ENOUGH = 500
-"""Labelled texts, evenly spread, by which it is chosen; the fit is to all."""
+"""Labelled texts, evenly spread, that the choice uses at most; the final fit uses all."""
 
 STEPS = 50
-"""Of Newton's method, at most; it takes some eight."""
+"""Newton steps at most; about eight are usual."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """What was fitted."""
+    """The fitted parameters."""
 
     of_answer: Array
-    """``[C]``, what multiplies a client's log-probabilities."""
+    """``[C]``: ``w``, the factor of a client's log-probabilities."""
     of_choice: Array
-    """``[C]``, what its first choice has besides; below 0 for one whose first choice is seldom right."""
+    """``[C]``: ``u``, added to a client's first choice; negative if the first choice is seldom right."""
     of_class: Array
-    """``[V]``, what a class has whoever says it."""
+    """``[V]``: ``b``, added to each class."""
 
 
 class Stacked(Rule):
-    """``q ~ exp(sum_k w_k (log p_k - strength log prior_k) + u_k [k's first choice] + b)``, by the labels.
+    """``q ~ exp(sum_k w_k (log p_k - strength log prior_k) + u_k [k's first choice] + b)``, fitted to labels.
 
-    A logarithmic pool whose ``w``, ``u`` and ``b`` make the labelled texts' labels likeliest (multinomial
-    logistic regression on the clients' answers: Wolpert, "Stacked Generalization", Neural Networks 1992).
-    A client that swaps its two best classes, or sends the least likely, does so at labelled texts too, as it
-    cannot know which they are: its first choice gets a negative ``u``, and what else it says still counts. A
-    quadratic penalty holds ``w`` at ``1 / C`` and the others at 0; how strong it is, folds of the labelled
-    texts decide.
+    A logarithmic pool: ``w``, ``u`` and ``b`` maximise the likelihood of the known labels (multinomial
+    logistic regression on the clients' answers: Wolpert, "Stacked Generalization", Neural Networks 1992). An
+    attacker that swaps its two best classes, or sends the least likely one, does so on labelled texts too,
+    because it cannot know which they are: its first choice gets a negative ``u``, and the rest of its answer
+    still counts. A quadratic penalty, whose strength is chosen by cross-validation on the labelled texts,
+    pulls ``w`` towards ``1 / C`` and the others towards 0.
 
     Cost: ``O(M V (2C + V)^2)`` for ``M`` labelled texts, a few dozen times.
     """
 
     kind: Literal["stacked"] = "stacked"
     strength: float = Field(default=1.0, ge=0)
-    """Of the correction by what a client rarely saw; as of ``prior_corrected``."""
+    """Strength of the correction by class priors, as for ``prior_corrected``."""
     floor: float = Field(default=12.0, gt=0)
     """Nats: no log-probability counts as less than ``-floor``."""
     penalties: tuple[Annotated[float, Field(gt=0)], ...] = Field(
         default=(0.3, 1.0, 3.0, 10.0, 30.0), min_length=1
     )
-    """Those tried."""
+    """Strengths of the penalty to choose from."""
 
     of_classes: ClassVar[bool] = True
     unanimous: ClassVar[bool] = False
 
     _pool: Pool | None = PrivateAttr(default=None)
 
+    @override
     def needs(self) -> frozenset[Need]:
-        """See ``Rule``."""
         return frozenset({"labels", "class_counts", "whole"})
 
+    @override
     def fit(self, walk: Walk) -> Rule:
-        """See ``Rule``; without a label everybody counts alike."""
         answers, choices, truth = [], [], []
         for block in walk():
             if block.labels is None or not (known := block.labels >= 0).any():
@@ -84,27 +85,28 @@ class Stacked(Rule):
             answers.append(x[:, known].numpy())
             choices.append(first[:, known].numpy())
             truth.append(block.labels[known].numpy())
-        if not truth:
+        if not truth:  # without labels all clients count equally
             return self
         features = _features(np.concatenate(answers, 1), np.concatenate(choices, 1))
         clients = answers[0].shape[0]
         centre = np.zeros(len(features))
         centre[:clients] = 1 / clients
-        found = _chosen(features, np.concatenate(truth), centre, self.penalties)
+        parameters = _chosen(features, np.concatenate(truth), centre, self.penalties)
         fitted = self.model_copy()
-        fitted._pool = Pool(found[:clients], found[clients : 2 * clients], found[2 * clients :])
+        fitted._pool = Pool(*np.split(parameters, [clients, 2 * clients]))
         return fitted
 
+    @override
     def choose(self, walk: Walk, names: tuple[str, ...], memory: Memory) -> tuple[Tensor | None, Memory]:
-        """For the report: a client's ``w``, or nothing where it is negative."""
         import torch
 
+        # For the report: a client's ``w``, or 0 if it is negative.
         if self._pool is None or not (self._pool.of_answer > 0).any():
             return None, memory
         return torch.from_numpy(self._pool.of_answer.clip(0)), memory
 
+    @override
     def combine(self, block: Block, shares: Tensor | None) -> Tensor:
-        """See ``Rule``."""
         import torch
 
         if self._pool is None:
@@ -115,37 +117,37 @@ class Stacked(Rule):
         return block.normalised((scores + torch.from_numpy(self._pool.of_class)).to(block.x))
 
     def _features(self, block: Block) -> tuple[Tensor, Tensor]:
-        """``[C, n, V]`` each, float64: corrected log-probabilities, and 1 at the first choice."""
+        """Corrected log-probabilities, and 1 at the first choice: float64 ``[C, n, V]`` each."""
         import torch
 
-        said = block.x.double().clamp_min(-self.floor)
-        first = torch.zeros_like(said).scatter_(-1, said.argmax(-1, keepdim=True), 1.0)
+        log_probs = block.x.double().clamp_min(-self.floor)
+        first = torch.zeros_like(log_probs).scatter_(-1, log_probs.argmax(-1, keepdim=True), 1.0)
         if block.priors is not None:
-            said = said - self.strength * block.priors.log()[:, None, :].to(said)
-        return said, first
+            log_probs = log_probs - self.strength * block.priors.log()[:, None, :].to(log_probs)
+        return log_probs, first
 
 
 def _features(answers: Array, choices: Array) -> Array:
-    """``[2C + V, M, V]``: what each parameter multiplies."""
+    """``[2C + V, M, V]``: the feature that each parameter multiplies."""
     _, rows, classes = answers.shape
     of_class = np.broadcast_to(np.eye(classes)[:, None, :], (classes, rows, classes))
     return np.concatenate([answers, choices, of_class])
 
 
 def _chosen(features: Array, truth: NDArray[np.int64], centre: Array, penalties: tuple[float, ...]) -> Array:
-    """The parameters under the penalty by which folds explain each other's labels best."""
-    some = slice(None, None, -(-len(truth) // ENOUGH))
-    here, labels = features[:, some], truth[some]
+    """The parameters fitted with the penalty that has the least cross-validation loss."""
+    spread = slice(None, None, -(-len(truth) // ENOUGH))
+    sample, labels = features[:, spread], truth[spread]
     folds = np.arange(len(labels)) % FOLDS
     costs = []
     for penalty in penalties if len(penalties) > 1 and len(labels) >= 2 * FOLDS else ():
         cost = 0.0
         for fold in range(FOLDS):
             kept = folds != fold
-            found = _fitted(here[:, kept], labels[kept], centre, penalty)
-            cost += _cost(found, here[:, ~kept], labels[~kept])
+            fitted = _fitted(sample[:, kept], labels[kept], centre, penalty)
+            cost += _cost(fitted, sample[:, ~kept], labels[~kept])
         costs.append(cost)
-    # Too few labels to choose by: the strongest.
+    # With too few labels for cross-validation, the strongest.
     best = penalties[int(np.argmin(costs))] if costs else max(penalties)
     return _fitted(features, truth, centre, best)
 
@@ -153,35 +155,35 @@ def _chosen(features: Array, truth: NDArray[np.int64], centre: Array, penalties:
 def _fitted(features: Array, truth: NDArray[np.int64], centre: Array, penalty: float) -> Array:
     """Newton's method on the penalised cross-entropy, which is convex.
 
-    What decides where it ends, the gradient, is summed in one order; BLAS only says how it gets there.
+    The gradient, which determines the result, is summed in a fixed order; BLAS affects only the path.
     """
     flat = features.reshape(len(features), -1)
-    at, cost = centre, _penalised(centre, features, truth, centre, penalty)
+    fit, cost = centre, _penalised(centre, features, truth, centre, penalty)
     for _ in range(STEPS):
-        p = _probabilities(at, features)
+        p = _probabilities(fit, features)
         mean = np.einsum("pnv,nv->pn", features, p)
         gradient = mean.sum(1) - features[:, np.arange(len(truth)), truth].sum(1)
-        gradient += 2 * penalty * (at - centre)
-        curvature = (features * p).reshape(len(at), -1) @ flat.T - mean @ mean.T
-        step = np.linalg.solve(curvature + 2 * penalty * np.eye(len(at)), gradient)
+        gradient += 2 * penalty * (fit - centre)
+        curvature = (features * p).reshape(len(fit), -1) @ flat.T - mean @ mean.T
+        step = np.linalg.solve(curvature + 2 * penalty * np.eye(len(fit)), gradient)
         size = 1.0
-        while (new := _penalised(at - size * step, features, truth, centre, penalty)) > cost and size > 1e-6:
+        while (new := _penalised(fit - size * step, features, truth, centre, penalty)) > cost and size > 1e-6:
             size /= 2
         if not new < cost - 1e-12 * max(1.0, abs(cost)):
             break
-        at, cost = at - size * step, new
-    return at
+        fit, cost = fit - size * step, new
+    return fit
 
 
-def _penalised(at: Array, features: Array, truth: NDArray[np.int64], centre: Array, penalty: float) -> float:
-    return _cost(at, features, truth) + penalty * float(np.square(at - centre).sum())
+def _penalised(fit: Array, features: Array, truth: NDArray[np.int64], centre: Array, penalty: float) -> float:
+    return _cost(fit, features, truth) + penalty * float(np.square(fit - centre).sum())
 
 
-def _cost(at: Array, features: Array, truth: NDArray[np.int64]) -> float:
-    return -float(np.log(_probabilities(at, features)[np.arange(len(truth)), truth].clip(1e-300)).sum())
+def _cost(fit: Array, features: Array, truth: NDArray[np.int64]) -> float:
+    return -float(np.log(_probabilities(fit, features)[np.arange(len(truth)), truth].clip(1e-300)).sum())
 
 
-def _probabilities(at: Array, features: Array) -> Array:
-    scores = np.einsum("p,pnv->nv", at, features)
+def _probabilities(fit: Array, features: Array) -> Array:
+    scores = np.einsum("p,pnv->nv", fit, features)
     terms = np.exp(scores - scores.max(1, keepdims=True))
     return np.asarray(terms / terms.sum(1, keepdims=True), np.float64)

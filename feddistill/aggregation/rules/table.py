@@ -1,9 +1,6 @@
 """The table of aggregation rules.
 
-A rule is a frozen value. Its fields are its settings, in a YAML file or on the command line; ``combine``
-is its formula. Importing this does not import torch.
-
-Shapes: ``C`` clients, ``n`` rows of ``N``, ``V`` classes or vocabulary, ``W`` columns of a block.
+Importing this module does not import torch.
 """
 
 from feddistill.aggregation.rules.choice import MinCe, Selective, Vote
@@ -11,16 +8,14 @@ from feddistill.aggregation.rules.distance import Cronus, GeometricMedian, Krum,
 from feddistill.aggregation.rules.means import EnhancedEra, Era, MeanLogits, MeanProbs, PriorCorrected
 from feddistill.aggregation.rules.order import MeanAroundMedian, Median, TrimmedMean
 from feddistill.aggregation.rules.remembered import ExpGuard
-from feddistill.aggregation.rules.rule import Memory, Rule, WeightKind
+from feddistill.aggregation.rules.rule import Rule
 from feddistill.aggregation.rules.stacked import Stacked
 
-__all__ = ["ASSUMED", "RULES", "MeanProbs", "Memory", "Rule", "WeightKind"]
-
 ASSUMED = (
-    "Assumed: fewer than half of the clients lie (f < C/2), and identities are enrolled, so that nobody "
-    "enters under several names."
+    "Assumed: fewer than half of the clients are attackers (f < C/2), and identities are enrolled, so that "
+    "nobody takes part under several names."
 )
-"""What stands in every report: no rule holds without it."""
+"""Every report states it: no guarantee of a rule holds without it."""
 
 RULES: dict[str, type[Rule]] = {
     "mean_probs": MeanProbs,

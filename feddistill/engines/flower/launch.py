@@ -27,7 +27,7 @@ from feddistill.errors import ConfigError, RunError
 from feddistill.federation.protocol import RetryPolicy
 from feddistill.progress import Progress
 from feddistill.runs import experiment
-from feddistill.store.layout import CONFIG, OUTCOME, RESULT
+from feddistill.store.layout import CONFIG, MESSAGES, OUTCOME, RESULT
 from feddistill.store.run_directory import Json, RunDirectory, read_object
 
 QUIET = {
@@ -172,7 +172,7 @@ def _run(
     }
     flower = _Cli(folder, link)
     run = flower.submit(told, federation)
-    watch = Watch(out, folder / "said.txt", progress)
+    watch = Watch(out, folder / MESSAGES, progress)
     try:
         status, asked = "", time.monotonic()
         while not status.startswith("finished"):

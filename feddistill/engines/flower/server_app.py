@@ -12,7 +12,8 @@ from feddistill.engines.flower.transport import GridTransport
 from feddistill.errors import ConfigError, FeddistillError
 from feddistill.federation.protocol import RetryPolicy
 from feddistill.progress import NoProgress
-from feddistill.store.layout import OUTCOME
+from feddistill.store import layout
+from feddistill.store.layout import MESSAGES, OUTCOME
 
 app = ServerApp()
 
@@ -23,7 +24,7 @@ class Lines(NoProgress):
     def __init__(self, path: Path | None):
         self.path = path
 
-    def say(self, line: str) -> None:
+    def log(self, line: str) -> None:
         """See ``progress.Progress``."""
         if self.path is None:
             print(line, flush=True)
@@ -42,7 +43,7 @@ def main(grid: Grid, context: Context) -> None:
 
     told = context.run_config
     folder = Path(str(told["folder"])) if told["folder"] else None
-    progress = Lines(folder / "said.txt" if folder else None)
+    progress = Lines(folder / MESSAGES if folder else None)
     retry_policy = RetryPolicy(
         float(str(told["connect"])), float(str(told["reply"])), int(str(told["attempts"]))
     )
@@ -60,7 +61,7 @@ def main(grid: Grid, context: Context) -> None:
         raise
     finally:
         if folder:
-            partial = folder / f"{OUTCOME}.partial"
+            partial = folder / layout.partial(OUTCOME)
             partial.write_text(json.dumps(outcome), encoding="utf-8")
             partial.replace(folder / OUTCOME)
 

@@ -18,6 +18,7 @@ from jinja2 import Environment, StrictUndefined
 from feddistill.config.data import DataConfig
 from feddistill.errors import ConfigError, DataError
 from feddistill.payload.keys import write_secret
+from feddistill.store.layout import SERVER_CONFIG
 
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
@@ -63,10 +64,10 @@ def write(
         "named": not loopback and address is None,
     }
     authority, certificate, key = certificates(host)
-    server = folder / "server"
+    server = (folder / SERVER_CONFIG).parent
     for name in SERVER:
         if not (loopback and name == "nginx.conf"):
-            _render(f"server/{name}", server / name, facts)
+            _render(f"{server.name}/{name}", server / name, facts)
     (server / "certificates").mkdir()
     (server / "certificates" / "ca.crt").write_bytes(authority)
     (server / "certificates" / "server.crt").write_bytes(certificate)
@@ -88,8 +89,8 @@ def example(folder: Path, clients: Sequence[str]) -> None:
     from feddistill import data
 
     facts: dict[str, object] = {"clients": list(clients)}
-    _render("server/config.yaml", folder / "server" / "config.yaml", facts)
-    settings = configuration.load(folder / "server" / "config.yaml")
+    _render(SERVER_CONFIG, folder / SERVER_CONFIG, facts)
+    settings = configuration.load(folder / SERVER_CONFIG)
     # What the server carves for itself comes first, whatever is left for others.
     whole = settings.data.model_dump(mode="json")
     whole |= {"private": {"size": 400 * len(clients)}, "exclude_clients": []}

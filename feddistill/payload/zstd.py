@@ -1,7 +1,7 @@
-"""zstd level 3 of the byte planes: small to send, and bounded to read whatever arrives.
+"""zstd compression of a payload's byte planes, with bounded memory on reading, whatever arrives.
 
-A plane holds bytes of one kind, which is what an entropy coder likes. On SmolLM2's answers at k = 16 (49
-bytes) the planes take 32.4 bytes, the tensors as they are 39.2.
+A plane holds bytes of one kind, which an entropy coder compresses better: of SmolLM2's answers at k = 16
+(49 bytes per token) the planes take 32.4 bytes, the tensors as they are 39.2.
 """
 
 from collections.abc import Iterator
@@ -16,50 +16,50 @@ from feddistill.payload.container import Malformed
 
 LEVEL = 3
 WINDOW_LIMIT = 1 << 23
-"""What RFC 8878 recommends to support; an encoder of level 3 uses a quarter of it."""
+"""The window that RFC 8878 recommends to support; an encoder of level 3 uses a quarter of it."""
 BLOCK_LIMIT = 1 << 17
 CHUNK = 1 << 18
 """Bytes decompressed at a time."""
 
 
 def largest(content: int) -> int:
-    """The most bytes that an honest frame of so much content has."""
+    """The most bytes of an honest frame with ``content`` bytes of content."""
     return content + (content >> 8) + 512
 
 
 def compress(tensors: Tensors) -> NDArray[np.uint8]:
-    """One frame of all planes, each in blocks of its own; equal tensors and libraries give equal bytes."""
-    zstd = _library()
+    """One frame with all planes, each in its own blocks; deterministic for one version of the library."""
+    library = _library()
     total = sum(tensor.nbytes for tensor in tensors.values())
-    compressor = zstd.ZstdCompressor(
+    compressor = library.ZstdCompressor(
         level=LEVEL, write_checksum=False, write_content_size=True, write_dict_id=False, threads=0
     ).compressobj(size=total)
     parts = []
     for name in sorted(tensors):
         for plane in _planes(name, tensors[name]):
             parts.append(compressor.compress(np.ascontiguousarray(plane).tobytes()))
-            parts.append(compressor.flush(zstd.COMPRESSOBJ_FLUSH_BLOCK))
+            parts.append(compressor.flush(library.COMPRESSOBJ_FLUSH_BLOCK))
     parts.append(compressor.flush())
     return np.frombuffer(b"".join(parts), np.uint8)
 
 
 def decompress(frame: memoryview, layout: dict[str, tuple[np.dtype[Any], tuple[int, ...]]]) -> Tensors:
-    """The tensors of ``layout`` from a frame, in no more memory than they take and a few blocks.
+    """Read the tensors of ``layout`` from a frame, in little more memory than the tensors take.
 
     Raises:
-        Malformed: It is not exactly one frame of exactly that much content.
+        Malformed: The input is not exactly one frame with content of exactly that size.
     """
     expected = sum(dtype.itemsize * int(np.prod(shape)) for dtype, shape in layout.values())
     _check(frame, expected)
-    zstd = _library()
-    reader = zstd.ZstdDecompressor(max_window_size=WINDOW_LIMIT).stream_reader(
+    library = _library()
+    reader = library.ZstdDecompressor(max_window_size=WINDOW_LIMIT).stream_reader(
         frame, read_size=CHUNK, read_across_frames=False
     )
     try:
         tensors = {name: _read(reader, name, *layout[name]) for name in sorted(layout)}
         if reader.read(1):
             raise Malformed("wrong content size", "zstd frame", f"{expected} bytes", "more")
-    except zstd.ZstdError as error:
+    except library.ZstdError as error:
         raise Malformed("malformed frame", "zstd frame", "what a compressor wrote", str(error)) from None
     return tensors
 
@@ -67,7 +67,7 @@ def decompress(frame: memoryview, layout: dict[str, tuple[np.dtype[Any], tuple[i
 def _planes(name: str, tensor: NDArray[Any]) -> Iterator[NDArray[np.uint8]]:
     """The bytes of a tensor in the order in which they are compressed.
 
-    Of 16 bits: the low bytes, then the high bytes. ``val``: what each adds to the one before it, column by
+    16-bit tensors: all low bytes, then all high bytes. ``val``: the differences along each row, column by
     column. ``cnt`` and ``dense``: column by column.
     """
     if tensor.dtype == U16:
@@ -81,7 +81,7 @@ def _planes(name: str, tensor: NDArray[Any]) -> Iterator[NDArray[np.uint8]]:
 
 
 def _read(reader: Any, name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
-    """``_planes``, backwards."""
+    """The inverse of ``_planes``."""
     tensor = np.empty(shape, dtype)
     if dtype == U16:
         both = tensor.view(np.uint8).reshape(-1, 2)
@@ -111,7 +111,7 @@ def _fill(reader: Any, target: NDArray[np.uint8]) -> None:
 
 
 def _check(frame: memoryview, expected: int) -> None:
-    """What the frame says of itself, before anything is decompressed: RFC 8878, section 3.1.1."""
+    """Check the frame's header and block headers (RFC 8878, section 3.1.1) before decompressing anything."""
 
     def malformed(required: str, given: object) -> Malformed:
         return Malformed("malformed frame", "zstd frame", required, given)
@@ -140,7 +140,7 @@ def _check(frame: memoryview, expected: int) -> None:
 
 
 def _blocks(frame: memoryview, place: int, limit: int) -> tuple[int, int]:
-    """Where the last block ends, and the most bytes that the blocks can hold."""
+    """The end of the last block, and the most bytes that the blocks can hold."""
     most = 0
     for _ in range(limit):
         if len(frame) < place + 3:
