@@ -11,6 +11,7 @@ from feddistill.config.load import (
     override,
     parse,
     parse_stored,
+    stored_task,
     texts,
     untied,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "override",
     "parse",
     "parse_stored",
+    "stored_task",
     "texts",
     "untied",
 ]

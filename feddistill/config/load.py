@@ -59,6 +59,11 @@ def as_stored(config: Config) -> dict[str, Any]:
     return with_old_names(settings) if config._old_names else settings
 
 
+def stored_task(config: Config) -> str:
+    """The name of the task that the run was started with."""
+    return str(as_stored(config)["task"])
+
+
 def _read(source: Path) -> dict[str, Any]:
     try:
         raw = yaml.safe_load(source.read_text(encoding="utf-8"))

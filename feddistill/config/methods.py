@@ -78,6 +78,8 @@ class Method:
 MODULES = "feddistill.methods"
 FEDERATED = "feddistill"
 """The method itself, in records and results; every other entry is a baseline."""
+LOCAL_ONLY = "local_only"
+"""The baseline whose first segment is the first round of the clients."""
 
 METHODS: dict[str, Method] = {
     FEDERATED: Method(
@@ -94,7 +96,7 @@ METHODS: dict[str, Method] = {
         style={"color": "#D55E00", "marker": "s", "linestyle": "--"},
         remote=True,
     ),
-    "local_only": Method(
+    LOCAL_ONLY: Method(
         module=f"{MODULES}.local_only", label="each client alone", tasks=None, model_per_client=True
     ),
     "centralized": Method(

@@ -1,108 +1,145 @@
-"""From what the methods found to ``result.json``: a stable interface, and tables for a report."""
+"""From the records of the methods to ``result.json``: a stable interface, and rows for a report."""
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from statistics import fmean, pstdev
+from typing import Any
 
 from feddistill import data
 from feddistill.aggregation.attacks import attackers
 from feddistill.aggregation.rules import ASSUMED
-from feddistill.config import Config, as_stored, digest
-from feddistill.config.tasks import TASKS, Task
+from feddistill.config import Config, digest, stored_task
+from feddistill.config.methods import FEDERATED, LOCAL_ONLY
+from feddistill.config.tasks import TASKS, Metrics, Task
+from feddistill.store.records import BaselineRecord, FederationRecord, RoundRecord, StepRecord, Traffic
 from feddistill.store.run_directory import Json
-from feddistill.types import Splits
+from feddistill.types import Cost, Splits
+
+Rounds = Sequence[RoundRecord]
+
+
+@dataclass(frozen=True, slots=True)
+class Records:
+    """The records of all methods of a run."""
+
+    federation: FederationRecord
+    baselines: Mapping[str, BaselineRecord]
+
+    @classmethod
+    def read(cls, found: Mapping[str, Json]) -> "Records":
+        """The records as the methods wrote them, by name of the method."""
+        others = {name: record for name, record in found.items() if name != FEDERATED}
+        (federation,) = (record for name, record in found.items() if name == FEDERATED)
+        return cls(
+            FederationRecord.from_json(federation),
+            {name: BaselineRecord.from_json(record) for name, record in others.items()},
+        )
+
+    @property
+    def first_clients(self) -> Mapping[str, StepRecord]:
+        """The clients of the first round."""
+        return self.federation.rounds[0].specialists
 
 
 def summarise(
     config: Config, splits: Splits, non_iid: float | None, found: Mapping[str, Json], environment: Json
 ) -> Json:
-    """Everything of a run in one object. Figures are of the test set; selection was on validation."""
-    rounds, task = found["feddistill"]["rounds"], TASKS[config.task]
-    best = task.best
-    student = best(record["student"] for record in rounds)
-    metrics: Json = {
-        "student": student["test"],
-    }
-    first, last = ([s["test"] for s in rounds[at]["specialists"].values() if "test" in s] for at in (0, -1))
-    if first and last:  # clients elsewhere have no test set
-        metrics["clients"] = {"before": _spread(first, task), "after": _spread(last, task)}
-    for name in baselines(found):
-        if "rounds" in found[name]:
-            metrics[name] = best(found[name]["rounds"])["test"]
-            continue
-        chosen = {client: best(records) for client, records in found[name]["clients"].items()}
-        metrics[name] = {
-            **_spread([record["test"] for record in chosen.values()], task),
-            "best": best(chosen.values())["test"],
-            "clients": {client: record["test"] for client, record in chosen.items()},
-        }
-    phases = _phases(found)
-    proxy = len(splits.private) * proxy_bytes(splits)
-    uplink = (
-        sum(sum(r["bytes"]["uplink"].values()) for r in rounds) + found["feddistill"]["description_bytes"]
+    """The content of ``result.json``. Metrics are those of the test set, selection is on validation."""
+    task, records = TASKS[config.task], Records.read(found)
+    federation = records.federation
+    rounds = federation.rounds
+    student = _best(task, [entry.trained_student for entry in rounds])
+    phases = _phases(records)
+    answers = sum(upload.bytes for entry in rounds for upload in entry.uploads.values())
+    rows = federation.positions * sum(len(entry.uploads) for entry in rounds)
+    uplink = sum(sum(entry.traffic.uplink.values()) for entry in rounds) + federation.description_bytes
+    uploads_of_weights = (
+        min(config.clients.per_round or len(splits.private), len(splits.private)) * config.rounds
     )
-    answers = sum(upload["bytes"] for r in rounds for upload in r["uploads"].values())
-    rows = found["feddistill"]["positions"] * sum(len(r["uploads"]) for r in rounds)
     return {
         "status": "complete",
-        "task": as_stored(config)["task"],
+        "task": stored_task(config),
         "name": config.name,
         "seed": config.seed,
         "rounds": config.rounds,
         "config_digest": digest(config),
         "heterogeneity": {"non_iid": None if non_iid is None else round(non_iid, 6)},
-        "metrics": metrics,
-        "selected_round": next(r["round"] for r in rounds if r["student"] == student),
-        "student_weights": student["weights"],
-        "ledger": found["feddistill"]["ledger"],
-        "by_round": by_round(found, task),
+        "metrics": _metrics(records, task, student),
+        "selected_round": next(entry.round for entry in rounds if entry.student == student),
+        "student_weights": student.weights,
+        "ledger": federation.ledger,
+        "by_round": by_round(records, task),
         "bytes": {
             "uplink": uplink,
-            "downlink": sum(sum(r["bytes"]["downlink"].values()) for r in rounds),
-            "proxy": proxy,
-            "descriptions": found["feddistill"]["description_bytes"],
-            "by_round": [r["bytes"] for r in rounds],
-            "baselines": {name: _traffic(found[name]) for name in baselines(found)},
-            "fedavg_uplink_same_rounds": found["feddistill"]["student_bytes"]
-            * min(config.clients.per_round or len(splits.private), len(splits.private))
-            * config.rounds,
-            "lora_uplink_same_rounds": found["feddistill"]["lora_bytes"]
-            * min(config.clients.per_round or len(splits.private), len(splits.private))
-            * config.rounds,
+            "downlink": sum(sum(entry.traffic.downlink.values()) for entry in rounds),
+            "proxy": len(splits.private) * proxy_bytes(splits),
+            "descriptions": federation.description_bytes,
+            "by_round": [entry.traffic.as_json() for entry in rounds],
+            "baselines": {name: _traffic(record).as_json() for name, record in records.baselines.items()},
+            "fedavg_uplink_same_rounds": federation.student_bytes * uploads_of_weights,
+            "lora_uplink_same_rounds": federation.lora_bytes * uploads_of_weights,
             "a_row": round(answers / max(rows, 1), 3),
         },
-        "flops": {name: phase["flops"] for name, phase in phases.items()},
-        "flops_shared": _shared(found),
+        "flops": {name: phase.flops for name, phase in phases.items()},
+        "flops_shared": _shared(records),
         "seconds": {
-            "total": round(sum(phase["seconds"] for phase in phases.values()), 3),
-            **{name: round(phase["seconds"], 3) for name, phase in phases.items()},
+            "total": round(sum(phase.seconds for phase in phases.values()), 3),
+            **{name: round(phase.seconds, 3) for name, phase in phases.items()},
         },
-        "peak_memory_bytes": max(int(phase["peak_memory_bytes"]) for phase in phases.values()),
-        "teacher": [{"round": r["round"], **r["teacher"]["diagnostics"]} for r in rounds],
+        "peak_memory_bytes": max(int(phase.peak_memory_bytes) for phase in phases.values()),
+        "teacher": [{"round": entry.round, **entry.teacher.diagnostics} for entry in rounds],
         "trust": trust(config, [private.name for private in splits.private]),
-        "duplicates": {
-            str(r["round"]): r["teacher"]["diagnostics"]["duplicates"]
-            for r in rounds
-            if r["teacher"]["diagnostics"]["duplicates"]
-        },
-        "projection": _projections(rounds),
-        "refused": {str(r["round"]): r["refused"] for r in rounds if r["refused"]},
-        "missing": {str(r["round"]): r["missing"] for r in rounds if r["missing"]},
-        "collapsed": {
-            str(r["round"]): r["teacher"]["diagnostics"]["collapsed"]
-            for r in rounds
-            if r["teacher"]["diagnostics"]["collapsed"]
-        },
+        "duplicates": _by_number(rounds, lambda entry: entry.teacher.duplicates),
+        "projection": _by_number(rounds, _projections),
+        "refused": _by_number(rounds, lambda entry: entry.refused),
+        "missing": _by_number(rounds, lambda entry: entry.missing),
+        "collapsed": _by_number(rounds, lambda entry: entry.teacher.collapsed),
         "environment": environment,
     }
 
 
-def _projections(rounds: list[Json]) -> Json:
-    """By round, of clients with another tokenizer than the student's: how their answers were projected."""
-    found = {
-        str(r["round"]): {name: u["projection"] for name, u in r["uploads"].items() if "projection" in u}
-        for r in rounds
+def _metrics(records: Records, task: Task, student: StepRecord) -> Json:
+    """Metrics of the student, of the clients, and of each baseline."""
+    metrics: Json = {"student": student.on_test}
+    rounds = records.federation.rounds
+    first, last = ([s.test for s in rounds[at].specialists.values() if s.test] for at in (0, -1))
+    if first and last:  # remote clients have no test set
+        metrics |= {"clients": {"before": _spread(first, task), "after": _spread(last, task)}}
+    for name, record in records.baselines.items():
+        if record.rounds is not None:
+            metrics |= {name: _best(task, record.rounds).on_test}
+            continue
+        chosen = {client: _best(task, steps) for client, steps in (record.clients or {}).items()}
+        metrics |= {
+            name: {
+                **_spread([step.on_test for step in chosen.values()], task),
+                "best": _best(task, list(chosen.values())).on_test,
+                "clients": {client: step.on_test for client, step in chosen.items()},
+            }
+        }
+    return metrics
+
+
+def _best(task: Task, steps: Sequence[StepRecord]) -> StepRecord:
+    """The first of the steps that are best on validation."""
+    best, *others = steps
+    for step in others:
+        if task.better(step.on_validation, best.on_validation):
+            best = step
+    return best
+
+
+def _by_number(rounds: Rounds, value: Callable[[RoundRecord], Any]) -> Json:
+    """A value of each round, by its number, if there is any."""
+    return {str(entry.round): value(entry) for entry in rounds if value(entry)}
+
+
+def _projections(entry: RoundRecord) -> Json:
+    """How the answers of clients with another tokenizer than the student's were projected."""
+    return {
+        name: upload.projection for name, upload in entry.uploads.items() if upload.projection is not None
     }
-    return {number: told for number, told in found.items() if told}
 
 
 def trust(config: Config, names: list[str]) -> Json:
@@ -126,96 +163,92 @@ def trust(config: Config, names: list[str]) -> Json:
     }
 
 
-def baselines(found: Mapping[str, Json]) -> list[str]:
-    """The methods that the student is compared with: all but the method itself."""
-    return [name for name in found if name != "feddistill"]
-
-
-def _traffic(found: Json) -> Json:
+def _traffic(record: BaselineRecord) -> Traffic:
     """Bytes that a baseline sends in all rounds, all clients together."""
-    sent = [record.get("bytes", {}) for record in found.get("rounds", ())]
-    if "clients" in found:
-        sent = [found.get("bytes", {})] * max(len(records) for records in found["clients"].values())
-    return {way: sum(one.get(way, 0) for one in sent) for way in ("uplink", "downlink")}
+    if record.clients is not None:
+        sent = [record.bytes] * max(len(steps) for steps in record.clients.values())
+    else:
+        sent = [step.bytes for step in record.rounds or [] if step.bytes is not None]
+    return Traffic(uplink=sum(one.uplink for one in sent), downlink=sum(one.downlink for one in sent))
 
 
-def by_round(found: Mapping[str, Json], task: Task) -> list[Json]:
-    """The figure that decides, after each round or segment of every method: what the report draws."""
+def by_round(records: Records, task: Task) -> list[Json]:
+    """The deciding metric after each round or segment of every method, which the report plots."""
     rows: list[Json] = []
 
-    def add(series: str, number: int, record: Json) -> None:
+    def add(series: str, number: int, step: StepRecord) -> None:
         rows.append(
             {
                 "series": series,
                 "round": number,
-                f"test_{task.decides}": record["test"][task.decides],
-                f"validation_{task.decides}": record["validation"][task.decides],
+                f"test_{task.decides}": step.on_test[task.decides],
+                f"validation_{task.decides}": step.on_validation[task.decides],
             }
         )
 
-    for entry in found["feddistill"]["rounds"]:
-        add("student", entry["round"], entry["student"])
-        for client, record in entry["specialists"].items():
-            if "test" in record:
-                add(f"client {client}", entry["round"], record)
-    for name in baselines(found):
-        for number, record in enumerate(found[name].get("rounds", []), 1):
-            add(name, number, record)
-        for client, records in found[name].get("clients", {}).items():
-            for number, record in enumerate(records, 1):
-                add(f"{name} {client}", number, record)
+    for entry in records.federation.rounds:
+        add("student", entry.round, entry.trained_student)
+        for client, step in entry.specialists.items():
+            if step.test is not None:
+                add(f"client {client}", entry.round, step)
+    for name, record in records.baselines.items():
+        for number, step in enumerate(record.rounds or [], 1):
+            add(name, number, step)
+        for client, steps in (record.clients or {}).items():
+            for number, step in enumerate(steps, 1):
+                add(f"{name} {client}", number, step)
     return rows
 
 
 def proxy_bytes(splits: Splits) -> int:
-    """The proxy set as each client downloads it, once: JSON lines of id and text."""
+    """Bytes of the proxy set as each client downloads it, once: JSON lines of id and text."""
     return sum(map(len, data.lines(splits.proxy)))
 
 
-def _spread(figures: list[Json], task: Task) -> Json:
+def _spread(metrics: Sequence[Metrics], task: Task) -> Json:
     return {
-        "mean": {name: round(fmean(f[name] for f in figures), 6) for name in task.figures},
-        "std": {name: round(pstdev([f[name] for f in figures]), 6) for name in task.figures},
+        "mean": {name: round(fmean(m[name] for m in metrics), 6) for name in task.figures},
+        "std": {name: round(pstdev([m[name] for m in metrics]), 6) for name in task.figures},
     }
 
 
-def _shared(found: Mapping[str, Json]) -> dict[str, int]:
-    """By baseline, operations that it has in common with the federation, whose phases count them."""
-    if "local_only" not in found:
-        return {}
-    began = found["feddistill"]["rounds"][0]["specialists"]
-    first = {client: records[0] for client, records in found["local_only"]["clients"].items()}
-    common = (record["costs"]["train"]["flops"] for client, record in first.items() if client in began)
-    return {"baseline_local_only": sum(common)}
+def _shared(records: Records) -> dict[str, int]:
+    """Operations that a baseline has in common with the federation, whose phases count them."""
+    shared: dict[str, int] = {}
+    for name, record in records.baselines.items():
+        if name == LOCAL_ONLY:
+            first = {client: steps[0] for client, steps in (record.clients or {}).items()}
+            common = (
+                step.training.flops for client, step in first.items() if client in records.first_clients
+            )
+            shared |= {f"baseline_{name}": sum(common)}
+    return shared
 
 
-def _phases(found: Mapping[str, Json]) -> dict[str, Json]:
-    """Costs added up by who pays and what for; what two have in common is counted once."""
-    phases: dict[str, Json] = {}
+def _phases(records: Records) -> dict[str, Cost]:
+    """Costs by phase; a step that two methods have in common is counted once."""
+    phases: defaultdict[str, Cost] = defaultdict(Cost)
 
-    def add(phase: str, cost: Json) -> None:
-        total = phases.setdefault(phase, {"seconds": 0.0, "flops": 0, "peak_memory_bytes": 0})
-        total["seconds"] += cost["seconds"]
-        total["flops"] += cost["flops"]
-        total["peak_memory_bytes"] = max(total["peak_memory_bytes"], cost["peak_memory_bytes"])
+    def pay(phase: str, cost: Cost) -> None:
+        phases[phase] += cost
 
-    def add_training(phase: str, record: Json) -> None:
-        for what, cost in record["costs"].items():
-            add("evaluate" if what == "evaluate" else phase, cost)
+    def add(phase: str, step: StepRecord) -> None:
+        for what, cost in step.costs.items():
+            pay("evaluate" if what == "evaluate" else phase, cost)
 
-    for entry in found["feddistill"]["rounds"]:
-        for record in entry["specialists"].values():
-            add_training("clients_train", record)
-        for upload in entry["uploads"].values():
-            add("clients_answer", upload["cost"])
-        add("server_aggregate", entry["teacher"]["cost"])
-        add_training("server_train", entry["student"])
-    for name in baselines(found):
-        for record in found[name].get("rounds", []):
-            add_training(f"baseline_{name}", record)
-        began = found["feddistill"]["rounds"][0]["specialists"]
-        for client, records in found[name].get("clients", {}).items():
-            # A client alone: its first segment is the federation's own first round, if it was asked in that.
-            for record in records[1:] if name == "local_only" and client in began else records:
-                add_training(f"baseline_{name}", record)
-    return phases
+    for entry in records.federation.rounds:
+        for step in entry.specialists.values():
+            add("clients_train", step)
+        for upload in entry.uploads.values():
+            pay("clients_answer", upload.cost)
+        pay("server_aggregate", entry.teacher.cost)
+        add("server_train", entry.trained_student)
+    for name, record in records.baselines.items():
+        for step in record.rounds or []:
+            add(f"baseline_{name}", step)
+        for client, steps in (record.clients or {}).items():
+            # A client alone: its first segment is the federation's own first round, if it was in that.
+            counted = name == LOCAL_ONLY and client in records.first_clients
+            for step in steps[1:] if counted else steps:
+                add(f"baseline_{name}", step)
+    return dict(phases)
