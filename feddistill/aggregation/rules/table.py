@@ -12,10 +12,10 @@ from feddistill.aggregation.rules.rule import Rule
 from feddistill.aggregation.rules.stacked import Stacked
 
 ASSUMED = (
-    "Assumed: fewer than half of the clients are attackers (f < C/2), and identities are enrolled, so that "
-    "nobody takes part under several names."
+    "Assumed: fewer than half of the clients lie (f < C/2), and identities are enrolled, so that nobody "
+    "enters under several names."
 )
-"""Every report states it: no guarantee of a rule holds without it."""
+"""Every result states it: no guarantee of a rule holds without it. Results store these words."""
 
 RULES: dict[str, type[Rule]] = {
     "mean_probs": MeanProbs,
