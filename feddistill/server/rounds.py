@@ -24,9 +24,10 @@ from feddistill.server.request import request
 from feddistill.store import layout
 from feddistill.store.layout import LEDGER
 from feddistill.store.logit_files import TensorFile, TopKFile
+from feddistill.store.records import CostRecord, RoundRecord, StepRecord, TeacherRecord
 from feddistill.store.run_directory import Json
 from feddistill.tasks.choose import learner_of
-from feddistill.tasks.learner import Learner, best_of, later
+from feddistill.tasks.learner import Learner, later
 from feddistill.tasks.query import ProxyQuery
 from feddistill.tasks.session import Session
 from feddistill.types import Cost, RoundSpec
@@ -71,8 +72,8 @@ class _Rounds:
         """The ledger of the run in which answers were asked for, where that was another one."""
         self.specs: dict[int, RoundSpec] = {}
         self._student: Learner | None = None
-        self.best: Json | None = None
-        self.last: Json | None = None
+        self.best: StepRecord | None = None
+        self.last: StepRecord | None = None
 
     @property
     def student(self) -> Learner:
@@ -91,37 +92,39 @@ class _Rounds:
         run, step = self.session.run, layout.round_of(number)
         record = run.done(step, verify=False)
         if record is None:
-            record = run.commit(step, self._round(number, step))
+            record = run.commit(step, self._round(number))
         else:
             self._asked(number)
-            self._enter(record)
-        self.last = record["student"]
-        self.best = best_of(self.session, self.best, record["student"])
+            self._enter(RoundRecord.from_json(record))
+        self.last = RoundRecord.from_json(record).trained_student
+        if self.best is None or self.session.task.better(self.last.on_validation, self.best.on_validation):
+            self.best = self.last
         self._tidy(number)
         return record
 
-    def _round(self, number: int, step: str) -> Json:
+    def _round(self, number: int) -> Json:
         decided = self.decide(number)
-        teacher = decided["teacher"]
-        student = self._distil(number, step)
+        entry = RoundRecord.from_json(decided)
+        student = self._distil(number)
         request = payload.canonical(self.specs[number])
-        downlink = len(request) + (teacher["feedback_bytes"] if number < self.session.config.rounds else 0)
+        downlink = len(request) + (entry.teacher.feedback_bytes if number < self.session.config.rounds else 0)
         task = self.session.task
-        clients, own = _mean(decided["specialists"], task.decides), student["validation"][task.decides]
+        clients = _mean(entry.specialists, task.decides)
+        own = StepRecord.from_json(student).on_validation[task.decides]
         others = "" if clients is None else f"clients {clients:.3f}, "
         self.session.progress.log(f"round {number}: {task.words} on validation: {others}student {own:.3f}")
         return {
             **decided,
             "student": student,
             "bytes": {
-                "uplink": {name: upload["bytes"] for name, upload in decided["uploads"].items()},
-                "downlink": dict.fromkeys(decided["uploads"], downlink),
+                "uplink": {name: upload.bytes for name, upload in entry.uploads.items()},
+                "downlink": dict.fromkeys(entry.uploads, downlink),
             },
         }
 
     def decide(self, number: int) -> Json:
         """Everything of a round before the student: clients train and answer, one teacher is made."""
-        spec, step = self._asked(number), layout.round_of(number)
+        spec = self._asked(number)
         run = self.session.run
         specialists = self.clients.trained(spec, self.specs.get(number - 1))
         sent = self.clients.answered(spec, specialists)
@@ -148,15 +151,16 @@ class _Rounds:
             self.session.config.aggregation.fits(len(admitted))
         except ConfigError as error:
             raise RoundError(f"round {number}: {len(admitted)} valid answers: {error}") from None
-        teacher = self._aggregate(admitted, number, spec, step)
+        stored_teacher = self._aggregate(admitted, number, spec)
+        teacher = TeacherRecord.from_json(stored_teacher)
         entry = payload.Entry(
             round=number,
             previous=self.head,
             request=payload.digest(payload.canonical(spec)),
             payloads=files,
             refused={name: type(error).__name__ for name, error in refused.items()},
-            teacher=run.digest(teacher["log_probs"]),
-            feedback=teacher["feedback"],
+            teacher=run.digest(teacher.log_probs),
+            feedback=teacher.feedback,
         )
         decided: Json = {
             "round": number,
@@ -164,16 +168,16 @@ class _Rounds:
             "uploads": sent,
             "refused": {name: str(error) for name, error in refused.items()},
             "missing": [name for name in spec.clients if name not in sent],
-            "teacher": teacher,
+            "teacher": stored_teacher,
             "ledger": asdict(entry),
         }
-        self._enter(decided)
+        self._enter(RoundRecord.from_json(decided))
         return decided
 
-    def _enter(self, decided: Json) -> None:
+    def _enter(self, decided: RoundRecord) -> None:
         """Publish the round, and remember what the next one needs of it."""
-        self.memory = decided["teacher"]["memory"]
-        self.ledger.append(payload.Entry(**decided["ledger"]))
+        self.memory = dict(decided.teacher.memory)
+        self.ledger.append(payload.Entry(**decided.ledger))
         entries = [asdict(entry) for entry in self.ledger]
         other = {} if self.asked_in is None else {"from": self.asked_in}
         self.session.run.write_json(LEDGER, {"head": self.head, "rounds": entries, **other})
@@ -190,7 +194,7 @@ class _Rounds:
         return spec
 
     def _aggregate(
-        self, admitted: Mapping[str, answer_files.StoredAnswer], number: int, spec: RoundSpec, step: str
+        self, admitted: Mapping[str, answer_files.StoredAnswer], number: int, spec: RoundSpec
     ) -> Json:
         """(3) The teacher, for the student as it is and for the clients as a payload."""
         run, name = self.session.run, layout.teacher(number)
@@ -205,7 +209,7 @@ class _Rounds:
             read = encoding.codes if config.rule.of_codes else encoding.expand
             answerers = [answer_files.answer_reader(read, stored) for stored in stored_answers]
         labels = question.labels
-        student, requests = self._said_before(spec, step)
+        student, requests = self._said_before(spec)
         # Of those who are in: where the only client that knows a class was refused, the others speak for it.
         known = RoundContext(
             names=tuple(admitted),
@@ -241,17 +245,18 @@ class _Rounds:
             diagnostics = diagnose(list(admitted), answerers, teacher, labels, mass, shares)
         feedback, sent = self._feedback(teacher, spec, layout.feedback(number))
         codistil = self.session.config.clients.codistillation.enabled
+        file = layout.tensors(name)
         content: Json = {
-            "log_probs": layout.tensors(name),
+            "log_probs": file,
             "feedback": feedback,
             "feedback_bytes": sum(run.path(file).stat().st_size for file in sent) if codistil else 0,
             "diagnostics": asdict(diagnostics),
             "memory": memory,
             "cost": asdict(cost.cost + requests),
         }
-        return run.commit(name, content, [content["log_probs"], *sent])
+        return run.commit(name, content, [file, *sent])
 
-    def _said_before(self, spec: RoundSpec, step: str) -> tuple[AnswerReader | None, Cost]:
+    def _said_before(self, spec: RoundSpec) -> tuple[AnswerReader | None, Cost]:
         """What the student says before it learns from this round, where the rule needs that, and what asking
         it took; nothing in the first round, nor where teachers are made without a student."""
         if "student" not in self.session.config.aggregation.rule.needs() or spec.round == 1:
@@ -260,7 +265,7 @@ class _Rounds:
         if (record := run.done(name)) is None:
             if (start := self._start()) is None:
                 return None, Cost()
-            self.student.restore(start["weights"])
+            self.student.restore(start.file)
             before = self.student.meter.flops
             with (
                 self.session.progress.step(f"round {spec.round}: the student answers") as on_step,
@@ -275,8 +280,8 @@ class _Rounds:
         stored = answer_files.StoredAnswer(run, name, back)
         stored.admit(sender=encoding.SERVER)
         if self.session.query.compressed:
-            return answer_files.answer_reader(encoding.topk, stored), Cost(**record["cost"])
-        return answer_files.answer_reader(encoding.expand, stored), Cost(**record["cost"])
+            return answer_files.answer_reader(encoding.topk, stored), CostRecord.from_json(record).cost
+        return answer_files.answer_reader(encoding.expand, stored), CostRecord.from_json(record).cost
 
     def _keep(self, name: str, back: RoundSpec, shard: int, answers: payload.Answers) -> bytes:
         """Write answers of the server's own, as a client writes its; the payload."""
@@ -286,7 +291,7 @@ class _Rounds:
         self.session.run.write_bytes(envelope, payload.seal(encoded, back, encoding.SERVER, shard))
         return encoded
 
-    def _start(self) -> Json | None:
+    def _start(self) -> StepRecord | None:
         """The student that goes on learning; ``None`` before the first round's."""
         return self.best if self.session.config.distill.rollback else self.last
 
@@ -299,7 +304,7 @@ class _Rounds:
             digests.append(payload.digest(self._keep(step, back, shard, answers)))
         return payload.digest_of(digests), answer_files.flat(step, back)
 
-    def _distil(self, number: int, step: str) -> Json:
+    def _distil(self, number: int) -> Json:
         """(4) The student on the teachers' answers and the labels that the server has."""
         config = self.session.config
         first = max(1, number - config.distill.teacher_history)
@@ -311,7 +316,7 @@ class _Rounds:
         return self.student.step(
             layout.student(number),
             f"round {number}: the student learns",
-            start["weights"] if start else None,
+            start.file if start else None,
             lambda: self.student.taught(*teachers),
             settings,
             steps=training.steps_of(settings, self.student.proxy_examples()),
@@ -322,7 +327,7 @@ class _Rounds:
         """Keep the newest specialists and the best student; everything else is one training away."""
         if self.session.config.keep_checkpoints == "all":
             return
-        run, keep = self.session.run, {record["weights"] for record in (self.best, self.last) if record}
+        run, keep = self.session.run, {record.weights for record in (self.best, self.last) if record}
         self.clients.tidy(number)
         for earlier in range(1, number):
             student = layout.tensors(layout.student(earlier))
@@ -336,6 +341,6 @@ def _new_teacher(path: Path, question: ProxyQuery, spec: RoundSpec) -> TensorFil
     return TensorFile.create(path, (spec.positions, spec.vocab_size))
 
 
-def _mean(specialists: Json, figure: str) -> float | None:
-    found = [s["validation"][figure] for s in specialists.values() if "validation" in s]
-    return fmean(found) if found else None
+def _mean(specialists: Mapping[str, StepRecord], metric: str) -> float | None:
+    values = [step.validation[metric] for step in specialists.values() if step.validation is not None]
+    return fmean(values) if values else None

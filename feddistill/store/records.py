@@ -44,6 +44,13 @@ class Traffic(Record):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CostRecord(Record):
+    """A pass of answers."""
+
+    cost: Cost
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepRecord(Record):
     """One training: of a client's model, of the student, or of a baseline in a round."""
 
@@ -58,6 +65,12 @@ class StepRecord(Record):
     bytes: Traffic | None = None
     missing: list[str] | None = None
     """Clients that did not take part in the round."""
+
+    @property
+    def file(self) -> str:
+        """The weights of a step that has left some."""
+        assert self.weights is not None, "a query-only model has no weights"
+        return self.weights
 
     @property
     def training(self) -> Cost:
