@@ -8,6 +8,7 @@ from pathlib import Path
 from feddistill import config as configuration
 from feddistill.config.methods import row_labels
 from feddistill.report import metric_rows, task_of
+from feddistill.report.result import Result
 from feddistill.store.layout import CONFIG, RESULT
 from feddistill.store.run_directory import Json, read_object
 
@@ -47,8 +48,8 @@ def side_by_side(runs: Iterable[Path]) -> list[Compared]:
             {key: one.get(key) for key in differ},
             task_of(result).words,
             {row_labels()[who]: figures[task_of(result).decides] for who, figures in metric_rows(result)},
-            result["bytes"]["uplink"],
-            result["seconds"]["total"],
+            Result.from_json(result).bytes.uplink,
+            Result.from_json(result).total_seconds,
         )
         for (name, result, _), one in zip(found, settings, strict=True)
     ]

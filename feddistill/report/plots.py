@@ -11,10 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from feddistill.config.methods import FEDERATED, METHODS
-from feddistill.config.tasks import Task, task_named
+from feddistill.config.methods import FEDERATED, LOCAL_ONLY, METHODS
 from feddistill.data import Skew
-from feddistill.store.run_directory import Json
+from feddistill.report.result import Result
 
 STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
@@ -34,15 +33,15 @@ WRITTEN = 40
 """Labels, and clients, up to which each cell of the skew says its number."""
 
 
-def draw(result: Json, skew: Skew) -> dict[str, str]:
+def draw(result: Result, skew: Skew) -> dict[str, str]:
     """Name to SVG."""
     with matplotlib.rc_context(rc=STYLE):  # type: ignore[arg-type]  # its keys are a literal of 300 names
         return {
             "accuracy": _accuracy(result),
             "skew": _skew(skew),
             "traffic": _traffic(result),
-            "seconds": _bars({k: v for k, v in result["seconds"].items() if k in result["flops"]}, "seconds"),
-            "flops": _bars({k: v / 1e12 for k, v in result["flops"].items()}, "TFLOP"),
+            "seconds": _bars({k: v for k, v in result.seconds.items() if k in result.flops}, "seconds"),
+            "flops": _bars({k: v / 1e12 for k, v in result.flops.items()}, "TFLOP"),
         }
 
 
@@ -62,19 +61,14 @@ def figure(width: float, height: float, into: list[str], pixels: list[bytes] | N
     into.append(re.sub(r"^.*?(?=<svg)|<metadata>.*?</metadata>", "", out.getvalue(), flags=re.DOTALL))
 
 
-def _task(result: Json) -> Task:
-    return task_named(result.get("task", "classification"))
-
-
-def _series(result: Json) -> dict[str, list[tuple[int, float]]]:
+def _series(result: Result) -> dict[str, list[tuple[int, float]]]:
     series: dict[str, list[tuple[int, float]]] = {}
-    for row in result["by_round"]:
-        figure = _task(result).decides
-        series.setdefault(row["series"], []).append((row["round"], row[f"test_{figure}"]))
+    for point in result.points:
+        series.setdefault(point.series, []).append((point.round, point.test))
     return series
 
 
-def _accuracy(result: Json) -> str:
+def _accuracy(result: Result) -> str:
     svg: list[str] = []
     with figure(8, 4.2, svg) as axes:
         first = True
@@ -85,22 +79,22 @@ def _accuracy(result: Json) -> str:
             elif name in METHODS and (style := METHODS[name].style) is not None:
                 axes.plot(*zip(*points, strict=True), **style, label=name.replace("_", " "))
         axes.plot(
-            *zip(*_series(result)["student"], strict=True),
+            *zip(*((point.round, point.test) for point in result.curve("student")), strict=True),
             **(METHODS[FEDERATED].style or {}),
             label="student",
         )
-        local = result["metrics"].get("local_only")
+        local = result.metrics.get(LOCAL_ONLY)
         if local:
             axes.axhline(
-                local["best"][_task(result).decides],
+                local.get("best")[result.judged_by.decides],
                 color="black",
                 linestyle=":",
                 linewidth=1,
                 label="best client alone",
             )
         axes.set_xlabel("round")
-        axes.set_ylabel(f"{_task(result).words} on the test set")
-        axes.set_xticks(range(1, result["rounds"] + 1) if result["rounds"] <= 20 else axes.get_xticks())
+        axes.set_ylabel(f"{result.judged_by.words} on the test set")
+        axes.set_xticks(range(1, result.rounds + 1) if result.rounds <= 20 else axes.get_xticks())
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     return svg[0]
 
@@ -142,13 +136,13 @@ def _counts(axes: Axes, skew: Skew) -> None:
     axes.set_title("private examples by client and label", fontsize=10)
 
 
-def _traffic(result: Json) -> str:
-    b = result["bytes"]
+def _traffic(result: Result) -> str:
+    sent = result.bytes
     sizes = {
-        "answers up": b["uplink"],
-        "requests, teachers down": b["downlink"],
-        "proxy set, once": b["proxy"],
-        "FedAvg up, same rounds": b["fedavg_uplink_same_rounds"],
+        "answers up": sent.uplink,
+        "requests, teachers down": sent.downlink,
+        "proxy set, once": sent.proxy,
+        "FedAvg up, same rounds": sent.fedavg_uplink_same_rounds,
     }
     svg: list[str] = []
     with figure(8, 2.2, svg) as axes:

@@ -15,6 +15,7 @@ from feddistill.config.tasks import Task, task_named
 from feddistill.data import Skew
 from feddistill.errors import RunError
 from feddistill.report import plots
+from feddistill.report.result import Result
 from feddistill.store import layout
 from feddistill.store.layout import CONFIG, METRICS_TABLE, REPORT, RESULT, ROUNDS_TABLE
 from feddistill.store.run_directory import Json, RunDirectory
@@ -31,10 +32,10 @@ def write(out: Path) -> Path:
         if not run.path(RESULT).exists():
             raise RunError(f"{out} is not complete; go on with: feddistill train --resume --out {out}")
         result, skew = run.read_json(RESULT), _skew(run.read_json(layout.SKEW))
-        drawn = plots.draw(result, skew)
+        drawn = plots.draw(Result.from_json(result), skew)
         for name, svg in drawn.items():
             run.write_text(layout.plot(name), svg)
-        run.write_text(ROUNDS_TABLE, as_csv(result["by_round"]))
+        run.write_text(ROUNDS_TABLE, as_csv([dict(row) for row in Result.from_json(result).by_round]))
         run.write_text(METRICS_TABLE, as_csv([{"who": who, **m} for who, m in metric_rows(result)]))
         _tensorboard(run, result)
         return run.write_text(
@@ -70,14 +71,12 @@ def task_of(result: Json) -> Task:
     return task_named(result.get("task", "classification"))
 
 
-def metric_rows(result: Json) -> list[tuple[str, Json]]:
+def metric_rows(result: Json) -> list[tuple[str, Metrics]]:
     """Who, and its figures on the test set, in the order of the table."""
-    metrics = result["metrics"]
-    rows = [
-        ("student", metrics["student"]),
-    ]
-    if "clients" in metrics:
-        rows += [(f"clients_{when}", metrics["clients"][when]["mean"]) for when in ("before", "after")]
+    typed = Result.from_json(result)
+    metrics = typed.metrics
+    rows = [("student", typed.student)]
+    rows += [(f"clients_{when}", mean) for when, mean in typed.clients.items()]
     for who in row_labels():
         name, _, which = who.rpartition("_")
         if which in ("mean", "best") and name in metrics:
@@ -96,11 +95,11 @@ def print_table(result: Json) -> None:
         table.add_row(row_labels()[who], *cells, style="bold" if who == "student" else None)
     console = Console()
     console.print(table)
-    sizes = {name: size(count) for name, count in result["bytes"].items() if isinstance(count, int)}
+    sent = Result.from_json(result).bytes
     console.print(
-        f"uploaded {sizes['uplink']}, sent back {sizes['downlink']}, proxy set {sizes['proxy']}; "
-        f"FedAvg of this student would upload {sizes['fedavg_uplink_same_rounds']}, "
-        f"its LoRA {sizes['lora_uplink_same_rounds']}",
+        f"uploaded {size(sent.uplink)}, sent back {size(sent.downlink)}, proxy set {size(sent.proxy)}; "
+        f"FedAvg of this student would upload {size(sent.fedavg_uplink_same_rounds)}, "
+        f"its LoRA {size(sent.lora_uplink_same_rounds)}",
         highlight=False,
     )
     console.print(
@@ -112,30 +111,31 @@ def print_table(result: Json) -> None:
 
 def traffic_rows(result: Json) -> list[tuple[str, str]]:
     """What travelled, in words and sizes."""
-    b = result["bytes"]
+    sent = Result.from_json(result).bytes
     return [
-        ("clients upload: answers and descriptions, all rounds", size(b["uplink"])),
-        ("of that, descriptions (sizes, class counts)", size(b["descriptions"])),
-        ("server sends: requests and teachers, all rounds", size(b["downlink"])),
-        ("proxy texts, once to each client", size(b["proxy"])),
+        ("clients upload: answers and descriptions, all rounds", size(sent.uplink)),
+        ("of that, descriptions (sizes, class counts)", size(sent.descriptions)),
+        ("server sends: requests and teachers, all rounds", size(sent.downlink)),
+        ("proxy texts, once to each client", size(sent.proxy)),
         (
             "FedAvg of the weights that the student trains (float32) would upload, same rounds",
-            size(b["fedavg_uplink_same_rounds"]),
+            size(sent.fedavg_uplink_same_rounds),
         ),
-        ("times as much as the answers", f"{b['fedavg_uplink_same_rounds'] / b['uplink']:,.1f}×"),
+        ("times as much as the answers", f"{sent.fedavg_uplink_same_rounds / sent.uplink:,.1f}×"),
         (
             "federated LoRA of the student (float32, rank 8) would upload, same rounds",
-            size(b["lora_uplink_same_rounds"]),
+            size(sent.lora_uplink_same_rounds),
         ),
-        ("an answer to one row (text or token), envelope included", f"{b['a_row']:.2f} B"),
+        ("an answer to one row (text or token), envelope included", f"{sent.a_row:.2f} B"),
     ]
 
 
 def phase_rows(result: Json) -> list[tuple[str, str, str]]:
     """Phase, seconds, operations."""
+    typed = Result.from_json(result)
     return [
-        (name.replace("_", " "), f"{result['seconds'][name]:.1f}", f"{flops / 1e12:.2f}")
-        for name, flops in result["flops"].items()
+        (name.replace("_", " "), f"{typed.seconds[name]:.1f}", f"{flops / 1e12:.2f}")
+        for name, flops in typed.flops.items()
     ]
 
 
@@ -224,10 +224,11 @@ def _tensorboard(run: RunDirectory, result: Json) -> None:
     from torch.utils.tensorboard import SummaryWriter
 
     run.remove(layout.TENSORBOARD)
-    figure = task_of(result).decides
+    typed = Result.from_json(result)
+    metric = typed.judged_by.decides
     with SummaryWriter(str(run.path(layout.TENSORBOARD))) as board:
-        for row in result["by_round"]:
-            for which in ("test", "validation"):
-                board.add_scalar(f"{which}_{figure}/{row['series']}", row[f"{which}_{figure}"], row["round"])
-        for name, figures_ in metric_rows(result):
-            board.add_scalar(f"final_test_{figure}/{name}", figures_[figure], result["rounds"])
+        for point in typed.points:
+            board.add_scalar(f"test_{metric}/{point.series}", point.test, point.round)
+            board.add_scalar(f"validation_{metric}/{point.series}", point.validation, point.round)
+        for name, metrics in metric_rows(result):
+            board.add_scalar(f"final_test_{metric}/{name}", metrics[metric], typed.rounds)

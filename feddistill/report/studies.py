@@ -11,13 +11,15 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from feddistill.config.methods import row_labels
+from feddistill.config.methods import FEDERATED, METHODS, row_labels
 from feddistill.config.tasks import Task
 from feddistill.errors import RunError
 from feddistill.report import as_csv, metric_rows, rendered, size, task_of
 from feddistill.report.plots import STYLE, figure
+from feddistill.report.result import Result
 from feddistill.runs.study import CELLS, STUDY, Cell, collect, groups
 from feddistill.store import layout
+from feddistill.store.records import Traffic
 from feddistill.store.run_directory import Json
 
 PAGE = "study.html"
@@ -72,7 +74,7 @@ def write(out: Path) -> Path:
             done=len(found),
             total=total,
             cells=[(cell.name, f"{CELLS}/{cell.name}") for cell, _ in found],
-            environment=found[0][1]["environment"],
+            environment=Result.from_json(found[0][1]).environment,
             source=(out / STUDY).read_text(encoding="utf-8"),
             size=size,
         ),
@@ -91,29 +93,33 @@ def _task(found: Sequence[tuple[Cell, Json]]) -> Task:
 
 def _costs(result: Json, who: str) -> Json:
     """What it took to get there: bytes up, floating-point operations."""
+    typed = Result.from_json(result)
     if who == "student":
-        ours = sum(f for name, f in result["flops"].items() if not name.startswith("baseline_"))
-        return {"uplink": result["bytes"]["uplink"], "flops": ours - result["flops"].get("evaluate", 0)}
+        ours = sum(f for name, f in typed.flops.items() if not name.startswith("baseline_"))
+        return {"uplink": typed.bytes.uplink, "flops": ours - typed.flops.get("evaluate", 0)}
     name = who.removesuffix("_mean").removesuffix("_best")
-    sent, phase = result["bytes"]["baselines"].get(name, {}).get("uplink"), f"baseline_{name}"
-    own, shared = result["flops"].get(phase), result.get("flops_shared", {}).get(phase, 0)
-    return {"uplink": sent, "flops": None if own is None else own + shared}
+    traffic, phase = typed.bytes.baselines.get(name), f"baseline_{name}"
+    own, shared = typed.flops.get(phase), typed.flops_shared.get(phase, 0)
+    return {
+        "uplink": None if traffic is None else traffic.uplink,
+        "flops": None if own is None else own + shared,
+    }
 
 
 def _reached(result: Json, who: str, target: float | None) -> Json:
     """The first round in which a method was as good as ``target`` on validation; what was sent by then."""
     if target is None:
         return {}
-    task = task_of(result)
-    there = [row for row in result["by_round"] if row["series"] == who]
-    rounds = [row["round"] for row in there if task.reaches(row[f"validation_{task.decides}"], target)]
+    typed = Result.from_json(result)
+    curve = typed.curve(who)
+    rounds = [point.round for point in curve if typed.judged_by.reaches(point.validation, target)]
     if not rounds:
         return {"target_round": None, "target_bytes": None}
     if who == "student":
-        sent = sum(sum(entry["uplink"].values()) for entry in result["bytes"]["by_round"][: rounds[0]])
-        return {"target_round": rounds[0], "target_bytes": sent + result["bytes"]["descriptions"]}
-    whole = result["bytes"]["baselines"].get(who, {}).get("uplink", 0)
-    last = max(row["round"] for row in result["by_round"] if row["series"] == who)
+        sent = sum(sum(entry.uplink.values()) for entry in typed.bytes.by_round[: rounds[0]])
+        return {"target_round": rounds[0], "target_bytes": sent + typed.bytes.descriptions}
+    whole = typed.bytes.baselines.get(who, Traffic()).uplink
+    last = max(point.round for point in curve)
     return {"target_round": rounds[0], "target_bytes": whole * rounds[0] // last}
 
 
@@ -285,7 +291,7 @@ def _bars(lines: Mapping[str, Mapping[str, tuple[float, float]]], values: list[s
         for index, (name, points) in enumerate(lines.items()):
             places = [values.index(value) for value in points]
             means, spreads = zip(*points.values(), strict=True)
-            if name == row_labels()["student"]:
+            if name == METHODS[FEDERATED].label:
                 ends = {"capsize": 3, "linewidth": 1.2}
                 plot.barh(
                     places, means, xerr=spreads, height=0.6, color="#A6CEE3", edgecolor="black",
@@ -313,7 +319,7 @@ def _lines(plot: Axes, lines: Mapping[str, Mapping[str, tuple[float, float]]], v
         means, spreads = zip(*points.values(), strict=True)
         # Colours come again after nine lines: those are broken then.
         looks = {**_style(index), "linestyle": "-" if index < len(COLOURS) else "--"}
-        wide = 2.6 if name == row_labels()["student"] else 1.2
+        wide = 2.6 if name == METHODS[FEDERATED].label else 1.2
         plot.errorbar(places, means, yerr=spreads, label=name, capsize=3, linewidth=wide, **looks)
     plot.set_xticks(range(len(values)), values)
     plot.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
@@ -344,11 +350,11 @@ def _by_round(found: Sequence[tuple[Mapping[str, Any], list[Json]]]) -> Drawing:
     for labels, results in found:
         cell = ", ".join(f"{key} {value}" for key, value in labels.items())
         for result in results:
-            for row in result["by_round"]:
-                if row["series"] == "student" or (len(found) == 1 and row["series"] in row_labels()):
-                    name = row_labels()[row["series"]] if len(found) == 1 else cell
-                    value = task.read({task.decides: row[f"test_{task.decides}"]})
-                    lines.setdefault(name, {}).setdefault(row["round"], []).append(value)
+            for point in Result.from_json(result).points:
+                if point.series == "student" or (len(found) == 1 and point.series in row_labels()):
+                    name = row_labels()[point.series] if len(found) == 1 else cell
+                    value = task.read({task.decides: point.test})
+                    lines.setdefault(name, {}).setdefault(point.round, []).append(value)
     into: list[Drawing] = []
     with _figure(8, 4.2, into) as plot:
         for index, (name, points) in enumerate(lines.items()):
