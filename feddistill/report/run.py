@@ -18,6 +18,7 @@ from feddistill.report import plots
 from feddistill.report.result import Result
 from feddistill.store import layout
 from feddistill.store.layout import CONFIG, METRICS_TABLE, REPORT, RESULT, ROUNDS_TABLE
+from feddistill.store.records import Metrics
 from feddistill.store.run_directory import Json, RunDirectory
 
 
