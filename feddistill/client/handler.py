@@ -14,6 +14,7 @@ from feddistill.errors import ModelError
 from feddistill.federation import answer_files, encoding
 from feddistill.federation.protocol import Instruction, Reply
 from feddistill.store import layout
+from feddistill.store.records import StepRecord, UploadRecord
 from feddistill.store.run_directory import Json, RunDirectory
 from feddistill.tasks.choose import learner_of
 from feddistill.types import RoundSpec
@@ -93,11 +94,12 @@ class Handler:
         """One shard: payload and envelope."""
         spec, shard = _spec(instruction.content["spec"]), int(instruction.content["shard"])
         attack = None if self.attack is None else self.attack(spec.round)
-        record = self.client.answer(spec, layout.tensors(self.client.step(spec.round)), attack)
+        answered = self.client.answer(spec, layout.tensors(self.client.step(spec.round)), attack)
+        upload = UploadRecord.from_json(answered)
         run, step = self.client.session.run, layout.answer(spec.round, self.client.name)
         places = answer_files.files(step, spec)[shard]
         blobs = {part: run.read_bytes(place) for place, part in zip(places, PARTS, strict=True)}
-        return {"shard": shard, "shards": record["shards"], "cost": record["cost"]}, blobs
+        return {"shard": shard, "shards": upload.shards, "cost": asdict(upload.cost)}, blobs
 
     def _average(self, instruction: Instruction) -> tuple[Json, dict[str, bytes]]:
         """Train the student's architecture from the average, as ``fedavg`` wants it."""
@@ -115,11 +117,11 @@ class Handler:
         record = local_update.trained_by(
             session, learner, "fedavg", instruction.round, start, private, taught
         )
-        learner.restore(record["weights"])
+        learner.restore(StepRecord.from_json(record).file)
         session.run.remove(start)
         for earlier in range(1, instruction.round):
             session.run.remove(layout.baseline("fedavg", earlier))
-        told = {"examples": len(private), "cost": record["costs"]["train"]}
+        told = {"examples": len(private), "cost": asdict(StepRecord.from_json(record).training)}
         return told, {"weights": save(models.trained(learner.model))}
 
 

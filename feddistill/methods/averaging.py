@@ -12,6 +12,7 @@ from feddistill.accounting import measure
 from feddistill.client.local_update import trained_by
 from feddistill.methods.job import Job, evaluation, rounds_asked
 from feddistill.store import layout
+from feddistill.store.records import StepRecord
 from feddistill.store.run_directory import Json
 from feddistill.tasks.choose import learner_of
 from feddistill.tasks.learner import Learner
@@ -52,7 +53,7 @@ def rounds(
     for number in range(1, session.config.rounds + 1):
         step = layout.baseline(name, number)
         if (record := session.run.done(step, verify=False)) is None:
-            start = records[-1]["weights"] if records else None
+            start = StepRecord.from_json(records[-1]).file if records else None
             if averager is None:
                 record = _round(session, learner, name, number, start, server, taught)
             else:
@@ -118,8 +119,9 @@ def _round(
     asked = session.asked(number)
     clients = [private for private in session.splits.private if private.name in asked]
     trained = [trained_by(session, learner, name, number, start, private, taught) for private in clients]
-    files = [record["weights"] for record in trained]
-    cost = sum((Cost(**record["costs"]["train"]) for record in trained), Cost())
+    steps = [StepRecord.from_json(record) for record in trained]
+    files = [step_.file for step_ in steps]
+    cost = sum((step_.training for step_ in steps), Cost())
     with measure() as averaging:
         states = [load_file(run.path(file)) for file in files]
         models.take(learner.model, averaged(states, [len(private) for private in clients]))
@@ -127,15 +129,21 @@ def _round(
         run.write(weights, lambda path: models.save(learner.model, path))
     content: Json = {"weights": weights, "costs": {}}
     if server is None:
-        figures, evaluated = learner.measured(f"{name}: round {number}")
-        content |= {**figures, "costs": {"evaluate": asdict(evaluated)}}
+        metrics, evaluated = learner.measured(f"{name}: round {number}")
+        content |= metrics
+        costs = {"evaluate": evaluated}
     else:
         content |= server(learner, number, weights, files)
-        cost += Cost(**content["costs"].get("train", {}))
-    content["costs"]["train"] = asdict(cost + averaging.cost)
+        distilled = StepRecord.from_json(content)
+        weights, costs = distilled.file, dict(distilled.costs)
+        cost += costs.get("train", Cost())
+    costs |= {"train": cost + averaging.cost}
     sent = 4 * models.trained_count(learner.model) * len(clients)
-    content["bytes"] = {"uplink": sent, "downlink": sent}
-    return run.commit(step, content, [content["weights"]])
+    content |= {
+        "costs": {what: asdict(spent) for what, spent in costs.items()},
+        "bytes": {"uplink": sent, "downlink": sent},
+    }
+    return run.commit(step, content, [weights])
 
 
 def averaging_jobs(

@@ -14,6 +14,7 @@ from feddistill.accounting import measure
 from feddistill.methods.centralized import pool
 from feddistill.methods.job import Job, evaluation
 from feddistill.store import layout
+from feddistill.store.records import CostRecord, StepRecord
 from feddistill.store.run_directory import Json
 from feddistill.tasks.learner import Learner, best_of, examples_of, labels_of, later
 from feddistill.tasks.session import Session
@@ -48,7 +49,7 @@ def run(session: Session) -> Json:
             steps=sum(training.steps_of(settings, len(private)) for private in session.splits.private),
             evaluate=False,
         )
-        taught = teaching["weights"]
+        taught = StepRecord.from_json(teaching).file
         answering = _answers(session, teacher, number, taught)
 
         def lessons(file: str = answering["answers"]) -> TrainingExamples:
@@ -59,12 +60,17 @@ def run(session: Session) -> Json:
         record = student.step(
             layout.baseline("centralized_distillation", number, "student"),
             f"centralized_distillation: segment {number}: the student learns",
-            start["weights"] if start else None,
+            StepRecord.from_json(start).file if start else None,
             lessons,
             ours,
             distill=config.distill,
         )
-        costs = {**record["costs"], "teach": teaching["costs"]["train"], "answer": answering["cost"]}
+        spent = {
+            **StepRecord.from_json(record).costs,
+            "teach": StepRecord.from_json(teaching).training,
+            "answer": CostRecord.from_json(answering).cost,
+        }
+        costs = {what: asdict(cost) for what, cost in spent.items()}
         records.append({**record, "costs": costs})
         best = best_of(session, best, record)
     return {"rounds": records}

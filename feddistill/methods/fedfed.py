@@ -22,6 +22,7 @@ from feddistill.methods.job import Job
 from feddistill.modelio.padding import pad
 from feddistill.seeds import generator
 from feddistill.store import layout
+from feddistill.store.records import StepRecord, Traffic
 from feddistill.store.run_directory import Json
 from feddistill.tasks.learner import Learner, examples_of, labels_of
 from feddistill.tasks.session import Session
@@ -47,11 +48,11 @@ def run(session: Session) -> Json:
 
     records = rounds(session, "fedfed", learner=learner, lessons=lessons)
     sent = BYTES * (sum(map(len, tokens)) + len(labels))
-    first = dict(records[0]["bytes"])
-    first["uplink"] += sent
-    first["downlink"] += sent * len(shared)
-    costs = {**records[0]["costs"], "share": asdict(cost)}
-    return {"rounds": [{**records[0], "bytes": first, "costs": costs}, *records[1:]]}
+    first = StepRecord.from_json(records[0])
+    traffic = first.bytes or Traffic()
+    costs = {**{what: asdict(spent) for what, spent in first.costs.items()}, "share": asdict(cost)}
+    sizes = Traffic(uplink=traffic.uplink + sent, downlink=traffic.downlink + sent * len(shared))
+    return {"rounds": [{**records[0], "bytes": sizes.as_json(), "costs": costs}, *records[1:]]}
 
 
 def plan(session: Session, learners: list[Learner], student: Learner) -> Iterator[Job]:
@@ -77,7 +78,7 @@ def share(session: Session, learner: Learner, private: TextSet) -> tuple[list[li
         config.clients.training,
         evaluate=False,
     )
-    learner.restore(record["weights"])
+    learner.restore(StepRecord.from_json(record).file)
     random = generator(config.seed, "fedfed", private.name)
     size = models.embeddings(learner.model).num_embeddings
     tokens, kept, before = learner.tokens(private), [], learner.meter.flops
@@ -91,7 +92,7 @@ def share(session: Session, learner: Learner, private: TextSet) -> tuple[list[li
         noised = random.random(count) < config.fedfed.noise
         others = random.integers(0, size, count)
         kept.append([int(o) if n else t for t, n, o in zip(picked, noised, others, strict=True)])
-    return kept, labels_of(private), Cost(**record["costs"]["train"]) + finding.cost
+    return kept, labels_of(private), StepRecord.from_json(record).training + finding.cost
 
 
 def sensitivity(learner: Learner, tokens: Sequence[Sequence[int]], labels: Tensor) -> list[np.ndarray]:

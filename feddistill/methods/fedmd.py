@@ -19,6 +19,7 @@ from feddistill.client.client import Client, ClientGroup
 from feddistill.config.training import DistillConfig
 from feddistill.methods.job import Job, client_texts, evaluation
 from feddistill.store import layout
+from feddistill.store.records import StepRecord
 from feddistill.store.run_directory import Json
 from feddistill.tasks.learner import Learner, examples_of, later
 from feddistill.tasks.session import Session
@@ -40,7 +41,12 @@ def run(session: Session) -> Json:
         for client in group.clients:
             record = _digest(session, client, number, consensus)
             first = {"pretrain": pretrained[client.name]} if number == 1 else {}
-            costs_of = {**record["costs"], "answer": costs[client.name], **first}
+            spent = StepRecord.from_json(record).costs
+            costs_of = {
+                **{what: asdict(cost) for what, cost in spent.items()},
+                "answer": costs[client.name],
+                **first,
+            }
             clients[client.name].append({**record, "costs": costs_of})
     rows, classes = len(session.splits.proxy), len(session.splits.label_names)
     sent = FLOAT * rows * classes * len(group.clients)
@@ -64,8 +70,9 @@ def _pretrain(session: Session, client: Client) -> Json:
             session.config.clients.training,
             evaluate=False,
         )
-        start = record["weights"]
-        cost += Cost(**record["costs"]["train"])
+        step = StepRecord.from_json(record)
+        start = step.weights
+        cost += step.training
     return asdict(cost)
 
 
@@ -122,12 +129,14 @@ def _digest(session: Session, client: Client, number: int, consensus: str) -> Js
     record = learner.step(
         layout.baseline("fedmd", number, "revisit", client.name),
         f"fedmd: round {number}: {client.name} revisits its own texts",
-        digested["weights"],
+        StepRecord.from_json(digested).weights,
         partial(examples_of, learner, client.private),
         later(training, settings.revisit_epochs, head),
     )
-    cost = Cost(**digested["costs"]["train"]) + Cost(**record["costs"]["train"])
-    return {**record, "costs": {**record["costs"], "train": asdict(cost)}}
+    revisited = StepRecord.from_json(record)
+    cost = StepRecord.from_json(digested).training + revisited.training
+    costs = {what: asdict(spent) for what, spent in {**revisited.costs, "train": cost}.items()}
+    return {**record, "costs": costs}
 
 
 def plan(session: Session, learners: list[Learner], student: Learner) -> Iterator[Job]:

@@ -16,6 +16,7 @@ from feddistill.config.training import PayloadConfig
 from feddistill.methods.job import Job, federation
 from feddistill.server import rounds
 from feddistill.store import layout
+from feddistill.store.records import RoundRecord
 from feddistill.store.run_directory import Json
 from feddistill.tasks.learner import Learner
 from feddistill.tasks.session import Session
@@ -29,8 +30,8 @@ def run(session: Session) -> Json:
     inner = replace(session, config=settings(session), run=session.run.within(layout.baseline("fedmkt")))
     for step in session.run.steps(layout.specialists(1)):  # the first round is the same: private texts alone
         inner.run.adopt(session.run, step)
-    found = rounds.run(inner)
-    return {"rounds": [_record(one) for one in found["rounds"]]}
+    found = rounds.run_all(inner)
+    return {"rounds": [_record(one) for one in found]}
 
 
 def plan(session: Session, learners: list[Learner], student: Learner) -> Iterator[Job]:
@@ -58,9 +59,13 @@ def settings(session: Session) -> Config:
 
 def _record(one: Json) -> Json:
     """A round's student, with what the clients' part and the teacher took."""
-    costs = [record["costs"]["train"] for record in one["specialists"].values()]
-    costs += [upload["cost"] for upload in one["uploads"].values()]
-    costs.append(one["teacher"]["cost"])
-    others = sum((Cost(**cost) for cost in costs), Cost())
-    sent = {way: sum(one["bytes"][way].values()) for way in ("uplink", "downlink")}
-    return {**one["student"], "costs": {**one["student"]["costs"], "others": asdict(others)}, "bytes": sent}
+    entry = RoundRecord.from_json(one)
+    spent = [step.training for step in entry.specialists.values()]
+    spent += [upload.cost for upload in entry.uploads.values()]
+    others = sum([*spent, entry.teacher.cost], Cost())
+    student, traffic = entry.trained_student, entry.traffic
+    return {
+        **student.as_json(),
+        "costs": {what: asdict(cost) for what, cost in {**student.costs, "others": others}.items()},
+        "bytes": {"uplink": sum(traffic.uplink.values()), "downlink": sum(traffic.downlink.values())},
+    }

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from feddistill.client.client import ClientGroup
 from feddistill.methods.job import Job, client_steps, client_texts, evaluation, rounds_asked
+from feddistill.store.records import StepRecord
 from feddistill.store.run_directory import Json
 from feddistill.tasks.learner import Learner
 from feddistill.tasks.session import Session
@@ -15,7 +16,7 @@ def run(session: Session) -> Json:
     for client in ClientGroup(session).clients:
         records: list[Json] = []
         for number in range(1, session.config.rounds + 1):
-            start = records[-1]["weights"] if records else None
+            start = StepRecord.from_json(records[-1]).weights if records else None
             records.append(client.train_alone(number, start))
         found[client.name] = records
     return {"clients": found}

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from feddistill import training
 from feddistill.methods.job import Job, evaluation
 from feddistill.store import layout
+from feddistill.store.records import StepRecord
 from feddistill.store.run_directory import Json
 from feddistill.tasks.choose import learner_of
 from feddistill.tasks.learner import Learner, best_of, later
@@ -31,7 +32,7 @@ def student_rounds(session: Session, name: str, texts: TextSet) -> list[Json]:
         record = learner.step(
             layout.baseline(name, number),
             f"{name}: segment {number} of {config.rounds}",
-            start["weights"] if start else None,
+            StepRecord.from_json(start).file if start else None,
             lambda: learner.lessons(texts),
             settings,
             steps=steps,

@@ -39,7 +39,7 @@ LORA_RANK = 8
 def run(session: Session) -> Json:
     """All rounds; the student that is best on validation is the result."""
     rounds = _Rounds(session)
-    records = [rounds.run(number) for number in range(1, session.config.rounds + 1)]
+    records = rounds.run_all()
     return {
         "rounds": records,
         "ledger": rounds.head,
@@ -48,6 +48,11 @@ def run(session: Session) -> Json:
         "student_bytes": 4 * models.trained_count(rounds.student.model),
         "lora_bytes": 4 * models.lora_count(rounds.student.model, LORA_RANK),
     }
+
+
+def run_all(session: Session) -> list[Json]:
+    """The records of all rounds."""
+    return _Rounds(session).run_all()
 
 
 def decide(session: Session) -> list[Json]:
@@ -86,6 +91,10 @@ class _Rounds:
     def head(self) -> str:
         """Of the ledger so far."""
         return self.ledger[-1].head() if self.ledger else ""
+
+    def run_all(self) -> list[Json]:
+        """The records of all rounds."""
+        return [self.run(number) for number in range(1, self.session.config.rounds + 1)]
 
     def run(self, number: int) -> Json:
         """Round ``number``, or what is still to do of it."""
