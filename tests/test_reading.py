@@ -406,13 +406,13 @@ def test_questions_without_answers_need_a_setting(tmp_path):
 def test_texts_that_are_no_questions_are_refused(file, tmp_path):
     raw = made.settings(file)
     plain = {**raw["data"]["source"], "question_column": None}
-    with pytest.raises(DataError, match=r"data\.source: task = question_answering asks of passages"):
+    with pytest.raises(DataError, match=r"data\.source: task = question_answering needs questions"):
         experiment.run(parse({**raw, "data": {**raw["data"], "source": plain}}), tmp_path / "run")
     other = {**raw["data"]["source"], "answers_column": "golds"}
     with pytest.raises(DataError, match=r"data\.source: has no column of answers; answers_column names it"):
         experiment.run(parse({**raw, "data": {**raw["data"], "source": other}}), tmp_path / "run")
     both = {**plain, "prompt_column": "a", "question_column": "b"}
-    with pytest.raises(ConfigError, match="prompt_column and question_column stand both before a text"):
+    with pytest.raises(ConfigError, match="set prompt_column or question_column, not both"):
         parse({**raw, "data": {**raw["data"], "source": both}})
 
 
@@ -423,18 +423,18 @@ def test_a_question_that_is_too_long_is_named(file, tmp_path):
         experiment.run(config, tmp_path / "run")
 
 
-def test_the_figures_are_those_of_the_spans(file, tmp_path):
+def test_the_metrics_are_those_of_the_spans(file, tmp_path):
     session = session_of(parse(made.settings(file)), tmp_path / "r")
     learner = ClientGroup(session).learner(0)
     test = session.splits.test
-    found = learner.figures(test)
+    found = learner.metrics(test)
     given, golds = [], []
-    for row, (page, logits) in enumerate(
-        zip(learner.pages(test), learner._logits(learner.pages(test), None), strict=True)
+    for row, (window, logits) in enumerate(
+        zip(learner.windows(test), learner._logits(learner.windows(test), None), strict=True)
     ):
-        _, first, last = likeliest(*logits, page, 30)
+        _, first, last = likeliest(*logits, window, 30)
         passage = test.question(row)[1]
-        given.append(passage[page.starts[first] : page.ends[last]])
+        given.append(passage[window.starts[first] : window.ends[last]])
         golds.append([passage[a:b] for a, b in test.answers[row]])
     assert found["f1"] == pytest.approx(metrics.squad(given, golds)["f1"] / 100, abs=1e-6)
     session.run.close()

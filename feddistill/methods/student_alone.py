@@ -32,7 +32,7 @@ def student_rounds(session: Session, name: str, texts: TextSet) -> list[Json]:
             layout.baseline(name, number),
             f"{name}: segment {number} of {config.rounds}",
             start["weights"] if start else None,
-            lambda: learner.lessons(texts),
+            lambda: learner.examples(texts),
             settings,
             steps=steps,
         )

@@ -66,9 +66,14 @@ class Causal:
     max_tokens: int
 
     @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The reader's tokenizer."""
+        return self.reader.tokenizer
+
+    @property
     def pad_id(self) -> int:
-        """What stands behind a block that is shorter than others; no token of it sees that."""
-        return int(self.reader.tokenizer.pad_token_id)
+        """Fills blocks that are shorter than others in a batch; no token of the block attends to it."""
+        return int(self.tokenizer.pad_token_id)
 
 
 def build(

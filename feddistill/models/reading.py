@@ -1,5 +1,6 @@
 """Models that point at the answer to a question in a passage."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,7 @@ from transformers import AutoModelForQuestionAnswering, PreTrainedTokenizerBase
 from feddistill.config.models import ModelConfig
 from feddistill.config.training import QuestionAnsweringConfig
 from feddistill.modelio.outputs import takes_types
-from feddistill.modelio.passages import QAWindow, pages
+from feddistill.modelio.passages import QAWindow, windows
 from feddistill.models import cut, loaded, reads
 from feddistill.models.tokenizers import tokenizer_of
 from feddistill.types import TextSet
@@ -36,10 +37,10 @@ class PassageReader:
         """Whether the model reads types of tokens."""
         return takes_types(self.model)
 
-    def pages(self, texts: TextSet) -> list[QAWindow]:
+    def windows(self, texts: TextSet) -> list[QAWindow]:
         """A page of each text; what of a passage is behind ``max_tokens`` is not read."""
         return [
-            pages(
+            windows(
                 self.tokenizer,
                 *texts.question(row),
                 self.max_tokens,
@@ -51,7 +52,7 @@ class PassageReader:
 
 
 def build(
-    config: ModelConfig, reading: QuestionAnsweringConfig, seed: int, name: str, public: tuple[str, ...] = ()
+    config: ModelConfig, reading: QuestionAnsweringConfig, seed: int, name: str, public: Sequence[str] = ()
 ) -> PassageReader:
     """The model as it is before any training; what is random in it is drawn from ``seed``.
 

@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from feddistill.config.models import BlackBoxModel, ModelConfig, ScratchModel
+from feddistill.config.models import ModelConfig, QueryOnlyModel, ScratchModel
 from feddistill.errors import ModelError
 from feddistill.modelio.padding import PAD_TO, padded
 from feddistill.models import frozen
@@ -183,7 +183,7 @@ def loaded(
         except (ValueError, RuntimeError, TypeError) as error:
             raise ModelError(f"{name}.source.settings: {first_line(error)}") from None
     else:
-        assert not isinstance(config.source, BlackBoxModel), "there is nothing to load"
+        assert not isinstance(config.source, QueryOnlyModel), "there is nothing to load"
         where = location(config.source, name)
         more = {"revision": getattr(config.source, "revision", None) or "main", **gguf_of(config.source)}
         try:

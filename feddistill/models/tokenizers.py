@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from feddistill.config.models import BlackBoxModel, ModelSource, ScratchModel, TrainedTokenizer
+from feddistill.config.models import ModelSource, QueryOnlyModel, ScratchModel, TrainedTokenizer
 from feddistill.errors import ModelError
 from feddistill.models.sources import first_line, gguf_of, location
 
@@ -28,7 +28,7 @@ def tokenizer_of(
     Raises:
         ModelError: It cannot be had.
     """
-    while isinstance(source, ScratchModel | BlackBoxModel):
+    while isinstance(source, ScratchModel | QueryOnlyModel):
         assert source.tokenizer is not None, "the configuration has one where it is asked for"
         source = source.tokenizer
     if isinstance(source, TrainedTokenizer):
@@ -55,6 +55,12 @@ def end_id(tokenizer: PreTrainedTokenizerBase) -> int:
         if token is not None:
             return int(token)
     raise ModelError("the tokenizer has no token that could end a text")
+
+
+def without_token_types(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make a tokenizer return no token types, which GPT-2 would add to its input and Llama refuse."""
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names
 
 
 def mask_id(tokenizer: PreTrainedTokenizerBase, name: str) -> int:

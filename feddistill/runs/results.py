@@ -174,8 +174,8 @@ def proxy_bytes(splits: Splits) -> int:
 
 def _spread(figures: list[Json], task: Task) -> Json:
     return {
-        "mean": {name: round(fmean(f[name] for f in figures), 6) for name in task.figures},
-        "std": {name: round(pstdev([f[name] for f in figures]), 6) for name in task.figures},
+        "mean": {name: round(fmean(f[name] for f in figures), 6) for name in task.metrics},
+        "std": {name: round(pstdev([f[name] for f in figures]), 6) for name in task.metrics},
     }
 
 
