@@ -42,7 +42,7 @@ class Speaker:
         self.asked = []
         self.strength = None
 
-    def say(self, ids, top):
+    def predict(self, ids, top):
         """Of each token of ``ids``: what should come next."""
         if self.strength is not None and len(self.asked) >= self.strength:
             raise ConnectionError("tired")
@@ -52,7 +52,7 @@ class Speaker:
         return found.indices, found.values
 
     def __call__(self, blocks):
-        said = (self.log(block, TOP) for block in blocks)
+        said = (self.predict(block, TOP) for block in blocks)
         return [(ids[:-1], log_probs[:-1]) for ids, log_probs in said]
 
 
@@ -100,7 +100,7 @@ class Server:
         return {"choices": choices[::-1]}  # servers need not keep the order
 
     def rows(self, prompt, top, echo):
-        ids, log_probs = self.speaker.log(prompt, top)
+        ids, log_probs = self.speaker.predict(prompt, top)
         rows = [
             {self.name(i): v for i, v in zip(row.tolist(), values.tolist(), strict=True)}
             for row, values in zip(ids, log_probs, strict=True)

@@ -128,10 +128,12 @@ def test_a_training_can_end_with_the_average_of_its_weights(tiny_model):
         specialist.model.eval()  # no dropout: steps do not depend on how many come after
         constant = {"schedule": "constant_with_warmup", "warmup_ratio": 0.0}
         settings = TrainingConfig(batch_size=4, learning_rate=1e-3, ema=ema, **constant)
+        examples = TrainingExamples(specialist.encode(TEXTS), LABELS)
         fit(
             specialist.model,
-            TrainingExamples(specialist.encode(TEXTS), LABELS),
+            examples,
             settings,
+            loss=TextLoss(examples, None),
             seed=0,
             bf16=False,
             pad_id=specialist.pad_id,

@@ -39,7 +39,7 @@ class Said(NoProgress):
     def __init__(self):
         self.lines = []
 
-    def say(self, line):
+    def log(self, line):
         self.lines.append(line)
 
 
@@ -209,7 +209,7 @@ def test_what_is_projected_is_a_distribution(step, alignment, tmp_path):
 
 
 def test_who_cannot_be_projected_is_refused():
-    with pytest.raises(ConfigError, match=r"'sampled' cannot say .* tokenizer of clients\.models\.1 is not"):
+    with pytest.raises(ConfigError, match=r"'sampled' cannot mark .* tokenizer of clients\.models\.1 is not"):
         experiment.check(of_two_tokenizers(payload={"codec": "sampled"}))
     small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 16}
     source = {"kind": "scratch", "architecture": "bert", "tokenizer": TOKENIZER, "settings": small}
