@@ -39,6 +39,8 @@ class Task:
     """What one row of a prediction is about."""
     choices: str
     """What a row is a distribution over, in the plural."""
+    pipeline: str
+    """``pipeline_tag`` of the model card."""
     labels: Labels = "class"
     """``class``: texts have class labels. ``answer``: texts are questions on passages, with answers.
     ``tokens``: the labels are the texts' own tokens; proxy texts have labels without ``labelled``."""
@@ -63,8 +65,6 @@ class Task:
     """Settings, by dotted name, that must keep their defaults, and the rest of the error message."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Defaults of settings that differ from those of the fields."""
-    pipeline: str | None = None
-    """``pipeline_tag`` of the model card; ``None`` if the hub has none for it."""
     heads: Mapping[str, str] = field(default_factory=dict)
     """Ends of transformers' architecture names, with the ``Auto`` class that loads them."""
 
