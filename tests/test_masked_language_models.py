@@ -84,7 +84,7 @@ def test_a_model_that_does_not_look_ahead_is_refused():
 
 def test_a_tokenizer_without_a_mask_is_refused():
     plain = scratch("bert", {"kind": "trained", "vocab_size": 300}, **SMALL)
-    with pytest.raises(ModelError, match=r"student\.model: its tokenizer has no token that hides others"):
+    with pytest.raises(ModelError, match=r"student\.model: its tokenizer has no mask token"):
         causal.build(ModelConfig.model_validate(plain), 0, "student.model", ["some text"] * 3, masked=True)
 
 

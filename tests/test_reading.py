@@ -339,12 +339,12 @@ def test_answers_are_read_from_every_kind_of_file(tmp_path, ending):
 @pytest.mark.parametrize(
     ("answers", "words"),
     [
-        ({"text": ["hat"], "answer_start": [1]}, "row 0: its answer 'hat' does not stand at character 1"),
+        ({"text": ["hat"], "answer_start": [1]}, "row 0: its answer 'hat' is not at character 1"),
         ({"text": ["hat"], "answer_start": []}, "row 0 has 1 answers, and not as many answer_start"),
         ({"text": "hat", "answer_start": [7]}, "row 0: its answer 'h'|row 0 has"),
         ("hat", "row 0 has no 'answers' in SQuAD's form"),
         ({"text": [" "], "answer_start": [1]}, "does not stand"),
-        ({"text": ["hat"], "answer_start": ["7"]}, "does not stand at character 7"),
+        ({"text": ["hat"], "answer_start": ["7"]}, "is not at character 7"),
     ],
 )
 def test_answers_that_are_not_there_are_refused(answers, words):

@@ -1,4 +1,4 @@
-"""Benchmarks as they are read: columns checked, templates filled, WikiText's lines made pages."""
+"""Read benchmarks: check columns, fill templates, join WikiText's lines, parse SQuAD's answers."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -13,21 +13,21 @@ from feddistill.types import Span
 Columns = dict[str, list[Any]]
 
 PAGE = re.compile(r"\s*= [^=](.*[^=])? =\s*")
-"""A heading of the first order, as it stands in a line of its own."""
+"""A line with a heading of the first order."""
 
 
 def read(preset: Preset, split: str, path: Path | None, revision: str | None, name: str) -> Columns:
-    """The columns of a split that a benchmark is made of.
+    """Load the columns of a benchmark's split.
 
     Args:
         preset: The benchmark.
         split: One of its splits.
         path: A local folder in the hub's layout; ``None`` for the hub.
         revision: A commit of the hub's data set.
-        name: What errors call it.
+        name: Its name in errors.
 
     Raises:
-        DataError: It cannot be loaded (the message says how to name a local copy), or is something else.
+        DataError: It cannot be loaded (the message names the option for a local copy), or has other columns.
     """
     if path is not None and not path.is_dir():
         raise DataError(f"{name}: no such folder: {path}")
@@ -52,21 +52,21 @@ def read(preset: Preset, split: str, path: Path | None, revision: str | None, na
 
 
 def texts(preset: Preset, columns: Columns) -> tuple[str, ...]:
-    """What a classifier reads, row by row."""
+    """A classifier's inputs, one per row."""
     return tuple(preset.text.format(**row) for row in rows(preset, columns))
 
 
 def rows(preset: Preset, columns: Columns) -> list[dict[str, str]]:
-    """The columns that the benchmark's templates name, row by row."""
+    """The values of the benchmark's templates, one mapping per row."""
     parts = [[value.strip() for value in columns[name]] for name in preset.columns]
     return [dict(zip(preset.columns, row, strict=True)) for row in zip(*parts, strict=True)]
 
 
 def labels(preset: Preset, columns: Columns, name: str) -> tuple[str, ...]:
-    """The labels by name; files hold numbers, or names.
+    """The names of the labels; files contain numbers or names.
 
     Raises:
-        DataError: A row has no label, or one that the benchmark does not know.
+        DataError: A row has no label, or one that the benchmark does not have.
     """
     found = []
     for row, value in enumerate(columns[preset.label_column]):
@@ -83,7 +83,7 @@ def labels(preset: Preset, columns: Columns, name: str) -> tuple[str, ...]:
 
 
 def golds(columns: Columns, name: str) -> tuple[tuple[str, ...], ...]:
-    """SQuAD's answers to each question; none where it has no answer."""
+    """SQuAD's answers to each question; empty if it has no answer."""
     found = []
     for row, value in enumerate(columns["answers"]):
         given = value.get("text") if isinstance(value, Mapping) else None
@@ -99,7 +99,7 @@ def answers(values: Sequence[Any], passages: Sequence[str], name: str) -> tuple[
     """SQuAD's answers as spans of their passages.
 
     Raises:
-        DataError: A row is not in SQuAD's form, or an answer does not stand where it says.
+        DataError: A row is not in SQuAD's form, or an answer is not at its ``answer_start``.
 
     >>> answers([{"text": ["cat"], "answer_start": [4]}], ["The cat sat."], "data.source")
     (((4, 7),),)
@@ -113,20 +113,20 @@ def answers(values: Sequence[Any], passages: Sequence[str], name: str) -> tuple[
         for text, start in zip(right, starts, strict=True):
             stands = isinstance(start, int) and start >= 0 and passage[start : start + len(text)] == text
             if not stands or not text.strip():
-                raise DataError(f"{name}: row {row}: its answer {text!r} does not stand at character {start}")
+                raise DataError(f"{name}: row {row}: its answer {text!r} is not at character {start}")
         found.append(tuple((start, start + len(text)) for text, start in zip(right, starts, strict=True)))
     return tuple(found)
 
 
 def _listed(value: Any) -> Any:
-    """With lists in the place of arrays, which parquet files give."""
+    """The mapping with lists instead of the arrays of parquet files."""
     if not isinstance(value, Mapping):
         return {}
     return {key: part.tolist() if hasattr(part, "tolist") else part for key, part in value.items()}
 
 
 def pages(lines: Sequence[str]) -> list[str]:
-    """Lines of WikiText, put together to the articles that they are.
+    """Join WikiText's lines to articles.
 
     An article begins with a heading of the first order between empty lines.
 
@@ -143,7 +143,7 @@ def pages(lines: Sequence[str]) -> list[str]:
 
 
 def detokenise(page: str) -> str:
-    """WikiText's tokens put back to text, as is usual: Megatron-LM's ``wikitext_detokenizer``.
+    """Convert WikiText's tokens back to text, as Megatron-LM's ``wikitext_detokenizer`` does.
 
     >>> detokenise(' = Title = \\n In 1 @,@ 024 cases ( or so ) , it \\'s " well @-@ known " . \\n')
     ' = Title =\\nIn 1,024 cases (or so), it\\'s "well-known".\\n'

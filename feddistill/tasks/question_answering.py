@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
 from feddistill import metrics, payload
-from feddistill.alignment.rows import Said, collect
+from feddistill.alignment.rows import ProjectedMass, collect
 from feddistill.config import Config
 from feddistill.config.models import ModelConfig
 from feddistill.config.training import DistillConfig
@@ -211,11 +211,11 @@ def of_characters(windows: list[QAWindow], all_logits: list[torch.Tensor], k: in
         vocab_size: Characters of the longest passage, plus one for "no answer".
     """
     count = 2 * len(windows)
-    said = Said(np.arange(count), np.ones(count), np.zeros(count))
+    projected = ProjectedMass(np.arange(count), np.ones(count), np.zeros(count))
     for number, (window, logits) in enumerate(zip(windows, all_logits, strict=True)):
         mass = logits.double().softmax(-1).numpy()
         tokens = np.flatnonzero(window.choices)
         for side, edge in enumerate((window.starts + 1, window.ends)):
             ids = np.where(tokens == window.no_answer, NO_ANSWER, edge[tokens])
-            said.parts.append((np.full(len(tokens), 2 * number + side), ids, mass[side, tokens]))
-    return collect(said, count, k, vocab_size, 0.0).rows
+            projected.parts.append((np.full(len(tokens), 2 * number + side), ids, mass[side, tokens]))
+    return collect(projected, count, k, vocab_size, 0.0).rows
