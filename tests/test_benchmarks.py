@@ -349,7 +349,7 @@ def test_hidden_labels_can_be_public_texts_and_nothing_more(glue):
     [
         ("glue/sst3", "did you mean 'glue/sst2'?"),
         ("glue/stsb", "glue/stsb is a regression"),
-        ("superglue/record", "not built"),
+        ("superglue/record", "not supported"),
         ("zzz", "there are glue/sst2,"),
     ],
 )

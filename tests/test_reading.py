@@ -343,7 +343,7 @@ def test_answers_are_read_from_every_kind_of_file(tmp_path, ending):
         ({"text": ["hat"], "answer_start": []}, "row 0 has 1 answers, and not as many answer_start"),
         ({"text": "hat", "answer_start": [7]}, "row 0: its answer 'h'|row 0 has"),
         ("hat", "row 0 has no 'answers' in SQuAD's form"),
-        ({"text": [" "], "answer_start": [1]}, "does not stand"),
+        ({"text": [" "], "answer_start": [1]}, "is not at character"),
         ({"text": ["hat"], "answer_start": ["7"]}, "is not at character 7"),
     ],
 )

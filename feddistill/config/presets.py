@@ -309,18 +309,18 @@ PRESETS: dict[str, Preset] = {preset.name: preset for preset in _ALL}
 REFUSED = {
     "glue/stsb": "is a regression (similarity from 0 to 5), and students classify",
     "glue/ax": "has no labels outside its server",
-    "superglue/multirc": "ranks sets of answers to a question, which is not built",
-    "superglue/record": "asks for entities of a passage, which is not built",
-    "superglue/wsc": "asks for words in a sentence by their places, which is not built",
+    "superglue/multirc": "ranks sets of answers to a question, which is not supported",
+    "superglue/record": "asks for entities of a passage, which is not supported",
+    "superglue/wsc": "asks for words in a sentence by their positions, which is not supported",
 }
-"""What people will look for, and why it is not there."""
+"""Benchmarks that are not supported, with the reason."""
 
 
 def find(name: str) -> Preset:
-    """The benchmark of that name.
+    """The benchmark ``name``.
 
     Raises:
-        ConfigError: There is none; the message names the nearest, or why there is none.
+        ConfigError: It does not exist or is not supported; the message says why, or names the nearest.
 
     >>> find("glue/sst3")
     Traceback (most recent call last):

@@ -37,18 +37,18 @@ def read(preset: Preset, split: str, path: Path | None, revision: str | None, na
     except DataError as error:
         hint = "" if path else "; a local copy in the hub's layout is named by --path (in data.source: path)"
         raise DataError(f"{error}{hint}") from None
-    found = hub.columns(loaded)
-    wanted = (*preset.columns, *(() if preset.kind == "language" else (preset.label_column,)))
-    for column in wanted:
-        if column not in found:
+    columns = hub.columns(loaded)
+    names = (*preset.columns, *(() if preset.kind == "language" else (preset.label_column,)))
+    for column in names:
+        if column not in columns:
             raise DataError(f"{name}: {place} has no column {column!r}, which {preset.name} has")
-    if not found[wanted[0]]:
+    if not columns[names[0]]:
         raise DataError(f"{name}: {place} has no examples in {split}")
     for column in preset.columns:
-        for row, value in enumerate(found[column]):
+        for row, value in enumerate(columns[column]):
             if not isinstance(value, str):
                 raise DataError(f"{name}: row {row} of {place} has no text in {column!r}")
-    return found
+    return columns
 
 
 def texts(preset: Preset, columns: Columns) -> tuple[str, ...]:
@@ -68,31 +68,31 @@ def labels(preset: Preset, columns: Columns, name: str) -> tuple[str, ...]:
     Raises:
         DataError: A row has no label, or one that the benchmark does not have.
     """
-    found = []
+    named = []
     for row, value in enumerate(columns[preset.label_column]):
         if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(preset.labels):
-            found.append(preset.labels[value])
+            named.append(preset.labels[value])
         elif value in preset.labels:
-            found.append(value)
+            named.append(value)
         elif value is None or value == -1:
             raise DataError(f"{name}: row {row} has no label")
         else:
             known = ", ".join(preset.labels)
             raise DataError(f"{name}: row {row} has label {value!r}, which is not one of {known}")
-    return tuple(found)
+    return tuple(named)
 
 
 def golds(columns: Columns, name: str) -> tuple[tuple[str, ...], ...]:
     """SQuAD's answers to each question; empty if it has no answer."""
-    found = []
+    answers = []
     for row, value in enumerate(columns["answers"]):
         given = value.get("text") if isinstance(value, Mapping) else None
         if not isinstance(given, Sequence) or not all(isinstance(text, str) for text in given):
             raise DataError(
                 f"{name}: row {row} has no 'answers' in SQuAD's form, lists of text and answer_start"
             )
-        found.append(tuple(given))
-    return tuple(found)
+        answers.append(tuple(given))
+    return tuple(answers)
 
 
 def answers(values: Sequence[Any], passages: Sequence[str], name: str) -> tuple[tuple[Span, ...], ...]:
@@ -104,18 +104,18 @@ def answers(values: Sequence[Any], passages: Sequence[str], name: str) -> tuple[
     >>> answers([{"text": ["cat"], "answer_start": [4]}], ["The cat sat."], "data.source")
     (((4, 7),),)
     """
-    found = []
+    spans = []
     texts = golds({"answers": [_listed(value) for value in values]}, name)
     for row, (right, passage) in enumerate(zip(texts, passages, strict=True)):
         starts = _listed(values[row]).get("answer_start")
         if not isinstance(starts, list) or len(starts) != len(right):
             raise DataError(f"{name}: row {row} has {len(right)} answers, and not as many answer_start")
         for text, start in zip(right, starts, strict=True):
-            stands = isinstance(start, int) and start >= 0 and passage[start : start + len(text)] == text
-            if not stands or not text.strip():
+            present = isinstance(start, int) and start >= 0 and passage[start : start + len(text)] == text
+            if not present or not text.strip():
                 raise DataError(f"{name}: row {row}: its answer {text!r} is not at character {start}")
-        found.append(tuple((start, start + len(text)) for text, start in zip(right, starts, strict=True)))
-    return tuple(found)
+        spans.append(tuple((start, start + len(text)) for text, start in zip(right, starts, strict=True)))
+    return tuple(spans)
 
 
 def _listed(value: Any) -> Any:
@@ -133,13 +133,13 @@ def pages(lines: Sequence[str]) -> list[str]:
     >>> pages(["", " = One = \\n", "", " Text . \\n", " = = Part = = \\n", "", " = Two = \\n", ""])
     [' = One = \\n Text . \\n = = Part = = \\n', ' = Two = \\n']
     """
-    found: list[list[str]] = []
-    for place, line in enumerate(lines):
-        alone = all(not lines[at].strip() for at in (place - 1, place + 1) if 0 <= at < len(lines))
-        if not found or (alone and PAGE.fullmatch(line)):
-            found.append([])
-        found[-1].append(line if line.endswith("\n") or not line else line + "\n")
-    return [page for parts in found if (page := "".join(parts)).strip()]
+    articles: list[list[str]] = []
+    for index, line in enumerate(lines):
+        alone = all(not lines[near].strip() for near in (index - 1, index + 1) if 0 <= near < len(lines))
+        if not articles or (alone and PAGE.fullmatch(line)):
+            articles.append([])
+        articles[-1].append(line if line.endswith("\n") or not line else line + "\n")
+    return [page for parts in articles if (page := "".join(parts)).strip()]
 
 
 def detokenise(page: str) -> str:

@@ -45,8 +45,8 @@ def columns(loaded: Any) -> dict[str, list[Any]]:
     """The columns as lists; class labels as names, ``None`` for unknown ones."""
     import datasets
 
-    found = {key: list(loaded[key]) for key in loaded.column_names}
+    values = {key: list(loaded[key]) for key in loaded.column_names}
     for key, feature in loaded.features.items():
         if isinstance(feature, datasets.ClassLabel):
-            found[key] = [None if v is None or v < 0 else feature.int2str(v) for v in found[key]]
-    return found
+            values[key] = [None if v is None or v < 0 else feature.int2str(v) for v in values[key]]
+    return values

@@ -71,26 +71,28 @@ def _files(source: FileSource, name: str) -> Table:
     except OSError as error:
         raise DataError(f"{name}: cannot read {path}: {error.strerror}") from None
     if inside is not None:
-        found = [p for p in inside if p.suffix.lower() in READABLE]
-        if len({p.suffix.lower() for p in found}) > 1:
-            raise DataError(f"{name}: {path} mixes formats ({', '.join(p.name for p in found[:5])})")
-        if not found:
+        paths = [p for p in inside if p.suffix.lower() in READABLE]
+        if len({p.suffix.lower() for p in paths}) > 1:
+            raise DataError(f"{name}: {path} mixes formats ({', '.join(p.name for p in paths[:5])})")
+        if not paths:
             raise DataError(f"{name}: {path} holds no file that ends in {', '.join(READABLE)}")
     elif exists:
-        found = [path]
+        paths = [path]
     else:
         raise DataError(f"{name}: no such file or folder: {path}")
     columns: dict[str, list[Any]] = {}
-    for index, file in enumerate(found):
+    for index, file in enumerate(paths):
         part = _one_file(file, source, name)
         if index and set(part) != set(columns):
             raise DataError(
-                f"{name}: {file} has columns {sorted(part)}, {found[0].name} has {sorted(columns)}"
+                f"{name}: {file} has columns {sorted(part)}, {paths[0].name} has {sorted(columns)}"
             )
         for key, values in part.items():
             columns.setdefault(key, []).extend(values)
-    wanted = source if found[0].suffix.lower() != ".txt" else source.model_copy(update={"label_column": None})
-    return _table(columns, wanted, name, path.stem)
+    settings = (
+        source if paths[0].suffix.lower() != ".txt" else source.model_copy(update={"label_column": None})
+    )
+    return _table(columns, settings, name, path.stem)
 
 
 def _one_file(file: Path, source: FileSource, name: str) -> dict[str, list[Any]]:
@@ -190,7 +192,7 @@ def _is_torn(text: str) -> bool:
     return False
 
 
-def _table(columns: Mapping[str, Sequence[Any]], wanted: Columns, name: str, stem: str) -> Table:
+def _table(columns: Mapping[str, Sequence[Any]], settings: Columns, name: str, stem: str) -> Table:
     """Select and check the columns; every example must be complete."""
 
     def column(setting: str, key: str | None) -> tuple[str, ...] | None:
@@ -210,24 +212,24 @@ def _table(columns: Mapping[str, Sequence[Any]], wanted: Columns, name: str, ste
                 raise DataError(f"{name}: row {row} has half a character (a lone surrogate) in {key!r}")
         return tuple(str(value) for value in columns[key])
 
-    texts = column("text_column", wanted.text_column)
+    texts = column("text_column", settings.text_column)
     assert texts is not None
     if not texts:
         raise DataError(f"{name}: no examples")
-    prompts = column("prompt_column", wanted.prompt_column)
-    questions = column("question_column", wanted.question_column)
+    prompts = column("prompt_column", settings.prompt_column)
+    questions = column("question_column", settings.question_column)
     answers = None
     if questions is not None:
         prompts = tuple(f"{question.strip()}\n" for question in questions)
-        if wanted.answers_column in columns:
-            answers = benchmark.answers(columns[wanted.answers_column], texts, name)
+        if settings.answers_column in columns:
+            answers = benchmark.answers(columns[settings.answers_column], texts, name)
     if prompts is not None:
         texts = tuple(prompt + text for prompt, text in zip(prompts, texts, strict=True))
     return Table(
         ids=tuple(f"{stem}/{row}" for row in range(len(texts))),
         texts=texts,
-        labels=column("label_column", wanted.label_column),
-        sources=column("source_column", wanted.source_column),
+        labels=column("label_column", settings.label_column),
+        sources=column("source_column", settings.source_column),
         starts=None if prompts is None else tuple(map(len, prompts)),
         questions=questions is not None,
         answers=answers,

@@ -116,7 +116,7 @@ def _round(
     taught: Callable[[TextSet], Examples],
 ) -> Json:
     run, step = session.run, layout.baseline(name, number)
-    asked = session.asked(number)
+    asked = session.round_clients(number)
     clients = [private for private in session.splits.private if private.name in asked]
     trained = [trained_by(session, learner, name, number, start, private, taught) for private in clients]
     files = [record["weights"] for record in trained]

@@ -35,7 +35,7 @@ def client_texts(session: Session, learners: list[Learner]) -> Iterator[tuple[Le
 
 def rounds_asked(session: Session) -> list[list[int]]:
     """Of each client, the rounds in which it is asked."""
-    asked = {n: session.asked(n) for n in range(1, session.config.rounds + 1)}
+    asked = {n: session.round_clients(n) for n in range(1, session.config.rounds + 1)}
     return [[n for n in asked if private.name in asked[n]] for private in session.splits.private]
 
 

@@ -99,7 +99,7 @@ class Session:
         """What is predicted of the proxy texts."""
         return query_of(self.config, self.splits)
 
-    def asked(self, number: int) -> tuple[str, ...]:
+    def round_clients(self, number: int) -> tuple[str, ...]:
         """The clients of a round, in their order."""
         names = tuple(private.name for private in self.splits.private)
         count = self.config.clients.per_round
