@@ -36,6 +36,7 @@ from feddistill.config import Config
 from feddistill.progress import NoProgress
 from feddistill.seeds import derive
 from feddistill.store.run_directory import RunDirectory
+from feddistill.tasks.choose import learner_of
 from feddistill.tasks.learner import Learner, examples_of, labels_of
 from feddistill.tasks.session import Session
 from feddistill.training import TrainingExamples
@@ -127,9 +128,9 @@ def world(seed: int, folder: Path, answers: Path | None) -> World:
         for client in ClientGroup(session).clients:
             learner = client.learner
             learner.reset()
-            lessons = examples_of(learner, client.private)
+            examples = examples_of(learner, client.private)
             name = f"alone/001/{client.name}"
-            learner.fit(lessons, config.clients.training, seed=derive(seed, name))
+            learner.fit(examples, config.clients.training, seed=derive(seed, name))
             said.append(learner.answer(splits.proxy))
         if stored is not None:
             stored.parent.mkdir(parents=True, exist_ok=True)
@@ -232,7 +233,7 @@ def measure(seeds: Sequence[int], answers: Path | None, students: bool) -> dict[
                 alone.setdefault(key, []).append(accuracy(found, made))
             click.echo(f"seed {seed}: teachers after {time.perf_counter() - start:.0f} s")
             if students:
-                learner = Learner(found.session, found.session.config.student.model, "student.model")
+                learner = learner_of(found.session, found.session.config.student.model, "student.model")
                 lies = attacked(found, MIXED, seed)
                 worlds = {
                     HONEST: (found.answers, everyone),

@@ -1,4 +1,4 @@
-"""How good answers are: accuracy, macro-F1, Matthews correlation, calibration; bits per byte; spans."""
+"""Evaluation metrics: classification, language modelling, SQuAD."""
 
 import math
 import re
@@ -13,78 +13,78 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, slots=True)
 class Classification:
-    """Figures on one labelled set."""
+    """Metrics of a classifier on a labelled set."""
 
     accuracy: float
     macro_f1: float
-    """Mean over the classes that the set has, each counting alike."""
+    """Unweighted mean of F1 over the classes in the set."""
     mcc: float
-    """Matthews correlation coefficient: 0 is chance, whatever the class sizes."""
+    """Matthews correlation coefficient: 0 is chance, for any class sizes."""
     ece: float
     """Expected calibration error over 15 bins of confidence (Guo et al., ICML 2017)."""
     cross_entropy: float
-    """Mean nats of the true label."""
+    """Mean over texts, in nats."""
 
     def as_dict(self) -> dict[str, float]:
-        """By name, rounded to six digits: what the records hold."""
+        """By name, rounded to six digits, as in the records."""
         return {name: round(value, 6) for name, value in asdict(self).items()}
 
 
 @dataclass(frozen=True, slots=True)
 class Language:
-    """Figures of a language model on one set of texts."""
+    """Metrics of a causal language model on a set of texts."""
 
     cross_entropy: float
-    """Mean nats of the true next token; tokens differ from tokenizer to tokenizer."""
+    """Mean over tokens, in nats; not comparable between tokenizers."""
     perplexity: float
     """``exp(cross_entropy)``."""
     bits_per_byte: float
-    """Bits of all tokens, those that end texts too, over the texts' bytes in UTF-8: comparable between
-    tokenizers that leave no character out."""
+    """Bits of all tokens, end tokens included, over the bytes of the texts in UTF-8; comparable between
+    tokenizers that drop no characters."""
 
     def as_dict(self) -> dict[str, float]:
-        """By name, rounded to six digits: what the records hold."""
+        """By name, rounded to six digits, as in the records."""
         return {name: round(value, 6) for name, value in asdict(self).items()}
 
 
 @dataclass(frozen=True, slots=True)
 class Masked:
-    """Figures of a masked language model on the hidden tokens of one set of texts."""
+    """Metrics of a masked language model on the masked tokens of a set of texts."""
 
     cross_entropy: float
-    """Mean nats of the hidden token."""
+    """Mean over masked tokens, in nats."""
     perplexity: float
     """``exp(cross_entropy)``."""
     accuracy: float
-    """Share of the hidden tokens that are the likeliest ones."""
+    """Share of masked tokens that are predicted as the likeliest."""
 
     def as_dict(self) -> dict[str, float]:
-        """By name, rounded to six digits: what the records hold."""
+        """By name, rounded to six digits, as in the records."""
         return {name: round(value, 6) for name, value in asdict(self).items()}
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """Figures of spans that answer questions, by SQuAD's rules."""
+    """SQuAD's metrics of predicted answers."""
 
     f1: float
-    """Mean over questions of the F1 of the words, with the right answer that is nearest."""
+    """Mean over questions of the word F1 with the best right answer."""
     exact_match: float
-    """Share of the answers that are, normalised, a right one."""
+    """Share of predictions that equal a right answer after normalisation."""
 
     def as_dict(self) -> dict[str, float]:
-        """By name, rounded to six digits: what the records hold."""
+        """By name, rounded to six digits, as in the records."""
         return {name: round(value, 6) for name, value in asdict(self).items()}
 
 
 def reading(given: Sequence[str], golds: Sequence[Sequence[str]], *, unanswerable: bool) -> Reading:
-    """Of answers ``given`` to questions whose right answers are ``golds``; see ``squad``."""
-    found = squad(given, golds, no_answer=unanswerable)
-    return Reading(found["f1"] / 100, found["exact_match"] / 100)
+    """Compare answers ``given`` with the right answers ``golds``; see ``squad``."""
+    exact_match, mean_f1 = _means(_squad_scores(given, golds, no_answer=unanswerable))
+    return Reading(mean_f1 / 100, exact_match / 100)
 
 
 def masked(nats: float, right: int, tokens: int) -> Masked:
-    """Of ``tokens`` that cost ``nats`` together, ``right`` of which are the likeliest.
+    """Metrics of ``tokens`` with a total of ``nats``, ``right`` of which are predicted as the likeliest.
 
     >>> masked(4 * math.log(2), 1, 4)
     Masked(cross_entropy=0.69..., perplexity=2.0, accuracy=0.25)
@@ -94,7 +94,7 @@ def masked(nats: float, right: int, tokens: int) -> Masked:
 
 
 def language(nats: float, tokens: int, size: int) -> Language:
-    """Of ``tokens`` that cost ``nats`` together, of texts of ``size`` bytes.
+    """Metrics of ``tokens`` with a total of ``nats``, in texts of ``size`` bytes.
 
     >>> language(8 * math.log(2), 4, 2)
     Language(cross_entropy=1.38..., perplexity=4.0, bits_per_byte=4.0)
@@ -104,7 +104,7 @@ def language(nats: float, tokens: int, size: int) -> Language:
 
 
 def classification(log_probs: NDArray[np.float32], labels: NDArray[np.int64]) -> Classification:
-    """Compare answers ``[N, V]`` (log-probabilities) with labels ``[N]``."""
+    """Compare predictions ``[N, V]`` (log-probabilities) with labels ``[N]``."""
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
     guess = log_probs.argmax(1)
@@ -138,12 +138,12 @@ def normalised(text: str) -> str:
 
 
 def exact(given: str, gold: str) -> float:
-    """1 where both are the same when normalised."""
+    """1 if both are equal after normalisation, else 0."""
     return float(normalised(given) == normalised(gold))
 
 
 def f1(given: str, gold: str, *, no_answer: bool = False) -> float:
-    """Harmonic mean of precision and recall over the words; with ``no_answer`` 1 where neither has any."""
+    """Harmonic mean of precision and recall over words; with ``no_answer``, 1 if both have no words."""
     words, right = normalised(given).split(), normalised(gold).split()
     if no_answer and not words and not right:
         return 1.0
@@ -160,24 +160,47 @@ def squad(
     """SQuAD's exact match and F1 in per cent over all questions, the best of each question's golds counting.
 
     Args:
-        given: An answer to each question; an empty one says that there is none.
+        given: A prediction for each question; empty for "no answer".
         golds: Each question's right answers. With ``no_answer`` (version 2.0) golds that are empty when
             normalised do not count, and a question without golds is right when it is left unanswered.
-        no_answer: Rules of version 2.0; figures of both kinds of questions are added.
+        no_answer: Rules of version 2.0; also returns the metrics of questions with and without an answer.
     """
-    found: dict[str, list[tuple[float, float]]] = {"": []}
+    scores = _squad_scores(given, golds, no_answer=no_answer)
+    groups = {"": scores}
+    for score in scores if no_answer else ():
+        groups.setdefault("has_answer_" if score.has_answer else "no_answer_", []).append(score)
+    return {
+        f"{prefix}{name}": value
+        for prefix, group in groups.items()
+        for name, value in zip(("exact_match", "f1"), _means(group), strict=True)
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class _Score:
+    exact_match: float
+    f1: float
+    has_answer: bool
+
+
+def _squad_scores(given: Sequence[str], golds: Sequence[Sequence[str]], *, no_answer: bool) -> list[_Score]:
+    scores = []
     for answer, right in zip(given, golds, strict=True):
         kept = [gold for gold in right if normalised(gold)] if no_answer else list(right)
-        of = kept or [""]
-        scores = (
-            max(exact(answer, gold) for gold in of),
-            max(f1(answer, gold, no_answer=no_answer) for gold in of),
+        references = kept or [""]
+        score = _Score(
+            max(exact(answer, gold) for gold in references),
+            max(f1(answer, gold, no_answer=no_answer) for gold in references),
+            bool(kept),
         )
-        found[""].append(scores)
-        if no_answer:
-            found.setdefault("has_answer_" if kept else "no_answer_", []).append(scores)
-    return {
-        f"{kind}{name}": round(100 * sum(score[at] for score in scores) / len(scores), 6)
-        for kind, scores in found.items()
-        for at, name in enumerate(("exact_match", "f1"))
-    }
+        scores.append(score)
+    return scores
+
+
+def _means(scores: Sequence[_Score]) -> tuple[float, float]:
+    """Mean exact match and F1, in per cent, rounded to six digits."""
+    exact_match, mean_f1 = (
+        round(100 * sum(values) / len(scores), 6)
+        for values in zip(*((score.exact_match, score.f1) for score in scores), strict=True)
+    )
+    return exact_match, mean_f1

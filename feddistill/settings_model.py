@@ -1,4 +1,4 @@
-"""What every part of the configuration has in common."""
+"""The base class of all groups of settings."""
 
 from difflib import get_close_matches
 from typing import Any
@@ -8,7 +8,7 @@ from pydantic_core import PydanticCustomError
 
 
 class Setting(BaseModel):
-    """A frozen group of settings. An unknown name is an error; a field's docstring is its help."""
+    """A frozen group of settings. Unknown names are errors; a field's docstring is its description."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -21,7 +21,7 @@ class Setting(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _known_names(cls, value: Any) -> Any:
-        """Name the nearest setting when one is misspelt; pydantic's own message knows only the wrong one."""
+        """Refuse unknown settings with the nearest known name, which pydantic's own error lacks."""
         if isinstance(value, dict):
             for key in value:
                 if key not in cls.model_fields:

@@ -28,7 +28,7 @@ def trained_once(config, splits, model, run):
     learner = learner_of(session, model, "clients.models.0")
     before = {name: p.detach().clone() for name, p in learner.model.named_parameters()}
     texts = splits.private[0]
-    learner.fit(learner.lessons(texts), config.clients.training, seed=0)
+    learner.fit(learner.examples(texts), config.clients.training, seed=0)
     after = {name: p.detach() for name, p in learner.model.named_parameters()}
     return before, after, {name for name, p in learner.model.named_parameters() if p.requires_grad}
 

@@ -34,14 +34,14 @@ from feddistill.report import studies
 from feddistill.runs import experiment, plan, study
 from feddistill.store.logit_files import TopKFile
 from feddistill.training.blocks import (
-    NOT_TAUGHT,
+    NO_TEACHER,
     block_loss,
+    concatenate,
     examples_of,
-    hardened,
     repeated,
     rows_of,
-    some,
-    together,
+    select,
+    with_hard_targets,
 )
 from feddistill.types import NO_LABEL, RoundSpec, TextSet
 from feddistill_kernels import TopK, topk_compress
@@ -70,12 +70,12 @@ def test_every_token_is_predicted_once_by_the_tokens_before_it():
     assert [blocks.texts[r + 1] for r in range(4)] == [0, 0, 0, 0]
 
 
-def test_tokens_of_a_prompt_are_not_wanted():
+def test_tokens_of_a_prompt_are_not_learned():
     source = parse(tiny()).student.model.source
     reader = causal.TextReader(tokenizer_of(source, "s", ["some words and other words"]), answers_only=True)
     texts = TextSet("t", ("0", "1"), ("Q: é? A: no", "ab"), np.zeros(2, np.int64), (), None, (5, 0))
     blocks = reader.blocks(texts, 8)
-    said = [blocks.targets[(blocks.texts[1:] == t) & blocks.wanted] for t in (0, 1)]
+    said = [blocks.targets[(blocks.texts[1:] == t) & blocks.loss_mask] for t in (0, 1)]
     assert [reader.tokenizer.decode(part, skip_special_tokens=True) for part in said] == [" A: no", "ab"]
     assert reader.bytes(texts) == len(" A: no") + 2
 
@@ -120,8 +120,8 @@ def test_the_loss_is_that_of_dense_autograd(tied, kind):
     for b in range(len(blocks)):
         ids[b, : len(blocks[b])] = torch.from_numpy(blocks[b])
     places, rows = rows_of(given, range(len(blocks)), 9)
-    answers = given.taught[rows]
-    taught = answers != NOT_TAUGHT
+    answers = given.teacher_rows[rows]
+    taught = answers != NO_TEACHER
     hidden = hidden_states(model, ids).flatten(0, 1)[places]
     ours = block_loss(
         hidden, *head_of(model), given.labels[rows], teacher[answers[taught]], taught, distill, 37
@@ -145,24 +145,24 @@ def test_the_loss_is_that_of_dense_autograd(tied, kind):
         torch.testing.assert_close(found[name], p.grad, rtol=1e-3, atol=1e-6)
 
 
-def test_lessons_are_cut_joined_and_hardened():
+def test_examples_are_cut_joined_and_given_hard_targets():
     blocks = pack([list(range(1, 12))], end=0, length=5)
     asked = torch.tensor([1, 5, 9])
     ids = torch.tensor([[30, 31], [32, 33], [0, 1]], dtype=torch.int32)
     log_probs = torch.tensor([[0.2, 0.7], [0.6, 0.3], [0.0, 0.0]]).log()
     teacher = TopK(ids, log_probs, torch.tensor([0.1, 0.1, 1.0]).log(), 40)
     given = examples_of(blocks, teacher, asked)
-    hard = hardened(given)
+    hard = with_hard_targets(given)
     assert hard.labels[1] == 31
     assert hard.labels[5] == 32
     assert hard.labels[9] == given.labels[9], "where the teacher has no opinion the label stays"
-    picked = some(given, [2, 0])
+    picked = select(given, [2, 0])
     assert picked.labels.tolist() == [*given.labels[8:].tolist(), *given.labels[:4].tolist()]
-    assert picked.taught.tolist()[1] == 2
+    assert picked.teacher_rows.tolist()[1] == 2
     own = examples_of(pack([[7, 8]], end=0, length=5))
-    both = together(own, picked)
+    both = concatenate(own, picked)
     assert both.labels.tolist() == [*own.labels.tolist(), *picked.labels.tolist()]
-    assert both.taught[: len(own.labels)].eq(NOT_TAUGHT).all()
+    assert both.teacher_rows[: len(own.labels)].eq(NO_TEACHER).all()
     assert NO_LABEL not in both.labels
 
 
@@ -172,10 +172,10 @@ def test_blocks_are_repeated_with_the_next_teacher():
     given = examples_of(blocks, topk_compress(torch.randn(6, 40), 2), asked)
     twice = repeated(given, 2, len(asked))
     assert len(twice.tokens) == 2 * len(blocks)
-    again = some(twice, range(len(blocks), 2 * len(blocks)))
+    again = select(twice, range(len(blocks), 2 * len(blocks)))
     assert torch.equal(again.labels, given.labels)
-    assert again.taught[asked].tolist() == [3, 4, 5]
-    assert (again.taught != NOT_TAUGHT).sum() == 3
+    assert again.teacher_rows[asked].tolist() == [3, 4, 5]
+    assert (again.teacher_rows != NO_TEACHER).sum() == 3
 
 
 def test_a_compressed_teacher_on_disk_is_read_back(tmp_path):

@@ -25,7 +25,7 @@ from feddistill.server.rounds import request
 from feddistill.store.run_directory import RunDirectory
 from feddistill.tasks.session import Session
 from feddistill.training.blocks import Masking, examples_of
-from feddistill.training.trainer import MaskedLoss
+from feddistill.training.losses import Batch, MaskedLoss
 from feddistill_kernels import topk_compress
 
 TOKENIZER = {"kind": "trained", "vocab_size": 300, "mask": True}
@@ -84,7 +84,7 @@ def test_a_model_that_does_not_look_ahead_is_refused():
 
 def test_a_tokenizer_without_a_mask_is_refused():
     plain = scratch("bert", {"kind": "trained", "vocab_size": 300}, **SMALL)
-    with pytest.raises(ModelError, match=r"student\.model: its tokenizer has no token that hides others"):
+    with pytest.raises(ModelError, match=r"student\.model: its tokenizer has no mask token"):
         causal.build(ModelConfig.model_validate(plain), 0, "student.model", ["some text"] * 3, masked=True)
 
 
@@ -100,7 +100,7 @@ def batch(blocks, which, length=16):
     for at, b in enumerate(which):
         ids[at, : len(blocks[b])] = torch.from_numpy(blocks[b])
         mask[at, : len(blocks[b])] = 1
-    return {"input_ids": ids, "attention_mask": mask.long(), "rows": torch.tensor(list(which))}
+    return Batch(ids, mask.long(), torch.tensor(list(which)))
 
 
 class Watching(torch.nn.Module):
@@ -142,11 +142,11 @@ def test_what_nobody_was_asked_is_learned_from_the_text(model, monkeypatch):
     monkeypatch.setattr(torch, "rand", lambda *size, generator: torch.zeros(*size))
     inputs = batch(blocks, range(len(blocks)))
     ours = MaskedLoss(examples_of(blocks), None, 37, False, Masking(1, 0.5), seed=0)(model, inputs)
-    shown = inputs["input_ids"].clone()
+    shown = inputs.input_ids.clone()
     at = [(r // 9, r % 9 + 1) for r in range(blocks.rows)]
     for b, place in at:
         shown[b, place] = 1
-    p = model(input_ids=shown, attention_mask=inputs["attention_mask"]).logits.log_softmax(-1)
+    p = model(input_ids=shown, attention_mask=inputs.attention_mask).logits.log_softmax(-1)
     dense = functional.nll_loss(
         torch.stack([p[b, place] for b, place in at]), torch.from_numpy(blocks.targets)
     )
@@ -167,11 +167,11 @@ def test_where_all_is_asked_the_loss_is_exactly_that_of_dense_autograd(model, mo
     ours.backward()
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    shown = inputs["input_ids"].clone()
+    shown = inputs.input_ids.clone()
     at = [(int(r) // 9, int(r) % 9 + 1) for r in asked]
     for b, place in at:
         shown[b, place] = 1
-    p = model(input_ids=shown, attention_mask=inputs["attention_mask"]).logits.log_softmax(-1)
+    p = model(input_ids=shown, attention_mask=inputs.attention_mask).logits.log_softmax(-1)
     p = torch.stack([p[b, place] for b, place in at])
     q = teacher.expand()
     ce = functional.nll_loss(p, torch.from_numpy(blocks.targets)[asked], reduction="none")
@@ -193,7 +193,7 @@ def test_tokens_are_hidden_as_they_should_be(model):
         which = list(range(first, min(first + 20, len(blocks) - 1)))
         inputs = batch(blocks, which)
         loss(watching, inputs)
-        shown, ids = watching.read.pop(), inputs["input_ids"]
+        shown, ids = watching.read.pop(), inputs.input_ids
         total += ids[:, 1:].numel()
         hidden += int((shown == 1).sum())
         other += int(((shown != ids) & (shown != 1)).sum())
@@ -239,7 +239,7 @@ def test_answers_are_about_hidden_tokens(finished, tmp_path):
     whole = learner.compressed(spec, 0, 0, spec.positions)
     middle = learner.compressed(spec, 0, 3, 9)
     assert np.array_equal(whole.ids[3:9], middle.ids)
-    share = spec.positions / int(question.blocks.wanted.sum())
+    share = spec.positions / int(question.blocks.loss_mask.sum())
     assert share == pytest.approx(0.15, abs=0.01)
     row = int(question.rows[0])
     block = row // (question.blocks.length - 1)

@@ -16,7 +16,8 @@ from feddistill.modelio import inference
 from feddistill.progress import NoProgress
 from feddistill.runs import experiment
 from feddistill.store.run_directory import RunDirectory
-from feddistill.tasks.learner import Learner, labels_of
+from feddistill.tasks.choose import learner_of
+from feddistill.tasks.learner import labels_of
 from feddistill.tasks.session import Session
 from feddistill.training import example_loss
 from feddistill.types import NO_LABEL
@@ -184,7 +185,7 @@ def test_fedfed_shares_the_tokens_that_matter(tiny_settings, tmp_path):
     config = settings(tiny_settings, fedfed={"share": 0.5, "noise": 0.0})
     splits = experiment.check(config)
     run = RunDirectory.create(tmp_path / "run", "")
-    learner = Learner(Session(config, splits, run, NoProgress()), config.student.model, "student.model")
+    learner = learner_of(Session(config, splits, run, NoProgress()), config.student.model, "student.model")
     private = splits.private[0]
     tokens = learner.tokens(private)
     scores = sensitivity(learner, tokens, labels_of(private))

@@ -233,7 +233,7 @@ def test_a_run_is_evaluated_on_questions_of_ones_own(run, tmp_path):
     assert (found["f1"], found["exact_match"]) == (own["f1"], own["exact_match"])
     done = feddistill("evaluate", run, "--texts", given, "--text-column", "said")
     assert done.exit_code == 2
-    assert "no question_column is named" in done.stderr
+    assert "question_column names their column" in done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -339,12 +339,12 @@ def test_answers_are_read_from_every_kind_of_file(tmp_path, ending):
 @pytest.mark.parametrize(
     ("answers", "words"),
     [
-        ({"text": ["hat"], "answer_start": [1]}, "row 0: its answer 'hat' does not stand at character 1"),
+        ({"text": ["hat"], "answer_start": [1]}, "row 0: its answer 'hat' is not at character 1"),
         ({"text": ["hat"], "answer_start": []}, "row 0 has 1 answers, and not as many answer_start"),
         ({"text": "hat", "answer_start": [7]}, "row 0: its answer 'h'|row 0 has"),
         ("hat", "row 0 has no 'answers' in SQuAD's form"),
-        ({"text": [" "], "answer_start": [1]}, "does not stand"),
-        ({"text": ["hat"], "answer_start": ["7"]}, "does not stand at character 7"),
+        ({"text": [" "], "answer_start": [1]}, "is not at character"),
+        ({"text": ["hat"], "answer_start": ["7"]}, "is not at character 7"),
     ],
 )
 def test_answers_that_are_not_there_are_refused(answers, words):
@@ -406,13 +406,13 @@ def test_questions_without_answers_need_a_setting(tmp_path):
 def test_texts_that_are_no_questions_are_refused(file, tmp_path):
     raw = made.settings(file)
     plain = {**raw["data"]["source"], "question_column": None}
-    with pytest.raises(DataError, match=r"data\.source: task = question_answering asks of passages"):
+    with pytest.raises(DataError, match=r"data\.source: task = question_answering needs questions"):
         experiment.run(parse({**raw, "data": {**raw["data"], "source": plain}}), tmp_path / "run")
     other = {**raw["data"]["source"], "answers_column": "golds"}
     with pytest.raises(DataError, match=r"data\.source: has no column of answers; answers_column names it"):
         experiment.run(parse({**raw, "data": {**raw["data"], "source": other}}), tmp_path / "run")
     both = {**plain, "prompt_column": "a", "question_column": "b"}
-    with pytest.raises(ConfigError, match="prompt_column and question_column stand both before a text"):
+    with pytest.raises(ConfigError, match="set prompt_column or question_column, not both"):
         parse({**raw, "data": {**raw["data"], "source": both}})
 
 
@@ -423,18 +423,18 @@ def test_a_question_that_is_too_long_is_named(file, tmp_path):
         experiment.run(config, tmp_path / "run")
 
 
-def test_the_figures_are_those_of_the_spans(file, tmp_path):
+def test_the_metrics_are_those_of_the_spans(file, tmp_path):
     session = session_of(parse(made.settings(file)), tmp_path / "r")
     learner = ClientGroup(session).learner(0)
     test = session.splits.test
-    found = learner.figures(test)
+    found = learner.metrics(test)
     given, golds = [], []
-    for row, (page, logits) in enumerate(
-        zip(learner.pages(test), learner._logits(learner.pages(test), None), strict=True)
+    for row, (window, logits) in enumerate(
+        zip(learner.windows(test), learner._logits(learner.windows(test), None), strict=True)
     ):
-        _, first, last = likeliest(*logits, page, 30)
+        _, first, last = likeliest(*logits, window, 30)
         passage = test.question(row)[1]
-        given.append(passage[page.starts[first] : page.ends[last]])
+        given.append(passage[window.starts[first] : window.ends[last]])
         golds.append([passage[a:b] for a, b in test.answers[row]])
     assert found["f1"] == pytest.approx(metrics.squad(given, golds)["f1"] / 100, abs=1e-6)
     session.run.close()

@@ -18,8 +18,8 @@ from feddistill.config.presets import PRESETS
 from feddistill.errors import ModelError, RunError
 from feddistill.metrics import classification
 from feddistill.models import causal
-from feddistill.store import layout
 from feddistill.runs import experiment, trained_models
+from feddistill.store import layout
 
 TEXTS = ["a warm film and a bright scene", "a dull story", "noisy " * 40]
 

@@ -1,4 +1,4 @@
-"""Training: the loss is the formula, a batch's rows stay with their lessons, a seed decides the outcome."""
+"""Training: the loss is the formula, a batch's rows stay with their examples, a seed decides the outcome."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from feddistill.config.models import HubModel, ModelConfig
 from feddistill.config.training import DistillConfig, TrainingConfig
 from feddistill.modelio.inference import answer
 from feddistill.modelio.padding import pad
-from feddistill.training import TrainingExamples, example_loss, fit, steps_of
+from feddistill.training import TextLoss, TrainingExamples, example_loss, fit, steps_of
 from feddistill.types import NO_LABEL
 
 ROWS, CLASSES = 6, 4
@@ -67,12 +67,13 @@ TEXTS = tuple(
 LABELS = torch.arange(len(TEXTS)) // 3
 
 
-def train(specialist, lessons, seed=0, ema=0.0, **more):
+def train(specialist, examples, seed=0, ema=0.0, distill=None, **more):
     config = TrainingConfig(epochs=1, batch_size=4, learning_rate=1e-3, head_learning_rate=1e-2, ema=ema)
     return fit(
         specialist.model,
-        lessons,
+        examples,
         config,
+        loss=TextLoss(examples, distill),
         seed=seed,
         bf16=False,
         pad_id=specialist.pad_id,
@@ -102,8 +103,8 @@ def test_a_model_learns_its_labels(specialist):
 def test_a_model_learns_its_teacher_and_each_text_its_own_row(specialist):
     nothing = torch.full((len(TEXTS),), NO_LABEL)
     teacher = (8.0 * functional.one_hot(LABELS, CLASSES)).log_softmax(-1)
-    lessons = TrainingExamples(specialist.encode(TEXTS), nothing, teacher)
-    train(specialist, lessons, steps=60, distill=DistillConfig(temperature=1.0))
+    examples = TrainingExamples(specialist.encode(TEXTS), nothing, teacher)
+    train(specialist, examples, steps=60, distill=DistillConfig(temperature=1.0))
     assert (answers(specialist).argmax(-1) == LABELS).float().mean() > 0.9
 
 
@@ -127,10 +128,12 @@ def test_a_training_can_end_with_the_average_of_its_weights(tiny_model):
         specialist.model.eval()  # no dropout: steps do not depend on how many come after
         constant = {"schedule": "constant_with_warmup", "warmup_ratio": 0.0}
         settings = TrainingConfig(batch_size=4, learning_rate=1e-3, ema=ema, **constant)
+        examples = TrainingExamples(specialist.encode(TEXTS), LABELS)
         fit(
             specialist.model,
-            TrainingExamples(specialist.encode(TEXTS), LABELS),
+            examples,
             settings,
+            loss=TextLoss(examples, None),
             seed=0,
             bf16=False,
             pad_id=specialist.pad_id,

@@ -22,8 +22,8 @@ from feddistill.progress import NoProgress
 from feddistill.runs import experiment
 from feddistill.store.run_directory import RunDirectory
 from feddistill.tasks.session import Session
-from feddistill.tasks.translation import Counts, Side, by_edit_distance, by_spans, needed, translate
-from feddistill.training.blocks import NOT_TAUGHT
+from feddistill.tasks.translation import Counts, Side, by_edit_distance, by_spans, overlapping, translate
+from feddistill.training.blocks import NO_TEACHER
 from feddistill.types import TextSet
 from feddistill_kernels import TopK, topk_compress
 
@@ -112,15 +112,15 @@ def test_who_speaks_in_other_tokens_learns_from_the_teacher(mixed):
         session = Session(config, experiment.check(config, build=False), directory, NoProgress())
         spec = payload.parse_spec(directory.read_bytes("rounds/001/spec.json"))
         client = next(c for c in ClientGroup(session).clients if c.name in mixed["result"]["projection"]["1"])
-        given, own = client._lessons(2, spec), client.learner.lessons(client.private)
+        given, own = client._lessons(2, spec), client.learner.examples(client.private)
     finally:
         directory.close()
-    rows = given.taught[len(own.labels) :]
+    rows = given.teacher_rows[len(own.labels) :]
     blocks = client.learner.blocks(session.splits.proxy)
-    assert given.taught[: len(own.labels)].eq(NOT_TAUGHT).all()
+    assert given.teacher_rows[: len(own.labels)].eq(NO_TEACHER).all()
     assert len(rows) == blocks.rows
     assert torch.equal(given.labels[len(own.labels) :], torch.from_numpy(blocks.targets))
-    taught = rows[rows != NOT_TAUGHT]
+    taught = rows[rows != NO_TEACHER]
     assert 0.5 < len(taught) / len(rows) <= 1
     assert given.teacher.vocab_size == 340
     assert answered(given.teacher).all()
@@ -167,7 +167,7 @@ def test_projected_answers_of_the_same_tokenizer_are_the_direct_ones(step, tmp_p
     mine, theirs = (side_of(280, public_texts(), length) for length in (5, 9))
     rows = np.arange(theirs.blocks.rows)[step - 1 :: step]
     way = by_spans(theirs.vocabulary, mine.vocabulary, tmp_path)
-    assert np.array_equal(needed(rows, mine, theirs), rows)
+    assert np.array_equal(overlapping(rows, mine, theirs), rows)
     logits, tally = torch.randn(len(rows), 280) * 4, Counts()
     pieces = [topk_compress(part, 64, id_order=False) for part in logits.split(4)]
     found = TopK.cat(list(translate(pieces, rows, rows, theirs, mine, way, 5, tally)))
@@ -190,7 +190,7 @@ def test_what_is_projected_is_a_distribution(step, alignment, tmp_path):
     torch.manual_seed(0)
     mine, theirs = side_of(270, public_texts(), 9), side_of(290, public_texts(), 5)
     asked = np.arange(mine.blocks.rows)[step - 1 :: step]
-    rows, tally = needed(asked, mine, theirs), Counts()
+    rows, tally = overlapping(asked, mine, theirs), Counts()
     assert len(rows) <= theirs.blocks.rows
     assert (len(rows) == theirs.blocks.rows) == (step == 1)
     way = a_way(alignment, theirs, mine, tmp_path)
@@ -208,7 +208,7 @@ def test_what_is_projected_is_a_distribution(step, alignment, tmp_path):
 
 
 def test_who_cannot_be_projected_is_refused():
-    with pytest.raises(ConfigError, match=r"'sampled' cannot say .* tokenizer of clients\.models\.1 is not"):
+    with pytest.raises(ConfigError, match=r"'sampled' cannot mark .* tokenizer of clients\.models\.1 is not"):
         experiment.check(of_two_tokenizers(payload={"codec": "sampled"}))
     small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 16}
     source = {"kind": "scratch", "architecture": "bert", "tokenizer": TOKENIZER, "settings": small}

@@ -6,14 +6,14 @@ from feddistill.accounting import FlopMeter
 from feddistill.modelio import inference
 from feddistill.modelio.outputs import takes_types
 from feddistill.modelio.padding import PAD_TO
-from feddistill.modelio.passages import QAWindow, likeliest, pages
+from feddistill.modelio.passages import QAWindow, likeliest, windows
 from feddistill.runs.trained_models import Student
 from feddistill.types import ProgressCallback
 
 ANSWER_TOKENS = 30
 """Of a span at most, as in BERT's own script and transformers' ``run_qa.py``."""
 OVERLAP = 128
-"""Tokens of a passage that two pages share."""
+"""Tokens of a passage that two windows share."""
 
 
 def extract(
@@ -24,10 +24,10 @@ def extract(
     *,
     unanswerable: bool,
 ) -> list[str]:
-    """The likeliest span of each passage, over as many pages as it takes.
+    """The likeliest span of each passage, over as many windows as it takes.
 
     With ``unanswerable`` (SQuAD 2.0) it is nothing where no span is as likely as that there is no answer:
-    whose score is the least of all pages, and whose threshold is 0.
+    whose score is the least of all windows, and whose threshold is 0.
 
     Raises:
         ModelError: A question is too long, or ``unanswerable`` has no token to say it with.
@@ -36,7 +36,7 @@ def extract(
     cut: list[QAWindow] = []
     rows: list[int] = []
     for row, (question, passage) in enumerate(zip(questions, passages, strict=True)):
-        made = pages(
+        made = windows(
             student.tokenizer,
             question,
             passage,
@@ -47,7 +47,7 @@ def extract(
         )
         cut += made
         rows += [row] * len(made)
-    said = inference.answer_pages(
+    said = inference.answer_windows(
         student.model,
         cut,
         pad_id=student.specialist.pad_id,
@@ -59,12 +59,14 @@ def extract(
     )
     best = [(-float("inf"), "")] * len(questions)
     least = [float("inf")] * len(questions)
-    for row, page, (start, end) in zip(rows, cut, said, strict=True):
-        score, first, last = likeliest(start, end, page, ANSWER_TOKENS)
+    for row, window, (start, end) in zip(rows, cut, said, strict=True):
+        score, first, last = likeliest(start, end, window, ANSWER_TOKENS)
         if score > best[row][0]:
-            best[row] = score, passages[row][page.starts[first] : page.ends[last]]
+            best[row] = score, passages[row][window.starts[first] : window.ends[last]]
         if unanswerable:
-            least[row] = min(least[row], float(start[page.none].double() + end[page.none].double()))
+            least[row] = min(
+                least[row], float(start[window.no_answer].double() + end[window.no_answer].double())
+            )
     return [
         text if not unanswerable or score >= none else ""
         for (score, text), none in zip(best, least, strict=True)

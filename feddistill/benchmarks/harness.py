@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
+from feddistill.config.tasks import TASKS
 from feddistill.errors import ConfigError, DataError
 from feddistill.runs.trained_models import Student
 from feddistill.store.run_directory import Json
@@ -27,7 +28,7 @@ def evaluate(
         ConfigError: The harness is not installed, does not know a task, or the model is of another kind.
         DataError: A task's data cannot be had.
     """
-    if student.task != "causal_lm":
+    if not TASKS[student.task].generates:
         raise ConfigError(
             "--tasks: lm-evaluation-harness measures causal language models; "
             f"{student.name} is one of {student.task}"

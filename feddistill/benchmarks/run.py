@@ -15,7 +15,7 @@ from feddistill.config.presets import Kind, Preset
 from feddistill.data import benchmark
 from feddistill.errors import ConfigError, DataError
 from feddistill.progress import NoProgress, Progress
-from feddistill.runs.trained_models import Student, Task
+from feddistill.runs.trained_models import Student
 from feddistill.store.run_directory import Json
 from feddistill.types import ProgressCallback
 
@@ -186,7 +186,7 @@ def _simple(measure: Callable[[Student, Preset, benchmark.Columns, ProgressCallb
     return lambda student, request, columns, on_step: measure(student, request.preset, columns, on_step)
 
 
-MEASURES: dict[tuple[Kind, Task], Measure] = {
+MEASURES: dict[tuple[Kind, str], Measure] = {
     ("classification", "classification"): _simple(classification.by_answers),
     ("classification", "causal_lm"): _simple(classification.by_likelihood),
     ("choice", "causal_lm"): _simple(classification.by_choice),
@@ -195,4 +195,4 @@ MEASURES: dict[tuple[Kind, Task], Measure] = {
     ("question_answering", "question_answering"): _passages,
     ("summary", "causal_lm"): _summaries,
 }
-"""By what is measured and what kind of model it is measured of."""
+"""By the kind of the benchmark and the task of the model."""

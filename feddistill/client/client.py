@@ -75,7 +75,7 @@ class Client:
             layout.alone(number, self.name),
             f"{self.name} alone: segment {number}",
             start,
-            lambda: self.learner.lessons(self.private),
+            lambda: self.learner.examples(self.private),
             self._settings(number),
             steps=self._steps(number, self._settings(number)),
             evaluate=self._evaluates,
@@ -149,15 +149,14 @@ class Client:
     def _lessons(self, number: int, asked: RoundSpec | None) -> Any:
         """Private texts with their labels and, co-distilling, proxy texts with the last teacher's answers."""
         settings = self.config.clients.codistillation
-        own = self.learner.lessons(self.private)
         if not settings.enabled or asked is None:
-            return own
+            return self.learner.examples(self.private)
         spec = encoding.feedback_spec(asked)
         stored = answer_files.StoredAnswer(self.session.run, layout.feedback(asked.round), spec)
         stored.admit()
         random = generator(self.config.seed, "digest", number, self.name)
         chosen = np.sort(random.permutation(self.learner.proxy_examples())[: settings.examples])
-        return self.learner.digested(own, chosen, stored, settings.target)
+        return self.learner.with_teacher(self.private, chosen, stored, settings.target)
 
     def _settings(self, number: int) -> TrainingConfig:
         settings = self.config.clients.training

@@ -113,7 +113,7 @@ class Handler:
         learner.model.load_state_dict(given, strict=False)
         start = layout.tensors(layout.baseline("fedavg", instruction.round, "start"))
         session.run.write(start, lambda path: models.save(learner.model, path))
-        private, taught = self.client.private, learner.lessons
+        private, taught = self.client.private, learner.examples
         record = local_update.trained_by(
             session, learner, "fedavg", instruction.round, start, private, taught
         )

@@ -7,7 +7,7 @@ from feddistill.store import layout
 from feddistill.store.run_directory import Json
 from feddistill.tasks.learner import Learner, later
 from feddistill.tasks.session import Session
-from feddistill.training import TrainingExamples
+from feddistill.training import Examples
 from feddistill.types import TextSet
 
 
@@ -18,7 +18,7 @@ def trained_by(
     number: int,
     start: str | None,
     private: TextSet,
-    taught: Callable[[TextSet], TrainingExamples],
+    taught: Callable[[TextSet], Examples],
 ) -> Json:
     """A client's part of round ``number``, from the weights in file ``start``; the record of the step."""
     config = session.config

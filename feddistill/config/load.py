@@ -17,7 +17,7 @@ from feddistill.errors import ConfigError
 
 
 def load(path: Path | None = None, overrides: tuple[str, ...] = ()) -> Config:
-    """Read ``path`` (``None``: the quickstart), apply ``a.b=value`` overrides, check.
+    """Read ``path`` (``None``: the quickstart), apply ``a.b=value`` overrides, and check the result.
 
     Raises:
         ConfigError: The file is not YAML, or a setting is unknown, missing or out of range. The message
@@ -32,8 +32,8 @@ def load(path: Path | None = None, overrides: tuple[str, ...] = ()) -> Config:
 def load_stored(path: Path, overrides: tuple[str, ...] = ()) -> Config:
     """Read the ``config.yaml`` of a run, which may have the old names of settings.
 
-    Without ``overrides`` the configuration keeps these names: ``as_stored``, ``dump`` and ``digest`` give
-    what the run was started with.
+    Without ``overrides`` the configuration keeps these names: ``as_stored``, ``dump`` and ``digest`` use the
+    names that the run was started with.
     """
     raw = _read(path)
     old = has_old_names(raw)
@@ -46,7 +46,7 @@ def load_stored(path: Path, overrides: tuple[str, ...] = ()) -> Config:
 
 
 def parse_stored(raw: Mapping[str, Any]) -> Config:
-    """``parse`` for settings of a run that another process sends; they may have the old names."""
+    """Check settings of a run that another process sends; they may have the old names."""
     old = has_old_names(raw)
     config = parse(with_new_names(raw) if old else dict(raw))
     config._old_names = old
@@ -54,7 +54,7 @@ def parse_stored(raw: Mapping[str, Any]) -> Config:
 
 
 def as_stored(config: Config) -> dict[str, Any]:
-    """All settings as JSON has them, under the names that their run was started with."""
+    """All settings as JSON values, under the names that their run was started with."""
     settings = config.model_dump(mode="json")
     return with_old_names(settings) if config._old_names else settings
 
@@ -69,7 +69,7 @@ def _read(source: Path) -> dict[str, Any]:
         raw = yaml.safe_load(source.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read {source}: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: text that is no UTF-8, a date with month 99
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, a date with month 99
         raise ConfigError(f"{source} is not YAML: {' '.join(str(error).split())}") from None
     raw = untied({} if raw is None else raw)
     if not isinstance(raw, dict):
@@ -78,7 +78,7 @@ def _read(source: Path) -> dict[str, Any]:
 
 
 def untied(raw: Any) -> Any:
-    """Groups that YAML's aliases made one object, as several: an override of one must not change another."""
+    """A copy in which groups that YAML aliases share are separate: an override of one leaves the others."""
     if isinstance(raw, dict):
         return {key: untied(value) for key, value in raw.items()}
     return [untied(value) for value in raw] if isinstance(raw, list) else raw
@@ -88,7 +88,7 @@ def parse(raw: dict[str, Any]) -> Config:
     """Check a mapping of settings.
 
     Raises:
-        ConfigError: As ``load``; a setting with the name that it had before 0.1.0 is refused.
+        ConfigError: As ``load``; a setting has the name that it had before 0.1.0.
     """
     refuse(raw)
     try:
@@ -98,7 +98,7 @@ def parse(raw: dict[str, Any]) -> Config:
 
 
 def texts(path: Path, columns: dict[str, str | None], name: str) -> FileSource:
-    """Files of texts and which of their columns are read; ``name`` is what errors call it."""
+    """A source of local files with the given columns; ``name`` is its name in errors."""
     try:
         return FileSource.model_validate({"path": path, **columns})
     except ValidationError as error:
@@ -106,7 +106,7 @@ def texts(path: Path, columns: dict[str, str | None], name: str) -> FileSource:
 
 
 def dump(config: Config) -> str:
-    """The configuration as YAML, every default filled in; ``load`` gives it back unchanged."""
+    """The configuration as YAML, with every default filled in; ``load`` reads it back unchanged."""
     text: str = yaml.safe_dump(as_stored(config), sort_keys=False, allow_unicode=True)
     return text
 
@@ -118,10 +118,10 @@ def digest(config: Config) -> str:
 
 
 def differs(given: Config, stored: Config) -> str | None:
-    """The first setting in which ``given`` is not ``stored``, but for those that it leaves to the machine."""
-    settled = {"threads": stored.threads, "precision": stored.precision}
-    left = {key: value for key, value in settled.items() if getattr(given, key) in (None, "auto")}
-    ours, theirs = given.model_copy(update=left).model_dump(mode="json"), stored.model_dump(mode="json")
+    """The first setting that differs, but for those that ``given`` leaves to the machine, or ``None``."""
+    resolved = {"threads": stored.threads, "precision": stored.precision}
+    open_ = {key: value for key, value in resolved.items() if getattr(given, key) in (None, "auto")}
+    ours, theirs = given.model_copy(update=open_).model_dump(mode="json"), stored.model_dump(mode="json")
     return None if ours == theirs else _first_difference(ours, theirs)
 
 
@@ -134,7 +134,7 @@ def _first_difference(a: object, b: object, path: str = "") -> str:
 
 
 def override(raw: dict[str, Any], text: str) -> None:
-    """Set ``a.b.0.c`` in nested mappings and lists; groups left out of the file are made."""
+    """Set ``a.b.0.c=value`` in nested mappings and lists; missing groups are created."""
     dotted, equals, value_text = text.partition("=")
     if not equals or not dotted:
         raise ConfigError(f"--set takes KEY=VALUE, got {text!r}")
@@ -145,15 +145,15 @@ def override(raw: dict[str, Any], text: str) -> None:
     place: Any = raw
     *groups, last = dotted.split(".")
     for depth, key in enumerate(groups):
-        here = ".".join(groups[: depth + 1])
+        prefix = ".".join(groups[: depth + 1])
         if isinstance(place, list):
-            place = place[_index(place, key, here)]
+            place = place[_index(place, key, prefix)]
         else:
-            if isinstance(place.get(key), str):  # rule: median, with one of its settings on top
+            if isinstance(place.get(key), str):  # rule: median, of which a setting is overridden
                 place[key] = {"kind": place[key]}
             place = place.setdefault(key, {})
         if not isinstance(place, dict | list):
-            raise ConfigError(f"--set {dotted}: {here} is {place!r}, not a group of settings")
+            raise ConfigError(f"--set {dotted}: {prefix} is {place!r}, not a group of settings")
     if isinstance(place, list):
         place[_index(place, last, dotted)] = value
     else:
@@ -167,7 +167,7 @@ def _index(place: list[Any], key: str, name: str) -> int:
 
 
 def one_line(error: ValidationError, raw: Any) -> str:
-    """The first thing that is wrong, as the user wrote it."""
+    """The first error as one line, with the setting's name as the user wrote it."""
     first, *more = error.errors()
     path = _as_written(first["loc"], raw)
     match first["type"]:
@@ -178,7 +178,7 @@ def one_line(error: ValidationError, raw: Any) -> str:
                 text = f"{dotted} is not a setting; did you mean {'.'.join([*path, context['near']])}?"
             else:
                 text = f"{dotted} is not a setting; {'.'.join(path) or 'there'} has: {context['known']}"
-        case "value_error":  # ours, already naming the setting
+        case "value_error":  # ours, which names the setting
             text = str(first["ctx"]["error"])
         case "union_tag_invalid":
             context = first["ctx"]
@@ -197,7 +197,7 @@ def one_line(error: ValidationError, raw: Any) -> str:
 
 
 def _as_written(loc: tuple[int | str, ...], raw: Any) -> list[str]:
-    """``loc`` without the union tags that pydantic adds and the user never wrote."""
+    """``loc`` without the union tags that pydantic adds."""
     path: list[str] = []
     place = raw
     for position, key in enumerate(loc):

@@ -1,4 +1,4 @@
-"""The methods, one entry each: what reports, plots, ``plan``, the command line and the tests derive from.
+"""The methods, one entry each: reports, plots, ``plan``, the command line and tests derive from them.
 
 A new baseline is one file in ``feddistill/methods/`` and one entry here. Imports no torch.
 """
@@ -17,25 +17,25 @@ CLASSIFICATION = frozenset({"classification"})
 
 
 class FedAvgConfig(Setting):
-    """Of the baselines ``fedavg`` and ``feddf``, in which clients train the student's architecture."""
+    """Settings of the baselines ``fedavg`` and ``feddf``: clients train the student's architecture."""
 
     epochs: float | None = Field(default=None, gt=0)
-    """Of each client in each round; ``null`` for ``clients.training.epochs``."""
+    """Epochs of each client in each round; ``null`` for ``clients.training.epochs``."""
     proximal: float = Field(default=0.0, ge=0)
-    """FedProx: weight of the squared distance from the round's first weights, halved."""
+    """FedProx: the weight ``mu`` of ``mu / 2 |w - w_0|^2``, ``w_0`` the weights at the start of the round."""
 
 
 class FedMdConfig(Setting):
-    """Of the baseline ``fedmd``."""
+    """Settings of the baseline ``fedmd``."""
 
     digest_epochs: float = Field(default=1.0, gt=0)
-    """Over the proxy texts, by the consensus, in each round."""
+    """Epochs over the proxy texts with the consensus, in each round."""
     revisit_epochs: float = Field(default=1.0, gt=0)
-    """Over the private texts, in each round."""
+    """Epochs over the private texts, in each round."""
 
 
 class FedLoraConfig(Setting):
-    """Of the baseline ``fedlora``."""
+    """Settings of the baseline ``fedlora``."""
 
     rank: int = Field(default=8, ge=1)
     alpha: float = Field(default=16.0, gt=0)
@@ -43,12 +43,12 @@ class FedLoraConfig(Setting):
 
 
 class FedFedConfig(Setting):
-    """Of the baseline ``fedfed``."""
+    """Settings of the baseline ``fedfed``."""
 
     share: float = Field(default=0.3, gt=0, le=1)
-    """Of each private text's tokens, the most sensitive ones, that all clients are given."""
+    """Share of each private text's tokens, the most sensitive ones, that all clients receive."""
     noise: float = Field(default=0.1, ge=0, le=1)
-    """Share of these that are replaced by random tokens."""
+    """Share of the sent tokens that are replaced by random ones."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,28 +56,34 @@ class Method:
     """One method: a module with ``run(session)`` and ``plan(session, learners, student)``."""
 
     module: str
-    """Dotted name of the module."""
+    """Dotted name of its module."""
     label: str
-    """In tables, reports and model cards."""
+    """Name in tables, reports and model cards."""
     tasks: frozenset[str] | None = CLASSIFICATION
-    """Tasks that it supports; ``None`` for all."""
+    """Tasks that the method supports; ``None`` for all."""
     style: Mapping[str, Any] | None = None
-    """Of its curve, keywords of ``Axes.plot``; ``None`` if it has no curve: it yields one model a client."""
+    """Keywords of ``Axes.plot`` for its curve; ``None`` for methods without one (``model_per_client``)."""
     model_per_client: bool = False
-    """True if it yields one model a client: the table then has a mean and a best row."""
+    """True if it yields one model per client; tables then have a row for the mean and one for the best."""
     trains_clients: bool = False
-    """True if it trains the clients' own models, as query-only models cannot be."""
+    """True if it trains the clients' own models, which excludes query-only models."""
+    needs_labels: bool = False
+    """True if it needs proxy texts with labels."""
+    package: str | None = None
+    """An optional package that it needs."""
+    extra: str | None = None
+    """The extra of feddistill that installs the package."""
     remote: bool = False
-    """True if it runs where the private texts are at remote clients."""
+    """True if it works with remote clients, without the private texts at the server."""
     settings: type[Setting] | None = None
-    """Its group of settings, a field of ``Config`` under the method's name."""
+    """Class of its settings, which are the field of ``Config`` with the method's name."""
     plan: str = "plan"
-    """The function of the module that yields the jobs whose costs ``feddistill plan`` adds up."""
+    """Name of the module's function that yields the jobs whose costs ``feddistill plan`` adds up."""
 
 
 MODULES = "feddistill.methods"
 FEDERATED = "feddistill"
-"""The method itself, in records and results; every other entry is a baseline."""
+"""Name of the method itself in records and results; every other entry is a baseline."""
 LOCAL_ONLY = "local_only"
 """The baseline whose first segment is the first round of the clients."""
 
@@ -94,6 +100,7 @@ METHODS: dict[str, Method] = {
         label="public only, same steps",
         tasks=None,
         style={"color": "#D55E00", "marker": "s", "linestyle": "--"},
+        needs_labels=True,
         remote=True,
     ),
     LOCAL_ONLY: Method(
@@ -128,12 +135,15 @@ METHODS: dict[str, Method] = {
         module=f"{MODULES}.fedlora",
         label="federated LoRA",
         style={"color": "#56B4E9", "marker": "X", "linestyle": "--"},
+        package="peft",
+        extra="lora",
         settings=FedLoraConfig,
     ),
     "fedmkt": Method(
         module=f"{MODULES}.fedmkt",
         label="FedMKT (min-CE)",
         style={"color": "#000000", "marker": "*", "linestyle": ":"},
+        needs_labels=True,
         trains_clients=True,
     ),
     "fedfed": Method(
@@ -150,16 +160,16 @@ METHODS: dict[str, Method] = {
         settings=FedMdConfig,
     ),
 }
-"""By the name in ``baselines``, in the order of the tables."""
+"""By the name in ``baselines``, in the order of tables."""
 
 
 def baselines() -> tuple[str, ...]:
-    """Names that ``baselines`` may hold."""
+    """Names that the setting ``baselines`` accepts."""
     return tuple(name for name in METHODS if name != FEDERATED)
 
 
 def row_labels() -> dict[str, str]:
-    """The rows of a table of metrics, in order: key of the row to its label."""
+    """Labels of the rows of a table of metrics, by the row's key, in order."""
     labels = {
         "student": METHODS[FEDERATED].label,
         "clients_before": "clients, first round (mean)",

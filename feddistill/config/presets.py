@@ -1,7 +1,7 @@
-"""Benchmarks of the Hugging Face hub: where each is, what is read of it, and by what it is measured.
+"""Benchmarks of the Hugging Face hub: location, columns, prompts and metric of each.
 
-Prompts are those of lm-evaluation-harness (Gao et al., 2023) where it has the benchmark, so that figures
-compare; ``wic`` names the word as the data set does, not as it stands in the first sentence.
+Prompts are those of lm-evaluation-harness (Gao et al., 2023) if it has the benchmark, so that results are
+comparable; ``wic`` names the word as the data set does, not as it is inflected in the first sentence.
 """
 
 from dataclasses import dataclass
@@ -20,37 +20,37 @@ class Preset:
 
     name: str
     kind: Kind
-    """``choice``: which text goes on; ``language``: plain text;
-    ``question_answering``: questions on a passage."""
+    """``choice``: select the continuation of a text; ``language``: plain text; ``question_answering``:
+    questions on a passage."""
     hub: str
-    """The data set's name there."""
+    """Name of the data set on the hub."""
     subset: str | None
     splits: tuple[str, ...]
     measured: str
-    """The split that figures are of: the test split, or ``validation`` where the test labels are hidden."""
+    """The split to evaluate on: the test split, or ``validation`` if the test labels are hidden."""
     licence: str
-    """As the data set's card states it."""
+    """As in the data set's card."""
     hidden: tuple[str, ...] = ()
-    """Splits without labels, -1 in the files: texts of theirs can be a public set, and no more."""
+    """Splits without labels (-1 in the files), which can only be a proxy set."""
     text: str = "{text}"
-    """What a classifier reads: a template of columns. Of pairs the part that may be cut comes last."""
+    """Template of a classifier's input. In pairs, the part that may be cut comes last."""
     label_column: str = "label"
     labels: tuple[str, ...] = ()
-    """In the order of the numbers that files hold."""
+    """In the order of the numbers in the files."""
     metric: str = "accuracy"
-    """By which the benchmark ranks."""
+    """The metric that the benchmark ranks by."""
     positive: str | None = None
-    """The class of ``metric = f1``."""
+    """The positive class of ``metric = f1``."""
     prompt: str = ""
-    """What a causal model is given."""
+    """Template of a causal model's input."""
     answers: tuple[str, ...] = ()
-    """How it would say each of ``labels``."""
+    """The continuation that stands for each of ``labels``."""
     cut: str | None = None
-    """The column that loses its end where a prompt is longer than the model reads."""
+    """The column that is cut if a prompt is longer than the model reads."""
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The columns that the templates name.
+        """The columns in the templates.
 
         >>> find("glue/rte").columns
         ('sentence1', 'sentence2')
@@ -60,7 +60,7 @@ class Preset:
 
     @property
     def note(self) -> str | None:
-        """What has to be said of the figures."""
+        """A remark on the results; ``None`` for most benchmarks."""
         if not self.hidden:
             return None
         return f"the test labels of {self.name} are hidden: {self.measured} is the test"
@@ -309,18 +309,18 @@ PRESETS: dict[str, Preset] = {preset.name: preset for preset in _ALL}
 REFUSED = {
     "glue/stsb": "is a regression (similarity from 0 to 5), and students classify",
     "glue/ax": "has no labels outside its server",
-    "superglue/multirc": "ranks sets of answers to a question, which is not built",
-    "superglue/record": "asks for entities of a passage, which is not built",
-    "superglue/wsc": "asks for words in a sentence by their places, which is not built",
+    "superglue/multirc": "ranks sets of answers to a question, which is not supported",
+    "superglue/record": "asks for entities of a passage, which is not supported",
+    "superglue/wsc": "asks for words in a sentence by their positions, which is not supported",
 }
-"""What people will look for, and why it is not there."""
+"""Benchmarks that are not supported, with the reason."""
 
 
 def find(name: str) -> Preset:
-    """The benchmark of that name.
+    """The benchmark ``name``.
 
     Raises:
-        ConfigError: There is none; the message names the nearest, or why there is none.
+        ConfigError: It does not exist or is not supported; the message says why, or names the nearest.
 
     >>> find("glue/sst3")
     Traceback (most recent call last):

@@ -1,6 +1,6 @@
-"""Settings that had another name before 0.1.0: refused in a user's file, read in the file of a run.
+"""Settings that had another name before 0.1.0: refused in a user's file, accepted in a run's own file.
 
-A run keeps the names that it was started with: its digest, and so its id, is taken over them.
+A run keeps the names that it was started with, because its digest, and so its id, depends on them.
 """
 
 from collections.abc import Mapping
@@ -37,7 +37,7 @@ RENAMED = (
     Renamed("reading.answer_tokens", "question_answering.max_answer_tokens"),
     Renamed("reading", "question_answering"),
 )
-"""Settings before the groups that they were in."""
+"""Single settings come before the groups that they were in."""
 
 
 def refuse(raw: Mapping[str, Any]) -> None:
@@ -47,8 +47,8 @@ def refuse(raw: Mapping[str, Any]) -> None:
         ConfigError: A setting has its old name; the message has the new one.
     """
     for entry in RENAMED:
-        found, value = _at(raw, entry.old)
-        if not found:
+        is_set, value = _at(raw, entry.old)
+        if not is_set:
             continue
         if entry.values is None:
             raise ConfigError(f"{entry.old} is now called {entry.new}")
@@ -70,7 +70,7 @@ def has_old_names(raw: Mapping[str, Any]) -> bool:
 
 
 def with_new_names(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of a run that was started under the old names, under the new ones.
+    """Translate the settings of a run that was started under old names to the new ones.
 
     >>> with_new_names({"distill": {"accept": "always", "replay": 2}})
     {'distill': {'teacher_history': 2, 'rollback': False}}
@@ -96,8 +96,8 @@ def _renamed(
 ) -> dict[str, Any]:
     made = _copy(raw)
     for source, target, values in pairs:
-        found, value = _at(made, source)
-        if not found:
+        is_set, value = _at(made, source)
+        if not is_set:
             continue
         if values is not None and isinstance(value, str | bool):
             value = values.get(value, value)
@@ -106,7 +106,7 @@ def _renamed(
         elif not isinstance(value, Mapping) or values is not None:
             _remove(made, source)
             _set(made, target, value)
-        else:  # a group: what of it is not renamed itself
+        else:  # a group: its settings that keep their names
             _remove(made, source)
             for name, inner in value.items():
                 _set(made, f"{target}.{name}", inner)

@@ -1,4 +1,4 @@
-"""Texts: sources, splits, the partition among clients, label skew."""
+"""Texts: sources, splits, partition among clients, label skew."""
 
 from feddistill.data.skew import Skew, skew
 from feddistill.data.splits import labelled, lines, load

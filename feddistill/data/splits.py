@@ -1,4 +1,4 @@
-"""From a configuration to everybody's texts: private sets of the clients, proxy, validation, test."""
+"""Load the data of a run: private texts of the clients, proxy, validation and test set."""
 
 import json
 from collections.abc import Iterator
@@ -8,38 +8,38 @@ import numpy as np
 from numpy.typing import NDArray
 
 from feddistill.config.data import DataConfig, GivenPartition, Part, RemotePartition, Source
+from feddistill.config.tasks import TASKS
 from feddistill.data.partition import partition
 from feddistill.data.sources import Table, read
 from feddistill.errors import ConfigError, DataError
 from feddistill.seeds import generator
 from feddistill.types import UNLABELLED, Span, Splits, TextSet
 
-PARTS = ("test", "validation", "proxy", "private")
+SHARED = ("test", "validation", "proxy")
+PARTS = (*SHARED, "private")
 
 
 def load(config: DataConfig, seed: int, task: str = "classification") -> Splits:
-    """Read, label, carve and divide; the same seed gives the same splits on every machine.
+    """Read, label, split and divide; the same seed gives the same result on every machine.
 
     Args:
-        config: What and where.
-        seed: Of what is drawn.
-        task: Only of ``classification`` must texts have labels.
+        config: Settings of the data.
+        seed: For everything that is drawn.
+        task: Decides what labels texts must have.
 
     Raises:
         DataError: A file, a column, a label or a client's data is missing or does not fit the rest.
-        ConfigError: A part has neither a source of its own nor ``data.source`` to be carved from.
+        ConfigError: A set has neither its own source nor ``data.source``.
     """
-    given = isinstance(config.partition, GivenPartition | RemotePartition)
-    wanted: dict[str, Part] = {name: getattr(config, name) for name in PARTS}
-    if given:
-        del wanted["private"]
-    carved = [name for name, part in wanted.items() if part.source is None]
+    own_texts = isinstance(config.partition, GivenPartition | RemotePartition)
+    parts: dict[str, Part] = {name: getattr(config, name) for name in (SHARED if own_texts else PARTS)}
+    carved = [name for name, part in parts.items() if part.source is None]
     pool = read(config.source, "data.source") if config.source is not None and carved else None
     if carved and pool is None:
-        raise ConfigError(f"data.{carved[0]}.source is missing, and there is no data.source to carve it from")
+        raise ConfigError(f"data.{carved[0]}.source is missing, and there is no data.source to draw it from")
     tables = {
         name: read(part.source, f"data.{name}.source")
-        for name, part in wanted.items()
+        for name, part in parts.items()
         if part.source is not None
     }
     clients: dict[str, Table] = {}
@@ -48,29 +48,29 @@ def load(config: DataConfig, seed: int, task: str = "classification") -> Splits:
             name: read(source, f"data.partition.sources.{name}")
             for name, source in config.partition.sources.items()
         }
-    # Without a common source, what counts as a class is what the test asks for: a client whose labels are
-    # spelt otherwise is an error then, and not a class more.
-    classes = task == "classification"
-    if task == "question_answering":
+    if TASKS[task].labels == "answer":
         every = {"data.source": pool, **{f"data.{name}": table for name, table in tables.items()}, **clients}
         for name, table in every.items():
             if table is not None:
-                _asks(table, name, answers=name != "data.proxy")
+                _check_questions(table, name, task, answers=name != "data.proxy")
+    # Without a common source the test set defines the classes: a client whose labels are spelt differently
+    # is an error, not one more class.
+    classes = TASKS[task].labels == "class"
     labels = config.labels or _labels(pool or tables["test"], classes)
     sets: dict[str, TextSet] = {}
     if pool is not None:
         whole = _labelled(pool, labels, "data.source", optional=not classes)
-        for name, rows in _carve(len(whole), {n: wanted[n].size for n in carved}, seed).items():
+        for name, rows in _carve(len(whole), {n: parts[n].size for n in carved}, seed).items():
             sets[name] = whole.select(rows, f"data.{name}")
     for name, table in tables.items():
-        unread = name == "proxy" and not config.proxy.labelled  # of another domain it may have other classes
+        unread = name == "proxy" and not config.proxy.labelled  # its classes may be others
         whole = _labelled(
             replace(table, labels=None) if unread else table,
             labels,
             f"data.{name}",
             optional=name == "proxy" or not classes,
         )
-        sets[name] = _draw(whole, wanted[name].size, seed)
+        sets[name] = _draw(whole, parts[name].size, seed)
     if isinstance(config.partition, GivenPartition):
         private = tuple(
             _labelled(table, labels, name, optional=not classes) for name, table in clients.items()
@@ -95,22 +95,23 @@ def load(config: DataConfig, seed: int, task: str = "classification") -> Splits:
 
 
 def labelled(source: Source, labels: tuple[str, ...], name: str, task: str = "classification") -> TextSet:
-    """Texts of ``source``, of classification all with one of ``labels``; ``name`` is what errors call it."""
-    if task == "classification":
+    """Texts of ``source`` with the labels that the task needs; ``name`` is its name in errors."""
+    if TASKS[task].labels == "class":
         return _labelled(read(source, name), labels, name, optional=False)
     table = read(source.model_copy(update={"label_column": None}), name)
-    if task == "question_answering":
-        _asks(table, name, answers=True)
+    if TASKS[task].labels == "answer":
+        _check_questions(table, name, task, answers=True)
     return _labelled(table, labels, name, optional=True)
 
 
 def lines(texts: TextSet) -> Iterator[bytes]:
-    """Ids and texts, as JSON lines: what clients are sent of the proxy set."""
+    """The proxy set as JSON lines of ids and texts, as clients receive it."""
     for row, (i, text) in enumerate(zip(texts.ids, texts.texts, strict=True)):
-        said: dict[str, str | int] = {"id": i, "text": text}
-        if texts.starts is not None:
-            said["start"] = texts.starts[row]
-        yield json.dumps(said, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+        start = {} if texts.starts is None else {"start": texts.starts[row]}
+        yield (
+            json.dumps({"id": i, "text": text, **start}, ensure_ascii=False, separators=(",", ":")).encode()
+            + b"\n"
+        )
 
 
 def _labels(table: Table, classes: bool) -> tuple[str, ...]:
@@ -121,7 +122,7 @@ def _labels(table: Table, classes: bool) -> tuple[str, ...]:
 
 
 def _labelled(table: Table, labels: tuple[str, ...], name: str, *, optional: bool) -> TextSet:
-    """Names to indices. A label that the others do not know is an error, not a new class."""
+    """Replace label names by indices; a label that is not in ``labels`` is an error."""
     index = {label: i for i, label in enumerate(labels)}
     if table.labels is None:
         if not optional:
@@ -141,18 +142,16 @@ def _labelled(table: Table, labels: tuple[str, ...], name: str, *, optional: boo
     return TextSet(name, table.ids, table.texts, numbers, labels, table.sources, table.starts, answers)
 
 
-def _asks(table: Table, name: str, *, answers: bool) -> None:
-    """Whether texts are questions on passages, with ``answers`` if they have to be."""
+def _check_questions(table: Table, name: str, task: str, *, answers: bool) -> None:
+    """Check that texts are questions on passages, with ``answers`` if required."""
     if not table.questions:
-        raise DataError(
-            f"{name}: task = question_answering asks of passages, and no question_column is named"
-        )
+        raise DataError(f"{name}: task = {task} needs questions; question_column names their column")
     if answers and table.answers is None:
         raise DataError(f"{name}: has no column of answers; answers_column names it")
 
 
 def _carve(examples: int, sizes: dict[str, int | None], seed: int) -> dict[str, NDArray[np.int64]]:
-    """Disjoint random rows for each part; one part may take all that is left."""
+    """Disjoint random rows for each set; one set may take all that is left."""
     rest = [name for name, size in sizes.items() if size is None]
     if len(rest) > 1:
         raise ConfigError(f"only one part can take the rest of data.source: give data.{rest[0]}.size")
@@ -162,7 +161,7 @@ def _carve(examples: int, sizes: dict[str, int | None], seed: int) -> dict[str, 
         raise DataError(f"data.source has {examples} examples, the parts need {needed} ({parts})")
     order = generator(seed, "carve").permutation(examples)
     carved, start = {}, 0
-    for name in sorted(sizes, key=lambda n: sizes[n] is None):  # the open one last
+    for name in sorted(sizes, key=lambda n: sizes[n] is None):  # the one without a size last
         size = sizes[name]
         stop = examples if size is None else start + size
         carved[name], start = order[start:stop], stop
@@ -178,7 +177,7 @@ def _draw(whole: TextSet, size: int | None, seed: int) -> TextSet:
 
 
 def _hide_labels(proxy: TextSet, labelled: int, seed: int) -> TextSet:
-    """Forget all but ``labelled`` labels: what the server is not told it must not have."""
+    """Drop all labels but ``labelled`` of them, drawn at random."""
     known = np.flatnonzero(proxy.known)
     if labelled > len(known):
         raise DataError(f"data.proxy.labelled = {labelled}, but {len(known)} proxy texts have a label")

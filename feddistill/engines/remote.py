@@ -111,7 +111,7 @@ class RemoteClient:
     def _with_own_model(self, config: Config) -> Config:
         own = None if self.file is None else institution.load(self.file).model
         if own is None:
-            if not self.simulated and any(model.black_box for model in config.clients.models):
+            if not self.simulated and any(model.query_only for model in config.clients.models):
                 raise ConfigError(
                     f"{self.name}: a model of kind callable or endpoint is named by the institution's own "
                     "file (model:), not by the server"

@@ -11,13 +11,14 @@ from feddistill import models, training
 from feddistill.accounting import measure
 from feddistill.client.local_update import trained_by
 from feddistill.methods.job import Job, evaluation, rounds_asked
+from feddistill.modelio.padding import Tokens
 from feddistill.store import layout
 from feddistill.store.records import StepRecord
 from feddistill.store.run_directory import Json
 from feddistill.tasks.choose import learner_of
 from feddistill.tasks.learner import Learner
 from feddistill.tasks.session import Averager, Session
-from feddistill.training import TrainingExamples
+from feddistill.training import Examples
 from feddistill.types import Cost, TextSet
 
 Server = Callable[[Learner, int, str, list[str]], Json]
@@ -30,7 +31,7 @@ def rounds(
     server: Server | None = None,
     *,
     learner: Learner | None = None,
-    lessons: Callable[[TextSet], TrainingExamples] | None = None,
+    lessons: Callable[[TextSet], Examples] | None = None,
     averager: Averager | None = None,
 ) -> list[Json]:
     """Every round each client trains the student's architecture from the last average, on its own texts.
@@ -48,7 +49,7 @@ def rounds(
     """
     if learner is None:
         learner = learner_of(session, session.config.student.model, "student.model")
-    taught = lessons or learner.lessons
+    taught = lessons or learner.examples
     records: list[Json] = []
     for number in range(1, session.config.rounds + 1):
         step = layout.baseline(name, number)
@@ -113,10 +114,10 @@ def _round(
     number: int,
     start: str | None,
     server: Server | None,
-    taught: Callable[[TextSet], TrainingExamples],
+    taught: Callable[[TextSet], Examples],
 ) -> Json:
     run, step = session.run, layout.baseline(name, number)
-    asked = session.asked(number)
+    asked = session.round_clients(number)
     clients = [private for private in session.splits.private if private.name in asked]
     trained = [trained_by(session, learner, name, number, start, private, taught) for private in clients]
     steps = [StepRecord.from_json(record) for record in trained]
@@ -147,7 +148,7 @@ def _round(
 
 
 def averaging_jobs(
-    session: Session, name: str, learner: Learner, shared: Sequence[Sequence[int]] = ()
+    session: Session, name: str, learner: Learner, shared: Sequence[Tokens] = ()
 ) -> Iterator[Job]:
     """The jobs of ``rounds``; ``shared`` are texts that every client trains on besides its own."""
     config, phase = session.config, f"baseline_{name}"

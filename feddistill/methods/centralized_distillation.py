@@ -16,6 +16,7 @@ from feddistill.methods.job import Job, evaluation
 from feddistill.store import layout
 from feddistill.store.records import CostRecord, StepRecord
 from feddistill.store.run_directory import Json
+from feddistill.tasks.choose import learner_of
 from feddistill.tasks.learner import Learner, best_of, examples_of, labels_of, later
 from feddistill.tasks.session import Session
 from feddistill.training import TrainingExamples
@@ -28,8 +29,8 @@ def run(session: Session) -> Json:
     the student those that it takes in the federation.
     """
     config, proxy = session.config, session.splits.proxy
-    teacher = Learner(session, config.clients.models[0], "clients.models.0")
-    student = Learner(session, config.student.model, "student.model")
+    teacher = learner_of(session, config.clients.models[0], "clients.models.0")
+    student = learner_of(session, config.student.model, "student.model")
     texts = pool(session.splits.private)
     records: list[Json] = []
     best: Json | None = None

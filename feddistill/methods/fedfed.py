@@ -19,11 +19,12 @@ from feddistill import models, training
 from feddistill.accounting import measure
 from feddistill.methods.averaging import averaging_jobs, rounds
 from feddistill.methods.job import Job
-from feddistill.modelio.padding import pad
+from feddistill.modelio.padding import Tokens, pad
 from feddistill.seeds import generator
 from feddistill.store import layout
 from feddistill.store.records import StepRecord, Traffic
 from feddistill.store.run_directory import Json
+from feddistill.tasks.choose import learner_of
 from feddistill.tasks.learner import Learner, examples_of, labels_of
 from feddistill.tasks.session import Session
 from feddistill.training import TrainingExamples
@@ -36,7 +37,7 @@ BYTES = 4
 def run(session: Session) -> Json:
     """Share sensitive tokens once, then average weights as ``fedavg`` does, over private and shared texts."""
     model = session.config.student.model.model_copy(update={"frozen_cache_mb": 0})  # gradients of embeddings
-    learner = Learner(session, model, "student.model")
+    learner = learner_of(session, model, "student.model")
     shared = {private.name: share(session, learner, private) for private in session.splits.private}
     tokens = [text for texts, _, _ in shared.values() for text in texts]
     labels = torch.cat([labels for _, labels, _ in shared.values()])
@@ -95,7 +96,7 @@ def share(session: Session, learner: Learner, private: TextSet) -> tuple[list[li
     return kept, labels_of(private), StepRecord.from_json(record).training + finding.cost
 
 
-def sensitivity(learner: Learner, tokens: Sequence[Sequence[int]], labels: Tensor) -> list[np.ndarray]:
+def sensitivity(learner: Learner, tokens: Sequence[Tokens], labels: Tensor) -> list[np.ndarray]:
     """Of each token, ``|<gradient of the label's loss, embedding>|``: how much the loss would miss it."""
     found: list[np.ndarray] = []
     taken: list[Tensor] = []

@@ -12,6 +12,7 @@ from feddistill.methods.averaging import averaging_jobs, rounds
 from feddistill.methods.job import Job
 from feddistill.models import adapters
 from feddistill.store.run_directory import Json
+from feddistill.tasks.choose import learner_of
 from feddistill.tasks.learner import Learner
 from feddistill.tasks.session import Session
 
@@ -33,4 +34,4 @@ def adapted(session: Session) -> Learner:
     def adapt(model: nn.Module) -> None:
         adapters.add(model, config.rank, config.alpha, "student.model", "baselines: fedlora", head=True)
 
-    return Learner(session, session.config.student.model, "student.model", adapt=adapt)
+    return learner_of(session, session.config.student.model, "student.model", adapt=adapt)

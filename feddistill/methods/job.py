@@ -7,6 +7,7 @@ from feddistill import training
 from feddistill.aggregation.rules.choice import MinCe
 from feddistill.config import Config
 from feddistill.config.training import TrainingConfig
+from feddistill.modelio.padding import Tokens
 from feddistill.tasks.learner import Learner
 from feddistill.tasks.session import Session
 
@@ -17,7 +18,7 @@ class Job:
 
     phase: str
     learner: Learner
-    texts: Sequence[Sequence[int]]
+    texts: Sequence[Tokens]
     settings: TrainingConfig | None = None
     """Of training; ``None`` for a pass over ``texts``."""
     steps: int = 0
@@ -25,7 +26,7 @@ class Job:
     times: int = 1
 
 
-def client_texts(session: Session, learners: list[Learner]) -> Iterator[tuple[Learner, list[Sequence[int]]]]:
+def client_texts(session: Session, learners: list[Learner]) -> Iterator[tuple[Learner, list[Tokens]]]:
     """Each client's model, and its private texts as that reads them."""
     for place, private in zip(session.splits.places, session.splits.private, strict=True):
         learner = learners[place % len(learners)]
@@ -34,7 +35,7 @@ def client_texts(session: Session, learners: list[Learner]) -> Iterator[tuple[Le
 
 def rounds_asked(session: Session) -> list[list[int]]:
     """Of each client, the rounds in which it is asked."""
-    asked = {n: session.asked(n) for n in range(1, session.config.rounds + 1)}
+    asked = {n: session.round_clients(n) for n in range(1, session.config.rounds + 1)}
     return [[n for n in asked if private.name in asked[n]] for private in session.splits.private]
 
 

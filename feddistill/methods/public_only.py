@@ -4,7 +4,6 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from feddistill.config.tasks import LANGUAGE
 from feddistill.methods.job import Job
 from feddistill.methods.student_alone import student_jobs, student_rounds
 from feddistill.store.run_directory import Json
@@ -26,6 +25,6 @@ def plan(session: Session, learners: list[Learner], student: Learner) -> Iterato
 def known_texts(session: Session) -> TextSet:
     """The proxy texts with labels; all of them if the labels are the tokens."""
     proxy = session.splits.proxy
-    if session.config.task in LANGUAGE:
+    if session.task.labels == "tokens":
         return proxy
     return proxy.select(np.flatnonzero(proxy.known), "data.proxy (labelled)")

@@ -33,7 +33,7 @@ def student_rounds(session: Session, name: str, texts: TextSet) -> list[Json]:
             layout.baseline(name, number),
             f"{name}: segment {number} of {config.rounds}",
             StepRecord.from_json(start).file if start else None,
-            lambda: learner.lessons(texts),
+            lambda: learner.examples(texts),
             settings,
             steps=steps,
         )

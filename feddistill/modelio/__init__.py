@@ -1,1 +1,1 @@
-"""What goes into a model and what comes out: padding, packing, windows over passages, outputs, inference."""
+"""Model inputs and outputs: padding, packing, windows over passages, hidden states, inference."""

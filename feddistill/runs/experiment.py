@@ -149,7 +149,7 @@ def evaluate(out: Path, texts: FileSource | None = None) -> Json:
         session = Session(config, splits, directory, NoProgress())
         learner = learner_of(session, config.student.model, "student.model")
         learner.restore(result["student_weights"])
-        figures = learner.figures(chosen)
+        figures = learner.metrics(chosen)
         return {"run": str(out), "round": result["selected_round"], "examples": len(chosen), **figures}
     finally:
         directory.close()

@@ -21,7 +21,7 @@ from feddistill.config.methods import FEDERATED, METHODS
 from feddistill.config.training import PayloadConfig, TrainingConfig
 from feddistill.errors import ConfigError
 from feddistill.methods.job import Job
-from feddistill.modelio.padding import pad
+from feddistill.modelio.padding import Tokens, pad
 from feddistill.progress import NoProgress, Progress
 from feddistill.runs import experiment
 from feddistill.runs.results import proxy_bytes
@@ -132,11 +132,11 @@ def _speed(session: Session, job: Job) -> float:
     if job.settings is None:
         some = texts.select(range(min(session.config.clients.eval_batch_size, len(texts))), "trial")
         known = replace(some, labels=some.labels.clip(0))
-        learner.figures(known)
+        learner.metrics(known)
         start = time.perf_counter()
-        learner.figures(known)
+        learner.metrics(known)
         return (time.perf_counter() - start) / _padded(learner.tokens(some), session.config)
-    lessons: Any = learner.lessons(texts)
+    lessons: Any = learner.examples(texts)
     if isinstance(lessons, TrainingExamples):  # the server knows few labels; any will do
         lessons = TrainingExamples(tokens, labels_of(texts).clamp_min(0))
     _fit(learner, lessons, job.settings, 1)  # what is done once
@@ -151,7 +151,7 @@ def _fit(learner: Learner, lessons: Any, settings: TrainingConfig, steps: int) -
     return time.perf_counter() - start
 
 
-def _padded(tokens: Sequence[Sequence[int]], config: Config) -> int:
+def _padded(tokens: Sequence[Tokens], config: Config) -> int:
     """Tokens of all batches of a pass of answers, padding included."""
     ordered = sorted(map(len, tokens))
     size = config.clients.eval_batch_size

@@ -207,8 +207,8 @@ def proxy_bytes(splits: Splits) -> int:
 
 def _spread(metrics: Sequence[Metrics], task: Task) -> Json:
     return {
-        "mean": {name: round(fmean(m[name] for m in metrics), 6) for name in task.figures},
-        "std": {name: round(pstdev([m[name] for m in metrics]), 6) for name in task.figures},
+        "mean": {name: round(fmean(m[name] for m in metrics), 6) for name in task.metrics},
+        "std": {name: round(pstdev([m[name] for m in metrics]), 6) for name in task.metrics},
     }
 
 

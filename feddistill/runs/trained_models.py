@@ -3,19 +3,16 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoModelForQuestionAnswering,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedTokenizerBase,
@@ -25,23 +22,15 @@ from transformers import (
 from feddistill import models
 from feddistill.config import Config
 from feddistill.config.models import ScratchModel, TrainedTokenizer
+from feddistill.config.tasks import TASKS
 from feddistill.errors import ModelError, RunError
-from feddistill.models import causal, reading
 from feddistill.runs import experiment
 from feddistill.seeds import derive
 from feddistill.store import layout
 from feddistill.store.layout import CONFIG, RESULT
 from feddistill.store.run_directory import RunDirectory
-
-Task = Literal["classification", "causal_lm", "masked_lm", "question_answering"]
-HEADS: dict[str, tuple[Task, Any]] = {
-    "ForSequenceClassification": ("classification", AutoModelForSequenceClassification),
-    "ForCausalLM": ("causal_lm", AutoModelForCausalLM),
-    "LMHeadModel": ("causal_lm", AutoModelForCausalLM),
-    "ForMaskedLM": ("masked_lm", AutoModelForMaskedLM),
-    "ForQuestionAnswering": ("question_answering", AutoModelForQuestionAnswering),
-}
-"""By the end of an architecture's name."""
+from feddistill.tasks.choose import learner_class
+from feddistill.tasks.learner import BuiltModel
 
 MODULES = "modules.json"
 DENSE = "2_Dense"
@@ -56,7 +45,7 @@ class Student:
 
     name: str
     """What figures and errors call it."""
-    task: Task
+    task: str
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
     max_tokens: int
@@ -108,7 +97,7 @@ def of_run(out: Path) -> Student:
         experiment.prepare(config)
         weights = directory.read_json(RESULT)["student_weights"]
         labels = ()
-        if config.task == "classification":
+        if TASKS[config.task].labels == "class":
             labels = tuple(directory.read_json(layout.SKEW)["labels"])
         built = _built(config, len(labels), _public(config, directory))
         directory.done(layout.step_of(weights))  # the file is what the step wrote
@@ -127,18 +116,11 @@ def of_run(out: Path) -> Student:
     )
 
 
-def _built(config: Config, classes: int, public: tuple[str, ...]) -> models.Specialist:
+def _built(config: Config, classes: int, public: tuple[str, ...]) -> BuiltModel:
     """The student as it is before any training."""
     name = "student.model"
     seed = derive(config.seed, "init", name)
-    if config.task == "classification":
-        return models.build(config.student.model, classes, seed, name, public)
-    if config.task == "question_answering":
-        reader = reading.build(config.student.model, config.question_answering, seed, name, public)
-        return models.Specialist(reader.model, reader.tokenizer, reader.max_tokens)
-    masked = config.task == "masked_lm"
-    built = causal.build(config.student.model, seed, name, public, masked=masked)
-    return models.Specialist(built.model, built.reader.tokenizer, built.max_tokens)
+    return learner_class(config.task).build(config, config.student.model, name, seed, public, classes)
 
 
 def _public(config: Config, directory: RunDirectory) -> tuple[str, ...]:
@@ -158,7 +140,7 @@ def of_folder(path: Path) -> Student:
         config = AutoConfig.from_pretrained(path)
         tokenizer = AutoTokenizer.from_pretrained(path)
         if (path / MODULES).is_file():
-            model, task = _mean_pool(path, config), HEADS["ForSequenceClassification"][0]
+            model, task = _mean_pool(path, config), "classification"
         else:
             task, auto = _head(path, config)
             model = auto.from_pretrained(path, dtype=torch.float32)
@@ -166,18 +148,22 @@ def of_folder(path: Path) -> Student:
         raise ModelError(f"cannot load a model from {path}: {str(error).splitlines()[0]}") from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    labels = tuple(config.id2label[i] for i in range(config.num_labels)) if task == "classification" else ()
+    classes = range(config.num_labels) if TASKS[task].labels == "class" else ()
+    labels = tuple(config.id2label[i] for i in classes)
     return Student(str(path), task, _ready(model), tokenizer, _longest(config, tokenizer), labels)
 
 
-def _head(path: Path, config: PretrainedConfig) -> tuple[Task, Any]:
+def _head(path: Path, config: PretrainedConfig) -> tuple[str, Any]:
+    """The task of the model, and the class of transformers that loads it."""
     names = config.architectures or []
-    for ending, found in HEADS.items():
-        if any(name.endswith(ending) for name in names):
-            return found
+    for task, entry in TASKS.items():
+        for ending, auto in entry.heads.items():
+            if any(name.endswith(ending) for name in names):
+                return task, getattr(transformers, auto)
+    known = [entry.label for entry in TASKS.values() if entry.heads]
     raise ModelError(
         f"{path} holds {', '.join(names) or 'a model without a name'}; what can be measured are models for "
-        "classification, causal language modelling and question answering"
+        f"{', '.join(known[:-1])} and {known[-1]}"
     )
 
 

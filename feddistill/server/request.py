@@ -16,7 +16,7 @@ def request(session: Session, number: int, *, quorum: int, previous: str) -> Rou
     question = session.query
     classes = question.vocab_size
     k = {"dense": classes, "sampled": min(settings.samples, classes)}.get(settings.codec, settings.k)
-    run_id, asked = digest(config)[:16], session.asked(number)
+    run_id, asked = digest(config)[:16], session.round_clients(number)
     keys = getattr(config.data.partition, "keys", {})
     spec = RoundSpec(
         run_id=run_id,

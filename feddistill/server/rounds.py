@@ -326,7 +326,7 @@ class _Rounds:
             layout.student(number),
             f"round {number}: the student learns",
             start.file if start else None,
-            lambda: self.student.taught(*teachers),
+            lambda: self.student.teacher_examples(*teachers),
             settings,
             steps=training.steps_of(settings, self.student.proxy_examples()),
             distill=config.distill,

@@ -1,1 +1,1 @@
-"""The tasks: what a model learns, how it answers the proxy set and how it is evaluated; one file a task."""
+"""The tasks, one file each: training, prediction of the proxy texts, evaluation; and query-only models."""

@@ -1,35 +1,32 @@
-"""Which learner a task has, and the student's architecture taught as the student is."""
+"""The learner of a task, found by the table of tasks."""
 
 from collections.abc import Callable
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from feddistill.config.models import ModelConfig
-from feddistill.tasks.black_box import QueryOnlyClassifier, QueryOnlyLanguageModel
-from feddistill.tasks.language_model import CausalLanguageModel
-from feddistill.tasks.learner import Learner
-from feddistill.tasks.masked_language_model import MaskedLanguageModel
-from feddistill.tasks.question_answering import QuestionAnswering
-from feddistill.tasks.session import Session
+from feddistill.config.tasks import TASKS
 
-LEARNERS: dict[str, type[Learner]] = {
-    "classification": Learner,
-    "causal_lm": CausalLanguageModel,
-    "masked_lm": MaskedLanguageModel,
-    "question_answering": QuestionAnswering,
-}
-"""By task."""
+if TYPE_CHECKING:  # a learner needs a session, and a session the query of its task's learner
+    from feddistill.tasks.learner import Learner
+    from feddistill.tasks.session import Session
 
-QUERY_ONLY: dict[str, type[Learner]] = {
-    "classification": QueryOnlyClassifier,
-    "causal_lm": QueryOnlyLanguageModel,
-}
-"""By task, of models that are only asked."""
+
+def learner_class(task: str, *, query_only: bool = False) -> "type[Learner]":
+    """The class of a task's learner, or of its query-only learner; its module is imported now."""
+    entry = TASKS[task]
+    name = entry.query_only if query_only else entry.learner
+    assert name is not None, "the configuration allows a query-only model"
+    module, _, attribute = name.partition(":")
+    found: type[Learner] = getattr(import_module(module), attribute)
+    return found
 
 
 def learner_of(
-    session: Session, config: ModelConfig, name: str, *, adapt: Callable[[nn.Module], None] | None = None
-) -> Learner:
-    """The learner of the session's task."""
-    kinds = QUERY_ONLY if config.black_box else LEARNERS
-    return kinds[session.config.task](session, config, name, adapt=adapt)
+    session: "Session", config: ModelConfig, name: str, *, adapt: Callable[[nn.Module], None] | None = None
+) -> "Learner":
+    """A learner of the session's task; see ``Learner`` for the arguments."""
+    kind = learner_class(session.config.task, query_only=config.query_only)
+    return kind(session, config, name, adapt=adapt)

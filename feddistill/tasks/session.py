@@ -1,4 +1,4 @@
-"""What a method works with: settings, data, run directory, progress, the transport to the clients."""
+"""The context of a run: settings, data, run directory, progress display, transport to the clients."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -21,46 +21,46 @@ from feddistill.types import Cost, Splits
 
 @dataclass(frozen=True, slots=True)
 class Average:
-    """What a round of federated averaging came to."""
+    """Outcome of a round of federated averaging."""
 
     weights: Mapping[str, Tensor]
     uplink: int
-    """Bytes of all clients' weights as they travelled."""
+    """Bytes of all clients' weights as they were sent."""
     downlink: int
     cost: Cost
-    """Of all clients together."""
+    """Total over the clients."""
     missing: list[str]
-    """Clients that sent nothing."""
+    """Clients without a reply."""
 
 
 class Averager(Protocol):
-    """Has clients elsewhere train some weights, and averages them."""
+    """Lets remote clients train given weights, and averages the results."""
 
     def __call__(self, session: "Session", number: int, weights: Mapping[str, Tensor]) -> Average:
-        """Round ``number``.
+        """Run round ``number``.
 
         Raises:
-            RoundError: Too few clients have answered.
+            RoundError: Too few clients have replied.
         """
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """What carries the federation."""
+    """How the server reaches the clients."""
 
     transport: Transport | None = None
-    """``None``: all clients work in this process."""
+    """``None``: all clients are in this process."""
     name: str = "local"
-    """What a run is resumed with: each engine keeps the clients' state in another place."""
+    """Stored in the run and required to resume it: each engine keeps clients' state elsewhere."""
     retry_policy: RetryPolicy = field(default_factory=RetryPolicy)
     averager: Averager | None = None
-    """What ``fedavg`` goes through where clients are elsewhere; ``None``: it is simulated in this process."""
+    """Used by ``fedavg`` with remote clients; ``None``: averaging is simulated in this process."""
 
 
 @dataclass(frozen=True)
 class Session:
-    """What a method works with: settings, data, where to write, what to show."""
+    """What a method works with."""
 
     config: Config
     splits: Splits
@@ -68,17 +68,17 @@ class Session:
     progress: Progress
     engine: Engine = field(default_factory=Engine)
     connect: Callable[["Session"], Transport] | None = None
-    """Makes the transport to clients in this process; not needed where the engine has a transport."""
+    """Makes the transport to clients in this process, if the engine has no transport."""
     step_cache: StepCache | None = None
-    """Steps that it has in common with other runs of a study."""
+    """Training steps shared with other runs of a study."""
 
     @cached_property
     def frozen(self) -> dict[str, States]:
-        """What frozen layers made of the texts so far, by the layers' fingerprint."""
+        """Cached hidden states of frozen layers, by the layers' fingerprint."""
         return {} if self.step_cache is None else self.step_cache.frozen
 
     def transport(self) -> Transport:
-        """What carries the messages of a federation."""
+        """The transport of the engine, or one to clients in this process."""
         if self.engine.transport is not None:
             return self.engine.transport
         assert self.connect is not None, "a session without a transport runs no federation"
@@ -86,21 +86,21 @@ class Session:
 
     @property
     def bf16(self) -> bool:
-        """Whether passes run in bfloat16."""
+        """True if forward and backward passes run in bfloat16."""
         return self.config.precision == "bf16"
 
     @property
     def task(self) -> Task:
-        """What figures there are, and which decides."""
+        """The entry of the run's task."""
         return TASKS[self.config.task]
 
     @cached_property
     def query(self) -> ProxyQuery:
-        """What the proxy texts ask."""
+        """What is predicted of the proxy texts."""
         return query_of(self.config, self.splits)
 
-    def asked(self, number: int) -> tuple[str, ...]:
-        """The clients that are asked in a round, in their order."""
+    def round_clients(self, number: int) -> tuple[str, ...]:
+        """The clients of a round, in their order."""
         names = tuple(private.name for private in self.splits.private)
         count = self.config.clients.per_round
         if count is None or count >= len(names):

@@ -1,8 +1,8 @@
-"""Steps that runs of a study have in common: the first run does them, the others take them over.
+"""Cache of training steps shared by the runs of a study: computed once, then reused.
 
-Runs that differ only in what the server does with answers have the same specialists in their first round;
-runs that differ only in the clients have the same model of the server alone. A step is taken over with the
-costs that it had where it was done, so that no figure depends on who came first.
+Runs that differ only in what the server does with predictions have the same specialists in the first round;
+runs that differ only in the clients have the same public-only baseline. A reused step keeps its original
+costs, so that no result depends on which run came first.
 """
 
 import hashlib
@@ -12,6 +12,7 @@ from typing import Any
 
 from feddistill.config import Config
 from feddistill.config.methods import METHODS
+from feddistill.config.tasks import TASKS
 from feddistill.errors import RunError
 from feddistill.models.frozen import States
 from feddistill.store import layout
@@ -43,63 +44,63 @@ INDEPENDENT = {
         "data.histogram_epsilon",
     ),
 }
-"""By the beginning of a step's name, the settings that it does not depend on: all others must be equal."""
+"""Settings that a step does not depend on, by the start of its name; all others must be equal."""
 
 
 _MODELS = 4
-"""Whose frozen layers' states one process keeps."""
+"""Models whose frozen activations one process caches."""
 
 _FROZEN: dict[str, States] = {}
 
 
 class StepCache:
-    """A folder of steps, under a digest of what they depend on; and what frozen layers made of texts."""
+    """A folder of steps, by a digest of their settings, and cached hidden states of frozen layers."""
 
     def __init__(self, root: Path, config: Config):
         self._root = root
         while len(_FROZEN) > _MODELS:
             del _FROZEN[next(iter(_FROZEN))]
         self.frozen = _FROZEN
-        """Of all runs of this process."""
+        """Shared by all runs of this process."""
         self._keys = {
             beginning: key(config, settings)
             for beginning, settings in INDEPENDENT.items()
-            if config.task == "classification"
+            if TASKS[config.task].shares_steps
         }
 
     def take(self, run: RunDirectory, step: str) -> Json | None:
-        """What ``step`` found in another run, taken over into ``run``; ``None`` where none has done it."""
-        place = self._place(step)
-        if place is None or not place.is_dir():
+        """Copy ``step`` of another run into ``run`` and return its record; ``None`` if it is not cached."""
+        folder = self._folder(step)
+        if folder is None or not folder.is_dir():
             return None
         try:
-            there = RunDirectory.open(place)
-        except RunError:  # somebody is putting something in
+            cached = RunDirectory.open(folder)
+        except RunError:  # another process is writing
             return None
         try:
-            if there.done(step) is None:
+            if cached.done(step) is None:
                 return None
-            run.adopt(there, step)
+            run.adopt(cached, step)
         finally:
-            there.close()
+            cached.close()
         return run.done(step)
 
     def give(self, run: RunDirectory, step: str) -> None:
-        """Keep ``step`` of ``run`` for others, if it is one that they may have in common."""
-        place = self._place(step)
-        if place is None:
+        """Add ``step`` of ``run`` to the cache, if other runs may share it."""
+        folder = self._folder(step)
+        if folder is None:
             return
         try:
-            begun = place.is_dir()
-            there = RunDirectory.open(place) if begun else RunDirectory.create(place, f"# {step}\n")
-        except RunError:  # somebody else is putting something in: what is missing is done again
+            begun = folder.is_dir()
+            cached = RunDirectory.open(folder) if begun else RunDirectory.create(folder, f"# {step}\n")
+        except RunError:  # another process is writing: others compute the step again
             return
         try:
-            there.adopt(run, step)
+            cached.adopt(run, step)
         finally:
-            there.close()
+            cached.close()
 
-    def _place(self, step: str) -> Path | None:
+    def _folder(self, step: str) -> Path | None:
         for beginning, name in self._keys.items():
             if step.startswith(beginning):
                 return self._root / name
@@ -107,12 +108,12 @@ class StepCache:
 
 
 def key(config: Config, independent: tuple[str, ...]) -> str:
-    """A digest of all settings but those ``independent`` ones, given by dotted names."""
+    """A digest of all settings except the ``independent`` ones, which are dotted names."""
     settings = config.model_dump(mode="json")
     for name in independent:
         *path, last = name.split(".")
         group: Any = settings
         for part in path:
             group = group[part]
-        del group[last]  # a name that is none is a mistake
+        del group[last]  # KeyError for an unknown name
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]

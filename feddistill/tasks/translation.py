@@ -1,4 +1,4 @@
-"""Answers between tokenizers: what a model says of its tokens of a text, said of those of another model."""
+"""Project a model's predictions over its own tokens to the tokens of another model."""
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -33,11 +33,11 @@ from feddistill_kernels import TopK
 Ints = NDArray[np.int64]
 
 FEWEST = 64
-"""Entries that a row keeps before it is projected, at the least: mass that it leaves out is told nowhere."""
+"""The fewest entries that a row keeps before it is projected: mass in the tail cannot be projected."""
 
 
 def kept_before(k: int, vocab_size: int) -> int:
-    """Entries that a row keeps before it is projected to ``k``: several of them may come to one id.
+    """Entries that a row keeps before it is projected to ``k``: several of them may map to one id.
 
     >>> kept_before(4, 300), kept_before(32, 300), kept_before(128, 300)
     (64, 128, 300)
@@ -47,16 +47,16 @@ def kept_before(k: int, vocab_size: int) -> int:
 
 @dataclass
 class Counts:
-    """What has been projected."""
+    """Statistics of projections."""
 
     rows: int = 0
     answered: int = 0
     coverage: float = 0.0
-    """Added up over rows."""
+    """Sum over rows of the share of the mass that is kept."""
     seconds: float = 0.0
 
     def record(self) -> Json:
-        """Of ``rows`` rows: the shares that have an answer and, on average, of the mass that is kept."""
+        """As JSON; ``answered`` is the share of rows with a prediction, ``coverage`` a mean over rows."""
         count = max(self.rows, 1)
         return {
             "rows": self.rows,
@@ -67,10 +67,10 @@ class Counts:
 
 
 class Side:
-    """The texts as one of the two reads them."""
+    """The texts as one of the two models reads them."""
 
     def __init__(self, reader: TextReader, texts: TextSet, blocks: PackedTexts, name: str):
-        """``blocks`` are those of ``texts``, of any length; ``name`` is the setting that errors name."""
+        """Take ``texts`` packed into ``blocks`` of any length; ``name`` is the setting that errors name."""
         self.vocabulary = Vocabulary(reader.tokenizer, name)
         self.vocab_size, self.blocks = reader.vocab_size, blocks
         if len(self.vocabulary) > self.vocab_size:
@@ -80,25 +80,25 @@ class Side:
             )
         end = end_id(reader.tokenizer)
         self.readings = [_ended(spans(self.vocabulary, t, special_tokens=False), end) for t in texts.texts]
-        # Row r is about token r + 1 of the stream; the rows of a text are its tokens and its end.
+        # Row r predicts token r + 1 of the stream; a text has a row for each token and for its end.
         self.first: Ints = np.searchsorted(blocks.texts[1:], np.arange(len(texts) + 1))
         whole = np.concatenate([reading.ids for reading in self.readings])
         if not np.array_equal(whole, blocks.targets):
-            raise ModelError(f"{name}: its tokenizer cuts a text otherwise where byte spans are asked for")
+            raise ModelError(f"{name}: its tokenizer splits a text differently when byte spans are requested")
 
     def edges(self, text: int) -> tuple[Ints, Ints]:
-        """``[n]``, where each token of a text begins and ends; the end of it is one byte behind it."""
+        """``[n]`` first byte and end of each token of a text; the end token has one byte after the text."""
         ends = self.readings[text].ends.copy()
         ends[-1] += 1
         return np.concatenate([[0], ends[:-1]]), ends
 
     def texts(self, rows: Ints) -> list[int]:
-        """Those that ``rows`` are about."""
-        found: list[int] = np.unique(self.blocks.texts[rows + 1]).tolist()
-        return found
+        """The texts that ``rows`` predict tokens of."""
+        numbers: list[int] = np.unique(self.blocks.texts[rows + 1]).tolist()
+        return numbers
 
     def tokens(self, rows: Ints, text: int) -> Ints:
-        """Which tokens of a text those of ``rows`` are about that are about it; ``rows`` ascend."""
+        """The tokens of a text that ``rows``, which ascend, predict."""
         start, stop = np.searchsorted(rows, self.first[text : text + 2])
         return np.asarray(rows[start:stop] - self.first[text])
 
@@ -109,153 +109,157 @@ class Projector(Protocol):
     def __call__(
         self,
         answers: TopK,
-        sender: Reading,
-        receiver: Reading,
+        source: Reading,
+        target: Reading,
         /,
         *,
         predicted: Ints,
         k: int,
         vocab_size: int,
     ) -> Projection:
-        """What is said of the sender's tokens, about the receiver's."""
+        """Project predictions of the source's tokens to the target's."""
 
 
-def by_spans(sender: Vocabulary, receiver: Vocabulary, folder: Path) -> Projector:
-    """By the bytes that tokens stand for; ``folder``: where maps are kept."""
-    return partial(project, mapped=map_vocabulary(sender, receiver, folder))
+def by_spans(source: Vocabulary, target: Vocabulary, folder: Path) -> Projector:
+    """Project by the bytes that tokens cover; ``folder`` keeps the vocabulary maps."""
+    return partial(project, mapped=map_vocabulary(source, target, folder))
 
 
-def by_edit_distance(sender: Vocabulary, receiver: Vocabulary) -> Projector:
-    """As FedMKT does: by edit distances, of ids and of the tokens of a text."""
-    return partial(mined_project, mapped=mined_map(sender, receiver), vocabularies=(sender, receiver))
+def by_edit_distance(source: Vocabulary, target: Vocabulary) -> Projector:
+    """Project as FedMKT does: by edit distances between ids and between the tokens of a text."""
+    return partial(mined_project, mapped=mined_map(source, target), vocabularies=(source, target))
 
 
-def needed(asked: Ints, receiver: Side, sender: Side) -> Ints:
-    """Rows of the sender about tokens that share a byte with those of the receiver's rows ``asked``."""
-    found: list[Ints] = []
-    for text in receiver.texts(asked):
-        (starts, ends), theirs = receiver.edges(text), sender.edges(text)[1]
-        tokens = receiver.tokens(asked, text)
-        first = np.searchsorted(theirs, starts[tokens], side="right")
-        last = np.searchsorted(theirs, ends[tokens], side="left")
-        there = first <= last  # not of tokens that stand for nothing
-        change = np.zeros(len(theirs) + 1, np.int64)
-        np.add.at(change, first[there], 1)
-        np.add.at(change, last[there] + 1, -1)
-        found.append(np.flatnonzero(np.cumsum(change)[:-1] > 0) + sender.first[text])
-    return np.concatenate(found) if found else np.zeros(0, np.int64)
+def overlapping(rows: Ints, target: Side, source: Side) -> Ints:
+    """The source's rows for tokens that share a byte with the tokens of the target's ``rows``."""
+    parts: list[Ints] = []
+    for text in target.texts(rows):
+        (starts, ends), source_ends = target.edges(text), source.edges(text)[1]
+        tokens = target.tokens(rows, text)
+        first = np.searchsorted(source_ends, starts[tokens], side="right")
+        last = np.searchsorted(source_ends, ends[tokens], side="left")
+        nonempty = first <= last  # False for tokens without bytes
+        change = np.zeros(len(source_ends) + 1, np.int64)
+        np.add.at(change, first[nonempty], 1)
+        np.add.at(change, last[nonempty] + 1, -1)
+        parts.append(np.flatnonzero(np.cumsum(change)[:-1] > 0) + source.first[text])
+    return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
 
 def translate(
-    said: Iterable[TopK],
-    rows: Ints,
-    asked: Ints,
-    sender: Side,
-    receiver: Side,
-    way: Projector,
+    predictions: Iterable[TopK],
+    source_rows: Ints,
+    target_rows: Ints,
+    source: Side,
+    target: Side,
+    projector: Projector,
     k: int,
-    tally: Counts,
+    counts: Counts,
 ) -> Iterator[TopK]:
-    """What is said about ``rows`` of the sender's, as answers to ``asked`` rows of the receiver's.
+    """Project predictions of ``source_rows`` to predictions of ``target_rows``.
 
     Args:
-        said: The sender's answers to ``rows``, in order, in pieces of any size; a row's likeliest id first.
-        rows: Of the sender's blocks, ascending.
-        asked: Of the receiver's blocks, ascending.
-        sender: Who speaks.
-        receiver: Who listens.
-        way: From the sender's vocabulary to the receiver's.
-        k: Entries that an answer keeps.
-        tally: Counts what is projected.
+        predictions: Of ``source_rows``, in order, in parts of any size; a row's likeliest id comes first.
+        source_rows: Rows of the source's blocks, ascending.
+        target_rows: Rows of the target's blocks, ascending.
+        source: The texts as the predicting model reads them.
+        target: The texts as the other model reads them.
+        projector: From the source's vocabulary to the target's.
+        k: Entries per projected row.
+        counts: Updated with what is projected.
 
     Returns:
-        One piece for each text, all together in the order of ``asked``; rows of which too little is known
-        are without an opinion (``abstentions``).
+        One part for each text, together in the order of ``target_rows``; rows for which too little mass is
+        known abstain.
 
-    Memory: A text's rows, and the largest piece of ``said``.
+    Memory: A text's rows, and the largest part of ``predictions``.
     """
-    texts = receiver.texts(asked)
-    about = [sender.tokens(rows, text) for text in texts]
-    for text, predicted, piece in zip(texts, about, _cut(said, list(map(len, about))), strict=True):
+    texts = target.texts(target_rows)
+    per_text = [source.tokens(source_rows, text) for text in texts]
+    parts = _split(predictions, list(map(len, per_text)))
+    for text, predicted, part in zip(texts, per_text, parts, strict=True):
         begun = time.perf_counter()
-        tokens = receiver.tokens(asked, text)
-        made = abstentions(len(tokens), k, receiver.vocab_size)
-        tally.rows += len(tokens)
-        if piece is not None:
-            found = way(
-                piece,
-                sender.readings[text],
-                receiver.readings[text],
+        tokens = target.tokens(target_rows, text)
+        rows = abstentions(len(tokens), k, target.vocab_size)
+        counts.rows += len(tokens)
+        if part is not None:
+            projected = projector(
+                part,
+                source.readings[text],
+                target.readings[text],
                 predicted=predicted,
-                # Not k: a row that k cuts short is no row that says little.
-                k=max(k, min(piece.ids.shape[1], receiver.vocab_size)),
-                vocab_size=receiver.vocab_size,
+                # Not k: entries that k cuts off do not make a row one with little mass.
+                k=max(k, min(part.ids.shape[1], target.vocab_size)),
+                vocab_size=target.vocab_size,
             )
-            short = _shortened(found.rows, k)
-            good = found.answered[tokens]
-            at = torch.from_numpy(np.flatnonzero(good))
-            of = torch.from_numpy((np.cumsum(found.answered) - 1)[tokens[good]])
-            made.ids[at], made.log_probs[at] = short.ids[of], short.log_probs[of]
-            made.log_tail[at] = short.log_tail[of]
-            tally.answered += int(good.sum())
-            tally.coverage += float(found.coverage[tokens].sum())
-        tally.seconds += time.perf_counter() - begun
-        yield made
+            short = _shortened(projected.rows, k)
+            good = projected.answered[tokens]
+            to = torch.from_numpy(np.flatnonzero(good))
+            origin = torch.from_numpy((np.cumsum(projected.answered) - 1)[tokens[good]])
+            rows.ids[to], rows.log_probs[to] = short.ids[origin], short.log_probs[origin]
+            rows.log_tail[to] = short.log_tail[origin]
+            counts.answered += int(good.sum())
+            counts.coverage += float(projected.coverage[tokens].sum())
+        counts.seconds += time.perf_counter() - begun
+        yield rows
 
 
 class Translation:
-    """Between a client's tokenizer and the student's, about the proxy texts."""
+    """Projections of predictions of the proxy texts between a client's tokenizer and the student's."""
 
     def __init__(
         self, client: Side, student: Side, folder: Path, alignment: Literal["spans", "mined"] = "spans"
     ):
-        """``folder``: where maps are kept."""
+        """Keep vocabulary maps in ``folder``."""
         self.client, self.student, self._folder = client, student, folder
         self._alignment = alignment
-        self.tally = Counts()
+        self.counts = Counts()
 
     @cached_property
-    def _there(self) -> Projector:
-        return self._way(self.client.vocabulary, self.student.vocabulary)
+    def _to_student(self) -> Projector:
+        return self._projector(self.client.vocabulary, self.student.vocabulary)
 
     @cached_property
-    def _back(self) -> Projector:
-        return self._way(self.student.vocabulary, self.client.vocabulary)
+    def _to_client(self) -> Projector:
+        return self._projector(self.student.vocabulary, self.client.vocabulary)
 
-    def _way(self, sender: Vocabulary, receiver: Vocabulary) -> Projector:
+    def _projector(self, source: Vocabulary, target: Vocabulary) -> Projector:
         if self._alignment == "mined":
-            return by_edit_distance(sender, receiver)
-        return by_spans(sender, receiver, self._folder)
+            return by_edit_distance(source, target)
+        return by_spans(source, target, self._folder)
 
-    def rows(self, asked: Ints) -> Ints:
-        """Which of the client's rows it takes to answer ``asked`` rows of the student's."""
-        return needed(asked, self.student, self.client)
+    def client_rows(self, rows: Ints) -> Ints:
+        """The client's rows that are needed to predict ``rows`` of the student."""
+        return overlapping(rows, self.student, self.client)
 
-    def answers(self, said: Iterable[TopK], rows: Ints, asked: Ints, k: int) -> Iterator[TopK]:
-        """The client's answers to ``rows`` as answers to ``asked`` rows of the student's."""
-        return translate(said, rows, asked, self.client, self.student, self._there, k, self.tally)
+    def answers(self, predictions: Iterable[TopK], own: Ints, rows: Ints, k: int) -> Iterator[TopK]:
+        """The client's predictions of its rows ``own`` as predictions of the student's ``rows``."""
+        return translate(predictions, own, rows, self.client, self.student, self._to_student, k, self.counts)
 
-    def taught_by(self, asked: Ints) -> Ints:
-        """Which of the student's rows it takes to teach the client's ``asked`` rows."""
-        return needed(asked, self.client, self.student)
+    def student_rows(self, own: Ints) -> Ints:
+        """The student's rows that are needed to teach the client's rows ``own``."""
+        return overlapping(own, self.client, self.student)
 
-    def teacher(self, said: TopK, rows: Ints, asked: Ints, k: int) -> tuple[TopK, Ints]:
-        """The teacher's answers to ``rows`` of the student's, to those of the client's ``asked`` rows that
-        they say enough about; and which these are."""
-        parts = translate([said], rows, asked, self.student, self.client, self._back, k, Counts())
+    def teacher(self, predictions: TopK, rows: Ints, own: Ints, k: int) -> tuple[TopK, Ints]:
+        """The teacher's predictions of the student's ``rows``, projected to the client's rows ``own``.
+
+        Returns:
+            Predictions of the client's rows with enough mass, and these rows.
+        """
+        parts = translate([predictions], rows, own, self.student, self.client, self._to_client, k, Counts())
         whole = TopK.cat(list(parts))
         good = answered(whole)
-        return whole[good], asked[good.numpy()]
+        return whole[good], own[good.numpy()]
 
     def counted(self) -> Json:
-        """What has been answered since this was asked last."""
-        tally, self.tally = self.tally, Counts()
-        return tally.record()
+        """Statistics of ``answers`` since the last call."""
+        counts, self.counts = self.counts, Counts()
+        return counts.record()
 
 
-def _cut(said: Iterable[TopK], sizes: Sequence[int]) -> Iterator[TopK | None]:
-    """Rows in pieces of these sizes; ``None`` for one of nothing."""
-    source, held = iter(said), None
+def _split(predictions: Iterable[TopK], sizes: Sequence[int]) -> Iterator[TopK | None]:
+    """Rows in parts of these sizes; ``None`` for an empty part."""
+    source, held = iter(predictions), None
     for size in sizes:
         if size == 0:
             yield None
@@ -269,13 +273,13 @@ def _cut(said: Iterable[TopK], sizes: Sequence[int]) -> Iterator[TopK | None]:
 
 
 def _shortened(rows: TopK, k: int) -> TopK:
-    """The first ``k`` entries; the others join the tail."""
+    """The first ``k`` entries; the mass of the others joins the tail."""
     rest = torch.cat([rows.log_probs[:, k:], rows.log_tail[:, None]], 1).logsumexp(1)
     return TopK(rows.ids[:, :k], rows.log_probs[:, :k], rest, rows.vocab_size)
 
 
 def _ended(reading: Reading, end: int) -> Reading:
-    """With the end token that stands behind each text."""
+    """The reading with the end token after the text."""
     size = len(reading.text)
     return replace(
         reading,

@@ -1,6 +1,6 @@
-"""Train a model on texts with labels, with a teacher's answers, or both.
+"""Train a model on texts with labels, with a teacher's predictions, or both.
 
-The loop is ``transformers.Trainer``; what is ours is the loss, here, and what a batch carries (``trainer``).
+The loop is ``transformers.Trainer``; the losses and the batches are ours (``training.trainer``).
 """
 
 import tempfile
@@ -9,18 +9,14 @@ from dataclasses import dataclass
 from torch import nn
 
 from feddistill.accounting import FlopMeter
-from feddistill.config.training import DistillConfig, TrainingConfig
-from feddistill.modelio.outputs import takes_types
-from feddistill.training.blocks import BlockExamples, Masking
-from feddistill.training.spans import SpanExamples
-from feddistill.training.texts import TrainingExamples
-from feddistill.types import NO_LABEL as NO_LABEL
+from feddistill.config.training import TrainingConfig
+from feddistill.training.losses import BatchLoss, Examples
 from feddistill.types import ProgressCallback
 
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """How a training went."""
+    """Outcome of a training."""
 
     steps: int
     loss: float
@@ -30,65 +26,52 @@ class Trained:
 
 
 def steps_of(config: TrainingConfig, examples: int) -> int:
-    """Optimiser steps that ``config`` takes over ``examples`` texts."""
+    """Number of optimiser steps of ``config.epochs`` over ``examples`` texts."""
     batches = -(-examples // config.batch_size)
     return max(1, round(config.epochs * batches / config.gradient_accumulation))
 
 
 def fit(
     model: nn.Module,
-    lessons: TrainingExamples | BlockExamples | SpanExamples,
+    examples: Examples,
     config: TrainingConfig,
     *,
+    loss: BatchLoss,
     seed: int,
     bf16: bool,
     pad_id: int,
     head: set[str],
     meter: FlopMeter,
     steps: int | None = None,
-    distill: DistillConfig | None = None,
     proximal: float = 0.0,
-    vocab_size: int = 0,
-    masking: Masking | None = None,
     on_step: ProgressCallback | None = None,
 ) -> Trained:
     """Train ``model`` in place.
 
     Args:
-        model: Takes ``input_ids`` and ``attention_mask``, returns ``.logits [B, V]``; of blocks one of
-            transformers' language models, of questions one for question answering.
-        lessons: What to learn.
+        model: Takes ``input_ids`` and ``attention_mask`` and returns ``.logits [B, V]``; for blocks one of
+            transformers' language models, for questions one for question answering.
+        examples: The training set.
         config: Optimiser and schedule.
-        seed: Of the order of texts and of dropout.
-        bf16: Whether passes run in bfloat16 (weights stay float32).
-        pad_id: What shorter texts are filled with.
+        loss: Of a batch of examples.
+        seed: For the order of texts and dropout.
+        bf16: True to run passes in bfloat16 (weights stay float32).
+        pad_id: Fills texts that are shorter than others in the batch.
         head: Names of the parameters that take ``config.head_learning_rate``.
         meter: Counts the operations.
         steps: Optimiser steps; ``None`` for ``config.epochs``.
-        distill: The loss, where lessons have a teacher.
-        proximal: Adds ``proximal / 2 * |w - w_0|**2`` to the loss, ``w_0`` the weights as they are now
+        proximal: Adds ``proximal / 2 * |w - w_0|**2`` to the loss, ``w_0`` the weights at the start
             (FedProx: Li et al., MLSys 2020, equation 2).
-        vocab_size: Of blocks: ``V``.
-        hiding: Of blocks: how tokens are hidden from a masked model; ``None`` for a causal one.
-        tick: Told of every step.
+        on_step: Called after every optimiser step.
     """
-    from feddistill.training import trainer  # 100 MB: a server that only merges answers does without
+    from feddistill.training import trainer  # 100 MB, not needed by a server that only aggregates
 
-    total = steps or steps_of(config, len(lessons.tokens))
-    batch_loss: trainer.BatchLoss
-    if isinstance(lessons, TrainingExamples):
-        batch_loss = trainer.TextLoss(lessons, distill)
-    elif isinstance(lessons, SpanExamples):
-        batch_loss = trainer.QuestionLoss(lessons, distill, takes_types(model))
-    elif masking is None:
-        batch_loss = trainer.BlockLoss(lessons, distill, vocab_size, bf16)
-    else:
-        batch_loss = trainer.MaskedLoss(lessons, distill, vocab_size, bf16, masking, seed)
+    total = steps or steps_of(config, len(examples.tokens))
     with tempfile.TemporaryDirectory() as scratch:
         loop = trainer.ExampleTrainer(
             model,
-            lessons.tokens,
-            batch_loss,
+            examples.tokens,
+            loss,
             trainer.arguments(config, scratch, total, seed=seed, bf16=bf16),
             config,
             pad_id=pad_id,
@@ -98,6 +81,6 @@ def fit(
             on_step=on_step,
         )
         loop.train()
-    curve = [(int(e["step"]), float(e["loss"])) for e in loop.state.log_history if "loss" in e]
-    tail = [loss for _, loss in curve[-max(1, len(curve) // 10) :]]
+    curve = loop.loss_curve()
+    tail = [value for _, value in curve[-max(1, len(curve) // 10) :]]
     return Trained(total, sum(tail) / len(tail), tuple(curve))

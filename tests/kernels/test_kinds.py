@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from kernels import oracles
 
-from feddistill.config import DistillConfig
+from feddistill.config.training import DistillConfig
 from feddistill_kernels import (
     BackendError,
     TeacherHead,

@@ -24,7 +24,7 @@ class GridAverager:
 
     def __call__(self, session: Session, number: int, weights: Mapping[str, Tensor]) -> Average:
         """See ``Averager``."""
-        names = session.asked(number)
+        names = session.round_clients(number)
         quorum = session.config.aggregation.quorum or len(names)
         retry_policy = session.engine.retry_policy
         instruction = instruction_for(session, "average", number)
