@@ -21,7 +21,7 @@ import click
     multiple=True,
     type=click.Path(path_type=Path),
     metavar="PAYLOAD",
-    help="A payload that arrived after its round closed, with its envelope (.json) beside it; may be repeated.",
+    help="A payload that arrived too late, with its envelope (.json) beside it; may be repeated.",
 )
 @click.option(
     "--out",
