@@ -1,4 +1,4 @@
-"""``feddistill bench``: the command of ``bench/``, which is installed as ``feddistill.bench``."""
+"""``feddistill bench``: the command in ``bench/``, installed as ``feddistill.bench``."""
 
 from feddistill.bench.__main__ import main as bench
 

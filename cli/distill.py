@@ -7,17 +7,17 @@ import click
 
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
+@click.option("--student", metavar="MODEL", help="Student model: name on the hub, or a folder.")
 @click.option(
-    "--student", metavar="MODEL", help="A model of the hub, or a folder: short for the student's source."
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting of student or distill."
 )
 @click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a setting of student or distill."
-)
-@click.option(
-    "--out", type=click.Path(file_okay=False, path_type=Path), help="A new run.  [default: RUN-distilled]"
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Directory of the new run.  [default: RUN-distilled]",
 )
 def distill(run: Path, student: str | None, overrides: tuple[str, ...], out: Path | None) -> None:
-    """Train another student from the teachers that RUN stored; no client is asked again.
+    """Distill another student from the stored teachers of RUN, without contacting the clients.
 
     \b
     Examples:

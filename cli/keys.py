@@ -7,16 +7,16 @@ import click
 
 @click.group()
 def keys() -> None:
-    """Make and show the key that signs a client's answers."""
+    """Generate and show the key that signs a client's answers."""
 
 
 @keys.command()
 @click.argument("file", type=click.Path(path_type=Path))
 def make(file: Path) -> None:
-    """Write a new private key to FILE and print its public key.
+    """Generate a private key, write it to FILE and print its public key.
 
-    FILE is PEM (PKCS #8, not encrypted), readable by its owner alone; a file that exists is never
-    overwritten. The public key goes to the server, which enrols it.
+    FILE is PEM (PKCS #8, not encrypted) with permissions for its owner only; an existing file is never
+    overwritten. The server enrols the public key.
 
     \b
     Example:

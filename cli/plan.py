@@ -9,11 +9,11 @@ import click
 @click.command()
 @click.argument("config", required=False, type=click.Path(path_type=Path))
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a setting.")
-@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def plan(config: Path | None, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Say what CONFIG (or the quickstart) would cost: bytes, operations, time, memory, disk.
+    """Estimate the cost of CONFIG (default: the quickstart): bytes, operations, time, memory, disk.
 
-    The data are read and each model takes a few steps; nothing is written.
+    Reads the data and runs a few training steps of each model; writes nothing.
     """
     import json
 

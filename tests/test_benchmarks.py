@@ -384,7 +384,7 @@ def test_mistakes_of_an_evaluation_are_one_line(classifiers, tiny_causal, glue, 
     assert "no such folder" in line(folder, "--benchmark", "glue/sst2", "--path", tmp_path / "gone")
     assert "is not a run" in line(tmp_path, "--benchmark", "glue/sst2", "--path", glue)
     assert "one at a time" in line(folder, "--benchmark", "glue/sst2", "--tasks", "a")
-    assert "--path belongs to --benchmark" in line(folder, "--path", glue)
+    assert "--path needs --benchmark" in line(folder, "--path", glue)
     assert "window" in line(folder, "--benchmark", "glue/sst2", "--path", glue, "--window", 8)
     wiki = hub.wikitext(tmp_path / "wiki")
     assert "reads 2 to 64" in line(tiny_causal, "--benchmark", "wikitext-2", "--path", wiki, "--window", 65)

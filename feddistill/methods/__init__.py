@@ -1,1 +1,1 @@
-"""The methods: federated distillation and the baselines, one paper a file, each with ``run`` and ``plan``."""
+"""Methods: federated distillation and the baselines, one module each, with ``run`` and ``plan``."""

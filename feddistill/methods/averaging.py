@@ -1,4 +1,4 @@
-"""Federated averaging of the student's weights: what ``fedavg`` and ``feddf`` have in common."""
+"""Federated averaging of the student's weights, shared by the methods that average weights."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -22,7 +22,8 @@ from feddistill.training import Examples
 from feddistill.types import Cost, TextSet
 
 Server = Callable[[Learner, int, str, list[str]], Json]
-"""``(learner, round, averaged weights, clients' weights)`` to a record that takes the average's place."""
+"""Server step: ``(learner, round, averaged weights, clients' weights)`` to a record that replaces the
+average."""
 
 
 def rounds(
@@ -34,18 +35,18 @@ def rounds(
     lessons: Callable[[TextSet], Examples] | None = None,
     averager: Averager | None = None,
 ) -> list[Json]:
-    """Every round each client trains the student's architecture from the last average, on its own texts.
+    """Run rounds in which each client trains the student's architecture from the last average on its texts.
 
-    The average is weighted by the clients' numbers of texts. Clients take ``fedavg.epochs`` a round; those
-    that are asked in a round are the federation's.
+    The average is weighted by the clients' numbers of texts. Clients train ``fedavg.epochs`` per round; each
+    round samples the same clients as the federation.
 
     Args:
-        session: What the method works with.
-        name: Of the method.
-        server: What the server does with the average.
-        learner: The student's architecture, or what takes its place.
-        lessons: What a client learns; its private texts by default.
-        averager: Where the clients are elsewhere: has them train, and averages what comes back.
+        session: Data, configuration and run directory.
+        name: Name of the method.
+        server: Server step applied to the average; ``None`` to use the average as it is.
+        learner: Model to average; the student's architecture by default.
+        lessons: Training examples of a client; from its private texts by default.
+        averager: For remote clients: trains at the clients and averages their weights.
     """
     if learner is None:
         learner = learner_of(session, session.config.student.model, "student.model")
@@ -150,7 +151,7 @@ def _round(
 def averaging_jobs(
     session: Session, name: str, learner: Learner, shared: Sequence[Tokens] = ()
 ) -> Iterator[Job]:
-    """The jobs of ``rounds``; ``shared`` are texts that every client trains on besides its own."""
+    """Jobs of ``rounds``; ``shared`` are texts that every client trains on in addition to its own."""
     config, phase = session.config, f"baseline_{name}"
     settings = config.clients.training
     if config.fedavg.epochs is not None:

@@ -1,4 +1,4 @@
-"""Baseline: the student on all private texts in one place, which nobody could do. An upper bound."""
+"""Baseline: the student trained on the pooled private texts of all clients. An upper bound."""
 
 from collections.abc import Iterator
 
@@ -13,17 +13,17 @@ from feddistill.types import TextSet
 
 
 def run(session: Session) -> Json:
-    """The student's steps, on the pool of the clients' labelled texts."""
+    """Train the student on the pool of the clients' labelled texts, with as many steps as in the federation."""
     return {"rounds": student_rounds(session, "centralized", pool(session.splits.private))}
 
 
 def plan(session: Session, learners: list[Learner], student: Learner) -> Iterator[Job]:
-    """The jobs of ``run``."""
+    """Jobs of ``run``, for the cost estimate."""
     return student_jobs(session, "centralized", student, pool(session.splits.private))
 
 
 def pool(sets: tuple[TextSet, ...]) -> TextSet:
-    """All clients' texts as one set."""
+    """Concatenate the texts of all clients into one set."""
     return TextSet(
         name="all private texts",
         ids=tuple(f"{s.name}/{i}" for s in sets for i in s.ids),

@@ -1,6 +1,6 @@
-"""Baseline: a client's architecture taught by all private texts in one place, distilled to the student.
+"""Baseline: a client's architecture trained on the pooled private texts, then distilled into the student.
 
-What distillation could do if nobody had to share answers instead of texts: an upper bound of the method.
+An upper bound of federated distillation: distillation without the restriction that texts stay private.
 """
 
 from collections.abc import Iterator
@@ -23,10 +23,10 @@ from feddistill.training import TrainingExamples
 
 
 def run(session: Session) -> Json:
-    """As many segments as there are rounds: the teacher goes on learning, the student learns from it.
+    """Train teacher and student in as many segments as there are rounds.
 
-    In a round the teacher takes as many steps as the clients take together, over the pool of their texts, and
-    the student those that it takes in the federation.
+    In each segment the teacher takes as many steps as all clients together, on the pool of their texts; the
+    student takes as many as in the federation.
     """
     config, proxy = session.config, session.splits.proxy
     teacher = learner_of(session, config.clients.models[0], "clients.models.0")
@@ -78,23 +78,23 @@ def run(session: Session) -> Json:
 
 
 def _answers(session: Session, teacher: Learner, number: int, weights: str) -> Json:
-    """What the teacher says to the proxy texts, as a file, and what it took."""
+    """Store the teacher's log-probabilities on the proxy texts; the record has the file and the cost."""
     run, step = session.run, layout.baseline("centralized_distillation", number, "answers")
     if (record := run.done(step)) is None:
         teacher.restore(weights)
         before = teacher.meter.flops
         label = f"centralized_distillation: segment {number}: the teacher answers"
         with session.progress.step(label) as on_step, measure() as cost:
-            said = teacher.answer(session.splits.proxy, on_step)
+            log_probs = teacher.answer(session.splits.proxy, on_step)
             cost.flops = teacher.meter.flops - before
         file = layout.tensors(step)
-        run.write_bytes(file, save({"log_probs": said}))
+        run.write_bytes(file, save({"log_probs": log_probs}))
         record = run.commit(step, {"answers": file, "cost": asdict(cost.cost)}, [file])
     return record
 
 
 def plan(session: Session, learners: list[Learner], student: Learner) -> Iterator[Job]:
-    """The jobs of ``run``."""
+    """Jobs of ``run``, for the cost estimate."""
     config, rounds, phase = session.config, session.config.rounds, "baseline_centralized_distillation"
     teacher, settings, learns = learners[0], config.clients.training, config.student.training
     texts = teacher.tokens(pool(session.splits.private))

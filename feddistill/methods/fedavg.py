@@ -1,6 +1,6 @@
 """Baseline: federated averaging of the student's weights (McMahan et al., AISTATS 2017).
 
-It needs one architecture for all and sends weights; ``fedavg.proximal`` makes it FedProx (Li et al., 2020).
+All clients share one architecture and send weights; ``fedavg.proximal`` makes it FedProx (Li et al., 2020).
 """
 
 from collections.abc import Iterator
@@ -15,13 +15,15 @@ from feddistill.tasks.session import Session
 
 
 def run(session: Session) -> Json:
-    """As many rounds as the federation has, of the student's architecture at every client."""
+    """Average the student's architecture over the clients, for as many rounds as the federation has."""
     here = not isinstance(session.config.data.partition, RemotePartition)
     if session.engine.averager is None and not here:
-        raise ConfigError("baselines: fedavg has the clients train, which --engine flower can")
+        raise ConfigError(
+            "baselines: fedavg with data.partition remote needs --engine flower: the clients must train"
+        )
     return {"rounds": rounds(session, "fedavg", averager=session.engine.averager)}
 
 
 def plan(session: Session, learners: list[Learner], student: Learner) -> Iterator[Job]:
-    """The jobs of ``run``."""
+    """Jobs of ``run``, for the cost estimate."""
     return averaging_jobs(session, "fedavg", student)

@@ -1,7 +1,7 @@
 """Baseline: federated averaging, then distillation of the clients' ensemble at the server.
 
 Lin et al., "Ensemble Distillation for Robust Model Fusion in Federated Learning", NeurIPS 2020, algorithm 1:
-the teacher is the softmax of the mean of the clients' logits. Weights travel, so the server has every model.
+the teacher is the softmax of the mean of the clients' logits. Clients send their weights to the server.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from feddistill.training import TrainingExamples
 
 
 def run(session: Session) -> Json:
-    """Averaging as ``fedavg`` does it; the average then takes the student's steps on the proxy texts."""
+    """Average as ``fedavg`` does, then train the average on the proxy texts for the student's steps."""
     config, proxy = session.config, session.splits.proxy
 
     def distil(learner: Learner, number: int, average: str, clients: list[str]) -> Json:
@@ -28,11 +28,11 @@ def run(session: Session) -> Json:
             settings = later(settings, None, config.student.later_head_learning_rate)
 
         def lessons() -> TrainingExamples:
-            said = []
+            logits = []
             for weights in clients:
                 learner.restore(weights)
-                said.append(learner.answer(proxy))
-            teacher = torch.stack(said).mean(0).log_softmax(-1)
+                logits.append(learner.answer(proxy))
+            teacher = torch.stack(logits).mean(0).log_softmax(-1)
             learner.load(average)
             return TrainingExamples(learner.tokens(proxy), labels_of(proxy), teacher)
 
@@ -50,7 +50,7 @@ def run(session: Session) -> Json:
 
 
 def plan(session: Session, learners: list[Learner], student: Learner) -> Iterator[Job]:
-    """The jobs of ``run``."""
+    """Jobs of ``run``, for the cost estimate."""
     config, phase = session.config, "baseline_feddf"
     yield from averaging_jobs(session, "feddf", student)
     proxy, settings = list(student.tokens(session.splits.proxy)), config.student.training

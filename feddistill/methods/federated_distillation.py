@@ -10,10 +10,10 @@ from feddistill.tasks.session import Session
 
 
 def run(session: Session) -> Json:
-    """All rounds; see ``feddistill.server.rounds``."""
+    """Run all rounds with ``feddistill.server.rounds``."""
     return rounds.run(session)
 
 
 def plan(session: Session, learners: list[Learner], student: Learner) -> Iterator[Job]:
-    """The jobs of ``run``."""
+    """Jobs of ``run``, for the cost estimate."""
     return federation(session, learners, student)

@@ -1,10 +1,10 @@
 """Baseline: FedFed, adapted to text (after Yang et al., "FedFed: Feature Distillation against Data
 Heterogeneity in Federated Learning", NeurIPS 2023).
 
-The original shares the performance-sensitive part of each image's features, with noise, and every client
-trains on everybody's. Of a text we take the tokens that the label's loss is most sensitive to, and replace
-some of them at random as noise. **It is an adaptation, and it leaks more than the other methods: words of
-private texts leave the client.**
+The original shares the performance-sensitive features of each image, with noise, and every client trains on
+the shared features of all clients. The adaptation shares the tokens of a text to which the loss of its label
+is most sensitive, and replaces some of them at random as noise. **It leaks more than the other methods: words
+of private texts leave the client.**
 """
 
 from collections.abc import Iterator, Sequence
@@ -31,11 +31,11 @@ from feddistill.training import TrainingExamples
 from feddistill.types import Cost, TextSet
 
 BYTES = 4
-"""Of a token or a label that is shared."""
+"""Bytes of a shared token or label."""
 
 
 def run(session: Session) -> Json:
-    """Share sensitive tokens once, then average weights as ``fedavg`` does, over private and shared texts."""
+    """Share sensitive tokens once, then run ``fedavg`` on private and shared texts."""
     model = session.config.student.model.model_copy(update={"frozen_cache_mb": 0})  # gradients of embeddings
     learner = learner_of(session, model, "student.model")
     shared = {private.name: share(session, learner, private) for private in session.splits.private}
@@ -57,9 +57,9 @@ def run(session: Session) -> Json:
 
 
 def plan(session: Session, learners: list[Learner], student: Learner) -> Iterator[Job]:
-    """The jobs of ``run``."""
+    """Jobs of ``run``, for the cost estimate."""
     config, shared = session.config, []
-    for private in session.splits.private:  # sensitive tokens are found first, and then shared
+    for private in session.splits.private:  # training and gradients to find the sensitive tokens
         own, settings = list(student.tokens(private)), config.clients.training
         yield Job("baseline_fedfed", student, own, settings, training.steps_of(settings, len(own)))
         gradients = -(-len(own) // settings.batch_size)  # one pass
@@ -69,11 +69,11 @@ def plan(session: Session, learners: list[Learner], student: Learner) -> Iterato
 
 
 def share(session: Session, learner: Learner, private: TextSet) -> tuple[list[list[int]], Tensor, Cost]:
-    """The sensitive tokens of each private text, noised, in their order; the labels; what it took."""
+    """The noised sensitive tokens of each private text in text order, the labels, and the cost."""
     config = session.config
     record = learner.step(
         layout.baseline("fedfed", 0, private.name),
-        f"fedfed: {private.name} learns what matters in its texts",
+        f"fedfed: {private.name} trains a model to find sensitive tokens",
         None,
         lambda: examples_of(learner, private),
         config.clients.training,
@@ -97,7 +97,7 @@ def share(session: Session, learner: Learner, private: TextSet) -> tuple[list[li
 
 
 def sensitivity(learner: Learner, tokens: Sequence[Tokens], labels: Tensor) -> list[np.ndarray]:
-    """Of each token, ``|<gradient of the label's loss, embedding>|``: how much the loss would miss it."""
+    """Sensitivity of each token: ``|<gradient of the label's loss, embedding>|``, one array per text."""
     found: list[np.ndarray] = []
     taken: list[Tensor] = []
 

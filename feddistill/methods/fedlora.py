@@ -1,7 +1,7 @@
 """Baseline: federated averaging of the student's head and low-rank adapters (LoRA: Hu et al., ICLR 2022).
 
-Everything else of the student stays as it was pretrained, so an upload is small: the honest competitor of
-answers where models are large. Adapters are peft's; what is averaged are their two factors.
+All other weights of the student keep their pretrained values, so uploads are small: the baseline to compare
+with for large models. The adapters are peft's; each of their two factors is averaged.
 """
 
 from collections.abc import Iterator
@@ -18,17 +18,17 @@ from feddistill.tasks.session import Session
 
 
 def run(session: Session) -> Json:
-    """As ``fedavg``, of the adapters and the head alone."""
+    """Run ``fedavg`` on the adapters and the head only."""
     return {"rounds": rounds(session, "fedlora", learner=adapted(session))}
 
 
 def plan(session: Session, learners: list[Learner], student: Learner) -> Iterator[Job]:
-    """The jobs of ``run``."""
+    """Jobs of ``run``, for the cost estimate."""
     return averaging_jobs(session, "fedlora", adapted(session))
 
 
 def adapted(session: Session) -> Learner:
-    """The student's architecture, of which adapters and head are trained."""
+    """The student's architecture with trainable adapters and head."""
     config = session.config.fedlora
 
     def adapt(model: nn.Module) -> None:

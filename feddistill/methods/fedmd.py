@@ -1,7 +1,8 @@
 """Baseline: FedMD (Li and Wang, "FedMD: Heterogenous Federated Learning via Model Distillation", 2019).
 
-Clients of any architecture learn the labelled public texts, then their own; in each round they send scores of
-the public texts, digest the mean of all scores, and revisit their own texts. There is no student.
+Clients of any architecture train on the labelled public texts, then on their own; in each round they send
+scores of the public texts, train on the mean of all scores (digest), and train on their own texts again
+(revisit). There is no student.
 """
 
 from collections.abc import Iterator
@@ -28,11 +29,11 @@ from feddistill.types import NO_LABEL, UNLABELLED, Cost
 
 DIGEST = DistillConfig(kind="mae", kd_weight=1.0)
 FLOAT = 4
-"""Bytes of a score, as FedMD sends them."""
+"""Bytes of a score in an upload."""
 
 
 def run(session: Session) -> Json:
-    """As many rounds as the federation has; the result is the clients' own models."""
+    """Run as many rounds as the federation has; the result is the clients' models."""
     group = ClientGroup(session)
     clients: dict[str, list[Json]] = {client.name: [] for client in group.clients}
     pretrained = {client.name: _pretrain(session, client) for client in group.clients}
@@ -54,7 +55,7 @@ def run(session: Session) -> Json:
 
 
 def _pretrain(session: Session, client: Client) -> Json:
-    """Public texts that have labels, then private ones: FedMD's transfer learning; returns its cost."""
+    """Train on labelled public texts, then on private ones (FedMD's transfer learning); returns the cost."""
     proxy = session.splits.proxy
     known = np.flatnonzero(proxy.labels != UNLABELLED)
     sets = {"private": client.private}
@@ -77,13 +78,13 @@ def _pretrain(session: Session, client: Client) -> Json:
 
 
 def _last(number: int, client: Client) -> str:
-    """The weights that a client has before round ``number``."""
+    """The file with a client's weights before round ``number``."""
     what = "private" if number == 1 else "revisit"
     return layout.tensors(layout.baseline("fedmd", number - 1, what, client.name))
 
 
 def _consensus(session: Session, group: ClientGroup, number: int) -> tuple[str, dict[str, Json]]:
-    """The mean of the clients' scores, as a file, and what answering took of each."""
+    """The file with the mean of the clients' scores, and each client's cost of answering."""
     run, name = session.run, layout.baseline("fedmd", number, "consensus")
     if (record := run.done(name)) is None:
         scores: list[Tensor] = []
@@ -96,9 +97,9 @@ def _consensus(session: Session, group: ClientGroup, number: int) -> tuple[str, 
                 session.progress.step(f"fedmd: round {number}: {client.name} answers") as on_step,
                 measure() as cost,
             ):
-                said = learner.answer(session.splits.proxy, on_step)
+                answered = learner.answer(session.splits.proxy, on_step)
                 cost.flops = learner.meter.flops - before
-            scores.append(said - said.mean(-1, keepdim=True))
+            scores.append(answered - answered.mean(-1, keepdim=True))
             costs[client.name] = asdict(cost.cost)
         run.write_bytes(layout.tensors(name), save({"scores": torch.stack(scores).mean(0)}))
         record = run.commit(name, {"file": layout.tensors(name), "costs": costs}, [layout.tensors(name)])
@@ -106,7 +107,7 @@ def _consensus(session: Session, group: ClientGroup, number: int) -> tuple[str, 
 
 
 def _digest(session: Session, client: Client, number: int, consensus: str) -> Json:
-    """A client learns the consensus, then its own texts again; the record is that of both."""
+    """Train a client on the consensus, then on its own texts; the record has the cost of both."""
     settings, learner, proxy = session.config.fedmd, client.learner, session.splits.proxy
     head = session.config.clients.codistillation.head_learning_rate
     training = session.config.clients.training
@@ -140,7 +141,7 @@ def _digest(session: Session, client: Client, number: int, consensus: str) -> Js
 
 
 def plan(session: Session, learners: list[Learner], student: Learner) -> Iterator[Job]:
-    """The jobs of ``run``."""
+    """Jobs of ``run``, for the cost estimate."""
     known = session.splits.proxy.select(np.flatnonzero(session.splits.proxy.known), "labelled")
     config, rounds, phase = session.config, session.config.rounds, "baseline_fedmd"
     settings = config.clients.training

@@ -1,4 +1,4 @@
-"""What a method would train and run, as a list of jobs: what ``plan`` adds up."""
+"""Jobs: the trainings and inference passes of a method, which ``plan`` adds up."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,33 +14,33 @@ from feddistill.tasks.session import Session
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A training or a pass of answers that the run would do ``times`` over."""
+    """A training or an inference pass that the run would repeat ``times`` times."""
 
     phase: str
     learner: Learner
     texts: Sequence[Tokens]
     settings: TrainingConfig | None = None
-    """Of training; ``None`` for a pass over ``texts``."""
+    """Training settings; ``None`` for an inference pass over ``texts``."""
     steps: int = 0
-    """Of the optimiser, in training."""
+    """Optimiser steps of a training."""
     times: int = 1
 
 
 def client_texts(session: Session, learners: list[Learner]) -> Iterator[tuple[Learner, list[Tokens]]]:
-    """Each client's model, and its private texts as that reads them."""
+    """Each client's model, with the client's private texts as tokens of that model."""
     for place, private in zip(session.splits.places, session.splits.private, strict=True):
         learner = learners[place % len(learners)]
         yield learner, list(learner.tokens(private))
 
 
 def rounds_asked(session: Session) -> list[list[int]]:
-    """Of each client, the rounds in which it is asked."""
+    """For each client, the rounds that sample it."""
     asked = {n: session.round_clients(n) for n in range(1, session.config.rounds + 1)}
     return [[n for n in asked if private.name in asked[n]] for private in session.splits.private]
 
 
 def client_steps(config: Config, own: int, proxy: int, late: bool = False) -> tuple[int, int]:
-    """Of the round in which it is asked first, which may be a ``late`` one, and of each later one."""
+    """Steps in a client's first round, and in each later one; ``late`` if its first round is not round 1."""
     digest, settings = config.clients.codistillation, config.clients.training
     later = settings.model_copy(update={"epochs": digest.epochs if digest.enabled else settings.epochs})
     digested = min(digest.examples or proxy, proxy) if digest.enabled else 0
@@ -50,7 +50,7 @@ def client_steps(config: Config, own: int, proxy: int, late: bool = False) -> tu
 def federation(
     session: Session, learners: list[Learner], student: Learner, baseline: str | None = None
 ) -> Iterator[Job]:
-    """The rounds; of a ``baseline``, that one's, whose first round's clients are the federation's."""
+    """Jobs of the rounds of federated distillation, or of a ``baseline`` that reuses its first round."""
     config, rounds = session.config, session.config.rounds
     settings, digest = config.clients.training, config.clients.codistillation
     for (learner, own), turns in zip(client_texts(session, learners), rounds_asked(session), strict=True):
@@ -73,6 +73,6 @@ def federation(
 
 
 def evaluation(session: Session, learner: Learner, times: int) -> Iterator[Job]:
-    """Validation and test set, ``times`` over."""
+    """Jobs that evaluate on the validation and test sets, ``times`` times."""
     for texts in (session.splits.validation, session.splits.test):
         yield Job("evaluate", learner, learner.tokens(texts), times=times)

@@ -1,4 +1,4 @@
-"""Baseline: every client alone, with as many steps as it takes in the federation if it is always asked."""
+"""Baseline: each client trains alone, for as many steps as in a federation that samples it every round."""
 
 from collections.abc import Iterator
 
@@ -11,7 +11,7 @@ from feddistill.tasks.session import Session
 
 
 def run(session: Session) -> Json:
-    """Each client's segments, one for each round, on its private texts alone."""
+    """Train each client on its private texts only, one segment per round."""
     found: dict[str, list[Json]] = {}
     for client in ClientGroup(session).clients:
         records: list[Json] = []
@@ -23,7 +23,7 @@ def run(session: Session) -> Json:
 
 
 def plan(session: Session, learners: list[Learner], student: Learner) -> Iterator[Job]:
-    """The jobs of ``run``."""
+    """Jobs of ``run``, for the cost estimate."""
     config = session.config
     for (learner, own), turns in zip(client_texts(session, learners), rounds_asked(session), strict=True):
         first, later = client_steps(config, len(own), learner.proxy_examples())

@@ -1,4 +1,4 @@
-"""Baseline: the student on the labelled proxy texts alone, with the student's number of steps."""
+"""Baseline: the student trained on the labelled proxy texts only, for as many steps as the student."""
 
 from collections.abc import Iterator
 
@@ -13,17 +13,17 @@ from feddistill.types import TextSet
 
 
 def run(session: Session) -> Json:
-    """What a server could do without any client."""
+    """Train without any client."""
     return {"rounds": student_rounds(session, "public_only", known_texts(session))}
 
 
 def plan(session: Session, learners: list[Learner], student: Learner) -> Iterator[Job]:
-    """The jobs of ``run``."""
+    """Jobs of ``run``, for the cost estimate."""
     return student_jobs(session, "public_only", student, known_texts(session))
 
 
 def known_texts(session: Session) -> TextSet:
-    """The proxy texts with labels; all of them if the labels are the tokens."""
+    """The labelled proxy texts; all of them for language modelling."""
     proxy = session.splits.proxy
     if session.task.labels == "tokens":
         return proxy

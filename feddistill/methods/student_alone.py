@@ -1,4 +1,4 @@
-"""The student's architecture trained exactly as the student is, on other texts."""
+"""Training of the student's architecture on other texts, with the student's settings."""
 
 from collections.abc import Iterator
 
@@ -14,10 +14,10 @@ from feddistill.types import TextSet
 
 
 def student_rounds(session: Session, name: str, texts: TextSet) -> list[Json]:
-    """Train the student's architecture on labelled ``texts`` exactly as the student is trained.
+    """Train the student's architecture on labelled ``texts`` with the student's settings.
 
-    As many segments as there are rounds, as many steps in each, the same schedule and selection: what
-    differs from the student is only what it learns from.
+    Number of segments, steps per segment, schedule and selection equal those of the student; only the
+    training examples differ.
     """
     config = session.config
     learner = learner_of(session, config.student.model, "student.model")
@@ -43,7 +43,7 @@ def student_rounds(session: Session, name: str, texts: TextSet) -> list[Json]:
 
 
 def student_jobs(session: Session, name: str, student: Learner, texts: TextSet) -> Iterator[Job]:
-    """The jobs of ``student_rounds``."""
+    """Jobs of ``student_rounds``."""
     config = session.config
     settings = config.student.training
     steps = training.steps_of(settings, len(student.tokens(session.splits.proxy)))
