@@ -17,8 +17,6 @@ RETRY_POLICY = RetryPolicy(connect=0, reply=1, attempts=2)
 class Elsewhere:
     """Carries tasks to clients with folders of their own, as JSON and bytes; does what a network does."""
 
-    shares_run = False
-
     def __init__(self, state, files=None, names=NAMES):
         files = files or {}
         self.own = {name: RemoteClient(name, state, files.get(name)) for name in names}

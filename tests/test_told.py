@@ -88,8 +88,8 @@ def test_what_is_no_description_is_none(said):
     ids=str,
 )
 def test_what_a_training_came_to_has_one_form(said):
-    assert reports.training({"costs": {"train": COST}}, figures=True) == {"costs": {"train": COST}}
-    assert reports.training(said, figures=True) is None
+    assert reports.training({"costs": {"train": COST}}, metrics=True) == {"costs": {"train": COST}}
+    assert reports.training(said, metrics=True) is None
 
 
 def test_who_describes_itself_otherwise_takes_no_part(brief, tmp_path):
@@ -116,8 +116,8 @@ def test_what_is_not_asked_for_is_not_kept():
         "loss": [1.0],
         "weights": "",
     }
-    assert reports.training(said, figures=False) == {"costs": {"train": COST, "evaluate": COST}}
-    assert reports.training(said, figures=True)["test"] == {"accuracy": 1.0}
+    assert reports.training(said, metrics=False) == {"costs": {"train": COST, "evaluate": COST}}
+    assert reports.training(said, metrics=True)["test"] == {"accuracy": 1.0}
     own = reports.description({"client": "a", "examples": 5, "class_counts": [1, 2]}, "a", {"size"}, 2)
     assert (own.examples, own.class_counts) == (5, None)
     assert reports.description({"client": "a", "examples": 0}, "a", {"size"}, 2) is None

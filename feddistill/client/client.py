@@ -1,4 +1,4 @@
-"""A client: what it tells of itself, how it trains, how it answers. All that it sends is in here."""
+"""A client: its description, its training and its answers. Everything that it sends is made here."""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,11 +22,11 @@ from feddistill.types import ClientDescription, RoundSpec, TextSet
 
 
 class Client:
-    """One institution: its private texts, and the model that it works with."""
+    """One institution: its private texts and its specialist model."""
 
     def __init__(self, session: Session, private: TextSet, group: "ClientGroup", place: int):
         self.key: PrivateKey | None = None
-        """By which it signs, where the round enrolled keys."""
+        """Key that signs its payloads, if the run has enrolled keys."""
         self.session = session
         self.config = session.config
         self.private = private
@@ -36,25 +36,25 @@ class Client:
 
     @property
     def learner(self) -> Learner:
-        """Shared with the other clients of this architecture: one of them works at a time."""
+        """The model, shared with the other clients of this architecture: one of them trains at a time."""
         return self._crew.learner(self._place)
 
     def _has(self, step: str) -> bool:
         return self.session.run.done(step, verify=False) is not None
 
     def tidy(self, number: int) -> None:
-        """Keep the newest weights, and those of the first round, from which a client alone goes on."""
+        """Delete all weights but the newest and those of the first round, which ``local_only`` needs."""
         done = [n for n in range(2, number + 1) if self._has(self.step(n))]
         for earlier in done[:-1]:
             self.session.run.remove(layout.tensors(self.step(earlier)))
 
     @property
     def _evaluates(self) -> bool:
-        """In a simulation that wants it; an institution has neither the validation nor the test set."""
+        """True in a simulation with ``clients.evaluate``; an institution has no validation or test set."""
         return self.config.clients.evaluate and len(self.session.splits.test) > 0
 
     def describe(self) -> ClientDescription:
-        """What it tells of itself: no more than the rule needs."""
+        """Its description: no more than the aggregation rule needs."""
         counts, needs = None, self.config.aggregation.rule.needs()
         if "class_counts" in needs:
             exact = self.private.label_counts().astype(np.float64)
@@ -82,7 +82,7 @@ class Client:
         )
 
     def step(self, number: int) -> str:
-        """The step that trains it in round ``number``; the first is also a client's that works alone."""
+        """The step of its training in round ``number``; the first round's is also that of ``local_only``."""
         return layout.specialist(number, self.name)
 
     def train(self, number: int, asked: RoundSpec | None) -> Json:
@@ -93,7 +93,9 @@ class Client:
         if number == 1:
             return self.train_alone(number, None)
         before = next((n for n in range(number - 1, 0, -1) if self._has(self.step(n))), None)
-        settings = self._settings(1 if before is None else number)  # who comes late begins as the others did
+        settings = self._settings(
+            1 if before is None else number
+        )  # a client that joins late starts as the others did
         return self.learner.step(
             self.step(number),
             f"round {number}: {self.name} learns",
@@ -147,7 +149,7 @@ class Client:
         return any(self._has(layout.answer(n, self.name)) for n in range(1, number))
 
     def _lessons(self, number: int, asked: RoundSpec | None) -> Any:
-        """Private texts with their labels and, co-distilling, proxy texts with the last teacher's answers."""
+        """Private texts with labels and, if it co-distils, proxy texts with the last teacher."""
         settings = self.config.clients.codistillation
         if not settings.enabled or asked is None:
             return self.learner.examples(self.private)
@@ -167,7 +169,7 @@ class Client:
         return later(settings, epochs, codistillation.head_learning_rate)
 
     def _steps(self, number: int, settings: TrainingConfig) -> int:
-        """Over private and digested texts; a client alone takes as many."""
+        """Optimiser steps over private and distilled texts; ``local_only`` takes as many."""
         codistillation, digested = self.config.clients.codistillation, 0
         if number > 1 and codistillation.enabled:
             proxy = self.learner.proxy_examples()
@@ -176,7 +178,7 @@ class Client:
 
 
 class ClientGroup:
-    """All clients, with one model in memory for each architecture, whatever the number of clients."""
+    """All clients of a process, with one model in memory per architecture."""
 
     def __init__(self, session: Session):
         self._session = session
@@ -187,7 +189,7 @@ class ClientGroup:
         )
 
     def learner(self, place: int) -> Learner:
-        """The model of the client at ``place`` of the partition; architectures are dealt out in turn."""
+        """The model of the client at ``place`` in the partition; architectures are assigned in turn."""
         models = self._session.config.clients.models
         index = place % len(models)
         if index not in self._learners:

@@ -1,4 +1,4 @@
-"""A client's side of the protocol: what it does when it is asked. Whatever it sends is made in here."""
+"""The client's side of the protocol: handles the server's instructions and makes the replies."""
 
 from collections.abc import Callable
 from dataclasses import asdict
@@ -20,23 +20,23 @@ from feddistill.tasks.choose import learner_of
 from feddistill.types import RoundSpec
 
 Attacker = Callable[[int], Callable[[Tensor], Tensor]]
-"""From a round to what a simulated attacker makes of its answers."""
+"""From a round to the change that a simulated attacker makes to its answers."""
 
 PARTS = ("envelope", "payload")
 """The two files of a shard."""
 
 
 class Handler:
-    """Answers tasks with ``client``, whose run directory is its own or, in one process, the server's."""
+    """Handles instructions with ``client``; its run directory is its own or, in one process, the server's."""
 
     def __init__(self, client: Client, *, attack: Attacker | None = None, alone: bool = True):
-        """``alone``: the run directory is this client's; rounds that it missed are no error there."""
+        """``alone``: the run directory is the client's own, in which rounds may be missing."""
         self.client = client
         self.attack = attack
         self.alone = alone
 
     def handle(self, instruction: Instruction) -> Reply:
-        """Do what is asked, once; asked again, say what was found.
+        """Carry out an instruction once; repeated, reply with the stored result.
 
         Raises:
             FeddistillError: It cannot.
@@ -62,11 +62,11 @@ class Handler:
         return told, {}
 
     def _nothing(self, instruction: Instruction) -> tuple[Json, dict[str, bytes]]:
-        """The proxy texts are here already."""
+        """Confirm that the proxy texts are on disk."""
         return {}, {}
 
     def _digest(self, instruction: Instruction) -> tuple[Json, dict[str, bytes]]:
-        """Keep a shard of the teacher of round ``task.round``."""
+        """Store a shard of the teacher of the instruction's round."""
         run, spec = self.client.session.run, encoding.feedback_spec(_spec(instruction.content["asked"]))
         for place, part in zip(self._feedback(spec)[instruction.content["shard"]], PARTS, strict=True):
             run.write_bytes(place, instruction.blobs[part])
@@ -84,14 +84,14 @@ class Handler:
         if asked is not None:
             files = chain(*self._feedback(encoding.feedback_spec(asked)))
             if not all(run.path(file).exists() for file in files):
-                asked = None  # it was away when the teacher was sent
+                asked = None  # the client was offline when the teacher was sent
         record = self.client.train(instruction.round, asked)
         self.client.tidy(instruction.round)
-        # Not the loss of private texts, step by step: what the server counts, and in a simulation figures.
+        # Costs and, in a simulation, metrics; never the loss curve of private texts.
         return {name: record[name] for name in ("costs", "validation", "test") if name in record}, {}
 
     def _answer(self, instruction: Instruction) -> tuple[Json, dict[str, bytes]]:
-        """One shard: payload and envelope."""
+        """Reply with one shard: payload and envelope."""
         spec, shard = _spec(instruction.content["spec"]), int(instruction.content["shard"])
         attack = None if self.attack is None else self.attack(spec.round)
         answered = self.client.answer(spec, layout.tensors(self.client.step(spec.round)), attack)
@@ -102,7 +102,7 @@ class Handler:
         return {"shard": shard, "shards": upload.shards, "cost": asdict(upload.cost)}, blobs
 
     def _average(self, instruction: Instruction) -> tuple[Json, dict[str, bytes]]:
-        """Train the student's architecture from the average, as ``fedavg`` wants it."""
+        """Train the student's architecture from the averaged weights (``fedavg``)."""
         session, _step = self.client.session, layout.baseline("fedavg", instruction.round)
         learner = learner_of(session, session.config.student.model, "student.model")
         given = load(instruction.blobs["weights"])
@@ -130,7 +130,7 @@ def _spec(said: str) -> RoundSpec:
 
 
 def receive(run: RunDirectory, name: str, instruction: Instruction) -> None:
-    """Keep a part of a file; with the last that was missing, the file."""
+    """Store a part of a file; when all parts are there, the file."""
     part, parts = instruction.content["part"], instruction.content["parts"]
     pieces = [f"{name}.part-{index}" for index in range(parts)]
     run.write_bytes(pieces[part], instruction.blobs["part"])

@@ -18,9 +18,7 @@ from feddistill.tasks.session import Session
 
 
 class LocalTransport:
-    """Clients that are objects. What goes wrong at one of them is an exception here."""
-
-    shares_run = True
+    """Clients in this process. A failure of a client is an exception here."""
 
     def __init__(self, session: Session):
         self.session = session
@@ -30,19 +28,19 @@ class LocalTransport:
         )
 
     def clients(self, wanted: Sequence[str], wait: float) -> Sequence[str]:
-        """See ``Transport``."""
+        """All of ``wanted``: clients in this process are always there."""
         return wanted
 
     def ask(self, instruction: Instruction, clients: Sequence[str], timeout: float) -> Iterator[Reply]:
-        """See ``Transport``; ``timeout`` is not looked at."""
-        # Liars last: they see what the others say.
+        """Handle the instruction for one client after the other; ``timeout`` has no effect."""
+        # Attackers last: they see the answers of the others.
         for client in sorted(self.group.clients, key=lambda client: client.name in self.attackers):
             if client.name in clients:
                 attack = None if client.name not in self.attackers else self._attacker(client.name)
                 yield Handler(client, attack=attack, alone=False).handle(instruction)
 
     def tidy(self, number: int) -> None:
-        """Weights that nobody goes on from."""
+        """Delete weights that no later round starts from."""
         for client in self.group.clients:
             client.tidy(number)
 
@@ -50,24 +48,24 @@ class LocalTransport:
         return lambda number: self._attack(name, number)
 
     def _attack(self, name: str, number: int) -> Callable[[Tensor], Tensor]:
-        """What the simulated attacker ``name`` makes of its own answers, knowing all honest ones."""
+        """The change that the simulated attacker ``name`` makes to its answers, given all honest ones."""
         attack, names = self.attackers[name], [client.name for client in self.group.clients]
-        said = (self._said(other, number) for other in names if other not in self.attackers)
+        said = (self._answers(other, number) for other in names if other not in self.attackers)
         honest = [answers for answers in said if answers is not None]
         if not honest:
             raise RoundError(f"round {number}: no honest client was admitted, so {name} has nothing to see")
         before = teacher = None
         if number > 1:
-            before = self._said(name, 1)
+            before = self._answers(name, 1)
             path = self.session.run.path(layout.tensors(layout.teacher(number - 1)))
             teacher = load_file(path)["log_probs"]
         seed = derive(self.session.config.seed, "attack", number, name)
         return lambda own: attack(AttackContext(own, honest, seed, len(names), before, teacher))
 
-    def _said(self, name: str, number: int) -> Tensor | None:
-        """What ``name`` answered in a round, as the server reads it; ``None`` where it was refused."""
+    def _answers(self, name: str, number: int) -> Tensor | None:
+        """The answers of ``name`` in a round as the server reads them; ``None`` if they were refused."""
         run, _step = self.session.run, layout.round_of(number)
-        if run.done(layout.answer(number, name)) is None:  # it was not asked
+        if run.done(layout.answer(number, name)) is None:  # not a client of this round
             return None
         spec = payload.parse_spec(run.read_bytes(layout.request(number)))
         stored = answer_files.StoredAnswer(run, layout.answer(number, name), spec)

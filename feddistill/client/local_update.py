@@ -20,7 +20,7 @@ def trained_by(
     private: TextSet,
     taught: Callable[[TextSet], Examples],
 ) -> Json:
-    """A client's part of round ``number``, from the weights in file ``start``; the record of the step."""
+    """Train a client in round ``number`` from the weights in file ``start``; returns the step record."""
     config = session.config
     settings = config.clients.training
     if config.fedavg.epochs is not None:

@@ -178,6 +178,8 @@ def one_line(error: ValidationError, raw: Any) -> str:
                 text = f"{dotted} is not a setting; did you mean {'.'.join([*path, context['near']])}?"
             else:
                 text = f"{dotted} is not a setting; {'.'.join(path) or 'there'} has: {context['known']}"
+        case "unknown_name":
+            text = f"{'.'.join(path)} = {first['input']!r} does not exist; {first['ctx']['hint']}"
         case "value_error":  # ours, which names the setting
             text = str(first["ctx"]["error"])
         case "union_tag_invalid":

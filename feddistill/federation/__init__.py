@@ -1,4 +1,4 @@
-"""A federation without a network: who asks whom for what, whatever carries it.
+"""The protocol between server and clients, independent of the engine that carries it.
 
 The server sends an ``Instruction``, clients answer with a ``Reply``, an engine carries both (``Transport``).
 Nothing here knows Flower; nothing that travels is pickled.

@@ -1,4 +1,4 @@
-"""Answers on disk: a client's, or the teacher as it is sent back. Files of shards, one of them in memory."""
+"""Answers on disk, of a client or of the server (the teacher): files of shards, one of them in memory."""
 
 from collections.abc import Callable, Iterator, Set
 from dataclasses import asdict
@@ -21,7 +21,7 @@ T = TypeVar("T", Tensor, TopK)
 
 
 def files(step: str, spec: RoundSpec) -> list[tuple[str, str]]:
-    """Envelope and payload of each shard of an answer that lies at ``step``.
+    """Envelope and payload of each shard of the answer at ``step``.
 
     >>> spec = RoundSpec("", 1, "", 5, 2, "", "dense", 2, "", 1)
     >>> files("rounds/001/feedback", spec)
@@ -38,12 +38,12 @@ def flat(step: str, spec: RoundSpec) -> list[str]:
 
 
 def draws(seed: int, number: int, name: str, shard: int) -> int:
-    """Seed of the random ids that ``name`` draws for a shard of its answers in a round."""
+    """Seed of the random ids that ``name`` samples for a shard of its answers in a round."""
     return derive(seed, "draws", number, name, *([shard] if shard else []))
 
 
 def store(run: RunDirectory, step: str, spec: RoundSpec, cost: Cost, projection: Json | None = None) -> Json:
-    """Record what a client sent as done; its files are in place. ``projection``: see ``Learner``."""
+    """Commit the upload record of an answer whose files are in place. ``projection``: see ``Learner``."""
     names = flat(step, spec)
     size = sum(run.path(name).stat().st_size for name in names)
     record: Json = {"shards": payload.shards(spec), "bytes": size, "cost": asdict(cost)}
@@ -53,7 +53,7 @@ def store(run: RunDirectory, step: str, spec: RoundSpec, cost: Cost, projection:
 
 
 class StoredAnswer:
-    """An answer that lies at ``step``."""
+    """The answer at ``step``."""
 
     def __init__(self, run: RunDirectory, step: str, spec: RoundSpec):
         self.run = run
@@ -62,7 +62,7 @@ class StoredAnswer:
         self._held: tuple[int, payload.Answers] | None = None
 
     def admit(self, seen: Set[tuple[str, int]] = frozenset(), sender: str | None = None) -> str:
-        """Check every shard; returns the digest by which a ledger names the answer.
+        """Validate every shard; returns the digest of the answer in the ledger.
 
         Raises:
             PayloadError: One of them is refused, and so the whole.
@@ -77,20 +77,20 @@ class StoredAnswer:
         return payload.digest_of(digests)
 
     def shard(self, number: int) -> payload.Answers:
-        """Of an answer that has been admitted."""
+        """A shard of an answer that has been admitted."""
         if self._held is None or self._held[0] != number:
-            self._held = None  # two of them would be in memory otherwise
+            self._held = None  # otherwise two shards would be in memory
             content = self.run.read_bytes(self.files[number][1])
             self._held = number, payload.reread(content, self.spec, number)
         return self._held[1]
 
     def rows(self, start: int, stop: int) -> Iterator[payload.Answers]:
-        """Some rows, in as many pieces as shards have them."""
+        """The rows from ``start`` to ``stop``, in one part per shard."""
         for number, first, last in payload.ranges(self.spec, start, stop):
             yield self.shard(number).rows(first, last)
 
     def picked(self, read: Callable[[payload.Answers], T], rows: NDArray[np.int64]) -> Iterator[T]:
-        """Some rows, ascending, as ``read`` opens them, shard by shard."""
+        """Some ascending rows as ``read`` decodes them, shard by shard."""
         for number in range(payload.shards(self.spec)):
             start, stop = payload.rows_of(self.spec, number)
             here = rows[(start <= rows) & (rows < stop)] - start
@@ -99,7 +99,7 @@ class StoredAnswer:
 
 
 def answer_reader(read: Callable[[payload.Answers], T], stored: StoredAnswer) -> Callable[[int, int], T]:
-    """``(start, stop)`` to these rows of what is on a shelf, as ``read`` opens them."""
+    """A function from ``(start, stop)`` to these rows of a stored answer, as ``read`` decodes them."""
 
     def rows(start: int, stop: int) -> T:
         return concatenate([read(answers) for answers in stored.rows(start, stop)])

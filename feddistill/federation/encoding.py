@@ -1,4 +1,4 @@
-"""Between a model's answers and what travels: log-probabilities to payloads and back."""
+"""Log-probabilities to payload contents and back."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -12,29 +12,29 @@ from feddistill.types import RoundSpec
 from feddistill_kernels import TopK, topk_compress, topk_sample
 
 SERVER = "server"
-"""Who sends the teacher back to the clients."""
+"""The sender of the teacher."""
 
 
 PART = 1 << 20
-"""Log-probabilities compressed at a time: what bounds the copies in float64."""
+"""Log-probabilities compressed at a time; bounds the float64 copies."""
 
 
 def compress(log_probs: Tensor, spec: RoundSpec, seed: int) -> payload.Answers:
-    """``[N, V]`` as the codec of ``spec`` wants them; ``seed`` is that of the ``sampled`` codec's draws."""
+    """Encode log-probabilities ``[N, V]`` with the codec of ``spec``; ``seed`` is for ``sampled``."""
     return compress_rows(lambda start, stop: log_probs[start:stop], 0, len(log_probs), spec, seed)
 
 
 def compress_rows(
     read: Callable[[int, int], Tensor | TopK], start: int, stop: int, spec: RoundSpec, seed: int
 ) -> payload.Answers:
-    """Rows from ``start`` to ``stop`` of what ``read`` reads, a few of them in memory at a time."""
+    """Encode the rows from ``start`` to ``stop`` that ``read`` returns, a few in memory at a time."""
     step = max(1, PART // spec.vocab_size)
     parts = ((first, min(first + step, stop)) for first in range(start, stop, step))
     return compress_parts((read(*part) for part in parts), spec, seed)
 
 
 def compress_parts(parts: Iterable[Tensor | TopK], spec: RoundSpec, seed: int) -> payload.Answers:
-    """Rows as they come, logits or compressed."""
+    """Encode rows part by part, logits or compressed."""
     random = torch.Generator().manual_seed(seed)
     return payload.concatenate([_compress(part, spec, random) for part in parts])
 
@@ -71,18 +71,18 @@ def topk(answers: payload.Answers) -> TopK:
     kept, tail = answers.log_probs()
     abstained = payload.abstained(answers)
     kept[abstained], tail[abstained] = -np.inf, 0.0
-    ids = torch.from_numpy(np.array(answers.ids))  # what was admitted cannot be written to
+    ids = torch.from_numpy(np.array(answers.ids))  # admitted arrays are read-only
     return TopK(ids, torch.from_numpy(kept), torch.from_numpy(tail), answers.vocab_size)
 
 
 def codes(answers: payload.Answers) -> Tensor:
-    """Admitted answers as rules read them that are taken on bytes: ``uint8 [n, V]``."""
+    """The byte codes of admitted answers, for rules with ``of_codes``: ``uint8 [n, V]``."""
     if isinstance(answers, payload.Dense):
-        return torch.from_numpy(answers.codes.copy())  # what was admitted cannot be written to
+        return torch.from_numpy(answers.codes.copy())  # admitted arrays are read-only
     return expand(answers)
 
 
 def feedback_spec(spec: RoundSpec) -> RoundSpec:
-    """The same question, answered by the server: what clients check the teacher against."""
+    """The request that the teacher answers; clients validate the teacher against it."""
     keys = tuple((name, key) for name, key in spec.keys if name == SERVER)
     return replace(spec, clients=(SERVER,), keys=keys)

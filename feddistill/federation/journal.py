@@ -1,4 +1,4 @@
-"""What happens between server and clients: a line of JSON for each event, and numbers for Prometheus."""
+"""Journal of the exchange between server and clients: JSON lines of events, counters for Prometheus."""
 
 import json
 import time
@@ -31,14 +31,14 @@ class Journal:
         self._numbers: defaultdict[tuple[str, str, str], float] = defaultdict(float)
 
     def asked(self, instruction: Instruction, clients: Sequence[str], attempt: int) -> None:
-        """Clients were sent ``instruction``."""
+        """``instruction`` was sent to clients."""
         for name in clients:
             self._count("tasks_total", name, instruction)
             self._numbers["round", name, ""] = instruction.round
         self._event("asked", instruction, clients=list(clients), attempt=attempt)
 
     def replied(self, instruction: Instruction, reply: Reply, seconds: float) -> None:
-        """A reply was taken."""
+        """A reply was accepted."""
         self._count("replies_total", reply.client, instruction)
         self._count("received_bytes_total", reply.client, instruction, reply.bytes())
         self._numbers["reply_seconds", reply.client, instruction.kind] = seconds
@@ -49,17 +49,17 @@ class Journal:
         self._event("replied", instruction, **told)
 
     def dropped(self, instruction: Instruction, reply: Reply) -> None:
-        """A reply came late, or a second time."""
+        """A late or repeated reply was dropped."""
         self._event("dropped", instruction, client=reply.client)
 
     def failed(self, instruction: Instruction, client: str, why: str, seconds: float) -> None:
-        """A client failed or was absent; it may be asked again."""
+        """A client failed or was absent; the request may be repeated."""
         self._count("failures_total", client, instruction)
         self._event("failed", instruction, client=client, why=why, seconds=round(seconds, 3))
         self.progress.log(f"round {instruction.round}: {client} did not {instruction.kind}: {why}")
 
     def given_up(self, instruction: Instruction, client: str) -> None:
-        """A client is not asked again in this round."""
+        """The request to a client is not repeated in this round."""
         self._event("given_up", instruction, client=client)
         self.progress.log(f"round {instruction.round}: went on without {client}")
 
@@ -80,7 +80,7 @@ class Journal:
         partial.replace(self.root / EVENT_COUNTS)
 
     def metrics(self) -> str:
-        """In the text format of Prometheus, for a file collector."""
+        """The counters in the text format of Prometheus, for a file collector."""
         lines = []
         for name, (kind, text) in HELP.items():
             rows = sorted((client, what, n) for (of, client, what), n in self._numbers.items() if of == name)

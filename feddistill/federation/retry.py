@@ -1,4 +1,4 @@
-"""Ask many clients and bear with those that fail: ask again, take each answer once, give up in time."""
+"""Requests to many clients: repeat on failure, accept each reply once, give up after the limits."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -9,7 +9,7 @@ from feddistill.federation.protocol import PART, Instruction, Reply, RetryPolicy
 
 
 class Requests:
-    """Asks through ``transport``, and writes what happens into ``journal``."""
+    """Sends instructions through ``transport`` and logs the events in ``journal``."""
 
     def __init__(self, transport: Transport, retry_policy: RetryPolicy, journal: Journal):
         self.transport = transport
@@ -17,19 +17,19 @@ class Requests:
         self.journal = journal
 
     def gather(self, instruction: Instruction, clients: Sequence[str]) -> Iterator[Reply]:
-        """One reply of each client, as they come; who fails or is silent ``attempts`` times has none."""
-        waiting, retry_policy = list(clients), self.retry_policy.connect
+        """One reply per client, in order of arrival; none of a client that fails ``attempts`` times."""
+        waiting, left = list(clients), self.retry_policy.connect
         for attempt in range(self.retry_policy.attempts):
             if not waiting:
                 return
             begun = time.monotonic()
-            present = self.transport.clients(waiting, retry_policy)
-            retry_policy = max(0.0, retry_policy - (time.monotonic() - begun))
+            present = self.transport.clients(waiting, left)
+            left = max(0.0, left - (time.monotonic() - begun))
             self.journal.asked(instruction, present, attempt)
             start = time.perf_counter()
             for reply in self.transport.ask(instruction, present, self.retry_policy.reply):
                 seconds = time.perf_counter() - start
-                if reply.client not in waiting:  # late, or twice
+                if reply.client not in waiting:  # late or repeated
                     self.journal.dropped(instruction, reply)
                 elif reply.error is not None:
                     self.journal.failed(instruction, reply.client, reply.error, seconds)
@@ -44,12 +44,12 @@ class Requests:
             self.journal.given_up(instruction, name)
 
     def send(self, instruction: Instruction, content: bytes, clients: Sequence[str]) -> None:
-        """Send a file in parts; a client that misses one has none of it."""
+        """Send a file in parts; a client that misses a part is sent no more."""
         parts = parts_of(len(content))
         for part in range(parts):
             piece = content[part * PART : (part + 1) * PART]
-            told = {**instruction.content, "part": part, "parts": parts}
+            place = {**instruction.content, "part": part, "parts": parts}
             clients = [
                 reply.client
-                for reply in self.gather(replace(instruction, content=told, blobs={"part": piece}), clients)
+                for reply in self.gather(replace(instruction, content=place, blobs={"part": piece}), clients)
             ]

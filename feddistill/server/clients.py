@@ -1,18 +1,20 @@
-"""The server's side of what passes between it and the clients: what is asked, what is kept of the replies.
+"""The server's exchange with the clients: instructions out, replies in.
 
-A reply is kept on disk before anything is made of it, so a server that is started again asks for nothing
-twice; what a client says is read strictly before it is kept.
+A reply is stored before it is used, so a restarted server requests nothing twice. Replies of remote clients
+are validated before they are stored.
 """
 
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, replace
+
+from typing_extensions import override
 
 from feddistill import data, payload
 from feddistill.config import as_stored, digest
 from feddistill.config.data import RemotePartition
 from feddistill.federation import answer_files, encoding
 from feddistill.federation.journal import Journal
-from feddistill.federation.protocol import Instruction, Kind
+from feddistill.federation.protocol import Instruction, Kind, Reply
 from feddistill.federation.retry import Requests
 from feddistill.server import reports
 from feddistill.store import layout
@@ -22,7 +24,7 @@ from feddistill.types import ClientDescription, Cost, RoundSpec
 
 
 class Clients:
-    """With the clients of a run, through whatever carries it."""
+    """Clients in this process, which write into the server's run directory."""
 
     def __init__(self, session: Session):
         self.session = session
@@ -34,104 +36,151 @@ class Clients:
         self.names = [description.client for description in self.descriptions]
 
     def trained(self, spec: RoundSpec, last: RoundSpec | None) -> Json:
-        """(1) What each client's training came to, in the order of the request; ``last`` is the request that
-        the last teacher answers.
+        """(1) The training record of each client, in the order of the request.
 
-        Who does not take the last teacher is not waited for a second time in this round.
+        A client that does not take the last teacher is not waited for again in this round.
+
+        Args:
+            spec: The request of this round.
+            last: The request that the last teacher belongs to; ``None`` if there is none.
         """
-        run, number, found = self.session.run, spec.round, {}
+        run, number = self.session.run, spec.round
         names = [name for name in spec.clients if name in self.names]
-        for name in names:
-            if (record := run.done(layout.report(number, name))) is not None:
-                found[name] = record
-        missing = [name for name in names if name not in found]
+        stored = {name: run.done(layout.report(number, name)) for name in names}
+        records = {name: record for name, record in stored.items() if record is not None}
+        missing = [name for name in names if name not in records]
         if not missing:
-            return found
-        if last is not None and not self.transport.shares_run:
-            places = answer_files.files(layout.feedback(last.round), encoding.feedback_spec(last))
-            for shard, (envelope, content) in enumerate(places):
-                instruction = self._instruction(
-                    "digest", last.round, asked=payload.canonical(last).decode(), shard=shard
-                )
-                blobs = {"envelope": run.read_bytes(envelope), "payload": run.read_bytes(content)}
-                missing = [
-                    reply.client for reply in self.requests.gather(replace(instruction, blobs=blobs), missing)
-                ]
-        question = None if last is None else payload.canonical(last).decode()
-        instruction = self._instruction("train", number, asked=question)
-        ours = not isinstance(self.session.config.data.partition, RemotePartition)
+            return records
+        request = None if last is None else payload.canonical(last).decode()
+        if last is not None:
+            missing = self._send_teacher(last, missing)
+        instruction = self._instruction("train", number, asked=request)
         for reply in self.requests.gather(instruction, missing):
-            if self.transport.shares_run:
-                found[reply.client] = reply.content
-            elif (record := reports.training(reply.content, figures=ours)) is not None:
-                found[reply.client] = run.commit(layout.report(number, reply.client), record)
+            if (record := self._training(number, reply)) is not None:
+                records[reply.client] = record
             else:
                 self.requests.journal.failed(instruction, reply.client, "a reply of another form", 0.0)
-        return {name: found[name] for name in names if name in found}
+        return {name: records[name] for name in names if name in records}
 
     def answered(self, spec: RoundSpec, trained: Collection[str]) -> Json:
-        """(2) What each client has uploaded, those asked that have ``trained``; nothing is believed yet."""
-        run, folder, found = self.session.run, layout.answers(spec.round), {}
-        for name in spec.clients:
-            if (record := run.done(layout.answer(spec.round, name))) is not None:
-                found[name] = record
-        missing = [name for name in trained if name not in found]
+        """(2) The upload record of each client that has ``trained``; payloads are not validated yet."""
+        run = self.session.run
+        stored = {name: run.done(layout.answer(spec.round, name)) for name in spec.clients}
+        records = {name: record for name, record in stored.items() if record is not None}
+        missing = [name for name in trained if name not in records]
         instruction = self._instruction("answer", spec.round, spec=payload.canonical(spec).decode(), shard=0)
-        if self.transport.shares_run:  # what was sent is there
-            for reply in self.requests.gather(instruction, missing):
-                found[reply.client] = run.done(layout.answer(spec.round, reply.client)) or {}
-        else:
-            for name, cost in self._fetched(instruction, spec, folder, missing).items():
-                found[name] = answer_files.store(run, layout.answer(spec.round, name), spec, cost)
-        return {name: found[name] for name in spec.clients if name in found}
+        records |= self._uploads(instruction, spec, missing)
+        return {name: records[name] for name in spec.clients if name in records}
 
     def tidy(self, number: int) -> None:
-        """Weights of clients in this process that nobody goes on from."""
+        """Delete client weights in the server's run directory that no later round starts from."""
         self.transport.tidy(number)
 
     def _described(self) -> list[ClientDescription]:
-        """What each client says of itself, of those that fit; a client that does not fit is never asked."""
-        run, found = self.session.run, {}
-        names = [private.name for private in self.session.splits.private]
-        for name in names:
-            if (record := run.done(layout.description(name))) is not None:
-                found[name] = record
-        fits = {
+        """The descriptions of the clients that take part: same format version, proxy set and vocabulary."""
+        run, splits = self.session.run, self.session.splits
+        names = [private.name for private in splits.private]
+        stored = {name: run.done(layout.description(name)) for name in names}
+        known = {name: _stored(**record) for name, record in stored.items() if record is not None}
+        required = {
             "version": payload.VERSION,
-            "proxy": self.session.splits.proxy.digest(),
+            "proxy": splits.proxy.digest(),
             "vocabulary": self.session.query.fingerprint,
         }
-        needs, classes = self.session.config.aggregation.rule.needs(), len(self.session.splits.label_names)
+        needs, classes = self.session.config.aggregation.rule.needs(), len(splits.label_names)
         for reply in self.requests.gather(
-            self._instruction("describe", 0), [n for n in names if n not in found]
+            self._instruction("describe", 0), [name for name in names if name not in known]
         ):
-            said = reply.content
-            if said.get("proxy") is None:
-                said = self._published(reply.client) or said
-            wrong = [key for key, wanted in fits.items() if said.get(key) != wanted]
-            own = reports.description(said.get("description"), reply.client, needs, classes)
+            content = reply.content
+            if content.get("proxy") is None:
+                content = self._published(reply.client) or content
+            wrong = [key for key, value in required.items() if content.get(key) != value]
+            own = reports.description(content.get("description"), reply.client, needs, classes)
             if wrong or own is None:
                 wrong = wrong or ["form of description"]
                 self.session.progress.log(f"{reply.client} takes no part: another {' and '.join(wrong)}")
                 continue
-            found[reply.client] = {"description": asdict(own)}
-            if not self.transport.shares_run:
-                run.commit(layout.description(reply.client), found[reply.client])
-        return [description_of(found[name]["description"]) for name in names if name in found]
+            known[reply.client] = own
+            self._store_description(own)
+        return [known[name] for name in names if name in known]
 
     def _published(self, name: str) -> Json | None:
-        """Send the proxy texts to a client that has none; what it says then."""
+        """Send the proxy texts to a client that has none; the description that it then sends."""
         texts = b"".join(data.lines(self.session.splits.proxy))
         self.requests.send(self._instruction("publish", 0), texts, [name])
         return next(
             (reply.content for reply in self.requests.gather(self._instruction("describe", 0), [name])), None
         )
 
-    def _fetched(
-        self, instruction: Instruction, spec: RoundSpec, folder: str, clients: Sequence[str]
-    ) -> dict[str, Cost]:
-        """What answering cost each client of which every shard is on disk; those that were here are not asked
-        for again. A shard that is too long is cut, and its envelope will tell."""
+    def _send_teacher(self, last: RoundSpec, clients: Sequence[str]) -> list[str]:
+        """Send the last teacher; the clients that have it."""
+        return list(clients)
+
+    def _training(self, number: int, reply: Reply) -> Json | None:
+        """The training record in a reply; ``None`` if it has another form."""
+        return reply.content
+
+    def _uploads(self, instruction: Instruction, spec: RoundSpec, clients: Sequence[str]) -> Json:
+        """Request the answers of ``clients``; their upload records."""
+        replies = self.requests.gather(instruction, clients)
+        return {
+            reply.client: self.session.run.done(layout.answer(spec.round, reply.client)) or {}
+            for reply in replies
+        }
+
+    def _store_description(self, own: ClientDescription) -> None:
+        """Store the description of a remote client."""
+
+    def _instruction(self, kind: Kind, number: int, **content: object) -> Instruction:
+        return Instruction(kind, digest(self.session.config)[:16], number, content)
+
+
+class RemoteClients(Clients):
+    """Clients in other processes: the teacher is sent to them, and their replies are stored here."""
+
+    @override
+    def _send_teacher(self, last: RoundSpec, clients: Sequence[str]) -> list[str]:
+        run, missing = self.session.run, list(clients)
+        places = answer_files.files(layout.feedback(last.round), encoding.feedback_spec(last))
+        for shard, (envelope, content) in enumerate(places):
+            instruction = self._instruction(
+                "digest", last.round, asked=payload.canonical(last).decode(), shard=shard
+            )
+            blobs = {"envelope": run.read_bytes(envelope), "payload": run.read_bytes(content)}
+            missing = [
+                reply.client for reply in self.requests.gather(replace(instruction, blobs=blobs), missing)
+            ]
+        return missing
+
+    @override
+    def _training(self, number: int, reply: Reply) -> Json | None:
+        simulated = not isinstance(self.session.config.data.partition, RemotePartition)
+        record = reports.training(reply.content, metrics=simulated)
+        return (
+            None if record is None else self.session.run.commit(layout.report(number, reply.client), record)
+        )
+
+    @override
+    def _uploads(self, instruction: Instruction, spec: RoundSpec, clients: Sequence[str]) -> Json:
+        run = self.session.run
+        return {
+            name: answer_files.store(run, layout.answer(spec.round, name), spec, cost)
+            for name, cost in self._fetched(instruction, spec, clients).items()
+        }
+
+    @override
+    def _store_description(self, own: ClientDescription) -> None:
+        self.session.run.commit(layout.description(own.client), {"description": asdict(own)})
+
+    @override
+    def _instruction(self, kind: Kind, number: int, **content: object) -> Instruction:
+        return instruction_for(self.session, kind, number, **content)
+
+    def _fetched(self, instruction: Instruction, spec: RoundSpec, clients: Sequence[str]) -> dict[str, Cost]:
+        """Fetch the shards that are not on disk; the cost of each client of which all shards are there.
+
+        A shard that is too long is truncated, and then refused because its envelope does not match.
+        """
         run = self.session.run
         costs = {}
         for name in clients:
@@ -161,14 +210,14 @@ class Clients:
             }
         return costs
 
-    def _instruction(self, kind: Kind, number: int, **content: object) -> Instruction:
-        if self.transport.shares_run:
-            return Instruction(kind, digest(self.session.config)[:16], number, content)
-        return instruction_for(self.session, kind, number, **content)
+
+def clients_of(session: Session) -> Clients:
+    """The clients of a run, in this process or remote."""
+    return Clients(session) if session.engine.transport is None else RemoteClients(session)
 
 
 def instruction_for(session: Session, kind: Kind, number: int, **content: object) -> Instruction:
-    """For a client elsewhere, which is told all settings each time: it may have been started a moment ago."""
+    """An instruction for a remote client; it has all settings, because the client may just have started."""
     config = session.config
     settings = {
         "config": as_stored(config),
@@ -178,7 +227,10 @@ def instruction_for(session: Session, kind: Kind, number: int, **content: object
     return Instruction(kind, digest(config)[:16], number, {**settings, **content})
 
 
-def description_of(record: Json) -> ClientDescription:
-    """What a client said of itself."""
-    counts = record["class_counts"]
-    return ClientDescription(record["client"], record["examples"], None if counts is None else tuple(counts))
+def _stored(description: Json) -> ClientDescription:
+    """The content of a stored description."""
+
+    def of(client: str, examples: int | None, class_counts: Sequence[int] | None) -> ClientDescription:
+        return ClientDescription(client, examples, None if class_counts is None else tuple(class_counts))
+
+    return of(**description)

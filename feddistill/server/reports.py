@@ -1,4 +1,4 @@
-"""What clients say beside their payloads: read strictly and cut to what is used, before any of it is kept."""
+"""Validate the metadata that clients send beside their payloads; unknown fields are dropped."""
 
 import json
 import math
@@ -13,9 +13,9 @@ from feddistill.store.run_directory import Json
 from feddistill.types import ClientDescription, Cost
 
 MOST = 2.0**40
-"""Of texts, or of seconds: more is not believed."""
+"""Largest accepted number of texts or of seconds."""
 MOST_WORK = 2.0**100
-"""Of operations, or of bytes of memory."""
+"""Largest accepted number of operations or of bytes of memory."""
 
 T = TypeVar("T")
 
@@ -27,18 +27,20 @@ class _Trained:
     test: dict[str, float] = field(default_factory=dict)
 
 
-def description(said: object, client: str, needs: Collection[Need], classes: int) -> ClientDescription | None:
-    """What ``client`` says of itself: what the rule ``needs``, and nothing else; ``None`` where it does not.
+def description(
+    content: object, client: str, needs: Collection[Need], classes: int
+) -> ClientDescription | None:
+    """The description of ``client``, cut to what the rule ``needs``; ``None`` if that is missing or invalid.
 
     >>> description({"client": "north", "examples": 12}, "north", {"size"}, 3)
     ClientDescription(client='north', examples=12, class_counts=None)
     >>> description({"client": "north", "class_counts": [1, 2]}, "north", {"class_counts"}, 3)
     """
-    found = _as(ClientDescription, said)
-    if found is None or found.client != client:
+    described = _as(ClientDescription, content)
+    if described is None or described.client != client:
         return None
-    size = found.examples if "size" in needs else None
-    counts = found.class_counts if "class_counts" in needs else None
+    size = described.examples if "size" in needs else None
+    counts = described.class_counts if "class_counts" in needs else None
     if "size" in needs and not (size is not None and 1 <= size <= MOST):
         return None
     if "class_counts" in needs and not (
@@ -48,35 +50,34 @@ def description(said: object, client: str, needs: Collection[Need], classes: int
     return ClientDescription(client, size, counts)
 
 
-def training(said: object, *, figures: bool) -> Json | None:
-    """What a client's training came to: what it cost and, where the server's user is the client's, how good
-    the model is; ``None`` where it does not say so."""
-    found = _as(_Trained, said)
-    if found is None or "train" not in found.costs or not all(map(_is_cost, found.costs.values())):
+def training(content: object, *, metrics: bool) -> Json | None:
+    """A client's training record: costs and, in a simulation, metrics; ``None`` if it has another form."""
+    trained = _as(_Trained, content)
+    if trained is None or "train" not in trained.costs or not all(map(_is_cost, trained.costs.values())):
         return None
-    record: Json = {"costs": {name: asdict(cost) for name, cost in found.costs.items()}}
-    shown: Mapping[str, dict[str, float]] = {"validation": found.validation, "test": found.test}
-    return record | ({name: of for name, of in shown.items() if of} if figures else {})
+    record: Json = {"costs": {name: asdict(cost) for name, cost in trained.costs.items()}}
+    shown: Mapping[str, dict[str, float]] = {"validation": trained.validation, "test": trained.test}
+    return record | ({name: values for name, values in shown.items() if values} if metrics else {})
 
 
-def cost(said: object) -> Cost:
-    """What a client says that its work cost; nothing where it says something else."""
-    found = _as(Cost, said)
-    return found if found is not None and _is_cost(found) else Cost()
+def cost(content: object) -> Cost:
+    """The cost that a client reports; zero if it has another form."""
+    reported = _as(Cost, content)
+    return reported if reported is not None and _is_cost(reported) else Cost()
 
 
-def _is_cost(found: Cost) -> bool:
+def _is_cost(cost: Cost) -> bool:
     return (
-        math.isfinite(found.seconds)
-        and 0 <= found.seconds <= MOST
-        and 0 <= found.flops <= MOST_WORK
-        and 0 <= found.peak_memory_bytes <= MOST_WORK
+        math.isfinite(cost.seconds)
+        and 0 <= cost.seconds <= MOST
+        and 0 <= cost.flops <= MOST_WORK
+        and 0 <= cost.peak_memory_bytes <= MOST_WORK
     )
 
 
-def _as(kind: type[T], said: object) -> T | None:
-    """Of exactly this form: no text that reads like a number, no number where a whole one is due."""
+def _as(kind: type[T], content: object) -> T | None:
+    """``content`` as ``kind``, without conversions (strict); ``None`` if it has another form."""
     try:
-        return TypeAdapter(kind).validate_json(json.dumps(said), strict=True)
+        return TypeAdapter(kind).validate_json(json.dumps(content), strict=True)
     except (ValidationError, TypeError, ValueError, RecursionError):
         return None

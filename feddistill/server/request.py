@@ -1,4 +1,4 @@
-"""What a round asks of the clients."""
+"""The request of a round."""
 
 from feddistill import payload
 from feddistill.config import digest
@@ -8,7 +8,7 @@ from feddistill.types import RoundSpec
 
 
 def request(session: Session, number: int, *, quorum: int, previous: str) -> RoundSpec:
-    """What a round asks of the clients; ``previous`` is the head of the ledger.
+    """The request of a round; ``previous`` is the head of the ledger.
 
     A run has the same id as another with the same settings: payloads of equal runs are equal to the byte.
     """

@@ -1,8 +1,8 @@
-"""The method: clients answer public texts, the server makes one teacher, a student learns from it.
+"""The server's loop over the rounds of federated distillation.
 
-Round after round: (1) every client trains its specialist, from the second round on also on the last
-teacher's answers; (2) it answers the proxy texts and uploads a payload; (3) the server admits, aggregates,
-(4) trains the student and sends the teacher back. Nothing else leaves a client.
+In each round (1) every client trains its specialist, from the second round on also on the last teacher;
+(2) it predicts on the proxy texts and uploads a payload; (3) the server validates the payloads and aggregates
+them into a teacher; (4) it trains the student and sends the teacher back. Nothing else leaves a client.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from feddistill.aggregation.teacher import Aggregated, aggregate, weigh
 from feddistill.errors import ConfigError, PayloadError, RoundError
 from feddistill.federation import answer_files, encoding
 from feddistill.federation.answer_files import draws
-from feddistill.server.clients import Clients
+from feddistill.server.clients import clients_of
 from feddistill.server.request import request
 from feddistill.store import layout
 from feddistill.store.layout import LEDGER
@@ -33,12 +33,12 @@ from feddistill.tasks.session import Session
 from feddistill.types import Cost, RoundSpec
 
 LORA_RANK = 8
-"""Of the adapters whose size answers are compared with."""
+"""Rank of the LoRA adapters whose upload is compared with that of the answers."""
 
 
 def run(session: Session) -> Json:
-    """All rounds; the student that is best on validation is the result."""
-    rounds = _Rounds(session)
+    """Run all rounds; the result is the student that is best on validation."""
+    rounds = _Server(session)
     records = rounds.run_all()
     return {
         "rounds": records,
@@ -51,30 +51,30 @@ def run(session: Session) -> Json:
 
 
 def run_all(session: Session) -> list[Json]:
-    """The records of all rounds."""
-    return _Rounds(session).run_all()
+    """Run all rounds; their records."""
+    return _Server(session).run_all()
 
 
 def decide(session: Session) -> list[Json]:
-    """All rounds without the student: one teacher each, of answers that the run has or that clients give."""
-    rounds = _Rounds(session)
+    """Run all rounds without a student: one teacher each, from stored or requested answers."""
+    rounds = _Server(session)
     return [rounds.decide(number) for number in range(1, session.config.rounds + 1)]
 
 
-class _Rounds:
-    """The server: decides what clients are asked, and makes teachers and a student of what they say."""
+class _Server:
+    """State of the server over the rounds of a run: requests, teachers, the student, the ledger."""
 
     def __init__(self, session: Session):
         self.session = session
-        self.clients = Clients(session)
+        self.clients = clients_of(session)
         config = session.config
         self.quorum = config.aggregation.quorum or config.clients.per_round or len(session.splits.private)
         self.memory: Memory = {}
-        """What the rule remembers of former rounds."""
+        """State of the aggregation rule."""
         self.ledger: list[payload.Entry] = []
         published = session.run.read_json(LEDGER) if session.run.path(LEDGER).exists() else {}
-        self.asked_in: Json | None = published.get("from")
-        """The ledger of the run in which answers were asked for, where that was another one."""
+        self.source_ledger: Json | None = published.get("from")
+        """The ledger of the run that the answers were taken from, if this run is derived from it."""
         self.specs: dict[int, RoundSpec] = {}
         self._student: Learner | None = None
         self.best: StepRecord | None = None
@@ -82,28 +82,28 @@ class _Rounds:
 
     @property
     def student(self) -> Learner:
-        """Built when first needed: a run that is resumed at its end builds nothing."""
+        """The student, built when first needed: a run that is resumed at its end builds nothing."""
         if self._student is None:
             self._student = learner_of(self.session, self.session.config.student.model, "student.model")
         return self._student
 
     @property
     def head(self) -> str:
-        """Of the ledger so far."""
+        """Head of the ledger so far."""
         return self.ledger[-1].head() if self.ledger else ""
 
     def run_all(self) -> list[Json]:
-        """The records of all rounds."""
+        """Run all rounds; their records."""
         return [self.run(number) for number in range(1, self.session.config.rounds + 1)]
 
     def run(self, number: int) -> Json:
-        """Round ``number``, or what is still to do of it."""
+        """Run round ``number``, or the rest of it."""
         run, step = self.session.run, layout.round_of(number)
         record = run.done(step, verify=False)
         if record is None:
             record = run.commit(step, self._round(number))
         else:
-            self._asked(number)
+            self._request(number)
             self._enter(RoundRecord.from_json(record))
         self.last = RoundRecord.from_json(record).trained_student
         if self.best is None or self.session.task.better(self.last.on_validation, self.best.on_validation):
@@ -132,8 +132,8 @@ class _Rounds:
         }
 
     def decide(self, number: int) -> Json:
-        """Everything of a round before the student: clients train and answer, one teacher is made."""
-        spec = self._asked(number)
+        """Run the part of a round before the student: clients train and answer, the teacher is aggregated."""
+        spec = self._request(number)
         run = self.session.run
         specialists = self.clients.trained(spec, self.specs.get(number - 1))
         sent = self.clients.answered(spec, specialists)
@@ -184,15 +184,15 @@ class _Rounds:
         return decided
 
     def _enter(self, decided: RoundRecord) -> None:
-        """Publish the round, and remember what the next one needs of it."""
+        """Publish the round in the ledger and keep the state that the next round needs."""
         self.memory = dict(decided.teacher.memory)
         self.ledger.append(payload.Entry(**decided.ledger))
         entries = [asdict(entry) for entry in self.ledger]
-        other = {} if self.asked_in is None else {"from": self.asked_in}
+        other = {} if self.source_ledger is None else {"from": self.source_ledger}
         self.session.run.write_json(LEDGER, {"head": self.head, "rounds": entries, **other})
 
-    def _asked(self, number: int) -> RoundSpec:
-        """The request of a round: the stored one, where it was sent before this process began."""
+    def _request(self, number: int) -> RoundSpec:
+        """The request of a round; the stored one if it was sent before this process started."""
         run, name = self.session.run, layout.request(number)
         if run.path(name).exists():
             spec = payload.parse_spec(run.read_bytes(name))
@@ -205,7 +205,7 @@ class _Rounds:
     def _aggregate(
         self, admitted: Mapping[str, answer_files.StoredAnswer], number: int, spec: RoundSpec
     ) -> Json:
-        """(3) The teacher, for the student as it is and for the clients as a payload."""
+        """(3) Aggregate the teacher, and encode it for the clients."""
         run, name = self.session.run, layout.teacher(number)
         if (record := run.done(name)) is not None:
             return record
@@ -218,8 +218,8 @@ class _Rounds:
             read = encoding.codes if config.rule.of_codes else encoding.expand
             answerers = [answer_files.answer_reader(read, stored) for stored in stored_answers]
         labels = question.labels
-        student, requests = self._said_before(spec)
-        # Of those who are in: where the only client that knows a class was refused, the others speak for it.
+        student, requests = self._student_answers(spec)
+        # Admitted clients only: if the only client that knows a class was refused, the others decide it.
         known = RoundContext(
             names=tuple(admitted),
             descriptions=tuple(d for d in self.clients.descriptions if d.client in admitted),
@@ -265,9 +265,11 @@ class _Rounds:
         }
         return run.commit(name, content, [file, *sent])
 
-    def _said_before(self, spec: RoundSpec) -> tuple[AnswerReader | None, Cost]:
-        """What the student says before it learns from this round, where the rule needs that, and what asking
-        it took; nothing in the first round, nor where teachers are made without a student."""
+    def _student_answers(self, spec: RoundSpec) -> tuple[AnswerReader | None, Cost]:
+        """The student's answers before this round, if the rule needs them, and their cost.
+
+        There are none in the first round, nor if teachers are made without a student.
+        """
         if "student" not in self.session.config.aggregation.rule.needs() or spec.round == 1:
             return None, Cost()
         run, name, back = self.session.run, layout.student_answers(spec.round), encoding.feedback_spec(spec)
@@ -293,7 +295,7 @@ class _Rounds:
         return answer_files.answer_reader(encoding.expand, stored), CostRecord.from_json(record).cost
 
     def _keep(self, name: str, back: RoundSpec, shard: int, answers: payload.Answers) -> bytes:
-        """Write answers of the server's own, as a client writes its; the payload."""
+        """Write answers of the server in the format of a client's; returns the payload."""
         envelope, content = answer_files.files(name, back)[shard]
         encoded = payload.encode(answers, back, encoding.SERVER, shard)
         self.session.run.write_bytes(content, encoded)
@@ -301,11 +303,11 @@ class _Rounds:
         return encoded
 
     def _start(self) -> StepRecord | None:
-        """The student that goes on learning; ``None`` before the first round's."""
+        """The student that training continues from; ``None`` in the first round."""
         return self.best if self.session.config.distill.rollback else self.last
 
     def _feedback(self, teacher: TensorFile | TopKFile, spec: RoundSpec, step: str) -> tuple[str, list[str]]:
-        """The teacher as clients are sent it: the digest for the ledger, and the files."""
+        """Encode the teacher for the clients; the digest for the ledger, and the files."""
         back, digests = encoding.feedback_spec(spec), []
         for shard in range(payload.shards(back)):
             seed = draws(self.session.config.seed, spec.round, encoding.SERVER, shard)
@@ -314,7 +316,7 @@ class _Rounds:
         return payload.digest_of(digests), answer_files.flat(step, back)
 
     def _distil(self, number: int) -> Json:
-        """(4) The student on the teachers' answers and the labels that the server has."""
+        """(4) Train the student on the teachers and the labels that the server has."""
         config = self.session.config
         first = max(1, number - config.distill.teacher_history)
         teachers = [layout.tensors(layout.teacher(n)) for n in range(number, first - 1, -1)]
@@ -333,7 +335,7 @@ class _Rounds:
         )
 
     def _tidy(self, number: int) -> None:
-        """Keep the newest specialists and the best student; everything else is one training away."""
+        """Delete all weights but the newest specialists and the best and last student."""
         if self.session.config.keep_checkpoints == "all":
             return
         run, keep = self.session.run, {record.weights for record in (self.best, self.last) if record}

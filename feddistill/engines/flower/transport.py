@@ -20,8 +20,6 @@ HELLO_SECONDS = 120.0
 class GridTransport:
     """Clients at SuperNodes, which say once what they are called."""
 
-    shares_run = False
-
     def __init__(self, grid: Grid, progress: Progress, poll: float = 0.3):
         self.grid = grid
         self.progress = progress
