@@ -60,7 +60,7 @@ def test_names_are_as_short_as_they_can_be(written):
     [
         ({"grid": {"data.partition.alhpa": [1]}}, r"did you mean data\.partition\.alpha"),
         ({"grid": {"rounds": [0]}}, r"cell rounds=0_seed=0: rounds: input should be greater"),
-        ({"sedes": [1]}, "sedes is not one; there are name, question"),
+        ({"sedes": [1]}, "sedes is not a setting; known: name, question"),
         ({"seeds": []}, "seeds: Tuple should have at least 1 item"),
         ({"grid": {"rounds": [1, 1]}}, "two cells are both called rounds=1_seed=0"),
         ({"base": "nowhere.yaml"}, r"cannot read .*nowhere\.yaml"),
@@ -202,7 +202,7 @@ def test_another_study_in_the_way_is_left_alone(swept, written, tmp_path):
         study.sweep(study.load(written, ("seeds=[7]",)), swept["out"])
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("mine")
-    with pytest.raises(RunError, match="is no study"):
+    with pytest.raises(RunError, match="is not a study"):
         study.sweep(swept["study"], tmp_path / "mine")
 
 
