@@ -268,7 +268,7 @@ def _codecs(config: Config, classes: int) -> dict[str, PayloadConfig]:
 
 
 def _spec(session: Session, settings: PayloadConfig) -> RoundSpec:
-    """The request of a run, without compression: an upper bound, as the compressed size depends on answers."""
+    """The request of a run without compression: an upper bound, as compression depends on the answers."""
     plain = settings.model_copy(update={"compression": "none"})
     config = session.config.model_copy(update={"payload": plain})
     quorum = config.aggregation.quorum or len(session.splits.private)

@@ -259,7 +259,7 @@ def _late_answers(original: RunDirectory, paths: Sequence[Path]) -> dict[tuple[i
 
 
 def _late(original: RunDirectory, path: Path) -> tuple[int, str, int]:
-    """Check a late payload with every check but the client's deadline; returns its round, client and shard."""
+    """Run all admission checks on a late payload; returns its round, client and shard."""
     try:
         envelope, content = layout.envelope_of(path).read_bytes(), path.read_bytes()
         fields = json.loads(envelope)

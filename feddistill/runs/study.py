@@ -46,7 +46,7 @@ class Study(Setting):
     grid: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
     """Values to try, by dotted name of the setting: every combination is a cell."""
     cases: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    """Named groups of settings; every combination of the grid is run with each group."""
+    """Named groups of settings; each is run with every combination of the grid."""
     seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
     target: float | None = Field(default=None, gt=0)
     """Target accuracy (bits per byte) on validation; the report shows the round and the uploaded bytes at which
