@@ -50,7 +50,7 @@ Measure = Callable[[Student, Request, benchmark.Columns, ProgressCallback], Json
 
 
 def evaluate(student: Student, request: Request, progress: Progress | None = None) -> Json:
-    """Evaluate ``student`` on a benchmark; returns its metrics, the number of examples and the ranking metric.
+    """Evaluate ``student`` on a benchmark; returns metrics, number of examples and ranking metric.
 
     Raises:
         DataError: The data cannot be loaded, or have a label that the student lacks.

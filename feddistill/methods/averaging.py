@@ -116,8 +116,8 @@ def _round(
     taught: Callable[[TextSet], TrainingExamples],
 ) -> Json:
     run, step = session.run, layout.baseline(name, number)
-    asked = session.asked(number)
-    clients = [private for private in session.splits.private if private.name in asked]
+    sampled = session.asked(number)
+    clients = [private for private in session.splits.private if private.name in sampled]
     trained = [trained_by(session, learner, name, number, start, private, taught) for private in clients]
     files = [record["weights"] for record in trained]
     cost = sum((Cost(**record["costs"]["train"]) for record in trained), Cost())
@@ -147,7 +147,7 @@ def averaging_jobs(
     settings = config.clients.training
     if config.fedavg.epochs is not None:
         settings = settings.model_copy(update={"epochs": config.fedavg.epochs})
-    for private, asked in zip(session.splits.private, rounds_asked(session), strict=True):
+    for private, turns in zip(session.splits.private, rounds_asked(session), strict=True):
         texts = [*learner.tokens(private), *shared]
-        yield Job(phase, learner, texts, settings, training.steps_of(settings, len(texts)), len(asked))
+        yield Job(phase, learner, texts, settings, training.steps_of(settings, len(texts)), len(turns))
     yield from evaluation(session, learner, config.rounds)

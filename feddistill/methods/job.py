@@ -34,8 +34,8 @@ def client_texts(session: Session, learners: list[Learner]) -> Iterator[tuple[Le
 
 def rounds_asked(session: Session) -> list[list[int]]:
     """For each client, the rounds that sample it."""
-    asked = {n: session.asked(n) for n in range(1, session.config.rounds + 1)}
-    return [[n for n in asked if private.name in asked[n]] for private in session.splits.private]
+    sampled = {n: session.asked(n) for n in range(1, session.config.rounds + 1)}
+    return [[n for n in sampled if private.name in sampled[n]] for private in session.splits.private]
 
 
 def client_steps(config: Config, own: int, proxy: int, late: bool = False) -> tuple[int, int]:

@@ -31,10 +31,10 @@ LAYOUT = (
 def export(run: Path, out: Path, *, licence: str = "unknown", anonymous: bool = False) -> Path:
     """Export the student of a complete run in the format of transformers; returns the folder.
 
-    A classifier or language model is written with ``save_pretrained``. For an encoder with mean pooling, which
-    has no class in transformers, the folder is that of the encoder, with pooling and head in the layout of
-    sentence-transformers: the embedding of a text is its logits. The card has code that loads it without that
-    package.
+    A classifier or language model is written with ``save_pretrained``. An encoder with mean pooling has no
+    class in transformers: its encoder is written with ``save_pretrained``, pooling and head in the layout of
+    sentence-transformers, which returns the logits as the embedding of a text. The card has code that loads
+    it without that package.
 
     Args:
         run: A complete run.

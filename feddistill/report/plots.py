@@ -48,7 +48,7 @@ def draw(result: Json, skew: Skew) -> dict[str, str]:
 
 @contextmanager
 def figure(width: float, height: float, into: list[str], pixels: list[bytes] | None = None) -> Iterator[Axes]:
-    """Context manager: yields axes; appends the plot to ``into`` as SVG and to ``pixels``, if given, as PNG."""
+    """Context manager: yields axes; appends the plot to ``into`` (SVG) and ``pixels`` (PNG)."""
     # Padding in inches: a browser's font may be wider than the one used for the layout.
     drawing = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.15))
     yield drawing.add_subplot()

@@ -103,7 +103,7 @@ def _costs(result: Json, who: str) -> Json:
 
 
 def _reached(result: Json, who: str, target: float | None) -> Json:
-    """The first round in which a method reached ``target`` on validation, and the bytes uploaded until then."""
+    """The first round in which a method reached ``target`` on validation, and its uploaded bytes."""
     if target is None:
         return {}
     task = task_of(result)
@@ -246,7 +246,7 @@ def _style(index: int) -> dict[str, Any]:
 
 
 def _grid(found: Sequence[tuple[Mapping[str, Any], list[Json]]], axes: list[str]) -> Drawing:
-    """Plot the primary metric over the first axis: a line per method or, with several axes, per other value."""
+    """Plot the primary metric over the first axis; a line per method or per value of the other axes."""
     first, rest = axes[0], axes[1:]
     task = task_of(found[0][1][0])
     values = list(dict.fromkeys(_shown(labels[first]) for labels, _ in found))

@@ -111,7 +111,7 @@ def decide(out: Path, progress: Progress | None = None) -> list[Json]:
 
 
 def check(config: Config, progress: Progress | None = None, *, build: bool = True) -> Splits:
-    """Read the data and, with ``build``, build every model; returns the data. Nothing is trained or written."""
+    """Read the data and, with ``build``, build every model; returns the data. Trains nothing."""
     progress = progress or NoProgress()
     transformers.utils.logging.set_verbosity_error()  # feddistill shows its own progress
     transformers.utils.logging.disable_progress_bar()

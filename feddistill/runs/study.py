@@ -49,8 +49,8 @@ class Study(Setting):
     """Named groups of settings; each is run with every combination of the grid."""
     seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
     target: float | None = Field(default=None, gt=0)
-    """Target accuracy (bits per byte) on validation; the report shows the round and the uploaded bytes at which
-    it was reached."""
+    """Target accuracy (bits per byte) on validation; the report shows the round in which it was
+    reached and the bytes uploaded until then."""
 
 
 @dataclass(frozen=True, slots=True)

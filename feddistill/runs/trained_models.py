@@ -176,7 +176,7 @@ def _head(path: Path, config: PretrainedConfig) -> tuple[Task, Any]:
         if any(name.endswith(ending) for name in names):
             return found
     raise ModelError(
-        f"{path} holds {', '.join(names) or 'a model without an architecture name'}; supported are models for "
+        f"{path} holds {', '.join(names) or 'an unnamed architecture'}; supported are models for "
         "classification, causal and masked language modelling, and question answering"
     )
 
