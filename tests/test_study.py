@@ -189,7 +189,7 @@ def test_a_study_goes_on_after_a_cell_that_failed(swept, written, tmp_path, monk
     chosen = study.load(written, ("grid.data.partition.alpha=[0.5]",))
     monkeypatch.setattr(experiment, "run", failing)
     assert study.sweep(chosen, tmp_path / "out") == {"alpha=0.5_seed=1": "cut"}
-    assert "1 runs of these cells are not done" in studies.write(tmp_path / "out").read_text()
+    assert "1 runs of these cells are not complete" in studies.write(tmp_path / "out").read_text()
     monkeypatch.undo()
     assert study.sweep(chosen, tmp_path / "out") == {}
     result = "cells/alpha=0.5_seed=1/result.json"
