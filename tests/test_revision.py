@@ -169,9 +169,9 @@ def test_a_late_answer_passes_every_check(refused, tmp_path):
 
 
 def test_only_what_comes_after_the_answers_can_be_changed(source, tmp_path):
-    with pytest.raises(ConfigError, match="rounds=1: only aggregation can be changed"):
+    with pytest.raises(ConfigError, match="rounds=1: this command can only change aggregation"):
         rerun.aggregate(source, tmp_path / "out", ("rounds=1",))
-    with pytest.raises(ConfigError, match="only student, distill, baselines can be changed"):
+    with pytest.raises(ConfigError, match="this command can only change student, distill, baselines"):
         rerun.distill(source, tmp_path / "out", ("aggregation.rule=median",))
     with pytest.raises(RunError, match="is not a run"):
         rerun.distill(tmp_path, tmp_path / "out")
