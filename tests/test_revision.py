@@ -284,7 +284,7 @@ def test_a_past_that_was_rewritten_is_seen_by_who_kept_the_next_request(source, 
     out = rewritten(source, tmp_path / "run", leave_out)
     found = wrong(verify.run(out))
     assert any("the result names the ledger's head" in line for line in found)
-    assert any("round 2: the request is not what the ledger says" in line for line in found)
+    assert any("round 2: the request differs from the request in the ledger" in line for line in found)
     kept = tmp_path / "kept"
     for name in ("rounds/001", "rounds/002"):
         (kept / name).mkdir(parents=True)
@@ -294,7 +294,7 @@ def test_a_past_that_was_rewritten_is_seen_by_who_kept_the_next_request(source, 
     assert wrong(verify.kept(source, kept)) == []
     found = wrong(verify.kept(out / LEDGER, kept))
     assert any("was left out: the ledger does not name client-1" in line for line in found)
-    assert any("is not the request in the ledger" in line for line in found)
+    assert any("differs from the request in the ledger" in line for line in found)
 
 
 def test_a_ledger_that_is_none_is_refused(source, tmp_path):

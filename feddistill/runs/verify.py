@@ -113,7 +113,7 @@ def _asked(spec: RoundSpec, ledgers: list[Ledger], name: str) -> Finding:
             return Finding(
                 True, f"round {spec.round}: {name} is in the ledger and names the rounds before it"
             )
-    return Finding(False, f"round {spec.round}: {name} is not the request in the ledger")
+    return Finding(False, f"round {spec.round}: {name} differs from the request in the ledger")
 
 
 def _counted(paths: list[Path], client: str, number: object, ledger: Ledger) -> Finding:
