@@ -39,9 +39,9 @@ def _print(found: dict[str, Any]) -> None:
 
     console = Console(highlight=False, markup=False, emoji=False)
     sent, task = found["bytes"], TASKS[found["task"]]
-    asked = "" if task.row == "proxy text" else f"{found['rows']:,} rows (one a {task.row}), "
+    rows = "" if task.row == "proxy text" else f"{found['rows']:,} rows (one a {task.row}), "
     console.print(
-        f"{found['clients']} clients, {found['rounds']} rounds, {found['proxy_texts']} proxy texts, {asked}"
+        f"{found['clients']} clients, {found['rounds']} rounds, {found['proxy_texts']} proxy texts, {rows}"
         f"{found['classes']} {task.choices}; the proxy set is {_bytes(sent['proxy_download'])}, "
         "downloaded once"
     )

@@ -166,5 +166,5 @@ def test_a_run_with_liars_says_so_and_resumes(tiny_settings, tmp_path):
     assert set(memory[0]) == {"client-0", "client-1", "client-2"}
     assert memory[0] != memory[1]
     page = report.write(tmp_path / "run").read_text()
-    assert "client-2 lied on purpose: stale (simulated)" in page
-    assert "expguard tolerates 1 liars of 3 clients" in page
+    assert "client-2 was a simulated attacker: stale" in page
+    assert "expguard tolerates 1 Byzantine of 3 clients" in page

@@ -379,11 +379,11 @@ def test_mistakes_of_an_evaluation_are_one_line(classifiers, tiny_causal, glue, 
     offline = line(folder, "--benchmark", "glue/sst2")
     assert "cannot load data set 'nyu-mll/glue'" in offline
     assert "--path" in offline
-    assert "knows positive, negative" in line(folder, "--benchmark", "glue/mnli", "--path", glue)
-    assert "for models of causal_lm" in line(folder, "--benchmark", "wikitext-2", "--path", glue)
+    assert "has positive, negative" in line(folder, "--benchmark", "glue/mnli", "--path", glue)
+    assert "needs a model for causal_lm" in line(folder, "--benchmark", "wikitext-2", "--path", glue)
     assert "no such folder" in line(folder, "--benchmark", "glue/sst2", "--path", tmp_path / "gone")
     assert "is not a run" in line(tmp_path, "--benchmark", "glue/sst2", "--path", glue)
-    assert "one at a time" in line(folder, "--benchmark", "glue/sst2", "--tasks", "a")
+    assert "exclude each other" in line(folder, "--benchmark", "glue/sst2", "--tasks", "a")
     assert "--path needs --benchmark" in line(folder, "--path", glue)
     assert "window" in line(folder, "--benchmark", "glue/sst2", "--path", glue, "--window", 8)
     wiki = hub.wikitext(tmp_path / "wiki")
@@ -391,7 +391,7 @@ def test_mistakes_of_an_evaluation_are_one_line(classifiers, tiny_causal, glue, 
     assert "less than the window" in line(
         tiny_causal, "--benchmark", "wikitext-2", "--path", wiki, "--window", 8, "--stride", 8
     )
-    assert "causal language models" in line(folder, "--tasks", "hellaswag")
+    assert "causal language model" in line(folder, "--tasks", "hellaswag")
     other = hub.write(tmp_path / "other", {"sst2": {"validation": [{"text": "a", "label": 0}]}})
     assert "has no column 'sentence'" in line(folder, "--benchmark", "glue/sst2", "--path", other)
     odd = hub.write(tmp_path / "odd", {"sst2": {"validation": [{"sentence": "a", "label": 7}]}})

@@ -78,7 +78,7 @@ def test_what_a_federation_costs_is_not_known_at_the_server(tiny_settings):
     partition = {"kind": "remote", "names": ["north", "south"]}
     raw = tiny_settings | {"baselines": [], "data": {**tiny_settings["data"], "partition": partition}}
     raw["data"].pop("private")
-    with pytest.raises(ConfigError, match="remote: what a run costs depends on texts that the clients"):
+    with pytest.raises(ConfigError, match="remote: cannot estimate the cost: it depends on the clients"):
         plan.plan(parse(raw))
 
 

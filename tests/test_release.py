@@ -190,7 +190,7 @@ def test_the_card_says_what_the_student_is_made_of(run, tmp_path):
 def test_clients_can_stay_unnamed(run, tmp_path):
     _, body = card_of(release.export(run, tmp_path / "student", anonymous=True))
     assert "client-0" not in body
-    assert "client 2 | not told |" in body
+    assert "client 2 | not reported |" in body
 
 
 def test_what_is_in_the_way_stays(run, tmp_path):

@@ -151,7 +151,7 @@ def test_a_late_answer_is_merged(refused, tmp_path):
 def test_a_late_answer_passes_every_check(refused, tmp_path):
     source, late = refused
     for change, error in (
-        (lambda path: path.write_bytes(b"{}"), "is no envelope"),
+        (lambda path: path.write_bytes(b"{}"), "is not an envelope"),
         (lambda path: path.write_text(path.read_text().replace('"round":1', '"round":9')), "does not have"),
         (lambda path: path.write_text(path.read_text().replace("client-1", "client-9")), "UnknownClient"),
     ):
@@ -169,9 +169,9 @@ def test_a_late_answer_passes_every_check(refused, tmp_path):
 
 
 def test_only_what_comes_after_the_answers_can_be_changed(source, tmp_path):
-    with pytest.raises(ConfigError, match="rounds=1: only aggregation can be changed"):
+    with pytest.raises(ConfigError, match="rounds=1: this command can only change aggregation"):
         rerun.aggregate(source, tmp_path / "out", ("rounds=1",))
-    with pytest.raises(ConfigError, match="only student, distill, baselines can be changed"):
+    with pytest.raises(ConfigError, match="this command can only change student, distill, baselines"):
         rerun.distill(source, tmp_path / "out", ("aggregation.rule=median",))
     with pytest.raises(RunError, match="is not a run"):
         rerun.distill(tmp_path, tmp_path / "out")
@@ -202,8 +202,8 @@ def damage(path):
     [
         ("rounds/001/payloads/client-0.safetensors", "client-0's payload is the one that was counted"),
         ("rounds/002/payloads/client-2.json", "round 2: client-2: "),
-        ("rounds/002/teacher.safetensors", "round 2: the teacher is whole"),
-        ("rounds/001/feedback.safetensors", "round 1: what clients were sent is whole"),
+        ("rounds/002/teacher.safetensors", "round 2: the teacher is intact"),
+        ("rounds/001/feedback.safetensors", "round 1: the feedback sent to clients is intact"),
     ],
 )
 def test_damage_is_found_where_it_is(name, what, source, tmp_path):
@@ -284,7 +284,7 @@ def test_a_past_that_was_rewritten_is_seen_by_who_kept_the_next_request(source, 
     out = rewritten(source, tmp_path / "run", leave_out)
     found = wrong(verify.run(out))
     assert any("the result names the ledger's head" in line for line in found)
-    assert any("round 2: the request is not what the ledger says" in line for line in found)
+    assert any("round 2: the request differs from the request in the ledger" in line for line in found)
     kept = tmp_path / "kept"
     for name in ("rounds/001", "rounds/002"):
         (kept / name).mkdir(parents=True)
@@ -294,7 +294,7 @@ def test_a_past_that_was_rewritten_is_seen_by_who_kept_the_next_request(source, 
     assert wrong(verify.kept(source, kept)) == []
     found = wrong(verify.kept(out / LEDGER, kept))
     assert any("was left out: the ledger does not name client-1" in line for line in found)
-    assert any("is not what the ledger says that was asked" in line for line in found)
+    assert any("differs from the request in the ledger" in line for line in found)
 
 
 def test_a_ledger_that_is_none_is_refused(source, tmp_path):
@@ -303,7 +303,7 @@ def test_a_ledger_that_is_none_is_refused(source, tmp_path):
         "its head is not": {**good, "head": "00" * 32},
         "round 1 is missing": {**good, "rounds": good["rounds"][1:]},
         "round 2 follows": {**good, "rounds": [{**good["rounds"][0], "teacher": "x"}, good["rounds"][1]]},
-        "there are no rounds": {"head": "", "rounds": []},
+        "has no rounds": {"head": "", "rounds": []},
         "ledger:": {"head": "", "rounds": [{"round": "one"}]},
     }
     for message, content in broken.items():

@@ -135,7 +135,7 @@ def test_a_study_may_leave_no_weights(whole, tiny_settings, tmp_path):
         assert not list(run.glob(place)), place
     assert list(run.glob("rounds/002/payloads/*.safetensors"))
     for ask in (experiment.evaluate, trained_models.load):
-        with pytest.raises(experiment.RunError, match=r"left no weights: .* keep_checkpoints: none"):
+        with pytest.raises(experiment.RunError, match=r"has no stored weights: .* keep_checkpoints: none"):
             ask(run)
 
 

@@ -108,7 +108,7 @@ class TestTextsAtClients:
 
         run(apart, tmp_path / "run", Elsewhere(tmp_path / "state", files))
         page = report.write(tmp_path / "run").read_text()
-        assert "known at the clients alone" in page
+        assert "known only to the clients" in page
 
     @pytest.mark.parametrize(
         ("text", "error"),

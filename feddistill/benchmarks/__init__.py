@@ -1,4 +1,4 @@
-"""Public benchmarks of a trained student: GLUE, SuperGLUE, SQuAD, WikiText and others."""
+"""Evaluation of a trained student on public benchmarks: GLUE, SuperGLUE, SQuAD, WikiText and others."""
 
 from feddistill.benchmarks.run import Request, evaluate
 

@@ -1,4 +1,4 @@
-"""Labelled texts, by a classifier's answers or by what a causal language model finds likely."""
+"""Classification benchmarks, for classifiers and for causal language models."""
 
 from collections.abc import Sequence
 
@@ -18,24 +18,24 @@ from feddistill.store.run_directory import Json
 from feddistill.types import ProgressCallback
 
 LINKS = {"cause": "because", "effect": "therefore"}
-"""COPA's questions as the word that joins premise and choice."""
+"""COPA's questions, and the word that joins premise and choice for each."""
 
 
 def by_answers(
     student: Student, preset: Preset, columns: benchmark.Columns, on_step: ProgressCallback
 ) -> Json:
-    """Figures of a classifier, which must know the benchmark's classes by name.
+    """Metrics of a classifier, whose labels must include the benchmark's classes by name.
 
-    Where it knows others as well, those count as wrong.
+    Predictions of labels that the benchmark does not have count as wrong.
 
     Raises:
-        DataError: It does not know one of the classes.
+        DataError: A class of the benchmark is not among the classifier's labels.
     """
     unknown = [label for label in preset.labels if label not in student.labels]
     if unknown:
         raise DataError(
-            f"{preset.name} asks for {', '.join(preset.labels)}; "
-            f"{student.name} knows {', '.join(student.labels)}"
+            f"{preset.name} has the labels {', '.join(preset.labels)}; "
+            f"{student.name} has {', '.join(student.labels)}"
         )
     texts = benchmark.texts(preset, columns)
     answers = inference.answer(
@@ -54,9 +54,10 @@ def by_answers(
 def by_likelihood(
     student: Student, preset: Preset, columns: benchmark.Columns, on_step: ProgressCallback
 ) -> Json:
-    """Figures of a causal language model: a text is of the class whose name is likeliest behind the prompt.
+    """Metrics of a causal language model: predict the class with the most likely name after the prompt.
 
-    Summed over the tokens of `` name``, as lm-evaluation-harness's ``acc``; no examples are shown.
+    Zero-shot; the log-likelihood is summed over the tokens of `` name``, as for lm-evaluation-harness's
+    ``acc``.
     """
     answers = [f" {answer}" for answer in preset.answers]
     longest = max(len(encode(student, answer)) for answer in answers) + 1
@@ -78,11 +79,13 @@ def by_likelihood(
 def by_choice(
     student: Student, preset: Preset, columns: benchmark.Columns, on_step: ProgressCallback
 ) -> Json:
-    """COPA by a causal language model: the premise, ``because`` or ``therefore``, the likelier choice."""
+    """COPA by a causal language model: the more likely choice after the premise and its joining word."""
     prompts = []
     for number, row in enumerate(benchmark.rows(preset, columns)):
         if row["question"] not in LINKS:
-            raise DataError(f"{preset.name}: row {number} asks for {row['question']!r}, not cause or effect")
+            raise DataError(
+                f"{preset.name}: row {number} has question = {row['question']!r}, not cause or effect"
+            )
         context = f"{row['premise'].removesuffix('.')} {LINKS[row['question']]}"
         choices = [row["choice1"], row["choice2"]]
         prompts.append((context, [f" {text[:1].lower()}{text[1:]}" for text in choices]))
@@ -93,7 +96,7 @@ def by_choice(
 def figures(
     preset: Preset, log_probs: NDArray[np.float32], labels: Sequence[str], names: Sequence[str]
 ) -> Json:
-    """Accuracy, macro-F1, Matthews, calibration; F1 of one class where the benchmark ranks by it."""
+    """Accuracy, macro-F1, Matthews correlation, calibration; F1 of one class if the benchmark ranks by it."""
     from sklearn.metrics import f1_score
 
     index = {name: place for place, name in enumerate(names)}
@@ -109,7 +112,7 @@ def figures(
 def _scores(
     student: Student, prompts: Sequence[tuple[str, Sequence[str]]], on_step: ProgressCallback
 ) -> NDArray[np.float32]:
-    """``[N, choices]`` log-probabilities among the choices."""
-    asked = [continuation(student, context, text) for context, texts in prompts for text in texts]
-    sums = log_likelihoods(student, asked, on_step).reshape(len(prompts), -1)
+    """Log-probabilities normalised over the choices, ``[N, choices]``."""
+    scored = [continuation(student, context, text) for context, texts in prompts for text in texts]
+    sums = log_likelihoods(student, scored, on_step).reshape(len(prompts), -1)
     return np.asarray(sums - np.logaddexp.reduce(sums, axis=1, keepdims=True), np.float32)

@@ -1,4 +1,4 @@
-"""Questions on a passage by a model that points at its answer."""
+"""Extractive question answering."""
 
 from collections.abc import Sequence
 
@@ -11,9 +11,9 @@ from feddistill.runs.trained_models import Student
 from feddistill.types import ProgressCallback
 
 ANSWER_TOKENS = 30
-"""Of a span at most, as in BERT's own script and transformers' ``run_qa.py``."""
+"""Maximum length of a span, as in BERT's script and transformers' ``run_qa.py``."""
 OVERLAP = 128
-"""Tokens of a passage that two windows share."""
+"""Tokens of a passage shared by consecutive windows."""
 
 
 def extract(
@@ -24,13 +24,13 @@ def extract(
     *,
     unanswerable: bool,
 ) -> list[str]:
-    """The likeliest span of each passage, over as many windows as it takes.
+    """Predict the most likely span of each passage, over all of its windows.
 
-    With ``unanswerable`` (SQuAD 2.0) it is nothing where no span is as likely as that there is no answer:
-    whose score is the least of all windows, and whose threshold is 0.
+    With ``unanswerable`` (SQuAD 2.0), the prediction is empty if the no-answer score (the minimum over the
+    windows) exceeds the score of the best span; the threshold is 0.
 
     Raises:
-        ModelError: A question is too long, or ``unanswerable`` has no token to say it with.
+        ModelError: A question is too long, or the tokenizer has no token for ``unanswerable``.
     """
     length = student.max_tokens - student.max_tokens % PAD_TO
     cut: list[QAWindow] = []

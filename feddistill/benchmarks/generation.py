@@ -1,4 +1,4 @@
-"""Texts that a causal language model writes: prompts that fit, greedy search, where it stops."""
+"""Text generation with a causal language model: prompt truncation, greedy search, stop strings."""
 
 from collections.abc import Mapping, Sequence
 
@@ -12,10 +12,10 @@ from feddistill.types import ProgressCallback
 
 
 def fitted(student: Student, template: str, row: Mapping[str, str], cut: str, room: int) -> str:
-    """A prompt of at most ``room`` tokens: where it is longer, the column ``cut`` loses its end.
+    """Format a prompt of at most ``room`` tokens, truncating the end of the column ``cut`` if necessary.
 
     Raises:
-        ModelError: It is too long without that column.
+        ModelError: The prompt is too long even with that column empty.
     """
     text = template.format(**row)
     if (over := len(encode(student, text)) - room) <= 0:
@@ -31,7 +31,7 @@ def fitted(student: Student, template: str, row: Mapping[str, str], cut: str, ro
         over = len(encode(student, text)) - room
     if over > 0:
         raise ModelError(
-            f"{student.name} has room for a prompt of {room} tokens; without its {cut} one has {room + over}"
+            f"{student.name} has room for a prompt of {room} tokens; one has {room + over} even without {cut}"
         )
     return text
 
@@ -44,10 +44,10 @@ def generate(
     stop: Sequence[str] = (),
     on_step: ProgressCallback | None = None,
 ) -> list[str]:
-    """What the model writes behind each prompt, by greedy search.
+    """Continue each prompt by greedy search.
 
-    It ends with an end token, before the first of ``stop``, or after ``new_tokens`` tokens. Prompts of like
-    lengths are padded on the left and go together.
+    Generation ends at an end token, before the first of ``stop``, or after ``new_tokens`` tokens. Prompts are
+    batched by length and padded on the left.
     """
     tokenizer, size = student.tokenizer, student.batch_size
     found = [""] * len(prompts)
@@ -74,7 +74,7 @@ def generate(
             torch.inference_mode(),
             torch.autocast(student.device.type, torch.bfloat16, enabled=student.bf16),
         ):
-            written = student.model.generate(  # type: ignore[operator]  # transformers' models have it
+            written = student.model.generate(  # type: ignore[operator]  # transformers' models have generate
                 ids.to(student.device),
                 attention_mask=mask.to(student.device),
                 generation_config=settings,
@@ -89,7 +89,7 @@ def generate(
 
 
 def before(text: str, stop: Sequence[str]) -> str:
-    """What stands before the first of ``stop``.
+    """The part of a text before the first of ``stop``.
 
     >>> before("Paris\\n\\nQuestion: what", ["\\n", "ProxyQuery"])
     'Paris'

@@ -1,4 +1,4 @@
-"""A trained model against a benchmark: presets of the hub, or lm-evaluation-harness's tasks."""
+"""Evaluation of a trained model on a benchmark preset."""
 
 import math
 import re
@@ -22,73 +22,75 @@ from feddistill.types import ProgressCallback
 __all__ = ["Request", "evaluate", "language"]
 
 ANSWER_TOKENS = 32
-"""Of an answer to a question."""
+"""Maximum tokens of a generated answer to a question."""
 SUMMARY_TOKENS = 128
 STOP = ("\n",)
 HARD = "squad_v2"
-"""Where some questions have no answer."""
+"""Preset in which some questions have no answer."""
 UNANSWERABLE = "unanswerable"
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What is to be measured."""
+    """A benchmark and how to evaluate on it."""
 
     preset: Preset
     path: Path | None = None
     """A local folder in the hub's layout; ``None`` for the hub."""
     limit: int | None = None
-    """Only the first examples."""
+    """Evaluate only the first ``limit`` examples."""
     window: int | None = None
-    """Of ``language``: tokens that a prediction can see, the one predicted included; ``None`` for what the
-    model reads."""
+    """For ``language``: context window in tokens, including the predicted one; ``None`` for the model's
+    maximum length."""
     stride: int | None = None
-    """Of ``language``: tokens by which the window moves; ``None`` for half a window."""
+    """For ``language``: tokens by which the window advances; ``None`` for half a window."""
 
 
 Measure = Callable[[Student, Request, benchmark.Columns, ProgressCallback], Json]
 
 
 def evaluate(student: Student, request: Request, progress: Progress | None = None) -> Json:
-    """The figures of ``student`` on a benchmark, with how many examples and which of the figures ranks.
+    """Evaluate ``student`` on a benchmark; returns metrics, number of examples and ranking metric.
 
     Raises:
-        DataError: The data cannot be had, or ask for what the student does not know.
-        ConfigError: A benchmark for another kind of model, or a window that makes no sense.
+        DataError: The data cannot be loaded, or have a label that the student lacks.
+        ConfigError: The benchmark is for another kind of model, or the window is invalid.
     """
     preset = request.preset
     measure = MEASURES.get((preset.kind, student.task))
     if measure is None:
         wanted = [task for kind, task in MEASURES if kind == preset.kind]
         raise ConfigError(
-            f"{preset.name} is for models of {' or '.join(wanted)}; {student.name} is one of {student.task}"
+            f"{preset.name} needs a model for {' or '.join(wanted)}; {student.name} is for {student.task}"
         )
     if preset.kind != "language" and (request.window or request.stride):
-        raise ConfigError(f"window and stride are of plain text, as wikitext-2; {preset.name} is none")
+        raise ConfigError(
+            f"window and stride apply to language modelling, e.g. wikitext-2, not to {preset.name}"
+        )
     progress = progress or NoProgress()
     with progress.step(f"read {preset.name}"):
         columns = benchmark.read(preset, preset.measured, request.path, None, preset.name)
         if request.limit is not None and preset.kind != "language":
             columns = {key: values[: request.limit] for key, values in columns.items()}
     with progress.step(f"measure {preset.name}") as on_step:
-        figures = measure(student, request, columns, on_step)
+        measured = measure(student, request, columns, on_step)
     return {
         "model": student.name,
         "benchmark": preset.name,
         "split": preset.measured,
         "ranks_by": preset.metric,
         **({} if preset.kind == "language" else {"examples": len(columns[preset.columns[0]])}),
-        **figures,
+        **measured,
         **({"note": preset.note} if preset.note else {}),
     }
 
 
 def language(student: Student, pages: list[str], request: Request, on_step: ProgressCallback) -> Json:
-    """Perplexity of documents, each whole, in windows that overlap.
+    """Perplexity of whole documents in overlapping windows.
 
-    ``perplexity`` is by token, ``bits_per_byte`` by byte of what the model reads (detokenised), and
-    ``word_perplexity`` by word of the page as it stands in the data set, counted as lm-evaluation-harness
-    does. The first token of a page is predicted from the token that begins texts.
+    ``perplexity`` is per token, ``bits_per_byte`` per byte of the detokenised text that the model reads, and
+    ``word_perplexity`` per word of the original page, counted as in lm-evaluation-harness. The first token of
+    a page is predicted from the beginning-of-text token.
     """
     window = request.window or student.max_tokens
     if not 2 <= window <= student.max_tokens:
@@ -98,15 +100,15 @@ def language(student: Student, pages: list[str], request: Request, on_step: Prog
         raise ConfigError(f"stride = {stride} must be from 1 to {window - 1}, less than the window")
     prefix = prefix_of(student)
     texts = [benchmark.detokenise(page) for page in pages]
-    asked: list[Scored] = []
+    scored: list[Scored] = []
     for text in texts:
         tokens = encode(student, text)
         tokens = tokens[1:] if tokens[:1] == [prefix] else tokens
         if not tokens:
             raise DataError(f"{request.preset.name}: a page has no tokens")
-        asked.extend(windows(tokens, prefix, window, stride))
-    nats = -float(log_likelihoods(student, asked, on_step).sum())
-    tokens_read = sum(one.count for one in asked)
+        scored.extend(windows(tokens, prefix, window, stride))
+    nats = -float(log_likelihoods(student, scored, on_step).sum())
+    tokens_read = sum(one.count for one in scored)
     size = sum(len(text.encode()) for text in texts)
     words = sum(len(re.split(r"\s+", page)) for page in pages)
     return {
@@ -131,7 +133,7 @@ def _language(
 def _questions(
     student: Student, request: Request, columns: benchmark.Columns, on_step: ProgressCallback
 ) -> Json:
-    """SQuAD by what a causal language model writes, up to the end of the line."""
+    """SQuAD by generation with a causal language model, up to the end of the line."""
     given = _written(student, request.preset, columns, ANSWER_TOKENS, STOP, on_step)
     if request.preset.name == HARD:
         given = ["" if metrics.normalised(text) == UNANSWERABLE else text for text in given]
@@ -141,7 +143,7 @@ def _questions(
 def _passages(
     student: Student, request: Request, columns: benchmark.Columns, on_step: ProgressCallback
 ) -> Json:
-    """SQuAD by a model that points at the answer."""
+    """SQuAD by extractive question answering."""
     questions, hard = [text.strip() for text in columns["question"]], request.preset.name == HARD
     given = extract(student, questions, columns["context"], on_step, unanswerable=hard)
     return _spans(given, request.preset, columns)
@@ -167,7 +169,7 @@ def _written(
     stop: tuple[str, ...],
     on_step: ProgressCallback,
 ) -> list[str]:
-    assert preset.cut is not None, "whatever is answered by writing is about a long text"
+    assert preset.cut is not None, "presets answered by generation have a column to truncate"
     room = student.max_tokens - new_tokens
     if room < 1:
         raise ConfigError(f"{student.name} reads {student.max_tokens} tokens, too few to write {new_tokens}")
@@ -195,4 +197,4 @@ MEASURES: dict[tuple[Kind, str], Measure] = {
     ("question_answering", "question_answering"): _passages,
     ("summary", "causal_lm"): _summaries,
 }
-"""By the kind of the benchmark and the task of the model."""
+"""Evaluation function by kind of benchmark and task of the model."""

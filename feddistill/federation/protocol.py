@@ -18,8 +18,8 @@ class Instruction:
 
     ``describe``: send the description, format version and digests. ``publish``: store the proxy texts.
     ``digest``: store the last teacher. ``train``: train on the private texts. ``answer``: predict on the
-    proxy texts. ``average`` (FedAvg): train these weights on the private texts. All of them may be repeated: work
-    that is done is not done again.
+    proxy texts. ``average`` (FedAvg): train these weights on the private texts. All of them may be repeated:
+    work that is done is not done again.
     """
 
     kind: Kind

@@ -156,7 +156,7 @@ def averaging_jobs(
     settings = config.clients.training
     if config.fedavg.epochs is not None:
         settings = settings.model_copy(update={"epochs": config.fedavg.epochs})
-    for private, asked in zip(session.splits.private, rounds_asked(session), strict=True):
+    for private, turns in zip(session.splits.private, rounds_asked(session), strict=True):
         texts = [*learner.tokens(private), *shared]
-        yield Job(phase, learner, texts, settings, training.steps_of(settings, len(texts)), len(asked))
+        yield Job(phase, learner, texts, settings, training.steps_of(settings, len(texts)), len(turns))
     yield from evaluation(session, learner, config.rounds)

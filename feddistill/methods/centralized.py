@@ -13,7 +13,7 @@ from feddistill.types import TextSet
 
 
 def run(session: Session) -> Json:
-    """Train the student on the pool of the clients' labelled texts, for its usual number of steps."""
+    """Train the student on the pool of the clients' labelled texts."""
     return {"rounds": student_rounds(session, "centralized", pool(session.splits.private))}
 
 

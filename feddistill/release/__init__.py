@@ -1,4 +1,4 @@
-"""A run's student as a ``save_pretrained`` folder with a model card, locally and on the Hugging Face hub."""
+"""Export of a run's student: a ``save_pretrained`` folder with a model card, optionally on the hub."""
 
 from feddistill.release.folder import export, push, write_model
 

@@ -1,4 +1,4 @@
-"""The model card: what the student was made of, by whom, how good it is, and what is not promised."""
+"""The model card: origin, training data, clients, metrics and limitations of a student."""
 
 from importlib.metadata import version
 from importlib.resources import files
@@ -21,18 +21,18 @@ EMBEDDED = {
     "wordnet_topics": ("definitions of WordNet 3.0 (Princeton University)", "WordNet 3.0 licence"),
     "sotu_eras": ("State of the Union addresses, 1790 to 2021", "public domain"),
 }
-"""What the embedded sets are, and their licences."""
+"""Description and licence of each embedded data set."""
 
 
 def text(student: Student, config: Config, facts: Json, licence: str, *, anonymous: bool) -> str:
-    """The card: the hub's metadata in YAML, then Markdown.
+    """Render the model card: the hub's metadata in YAML, then Markdown.
 
     Args:
-        student: What is released.
+        student: The exported model.
         config: The run's configuration.
         facts: ``result`` (as ``result.json``), ``clients`` and ``examples`` by client.
-        licence: As the hub names it.
-        anonymous: Say how many clients there were, and neither who they are nor what they have.
+        licence: The student's licence, by its name on the hub.
+        anonymous: Give only the number of clients, without names and numbers of examples.
     """
     result = facts["result"]
     own = result["metrics"]["student"]
@@ -93,7 +93,7 @@ def _metadata(student: Student, config: Config, own: Json, licence: str) -> Mode
 
 
 def _of_hub(name: str) -> bool:
-    """Whether a name is one of the hub, not a folder: whose path is nobody's business."""
+    """True if a name is a repository on the hub, not a local folder; local paths are not published."""
     return not name.startswith((".", "/", "~")) and name.count("/") <= 1 and not Path(name).exists()
 
 
@@ -105,7 +105,7 @@ def _given(config: Config) -> list[Source]:
 
 
 def _sources(config: Config) -> list[tuple[str, str, str]]:
-    """Which texts, of what, under which licence."""
+    """Part, description and licence of each set of texts."""
     data = config.data
     parts = ("private", "proxy", "validation", "test")
     found = []
@@ -138,7 +138,7 @@ def _described(source: Source) -> tuple[str, str]:
 
 
 def _specialists(config: Config, facts: Json) -> list[str]:
-    """What each client's specialist is, as far as the configuration says."""
+    """Description of each client's model, from the configuration."""
     models = config.clients.models
     names = facts["clients"]
     places = [_place(name, index) for index, name in enumerate(names)]
@@ -146,7 +146,7 @@ def _specialists(config: Config, facts: Json) -> list[str]:
 
 
 def _place(name: str, index: int) -> int:
-    """Where a client stands in the partition: absent ones are counted, and named by number."""
+    """Index of a client in the partition, from the number in its name; excluded clients keep theirs."""
     number = name.removeprefix("client-")
     return int(number) if number.isdigit() else index
 
@@ -158,7 +158,7 @@ def _origin(model: ModelConfig) -> str:
     elif isinstance(source, PackageModel):
         of = f"{source.package}/{source.path}"
     elif isinstance(source, QueryOnlyModel):
-        of = "a model that was only asked"
+        of = "a query-only model"
     else:
         of = f"{source.architecture} from random weights"
         if isinstance(source.tokenizer, TrainedTokenizer):

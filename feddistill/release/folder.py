@@ -1,4 +1,4 @@
-"""A run's student as others load it: a ``save_pretrained`` folder with a model card, and onto the hub."""
+"""Write a run's student as a ``save_pretrained`` folder with a model card; upload it to the hub."""
 
 import json
 import shutil
@@ -24,25 +24,25 @@ LAYOUT = (
     (POOLING, "Pooling"),
     (DENSE, "Dense"),
 )
-"""Folders and classes of a sentence-transformers model, in the order in which they work."""
+"""Folder and class of each module of a sentence-transformers model, in order of application."""
 
 
 def export(run: Path, out: Path, *, licence: str = "unknown", anonymous: bool = False) -> Path:
-    """Write the student of a complete run as transformers loads it; returns the folder.
+    """Export the student of a complete run in the format of transformers; returns the folder.
 
-    A classifier or language model of transformers is its ``save_pretrained`` folder. An encoder with mean
-    pooling has no class of its own there: the folder is the encoder's, with pooling and head beside it in
-    the layout of sentence-transformers, which gives the logits as the text's embedding; the card has the six
-    lines that do without that package.
+    A classifier or language model is written with ``save_pretrained``. An encoder with mean pooling has no
+    class in transformers: its encoder is written with ``save_pretrained``, pooling and head in the layout of
+    sentence-transformers, which returns the logits as the embedding of a text. The card has code that loads
+    it without that package.
 
     Args:
         run: A complete run.
         out: A new or empty folder.
-        licence: Of the student, as the hub names it. What it was made of stands in the card.
-        anonymous: Leave names and sizes of the clients out of the card.
+        licence: The student's licence, by its name on the hub. The card lists the sources of the data.
+        anonymous: Omit the clients' names and numbers of examples from the card.
 
     Raises:
-        RunError: The run is not complete, or the folder is in the way or cannot be written.
+        RunError: The run is not complete, or the folder is not empty or cannot be written.
     """
     RunDirectory.check_free(out, "choose another --out")
     student = trained_models.of_run(run)
@@ -55,7 +55,7 @@ def export(run: Path, out: Path, *, licence: str = "unknown", anonymous: bool = 
         text = card.text(student, experiment.stored_config(run), facts, licence, anonymous=anonymous)
         (partial / "README.md").write_text(text, encoding="utf-8")
         if out.exists():
-            shutil.rmtree(out)  # empty but for what a killed process leaves
+            shutil.rmtree(out)  # empty except for leftovers of a killed process
         partial.replace(out)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -68,7 +68,7 @@ def push(folder: Path, repo: str, *, private: bool = False) -> str:
     """Upload an exported folder to the hub, with the token of ``hf auth login``; returns its address.
 
     Raises:
-        ModelError: No network, no token, no right to write there, or a name that is none.
+        ModelError: No network, no token, no permission to write, or an invalid name.
     """
     import httpx
     from huggingface_hub import HfApi
@@ -79,19 +79,19 @@ def push(folder: Path, repo: str, *, private: bool = False) -> str:
         done = hub.upload_folder(
             repo_id=repo, folder_path=folder, commit_message="A student of a federated distillation"
         )
-    except (OSError, ValueError, httpx.HTTPError) as error:  # the hub's own errors are all of these
+    except (OSError, ValueError, httpx.HTTPError) as error:  # base classes of the hub's errors
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ModelError(f"--push {repo}: {reason}; the export is complete in {folder}") from None
     return str(done.repo_url if hasattr(done, "repo_url") else done)
 
 
 def _facts(run: Path) -> Json:
-    """What a run has recorded of itself."""
+    """Result, clients and numbers of examples from the records of a run."""
     directory = RunDirectory.open(run)
     try:
         skew = directory.read_json(layout.SKEW)
         of_client = dict(zip(skew["clients"], skew.get("examples", ()), strict=False))
-        told = {
+        described = {
             step.rpartition("/")[2]: directory.done(step) or {}
             for step in directory.steps(layout.DESCRIPTIONS)
         }
@@ -101,7 +101,7 @@ def _facts(run: Path) -> Json:
             "examples": {
                 name: sum(counts)
                 or of_client.get(name)
-                or told.get(name, {}).get("description", {}).get("examples")
+                or described.get(name, {}).get("description", {}).get("examples")
                 for name, counts in zip(skew["clients"], skew["counts"], strict=True)
             },
         }
@@ -110,7 +110,7 @@ def _facts(run: Path) -> Json:
 
 
 def write_model(student: Student, folder: Path) -> None:
-    """Weights, configuration, tokenizer: what ``export`` writes but for the card."""
+    """Write weights, configuration and tokenizer."""
     model, tokenizer = student.model.cpu(), student.tokenizer
     tokenizer.model_max_length = student.max_tokens
     learner_class(student.task).prepare_export(model, tokenizer)
@@ -127,7 +127,7 @@ def write_model(student: Student, folder: Path) -> None:
 
 
 def _write_head(model: MeanPoolClassifier, student: Student, folder: Path) -> None:
-    """Pooling and head, in the layout of sentence-transformers."""
+    """Write pooling and head in the layout of sentence-transformers."""
     hidden, classes = model.head.in_features, model.head.out_features
 
     def write(name: str, content: object) -> None:

@@ -1,4 +1,4 @@
-"""Several runs side by side: their figures, what they cost, and in which settings they differ."""
+"""Comparison of runs: metrics, costs and the settings in which they differ."""
 
 import json
 from collections.abc import Iterable
@@ -15,25 +15,25 @@ from feddistill.store.run_directory import Json, read_object
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """One of several runs."""
+    """A run in a comparison."""
 
     run: str
     settings: Json
-    """By dotted name, those that are not the same in all of the runs; missing ones are ``None``."""
+    """Settings that differ between the runs, by dotted name; ``None`` if missing."""
     figure: str
-    """Which one is compared."""
+    """Name of the compared metric."""
     figures: dict[str, float]
-    """On the test set, by whose it is."""
+    """Metric on the test set, by row label (student or baseline)."""
     uplink: int
-    """Bytes that all clients sent in all rounds."""
+    """Bytes uploaded by all clients in all rounds."""
     seconds: float
 
 
 def side_by_side(runs: Iterable[Path]) -> list[Compared]:
-    """Read complete runs.
+    """Read and compare complete runs.
 
     Raises:
-        RunError: One has no result.
+        RunError: A run has no result.
     """
     found = [
         (str(run), read_object(run / RESULT), configuration.load_stored(run / CONFIG).model_dump(mode="json"))

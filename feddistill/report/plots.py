@@ -1,4 +1,4 @@
-"""The figures of a report, as SVG that says its numbers in text and is readable without colour."""
+"""Plots of a report, as SVG with text labels, readable without colour."""
 
 import io
 import re
@@ -25,16 +25,16 @@ STYLE: dict[str, Any] = {
     "axes.grid": True,
     "grid.alpha": 0.25,
 }
-# Okabe and Ito's colours, told apart by the colour-blind; line and marker differ as well.
+# Okabe and Ito's colours, distinguishable by the colour-blind; line and marker differ as well.
 CLIENTS: dict[str, Any] = {"color": "#999999", "marker": ".", "linewidth": 1.0, "linestyle": "-"}
 
 
 WRITTEN = 40
-"""Labels, and clients, up to which each cell of the skew says its number."""
+"""Maximum number of labels or clients for which the cells of the skew plot are annotated."""
 
 
 def draw(result: Result, skew: Skew) -> dict[str, str]:
-    """Name to SVG."""
+    """Draw the plots of a run; name to SVG."""
     with matplotlib.rc_context(rc=STYLE):  # type: ignore[arg-type]  # its keys are a literal of 300 names
         return {
             "accuracy": _accuracy(result),
@@ -47,8 +47,8 @@ def draw(result: Result, skew: Skew) -> dict[str, str]:
 
 @contextmanager
 def figure(width: float, height: float, into: list[str], pixels: list[bytes] | None = None) -> Iterator[Axes]:
-    """Axes to draw on; the drawing is added to ``into`` as SVG and, if given, to ``pixels`` as PNG."""
-    # Inches at the sides: a browser's letters may be wider than those that were measured.
+    """Context manager: yields axes; appends the plot to ``into`` (SVG) and ``pixels`` (PNG)."""
+    # Padding in inches: a browser's font may be wider than the one used for the layout.
     drawing = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.15))
     yield drawing.add_subplot()
     if pixels is not None:
@@ -57,7 +57,7 @@ def figure(width: float, height: float, into: list[str], pixels: list[bytes] | N
         pixels.append(image.getvalue())
     out = io.StringIO()
     drawing.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
-    # Into a page goes the drawing: no XML prologue, no block of licence vocabulary.
+    # Embedded in a page: without XML prologue and metadata.
     into.append(re.sub(r"^.*?(?=<svg)|<metadata>.*?</metadata>", "", out.getvalue(), flags=re.DOTALL))
 
 

@@ -1,4 +1,4 @@
-"""The report of a run: a page that needs nothing else, tables as CSV, figures as SVG, TensorBoard logs."""
+"""The report of a run: a self-contained page, tables as CSV, plots as SVG, TensorBoard logs."""
 
 import csv
 import io
@@ -60,7 +60,7 @@ def write(out: Path) -> Path:
 
 
 def rendered(template: str, **facts: object) -> str:
-    """A page that needs nothing else, from a template of this package."""
+    """Render a self-contained page from a template of this package."""
     folder = files("feddistill.report")
     text, style = (folder.joinpath(name).read_text(encoding="utf-8") for name in (template, "style.css"))
     page = Environment(autoescape=True, undefined=StrictUndefined).from_string(text)
@@ -68,12 +68,12 @@ def rendered(template: str, **facts: object) -> str:
 
 
 def task_of(result: Json) -> Task:
-    """What a run's figures are; results from before there were several tasks are of classification."""
+    """The task of a run; results of old versions, without a task, are of classification."""
     return task_named(result.get("task", "classification"))
 
 
 def metric_rows(result: Json) -> list[tuple[str, Metrics]]:
-    """Who, and its figures on the test set, in the order of the table."""
+    """Row key and metrics on the test set, in the order of the table."""
     typed = Result.from_json(result)
     metrics = typed.metrics
     rows = [("student", typed.student)]
@@ -88,7 +88,7 @@ def metric_rows(result: Json) -> list[tuple[str, Metrics]]:
 
 
 def print_table(result: Json) -> None:
-    """The figures on a terminal."""
+    """Print the metrics and costs of a run."""
     shown = task_of(result).shown
     table = Table("", *shown.values(), title=f"{result['name']}, seed {result['seed']}: test set")
     for who, m in metric_rows(result):
@@ -111,7 +111,7 @@ def print_table(result: Json) -> None:
 
 
 def traffic_rows(result: Json) -> list[tuple[str, str]]:
-    """What travelled, in words and sizes."""
+    """Rows of the traffic table: description and size."""
     sent = Result.from_json(result).bytes
     return [
         ("clients upload: answers and descriptions, all rounds", size(sent.uplink)),
@@ -132,7 +132,7 @@ def traffic_rows(result: Json) -> list[tuple[str, str]]:
 
 
 def phase_rows(result: Json) -> list[tuple[str, str, str]]:
-    """Phase, seconds, operations."""
+    """Rows of the cost table: phase, seconds, TFLOP."""
     typed = Result.from_json(result)
     return [
         (name.replace("_", " "), f"{typed.seconds[name]:.1f}", f"{flops / 1e12:.2f}")
@@ -166,7 +166,7 @@ def skew_lines(skew: Skew) -> list[str]:
 
 
 def _many_labels(skew: Skew, width: int) -> Iterator[str]:
-    """Of labels that are too many for a column each."""
+    """Skew table without a column per label, for many labels."""
     yield f"{''.ljust(width)}  labels   total  its most frequent label"
     for name, counts in (
         *zip(skew.clients, skew.counts, strict=True),
@@ -179,7 +179,7 @@ def _many_labels(skew: Skew, width: int) -> Iterator[str]:
 
 def _skew_words(skew: Skew) -> list[str]:
     if skew.size_ratio is None:
-        divided = "how the private texts are divided is known at the clients alone"
+        divided = "the partition of the private texts is known only to the clients"
     else:
         labels = "no labels, so no skew of them"
         if skew.non_iid is not None:
@@ -189,12 +189,12 @@ def _skew_words(skew: Skew) -> list[str]:
         divided,
         f"texts: proxy {skew.proxy_examples}, test {skew.test_examples}, validation "
         f"{skew.validation_examples}",
-        f"{skew.test_also_public} of the test also stand in proxy or private texts",
+        f"{skew.test_also_public} test texts also occur in proxy or private texts",
     ]
 
 
 def size(count: float) -> str:
-    """Bytes in the unit that reads best.
+    """Format a number of bytes with a suitable unit.
 
     >>> size(1234567)
     '1.23 MB'
@@ -221,7 +221,7 @@ def as_csv(rows: list[Json]) -> str:
 
 
 def _tensorboard(run: RunDirectory, result: Json) -> None:
-    """What decides of every series by round, from the result: a resumed run has each point once."""
+    """Log the primary metric of every series by round, from the result: no duplicates after a resume."""
     from torch.utils.tensorboard import SummaryWriter
 
     run.remove(layout.TENSORBOARD)

@@ -1,4 +1,4 @@
-"""The report of a study: mean and standard deviation over seeds, drawn and in tables to take along."""
+"""The report of a study: mean and standard deviation over seeds, as plots and tables."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,14 +26,14 @@ PAGE = "study.html"
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999", "#F0E442")
 MANY = 10
-"""Values of an axis from which lines tell less than a heat map."""
+"""Maximum number of lines in a plot; a heat map is drawn above it."""
 
 
 def write(out: Path) -> Path:
-    """Write the report of a study into its folder: page, figures, CSV, LaTeX; returns the page.
+    """Write the report of a study into its folder: page, plots, CSV, LaTeX; returns the page.
 
     Raises:
-        RunError: No run of it is done.
+        RunError: No run of the study is complete.
     """
     study, found = collect(out)
     task = _task(found)
@@ -84,15 +84,17 @@ def write(out: Path) -> Path:
 
 
 def _task(found: Sequence[tuple[Cell, Json]]) -> Task:
-    """Of all runs: they are one table."""
+    """The task of all runs; raises if they differ."""
     tasks = {task_of(result).decides: task_of(result) for _, result in found}
     if len(tasks) > 1:
-        raise RunError(f"a study has one task, but its runs are judged by {' and by '.join(sorted(tasks))}")
+        raise RunError(
+            f"a study must have one task; the metrics of its runs are {' and '.join(sorted(tasks))}"
+        )
     return next(iter(tasks.values()))
 
 
 def _costs(result: Json, who: str) -> Json:
-    """What it took to get there: bytes up, floating-point operations."""
+    """Uploaded bytes and floating-point operations of a row."""
     typed = Result.from_json(result)
     if who == "student":
         ours = sum(f for name, f in typed.flops.items() if not name.startswith("baseline_"))
@@ -107,7 +109,7 @@ def _costs(result: Json, who: str) -> Json:
 
 
 def _reached(result: Json, who: str, target: float | None) -> Json:
-    """The first round in which a method was as good as ``target`` on validation; what was sent by then."""
+    """The first round in which a method reached ``target`` on validation, and its uploaded bytes."""
     if target is None:
         return {}
     typed = Result.from_json(result)
@@ -126,7 +128,7 @@ def _reached(result: Json, who: str, target: float | None) -> Json:
 def _summary(labels: Mapping[str, Any], results: Sequence[Json], target: float | None = None) -> list[Json]:
     """A row for each method: mean and sample standard deviation over seeds.
 
-    A target counts as reached where every seed has reached it: the mean of their rounds, and of their bytes.
+    A target is reached if every seed reached it; rounds and bytes are means over the seeds.
     """
     rows = []
     for who, _ in metric_rows(results[0]):
@@ -149,8 +151,10 @@ def _summary(labels: Mapping[str, Any], results: Sequence[Json], target: float |
 
 
 def robustness(summary: Sequence[Json], task: Task) -> list[Json]:
-    """How far what decides swings over the first axis of the study: where it is least, where most, and by
-    how much; the student's for each value of the other axes. Nothing where there is one value only.
+    """Minimum, maximum and range of the primary metric over the first axis of the study.
+
+    One row per method or, with several axes, one for the student per value of the other axes. Empty if the
+    first axis has a single value.
     """
     axes = _labels(summary)
     if not axes:
@@ -159,7 +163,7 @@ def robustness(summary: Sequence[Json], task: Task) -> list[Json]:
     found: dict[str, list[Json]] = {}
     for row in summary:
         if not rest or row["who"] == "student":
-            who = row_labels()[row["who"]] if not rest else ", ".join(_said(row[key]) for key in rest)
+            who = row_labels()[row["who"]] if not rest else ", ".join(_shown(row[key]) for key in rest)
             found.setdefault(who, []).append(row)
     rows = []
     for who, of in found.items():
@@ -168,17 +172,17 @@ def robustness(summary: Sequence[Json], task: Task) -> list[Json]:
             {
                 "who": who,
                 "least": low[task.decides],
-                "least_at": _said(low[first]),
+                "least_at": _shown(low[first]),
                 "most": high[task.decides],
-                "most_at": _said(high[first]),
+                "most_at": _shown(high[first]),
                 "spread": round(high[task.decides] - low[task.decides], 6),
             }
         )
-    return rows if len({_said(row[first]) for row in summary}) > 1 else []
+    return rows if len({_shown(row[first]) for row in summary}) > 1 else []
 
 
 def latex(summary: Sequence[Json], task: Task) -> str:
-    """A ``tabular`` of the figure that decides, one row for each cell and method."""
+    """LaTeX ``tabular`` of the primary metric, one row per cell and method."""
     digits = 1 if task.percent else 3
     labels = [key for key in summary[0] if key in _labels(summary)]
     head = " & ".join([*map(_tex, labels), "method", _tex(task.words), "uplink"])
@@ -187,7 +191,7 @@ def latex(summary: Sequence[Json], task: Task) -> str:
         std = row[f"{task.decides}_std"]
         spread = "" if std is None else rf" $\pm$ {task.read({task.decides: std}):.{digits}f}"
         sent = "--" if row["uplink"] is None else size(row["uplink"])
-        cells = [*(_tex(_said(row[key])) for key in labels), _tex(row_labels()[row["who"]])]
+        cells = [*(_tex(_shown(row[key])) for key in labels), _tex(row_labels()[row["who"]])]
         lines.append(" & ".join([*cells, f"{task.read(row):.{digits}f}{spread}", sent]) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
 
@@ -212,7 +216,7 @@ def _tex(text: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Drawing:
-    """One figure."""
+    """A plot as SVG and PNG."""
 
     svg: str
     png: bytes
@@ -228,8 +232,8 @@ def _figure(width: float, height: float, into: list[Drawing]) -> Iterator[Axes]:
 
 
 def draw(found: Sequence[tuple[Mapping[str, Any], list[Json]]]) -> dict[str, Drawing]:
-    """Name to figure: the figure that decides over the grid, by round, and against what it costs."""
-    with matplotlib.rc_context(rc=STYLE):  # type: ignore[arg-type]  # its keys are literals there
+    """Draw the primary metric by round, against costs and over the grid; name to plot."""
+    with matplotlib.rc_context(rc=STYLE):  # type: ignore[arg-type]  # typed as a Literal
         drawn = {"rounds": _by_round(found), "bytes": _against(found, "uplink", "MB up, all rounds", 1e6)}
         drawn["flops"] = _against(found, "flops", "TFLOP", 1e12)
         axes = list(found[0][0])
@@ -248,15 +252,15 @@ def _style(index: int) -> dict[str, Any]:
 
 
 def _grid(found: Sequence[tuple[Mapping[str, Any], list[Json]]], axes: list[str]) -> Drawing:
-    """What decides over the first axis; a line for each method or, of several axes, for each other value."""
+    """Plot the primary metric over the first axis; a line per method or per value of the other axes."""
     first, rest = axes[0], axes[1:]
     task = task_of(found[0][1][0])
-    values = list(dict.fromkeys(_said(labels[first]) for labels, _ in found))
+    values = list(dict.fromkeys(_shown(labels[first]) for labels, _ in found))
     lines: dict[str, dict[str, tuple[float, float]]] = {}
     for labels, results in found:
-        here = _said(labels[first])
+        here = _shown(labels[first])
         if rest:
-            name = ", ".join(_said(labels[key]) for key in rest)
+            name = ", ".join(_shown(labels[key]) for key in rest)
             lines.setdefault(name, {})[here] = _mean(results, "student")
         else:
             for who, _ in metric_rows(results[0]):
@@ -276,16 +280,16 @@ def _grid(found: Sequence[tuple[Mapping[str, Any], list[Json]]], axes: list[str]
     return into[0]
 
 
-def _said(value: Any) -> str:
-    """A value of an axis, as a person would say it: a group of settings without its braces."""
+def _shown(value: Any) -> str:
+    """Format a value of an axis for display: a group of settings without braces."""
     if isinstance(value, Mapping):
         kind = [str(value["kind"])] if "kind" in value else []
-        return ", ".join([*kind, *(f"{key} {_said(v)}" for key, v in value.items() if key != "kind")])
+        return ", ".join([*kind, *(f"{key} {_shown(v)}" for key, v in value.items() if key != "kind")])
     return str(value)
 
 
 def _bars(lines: Mapping[str, Mapping[str, tuple[float, float]]], values: list[str], task: Task) -> Drawing:
-    """A bar a value, the student's; what other methods have stands as a mark on it."""
+    """Plot a bar per value for the student, and a marker for each other method."""
     into: list[Drawing] = []
     with _figure(8, 1.4 + 0.42 * len(values), into) as plot:
         for index, (name, points) in enumerate(lines.items()):
@@ -303,7 +307,7 @@ def _bars(lines: Mapping[str, Mapping[str, tuple[float, float]]], values: list[s
                     plot.annotate(text, (0, place), va="center", fontsize=8, **inside)
             else:
                 plot.plot(means, places, linestyle="none", label=name, **_style(index))
-        plot.set_xlim(left=0)  # a bar's length is what it says
+        plot.set_xlim(left=0)  # bars start at zero
         plot.margins(x=0.12)
         plot.set_yticks(range(len(values)), values)
         plot.invert_yaxis()
@@ -317,7 +321,7 @@ def _lines(plot: Axes, lines: Mapping[str, Mapping[str, tuple[float, float]]], v
     for index, (name, points) in enumerate(lines.items()):
         places = [values.index(value) for value in points]
         means, spreads = zip(*points.values(), strict=True)
-        # Colours come again after nine lines: those are broken then.
+        # Colours repeat after nine lines; the later lines are dashed.
         looks = {**_style(index), "linestyle": "-" if index < len(COLOURS) else "--"}
         wide = 2.6 if name == METHODS[FEDERATED].label else 1.2
         plot.errorbar(places, means, yerr=spreads, label=name, capsize=3, linewidth=wide, **looks)
@@ -344,7 +348,7 @@ def _heat(
 
 
 def _by_round(found: Sequence[tuple[Mapping[str, Any], list[Json]]]) -> Drawing:
-    """The student's figure after each round, a line a cell; other methods' where there is one cell."""
+    """Plot the student's metric by round, a line per cell; with one cell, also the other methods'."""
     task = task_of(found[0][1][0])
     lines: dict[str, dict[int, list[float]]] = {}
     for labels, results in found:
@@ -372,7 +376,7 @@ def _by_round(found: Sequence[tuple[Mapping[str, Any], list[Json]]]) -> Drawing:
 def _against(
     found: Sequence[tuple[Mapping[str, Any], list[Json]]], cost: str, unit: str, scale: float
 ) -> Drawing:
-    """What decides against a cost on a logarithmic axis: a mark for each method, a point for each cell."""
+    """Plot the primary metric against a cost (log axis): a marker per method, a point per cell."""
     task = task_of(found[0][1][0])
     points: dict[str, list[tuple[float, float]]] = {}
     for labels, results in found:

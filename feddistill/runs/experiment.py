@@ -1,4 +1,4 @@
-"""A run from its configuration to its result: the one place where everything is put together."""
+"""Execution of a run, from its configuration to its result."""
 
 import platform
 import time
@@ -44,24 +44,24 @@ def run(
     engine: Engine | None = None,
     shared: Path | None = None,
 ) -> Json:
-    """Run ``config`` in the directory ``out``; returns what ``result.json`` holds.
+    """Run ``config`` in the directory ``out``; returns the content of ``result.json``.
 
     Args:
-        config: Everything that decides the outcome.
-        out: A new or empty directory; with ``resume``, one that an interrupted run left.
-        resume: Go on after the last step that is whole. A complete run is returned as it is.
-        show: Where progress is shown; nowhere by default.
-        engine: What carries the federation; by default all clients work in this process.
-        shared: A folder of steps that other runs have done and this one need not do (``sharing``).
+        config: The configuration; it determines the result.
+        out: A new or empty directory; with ``resume``, the directory of an interrupted run.
+        resume: Continue after the last complete step. The result of a complete run is returned unchanged.
+        progress: Where progress is shown; nowhere by default.
+        engine: Execution engine of the federation; by default all clients run in this process.
+        shared: Folder of the step cache shared by several runs.
 
     Raises:
-        FeddistillError: The user's to mend; nothing that a resume would trust is half-written.
+        FeddistillError: An error that the user can fix; the run can be resumed afterwards.
     """
     progress = progress or NoProgress()
     start = time.perf_counter()
     if resume:
         directory = RunDirectory.open(out)
-    else:  # nothing is written for settings that cannot run
+    else:  # check the settings before writing anything
         RunDirectory.check_free(out)
         config = resolve(config)
         _here(config, engine)
@@ -95,7 +95,7 @@ def run(
 
 
 def decide(out: Path, progress: Progress | None = None) -> list[Json]:
-    """What each round of the run in ``out`` decides, without a student: see ``server.rounds.decide``."""
+    """Aggregate each round of the run in ``out`` without training a student (``server.rounds.decide``)."""
     progress = progress or NoProgress()
     config = stored_config(out)
     directory = RunDirectory.open(out)
@@ -111,9 +111,9 @@ def decide(out: Path, progress: Progress | None = None) -> list[Json]:
 
 
 def check(config: Config, progress: Progress | None = None, *, build: bool = True) -> Splits:
-    """Read the data and ``build`` every model once; returns the data. Nothing is trained or written."""
+    """Read the data and, with ``build``, build every model; returns the data. Trains nothing."""
     progress = progress or NoProgress()
-    transformers.utils.logging.set_verbosity_error()  # its chatter and bars; what we show is enough
+    transformers.utils.logging.set_verbosity_error()  # feddistill shows its own progress
     transformers.utils.logging.disable_progress_bar()
     with progress.step("read the data"):
         splits = data.load(config.data, config.seed, config.task)
@@ -123,15 +123,15 @@ def check(config: Config, progress: Progress | None = None, *, build: bool = Tru
 
 
 def evaluate(out: Path, texts: FileSource | None = None) -> Json:
-    """Figures of a complete run's student: of the round that was best on validation.
+    """Metrics of a complete run's student, from the round with the best validation metric.
 
     Args:
         out: The run.
         texts: Labelled texts to evaluate on; ``None`` for the run's own test set.
 
     Raises:
-        RunError: The run is not complete, or its student's weights are gone.
-        DataError: A label of ``texts`` is not one that the student knows.
+        RunError: The run is not complete, or its student's weights were deleted.
+        DataError: A label of ``texts`` is not among the student's labels.
     """
     config = stored_config(out)
     directory = RunDirectory.open(out)
@@ -156,25 +156,25 @@ def evaluate(out: Path, texts: FileSource | None = None) -> Json:
 
 
 def keeps_student(config: Config, out: Path) -> None:
-    """Refuse a run that has left no weights.
+    """Check that a run has stored its student's weights.
 
     Raises:
-        RunError: It says ``keep_checkpoints: none``.
+        RunError: Its configuration has ``keep_checkpoints: none``.
     """
     if config.keep_checkpoints == "none":
-        raise RunError(f"{out} has left no weights: it was run with keep_checkpoints: none")
+        raise RunError(f"{out} has no stored weights: it was run with keep_checkpoints: none")
 
 
 def stored_config(out: Path) -> Config:
-    """The resolved configuration that a run was started with."""
+    """The resolved configuration of a stored run."""
     return configuration.load_stored(_config_file(out))
 
 
 def stored_splits(config: Config, directory: RunDirectory) -> Splits:
-    """The data of a run.
+    """Load the data of a run.
 
     Raises:
-        RunError: They are not what it was started with.
+        RunError: The data differ from those the run was started with.
     """
     splits = data.load(config.data, config.seed, config.task)
     _same_data(splits, directory)
@@ -182,7 +182,7 @@ def stored_splits(config: Config, directory: RunDirectory) -> Splits:
 
 
 def environment(config: Config) -> Json:
-    """What the numbers may depend on besides the configuration."""
+    """Software versions and hardware on which the results may depend."""
     return {
         "python": platform.python_version(),
         "feddistill": version("feddistill"),
@@ -204,7 +204,7 @@ def _config_file(out: Path) -> Path:
 
 
 def resolve(config: Config) -> Config:
-    """Settle what the machine decides, so that the stored configuration says all."""
+    """Replace machine-dependent defaults by their values, so that the stored configuration is complete."""
     chosen: Json = {}
     if config.threads is None:
         chosen["threads"] = torch.get_num_threads()
@@ -220,7 +220,7 @@ def _fast_bf16() -> bool:
 
 
 def _same(config: Config, directory: RunDirectory) -> Config:
-    """The stored configuration, which ``config`` must agree with in all that it settles itself."""
+    """The stored configuration; ``config`` must equal it in every setting that it specifies."""
     stored = stored_config(directory.root)
     if key := configuration.differs(config, stored):
         raise ConfigError(
@@ -230,7 +230,7 @@ def _same(config: Config, directory: RunDirectory) -> Config:
 
 
 def _same_data(splits: Splits, directory: RunDirectory) -> None:
-    """The data that the run began with: files and hub sets can change under a configuration."""
+    """Check that the data are unchanged since the run was started: files and hub data sets can change."""
     sets = {part.name: part for part in (*splits.private, splits.proxy, splits.validation, splits.test)}
     digests = {name: part.digest(labels=True) for name, part in sets.items()}
     if not directory.path(DIGESTS).exists():
@@ -243,7 +243,7 @@ def _same_data(splits: Splits, directory: RunDirectory) -> None:
 
 
 def _engine(given: Engine | None, directory: RunDirectory) -> Engine:
-    """The engine that a run goes on with: the one that began it, as each keeps clients' state elsewhere."""
+    """The engine of a run: a resumed run needs the same one, since each stores client state elsewhere."""
     engine = given or Engine()
     before = directory.read_json(ENGINE)["name"] if directory.path(ENGINE).exists() else None
     if directory.path(PROVENANCE).exists():
@@ -256,20 +256,23 @@ def _engine(given: Engine | None, directory: RunDirectory) -> Engine:
 
 
 def _here(config: Config, engine: Engine | None) -> None:
-    """Whether the texts are where the clients will work."""
+    """Check that ``data.partition`` remote has an engine with remote clients."""
     if isinstance(config.data.partition, RemotePartition) and (engine is None or engine.transport is None):
-        raise ConfigError("data.partition remote needs clients elsewhere: --engine flower")
+        raise ConfigError("data.partition remote needs remote clients: --engine flower")
 
 
 def _works_here(engine: Engine | None) -> bool:
-    """Whether this process has the models; a coordinator of clients elsewhere, which may be small, has the
-    student when it teaches it, and the command that starts it has built them all."""
+    """True if this process builds all models.
+
+    The coordinator of remote clients may run on a small machine: it builds only the student, when it trains
+    it. The command that starts the coordinator has built all models.
+    """
     return engine is None or engine.transport is None
 
 
 def prepare(config: Config) -> None:
-    """The process's threads, which the numbers depend on."""
-    assert config.threads is not None, "resolve settles it"
+    """Set the number of threads of the process, on which results depend."""
+    assert config.threads is not None, "resolve sets it"
     torch.set_num_threads(config.threads)
 
 
@@ -281,7 +284,7 @@ def _method(session: Session, name: str) -> Json:
 
 
 def _tidy(directory: RunDirectory, config: Config) -> None:
-    """Weights of the baselines: their figures are in the records."""
+    """Delete weights as ``keep_checkpoints`` requires; metrics stay in the records."""
     if config.keep_checkpoints != "all":
         for name in (layout.ALONE, layout.BASELINES):
             directory.remove(name)
@@ -296,6 +299,6 @@ def _result(directory: RunDirectory) -> Json | None:
 
 
 def _load(name: str) -> Callable[[Session], Json]:
-    """The ``run`` of a method's module."""
+    """Import a method's ``run``."""
     method: Callable[[Session], Json] = import_module(METHODS[name].module).run
     return method

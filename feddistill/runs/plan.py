@@ -1,4 +1,4 @@
-"""What a run would cost, before anything runs: bytes exactly, operations nearly, seconds from a trial."""
+"""Cost estimate of a run: exact bytes, approximate operations, seconds extrapolated from a trial."""
 
 import tempfile
 import time
@@ -40,24 +40,24 @@ TRIAL_STEPS = 3
 
 
 def plan(config: Config, progress: Progress | None = None) -> Json:
-    """What ``config`` would cost; nothing is trained but a few steps, nothing is written."""
+    """Estimate the cost of ``config``; trains only a few steps of each model and writes nothing."""
     if isinstance(config.data.partition, RemotePartition):
-        raise ConfigError("data.partition remote: what a run costs depends on texts that the clients have")
+        raise ConfigError("data.partition remote: cannot estimate the cost: it depends on the clients' texts")
     config = experiment.resolve(config)
     experiment.prepare(config)
     return estimate(config, experiment.check(config, progress), progress)
 
 
 def estimate(config: Config, splits: Splits, progress: Progress | None = None) -> Json:
-    """The costs of ``config`` on ``splits``.
+    """Estimate the cost of ``config`` on ``splits``.
 
-    Uploads are exact: payloads are encoded, with empty answers.  Operations are counted on one text of each
-    length; seconds are those of a few steps of each model, timed here, times the steps that the run would
-    take.
+    Uploads are exact: payloads are encoded, with empty answers. Operations are counted on one text of each
+    length. Seconds are measured on this machine over a few steps of each model and multiplied by the
+    number of steps of the run.
 
     Returns:
-        ``bytes``, ``flops``, ``seconds``, ``memory_bytes``, ``disk_bytes``; see ``docs/payload.md`` for what
-        the codecs are.
+        ``bytes``, ``flops``, ``seconds``, ``memory_bytes``, ``disk_bytes``; ``docs/payload.md`` describes the
+        codecs.
     """
     progress = progress or NoProgress()
     with tempfile.TemporaryDirectory() as scratch:
@@ -110,14 +110,14 @@ def _plan(session: Session) -> Json:
 
 
 def _jobs(session: Session, learners: list[Learner], student: Learner) -> Iterator[Job]:
-    """Those of the method itself and of each baseline, as its module plans them."""
+    """Jobs of federated distillation and of each baseline."""
     for name in (FEDERATED, *session.config.baselines):
         method = METHODS[name]
         yield from getattr(import_module(method.module), method.plan)(session, learners, student)
 
 
 def _tried(job: Job) -> tuple[int, int]:
-    """Jobs of which one tells how fast the others are: of a model, in batches of a size, or passes."""
+    """Key of jobs that share one timing: the same model with the same batch size (0 for inference)."""
     return id(job.learner), 0 if job.settings is None else _batch(job.settings)
 
 
@@ -126,7 +126,7 @@ def _batch(settings: TrainingConfig) -> int:
 
 
 def _speed(session: Session, job: Job) -> float:
-    """Seconds a training step or, of a pass, a token."""
+    """Seconds per training step or, for inference, per token."""
     learner, texts = job.learner, session.splits.proxy
     tokens = learner.tokens(texts)
     if job.settings is None:
@@ -137,9 +137,9 @@ def _speed(session: Session, job: Job) -> float:
         learner.metrics(known)
         return (time.perf_counter() - start) / _padded(learner.tokens(some), session.config)
     lessons: Any = learner.examples(texts)
-    if isinstance(lessons, TrainingExamples):  # the server knows few labels; any will do
+    if isinstance(lessons, TrainingExamples):  # few proxy labels are known; timing does not depend on them
         lessons = TrainingExamples(tokens, labels_of(texts).clamp_min(0))
-    _fit(learner, lessons, job.settings, 1)  # what is done once
+    _fit(learner, lessons, job.settings, 1)  # warm-up: one-time work is not timed
     one, several = (_fit(learner, lessons, job.settings, steps) for steps in (1, 1 + TRIAL_STEPS))
     learner.reset()
     return max(several - one, 1e-6) / TRIAL_STEPS
@@ -152,7 +152,7 @@ def _fit(learner: Learner, lessons: Any, settings: TrainingConfig, steps: int) -
 
 
 def _padded(tokens: Sequence[Tokens], config: Config) -> int:
-    """Tokens of all batches of a pass of answers, padding included."""
+    """Tokens of all batches of an inference pass, padding included."""
     ordered = sorted(map(len, tokens))
     size = config.clients.eval_batch_size
     batches = (ordered[start : start + size] for start in range(0, len(ordered), size))
@@ -160,7 +160,7 @@ def _padded(tokens: Sequence[Tokens], config: Config) -> int:
 
 
 def _cost(job: Job, config: Config, speed: float) -> tuple[int, float]:
-    """Operations and seconds of one of the job's times."""
+    """Operations and seconds of one repetition of a job."""
     meter = job.learner.meter
     before = meter.flops
     if job.settings is None:
@@ -177,7 +177,7 @@ def _cost(job: Job, config: Config, speed: float) -> tuple[int, float]:
 
 
 def _batches(lengths: list[int], size: int) -> Iterator[list[int]]:
-    """Lengths in batches, epoch after epoch, in an order such as training draws."""
+    """Batches of lengths, epoch after epoch, in the order that training would draw."""
     from feddistill.training.trainer import in_batches
 
     order = torch.Generator().manual_seed(0)
@@ -189,12 +189,12 @@ def _batches(lengths: list[int], size: int) -> Iterator[list[int]]:
 
 
 def _length(longest: int) -> int:
-    """Of a batch, padded."""
+    """Padded length of a batch."""
     return int(pad([[0] * longest], 0)[0].shape[1])
 
 
 def _bytes(session: Session, student: Learner) -> Json:
-    """What travels: for each codec, and for what others would send in as many rounds."""
+    """Upload and download sizes for each codec, and for the baselines that send weights."""
     config, splits = session.config, session.splits
     clients, rows, classes = len(splits.private), session.query.positions, session.query.vocab_size
     codecs = {}
@@ -237,7 +237,7 @@ def _upload(spec: RoundSpec, shard: int) -> int:
 
 
 def _empty(spec: RoundSpec, rows: int) -> payload.Answers:
-    """Answers of the size that every answer to ``spec`` has, but for what zstd takes off it."""
+    """Answers of the uncompressed size that every answer to ``spec`` has."""
     k = spec.k
     codes = np.zeros((rows, k), np.uint8)
     if spec.codec == "dense":
@@ -250,14 +250,14 @@ def _empty(spec: RoundSpec, rows: int) -> payload.Answers:
 
 
 def _chosen(config: Config) -> str:
-    """What the table calls the configured codec."""
+    """Name of the configured codec in the table."""
     settings = config.payload
     size = {"dense": "", "sampled": f" draws={settings.samples}"}.get(settings.codec, f" k={settings.k}")
     return f"{settings.codec}{size}{', zstd: at most' if settings.compression == 'zstd' else ''}"
 
 
 def _codecs(config: Config, classes: int) -> dict[str, PayloadConfig]:
-    """The configured one and, for comparison, the others at their usual settings."""
+    """The configured codec and, for comparison, other codecs at their usual settings."""
     usual = [PayloadConfig(codec="topk", k=k) for k in (16, 64) if k <= classes]
     if classes <= DENSE_CLASSES:
         usual.insert(0, PayloadConfig())
@@ -268,7 +268,7 @@ def _codecs(config: Config, classes: int) -> dict[str, PayloadConfig]:
 
 
 def _spec(session: Session, settings: PayloadConfig) -> RoundSpec:
-    """As a run would ask, without compression: a bound then, as answers decide what it takes off."""
+    """The request of a run without compression: an upper bound, as compression depends on the answers."""
     plain = settings.model_copy(update={"compression": "none"})
     config = session.config.model_copy(update={"payload": plain})
     quorum = config.aggregation.quorum or len(session.splits.private)
@@ -276,7 +276,7 @@ def _spec(session: Session, settings: PayloadConfig) -> RoundSpec:
 
 
 def _disk(session: Session, learners: list[Learner], student: Learner, upload: int) -> Json:
-    """The run's directory at its largest."""
+    """Upper bound of the size of the run's directory."""
     config, splits = session.config, session.splits
     clients, rows = len(splits.private), session.query.positions
     whole = config.keep_checkpoints == "all"
@@ -296,10 +296,10 @@ def _disk(session: Session, learners: list[Learner], student: Learner, upload: i
 
 
 def _columns(session: Session) -> int:
-    """Numbers of a row of the teacher."""
+    """Number of values in a row of the teacher."""
     return 2 * session.config.payload.k + 1 if session.query.compressed else session.query.vocab_size
 
 
 def _size(learner: Learner) -> int:
-    """Of a checkpoint."""
+    """Bytes of a checkpoint."""
     return sum(x.numel() * x.element_size() for x in learner.model.state_dict().values())

@@ -1,7 +1,7 @@
-"""A finished run decided anew from what it stored: another rule, another student, a client forgotten.
+"""Re-running from stored answers: another rule, another student, or without some of the clients.
 
-The run itself is never touched. What it stored and what still holds is taken over into a new run, and only
-the rest is done: so what comes out is what a run with these settings would have found.
+The source run is never changed. Its steps that remain valid are copied into a new run and only the others are
+computed, so the result equals that of a run with the new settings.
 """
 
 import json
@@ -33,22 +33,21 @@ def aggregate(
     late: Sequence[Path] = (),
     progress: Progress | None = None,
 ) -> list[Json]:
-    """Another teacher of each round from the answers that a run stored, in the new run ``out``.
+    """Aggregate the stored answers of a run into new teachers, in the new run ``out``.
 
-    Answers are those that were given: where clients co-distil, they gave the later ones after they had seen
-    the old teacher. ``train --resume`` goes on to the student.
+    The answers are unchanged: if clients co-distil, their later answers still depend on the old teachers.
+    ``train --resume`` then trains the student.
 
     Args:
         source: A complete run.
         out: A new or empty directory.
-        overrides: Of ``aggregation`` alone.
-        late: Payloads that came after their round was closed, all shards of an answer; each one's envelope
-            is the ``.json`` file beside it. They take the place of what that client sent in time and was
-            refused.
-        show: Where progress is shown.
+        overrides: Changed settings; only of ``aggregation``.
+        late: Payloads that arrived after their round closed, with all shards of an answer; the envelope of
+            each is the ``.json`` file beside it. They replace a refused payload of the same client.
+        progress: Where progress is shown.
 
     Returns:
-        What each round decided.
+        The aggregation record of each round.
 
     Raises:
         PayloadError: A late payload is refused.
@@ -59,12 +58,12 @@ def aggregate(
     original = _open(source, config)
     try:
         answers = _late_answers(original, late)
-        said = {"late": [f"{name}, round {number}" for number, name in answers]} if late else {}
-        made = _derive(original, out, config, "aggregate", {"set": list(overrides), **said})
+        added = {"late": [f"{name}, round {number}" for number, name in answers]} if late else {}
+        made = _derive(original, out, config, "aggregate", {"set": list(overrides), **added})
         try:
             for number in _rounds(config):
                 _adopt_answers(original, made, number)
-                if original.done(layout.student_answers(number)) is not None:  # what the student said
+                if original.done(layout.student_answers(number)) is not None:
                     made.adopt(original, layout.student_answers(number))
             for baseline in config.baselines:
                 made.adopt(original, layout.method(baseline))
@@ -85,22 +84,23 @@ def aggregate(
 def distill(
     source: Path, out: Path, overrides: tuple[str, ...] = (), *, progress: Progress | None = None
 ) -> Json:
-    """Another student from the teachers that a run made, in the new run ``out``; returns its result.
+    """Train another student from the stored teachers of a run, in the new run ``out``; returns its result.
 
     Args:
-        source: A complete run, or one that ``aggregate`` made.
+        source: A complete run, or one made by ``aggregate``.
         out: A new or empty directory.
-        overrides: Of ``student``, ``distill`` and ``baselines``, which are none unless they are named here.
-        show: Where progress is shown.
+        overrides: Changed settings of ``student``, ``distill`` and ``baselines``; no baseline is run unless
+            ``baselines`` is set here.
+        progress: Where progress is shown.
 
     Raises:
-        RunError: ``source`` has no teacher of a round.
+        RunError: ``source`` lacks the teacher of a round.
     """
     config = _changed(source, ("baselines=[]", *overrides), STUDENTS_OWN)
     RunDirectory.check_free(out, "choose another --out")
     original = _open(source, config)
     try:
-        experiment.check(config, progress)  # before anything is written: the new run cannot be mended
+        experiment.check(config, progress)  # before writing: the configuration of the new run is final
         made = _derive(original, out, config, "distill", {"set": list(overrides)})
         try:
             for number in _rounds(config):
@@ -114,14 +114,15 @@ def distill(
 
 
 def forget(source: Path, out: Path, clients: Sequence[str], *, progress: Progress | None = None) -> Json:
-    """A run as if ``clients`` had never been there, in the new run ``out``; returns its result.
+    """Redo a run without ``clients``, in the new run ``out``; returns its result.
 
-    The first round's answers of the others are taken over; so are the later ones where clients do not
-    co-distil. Where they do, the others have learned from a teacher that knew the forgotten: these rounds are
-    done again from the first round's specialists, which are trained again where they have been tidied away.
+    The other clients' answers of the first round are reused. Without co-distillation, those of later rounds
+    are reused as well. With co-distillation, later answers depend on teachers that included the removed
+    clients: these rounds are recomputed from the specialists of the first round, which are trained again if
+    their weights were deleted.
 
     Raises:
-        ConfigError: A client is unknown, or too few are left.
+        ConfigError: A client is unknown, or too few clients are left.
         RunError: ``source`` is not complete.
     """
     before = experiment.stored_config(source)
@@ -137,7 +138,7 @@ def forget(source: Path, out: Path, clients: Sequence[str], *, progress: Progres
         engine = original.read_json(layout.ENGINE)["name"] if original.path(layout.ENGINE).exists() else ""
         if again and engine not in ("", experiment.LOCAL):
             raise ConfigError(
-                f"{source}: its clients are elsewhere and have learned from {', '.join(clients)}; "
+                f"{source}: its remote clients were trained on teachers that include {', '.join(clients)}; "
                 "train again without them"
             )
         made = _derive(original, out, config, "forget", {"forgotten": list(clients)}, absent)
@@ -159,20 +160,20 @@ def _rounds(config: Config) -> range:
 
 
 def _changed(source: Path, overrides: tuple[str, ...], own: tuple[str, ...]) -> Config:
-    """The stored configuration with overrides of a few groups."""
+    """The stored configuration with overrides, which must be in the groups ``own``."""
     for override in overrides:
         if not override.startswith(own):
             groups = ", ".join(group.rstrip(".") for group in own)
-            raise ConfigError(f"{override}: only {groups} can be changed here, by this command")
-    experiment.stored_config(source)  # says it where this is no run
+            raise ConfigError(f"{override}: this command can only change {groups}")
+    experiment.stored_config(source)  # raises if source is not a run
     return configuration.load_stored(source / CONFIG, overrides)
 
 
 def _without(config: Config, absent: tuple[str, ...]) -> Config:
-    """``config`` for fewer clients: a quorum of all of them stays one."""
+    """``config`` without the ``absent`` clients; a quorum is reduced to the number of clients left."""
     raw = config.model_dump(mode="json")
     raw["data"]["exclude_clients"] = list(absent)
-    raw["baselines"] = [name for name in raw["baselines"] if name == "public_only"]  # nobody's private texts
+    raw["baselines"] = [name for name in raw["baselines"] if name == "public_only"]  # uses no private texts
     clients = getattr(config.data.partition, "clients", None)
     quorum = config.aggregation.quorum
     if clients is not None and quorum is not None:
@@ -181,7 +182,7 @@ def _without(config: Config, absent: tuple[str, ...]) -> Config:
 
 
 def _open(source: Path, config: Config) -> RunDirectory:
-    """A run that has decided every round."""
+    """Open a run; raise unless every round has a teacher."""
     original = RunDirectory.open(source)
     for number in _rounds(config):
         if original.done(layout.teacher(number)) is None:
@@ -202,16 +203,16 @@ def _derive(
     out: Path,
     config: Config,
     command: str,
-    said: Json,
+    details: Json,
     absent: Sequence[str] = (),
 ) -> RunDirectory:
-    """A new run with the configuration, the data's hashes, and where it comes from."""
+    """Create a run with the configuration, the data digests and its provenance."""
     config.aggregation.check(len(set(_request(original, 1).clients) - set(absent)))
     made = RunDirectory.create(out, configuration.dump(config))
     digests = original.read_json(layout.DIGESTS)
     made.write_json(layout.DIGESTS, {k: v for k, v in digests.items() if k not in absent})
     before = original.read_json(PROVENANCE)["steps"] if original.path(PROVENANCE).exists() else []
-    step = {"command": command, "from": str(original.root), "config": configuration.digest(config), **said}
+    step = {"command": command, "from": str(original.root), "config": configuration.digest(config), **details}
     made.write_json(PROVENANCE, {"steps": [*before, step]})
     if original.path(layout.ENGINE).exists():
         made.adopt_file(original, layout.ENGINE)
@@ -227,14 +228,14 @@ def _adopt_answers(
     *,
     with_weights: bool = False,
 ) -> None:
-    """What was asked in a round, and what the clients trained and answered.
+    """Copy the request of a round, and the clients' training records and answers.
 
-    ``with_weights``: leave out trainings whose weights are gone, as something will go on from there.
+    ``with_weights``: skip training records whose weights were deleted, since later steps need the weights.
     """
     layout.round_of(number)
     made.adopt_file(original, layout.request(number))
     specialists = layout.specialists(number)
-    # Of clients elsewhere: what they said of themselves, and of their training.
+    # Descriptions and training reports exist for remote clients.
     for folder in (layout.DESCRIPTIONS, specialists, layout.reports(number), layout.answers(number)):
         for name in original.steps(folder):
             gone = folder == specialists and not original.path(layout.tensors(name)).exists()
@@ -243,7 +244,7 @@ def _adopt_answers(
 
 
 def _late_answers(original: RunDirectory, paths: Sequence[Path]) -> dict[tuple[int, str], dict[int, Path]]:
-    """By round and client, the payload of each shard."""
+    """Map ``(round, client)`` to the payload file of each shard."""
     answers: dict[tuple[int, str], dict[int, Path]] = {}
     for path in paths:
         number, client, shard = _late(original, path)
@@ -258,15 +259,15 @@ def _late_answers(original: RunDirectory, paths: Sequence[Path]) -> dict[tuple[i
 
 
 def _late(original: RunDirectory, path: Path) -> tuple[int, str, int]:
-    """Round, client and shard of a payload that came late, after every check: its client may be late."""
+    """Run all admission checks on a late payload; returns its round, client and shard."""
     try:
         envelope, content = layout.envelope_of(path).read_bytes(), path.read_bytes()
-        said = json.loads(envelope)
-        number, client, shard = int(said["round"]), str(said["client"]), int(said["sequence"])
+        fields = json.loads(envelope)
+        number, client, shard = int(fields["round"]), str(fields["client"]), int(fields["sequence"])
     except OSError as error:
         raise RunError(f"cannot read {error.filename}: {error.strerror}") from None
     except (ValueError, TypeError, KeyError, RecursionError):
-        raise PayloadError(f"{layout.envelope_of(path)} is no envelope of a payload") from None
+        raise PayloadError(f"{layout.envelope_of(path)} is not an envelope of a payload") from None
     if not original.path(layout.request(number)).exists():
         raise PayloadError(f"{path} answers round {number}, which {original.root} does not have")
     spec = _request(original, number)

@@ -1,7 +1,7 @@
-"""A study: one configuration over a grid of settings and seeds, a run for each cell, tables over all.
+"""Studies: one configuration over a grid of settings and seeds, with one run per cell.
 
-A cell is an ordinary run in a folder of its own, so a study that was killed goes on where it was, and what is
-done is not done again; what several cells have in common is done by the first of them (``sharing``).
+A cell is an ordinary run in a separate folder, so a killed study resumes at the first incomplete step. Steps
+that several cells share are computed once, by the first of them (``tasks.step_cache``).
 """
 
 import itertools
@@ -30,27 +30,27 @@ from feddistill.store.run_directory import Json, read_object
 STUDY = "study.yaml"
 CELLS = "cells"
 SHARED = "shared"
-"""Steps that cells have in common, until all cells are done."""
+"""Folder of the step cache shared by the cells; deleted when all cells are complete."""
 
 
 class Study(Setting):
-    """What a study's file says."""
+    """Content of a study file."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")
     question: str = ""
-    """What it is to answer, in words: stands in its report."""
+    """The research question, shown in the report."""
     base: Path | None = None
     """A configuration, relative to the study's file; ``null`` for the quickstart."""
     settings: dict[str, Any] = Field(default_factory=dict)
-    """Of every run, by dotted name: ``data.partition.clients: 10``."""
+    """Settings of every run by dotted name: ``data.partition.clients: 10``."""
     grid: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
-    """By dotted name, the values that are tried: every combination is a cell."""
+    """Values to try, by dotted name of the setting: every combination is a cell."""
     cases: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    """By a name of their own, groups of settings that are tried one after the other in every cell."""
+    """Named groups of settings; each is run with every combination of the grid."""
     seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
     target: float | None = Field(default=None, gt=0)
-    """Accuracy (bits per byte) on validation; the report says in which round it was reached, and after how
-    many bytes."""
+    """Target accuracy (bits per byte) on validation; the report shows the round in which it was
+    reached and the bytes uploaded until then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,18 +58,18 @@ class Cell:
     """One run of a study."""
 
     name: str
-    """Of its folder."""
+    """Name of the folder."""
     labels: Mapping[str, Any]
-    """What tells it from the others, but for the seed: short setting to value."""
+    """Short name to value of the settings in which the cells differ, without the seed."""
     seed: int
     config: Config
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Study:
-    """Read a study's file, apply ``seeds=[0]``-like overrides, check that every cell is a configuration.
+    """Read a study file, apply overrides such as ``seeds=[0]``, check the configuration of every cell.
 
     Raises:
-        ConfigError: The file is none, a cell's settings are wrong, or two cells have one name.
+        ConfigError: The file is not a study, a cell's settings are invalid, or two cells have the same name.
     """
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -95,14 +95,14 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Study:
         place = ".".join(map(str, first["loc"]))
         reason = first["msg"]
         if first["type"] == "unknown_setting":
-            reason = f"{first['ctx']['key']} is not one; there are {first['ctx']['known']}"
+            reason = f"{first['ctx']['key']} is not a setting; known: {first['ctx']['known']}"
         raise ConfigError(f"{path}: {place + ': ' if place else ''}{reason}") from None
     cells(study)
     return study
 
 
 def cells(study: Study) -> list[Cell]:
-    """All runs of a study, in the order of its file, seeds innermost."""
+    """All cells of a study in the order of its file, seeds innermost."""
     short = _short(study.grid)
     found = []
     for values in itertools.product(*study.grid.values()):
@@ -134,16 +134,16 @@ def sweep(
     progress: Progress | None = None,
     after: Callable[[Path], object] | None = None,
 ) -> dict[str, str]:
-    """Run every cell that is not done yet, in ``out``; returns what went wrong, by cell.
+    """Run every incomplete cell in ``out``; returns the error message of each failed cell by name.
 
-    One seed of every cell comes first, so that a study which is stopped compares all of them.
+    The first seed of every cell is run first, so that an interrupted study still compares all cells.
 
     Args:
-        study: What to run.
-        out: A new folder, or one in which the same study was begun.
-        jobs: Runs at a time, each in a process of its own if there are several.
-        show: Where progress is shown.
-        after: Called with the folder of each run that has ended, in the process that ran it.
+        study: The study to run.
+        out: A new folder, or the folder of the same study.
+        jobs: Number of parallel runs; with more than one, each has its own process.
+        progress: Where progress is shown.
+        after: Called with the folder of each completed run, in the process that ran it.
 
     Raises:
         RunError: ``out`` holds another study.
@@ -158,34 +158,34 @@ def sweep(
     failed: dict[str, str] = {}
     if jobs == 1:
         for cell in todo:
-            failed |= _told(cell.name, _run(cell, out, progress, after), progress)
+            failed |= _log_outcome(cell.name, _run(cell, out, progress, after), progress)
     else:
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(jobs, mp_context=spawn) as pool:
             waiting = {pool.submit(_run, cell, out, None, after): cell.name for cell in todo}
             for future in as_completed(waiting):
-                failed |= _told(waiting[future], future.result(), progress)
+                failed |= _log_outcome(waiting[future], future.result(), progress)
     if not failed:
         shutil.rmtree(out / SHARED, ignore_errors=True)
     return failed
 
 
 def collect(out: Path) -> tuple[Study, list[tuple[Cell, Json]]]:
-    """A study and the results of its cells that are done."""
+    """Load a study and the results of its complete cells."""
     study = load(out / STUDY)
     found = [
         (cell, read_object(out / CELLS / cell.name / RESULT)) for cell in cells(study) if _is_done(cell, out)
     ]
     if not found:
-        raise RunError(f"{out}: no run of this study is done yet")
+        raise RunError(f"{out}: no run of this study is complete yet")
     return study, found
 
 
 def _is_done(cell: Cell, out: Path) -> bool:
-    """Whether a cell has its result.
+    """True if a cell has a result.
 
     Raises:
-        RunError: It is that of other settings: the study's base has changed since.
+        RunError: The result is of other settings: the study's base has changed since.
     """
     folder = out / CELLS / cell.name
     if not (folder / RESULT).exists():
@@ -199,7 +199,7 @@ def _is_done(cell: Cell, out: Path) -> bool:
 def _run(
     cell: Cell, out: Path, progress: Progress | None, after: Callable[[Path], object] | None
 ) -> str | None:
-    from feddistill.runs import experiment  # seconds: a study that is wrong has said so by then
+    from feddistill.runs import experiment  # takes seconds: after the study is checked
 
     folder = out / CELLS / cell.name
     resume = (folder / CONFIG).exists()
@@ -212,13 +212,13 @@ def _run(
     return None
 
 
-def _told(name: str, error: str | None, progress: Progress) -> dict[str, str]:
+def _log_outcome(name: str, error: str | None, progress: Progress) -> dict[str, str]:
     progress.log(f"{name}: {error or 'done'}")
     return {} if error is None else {name: error}
 
 
 def _claim(study: Study, out: Path) -> None:
-    """Write the study into its folder, or see that it stands there."""
+    """Write the study into its folder, or check that the folder has the same study."""
     text = yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     path = out / STUDY
     if path.exists():
@@ -228,7 +228,7 @@ def _claim(study: Study, out: Path) -> None:
         return
     try:
         if out.exists() and any(out.iterdir()):
-            raise RunError(f"{out} already exists and is no study; choose another --out")
+            raise RunError(f"{out} already exists and is not a study; choose another --out")
         out.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     except OSError as error:
@@ -276,7 +276,7 @@ def _yaml(value: Any) -> str:
 
 
 def groups(found: Sequence[tuple[Cell, Json]]) -> Iterator[tuple[Mapping[str, Any], list[Json]]]:
-    """Labels, and the results of all seeds."""
+    """Group results by cell labels: labels and the results of all seeds."""
     by_labels: dict[str, tuple[Mapping[str, Any], list[Json]]] = {}
     for cell, result in found:
         by_labels.setdefault(json.dumps(cell.labels), (cell.labels, []))[1].append(result)

@@ -1,4 +1,4 @@
-"""A trained model, ready to be measured or released: a run's student, or a ``save_pretrained`` folder."""
+"""Load a trained model for evaluation or release: a run's student or a ``save_pretrained`` folder."""
 
 import json
 from dataclasses import dataclass
@@ -34,46 +34,46 @@ from feddistill.tasks.learner import BuiltModel
 
 MODULES = "modules.json"
 DENSE = "2_Dense"
-"""Where an exported mean-pool classifier has its head; see ``export``."""
+"""Folder of the head of an exported mean-pool classifier."""
 LONGEST = 1024
-"""Tokens that a model of a folder reads at most, if it does not say."""
+"""Maximum length in tokens if neither the model nor the tokenizer specifies one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Student:
-    """A model that has been trained, in evaluation mode."""
+    """A trained model in evaluation mode."""
 
     name: str
-    """What figures and errors call it."""
+    """Name in results and error messages."""
     task: str
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
     max_tokens: int
-    """The longest text that it was trained to read."""
+    """Maximum text length in training, in tokens."""
     labels: tuple[str, ...] = ()
-    """Of classification: the classes in the order of its answers."""
+    """Classification only: the classes in the order of the outputs."""
     bf16: bool = False
-    """Whether passes run in bfloat16."""
+    """True if forward passes run in bfloat16."""
     batch_size: int = 32
-    """Texts a forward pass."""
+    """Texts per forward pass."""
 
     @property
     def specialist(self) -> models.Specialist:
-        """The same, for what answers texts in classes."""
+        """The model and tokenizer as a ``Specialist``."""
         return models.Specialist(self.model, self.tokenizer, self.max_tokens)
 
     @property
     def device(self) -> torch.device:
-        """Where it is."""
+        """Device of the parameters."""
         return next(self.model.parameters()).device
 
 
 def load(path: Path) -> Student:
-    """The student of the run, or the model of the ``save_pretrained`` folder, at ``path``.
+    """Load the student of a run, or the model of a ``save_pretrained`` folder.
 
     Raises:
-        RunError: A run that is not complete, or whose student's weights are gone.
-        ModelError: No run and no model, or one of another kind.
+        RunError: ``path`` is neither a run nor a model, or the run is incomplete or has no weights left.
+        ModelError: The model cannot be loaded, or its architecture is not supported.
     """
     if (path / CONFIG).is_file():
         return of_run(path)
@@ -83,9 +83,9 @@ def load(path: Path) -> Student:
 
 
 def of_run(out: Path) -> Student:
-    """The student of a complete run: of the round that was best on validation.
+    """Load the student of a complete run, from the round with the best validation metric.
 
-    The data are read only where the run has trained a tokenizer on the proxy texts, which is trained again.
+    The data are read only if the tokenizer was trained on the proxy texts; it is then trained again.
     """
     config = experiment.stored_config(out)
     directory = RunDirectory.open(out)
@@ -100,7 +100,7 @@ def of_run(out: Path) -> Student:
         if TASKS[config.task].labels == "class":
             labels = tuple(directory.read_json(layout.SKEW)["labels"])
         built = _built(config, len(labels), _public(config, directory))
-        directory.done(layout.step_of(weights))  # the file is what the step wrote
+        directory.done(layout.step_of(weights))  # verifies the weights file
         models.restore(built.model, directory.path(weights))
     finally:
         directory.close()
@@ -117,7 +117,7 @@ def of_run(out: Path) -> Student:
 
 
 def _built(config: Config, classes: int, public: tuple[str, ...]) -> BuiltModel:
-    """The student as it is before any training."""
+    """Build the student with its initial weights."""
     name = "student.model"
     seed = derive(config.seed, "init", name)
     return learner_class(config.task).build(config, config.student.model, name, seed, public, classes)
@@ -134,7 +134,7 @@ def _public(config: Config, directory: RunDirectory) -> tuple[str, ...]:
 
 
 def of_folder(path: Path) -> Student:
-    """A model as transformers saves it, or a mean-pool classifier as ``export`` does."""
+    """Load a model saved by transformers, or a mean-pool classifier written by ``export``."""
     _quiet()
     try:
         config = AutoConfig.from_pretrained(path)
@@ -162,13 +162,13 @@ def _head(path: Path, config: PretrainedConfig) -> tuple[str, Any]:
                 return task, getattr(transformers, auto)
     known = [entry.label for entry in TASKS.values() if entry.heads]
     raise ModelError(
-        f"{path} holds {', '.join(names) or 'a model without a name'}; what can be measured are models for "
+        f"{path} holds {', '.join(names) or 'an unnamed architecture'}; supported are models for "
         f"{', '.join(known[:-1])} and {known[-1]}"
     )
 
 
 def _mean_pool(path: Path, config: PretrainedConfig) -> models.MeanPoolClassifier:
-    """Encoder and head of a folder in sentence-transformers' layout, if it is one of ours."""
+    """Load encoder and head of an exported mean-pool classifier, in the sentence-transformers layout."""
     settings = path / DENSE / "config.json"
     if (
         not settings.is_file()

@@ -1,4 +1,4 @@
-"""Whether a run is still what its ledger says: for who keeps it, and for a client that took part."""
+"""Verification of a run against its ledger, by its owner or by a participating client."""
 
 import tempfile
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from feddistill.types import RoundSpec
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that was looked at."""
+    """Result of one check."""
 
     right: bool
     what: str
@@ -30,23 +30,23 @@ Ledger = tuple[Entry, ...]
 
 
 def run(root: Path, *, recompute: bool = False, progress: Progress | None = None) -> Iterator[Finding]:
-    """Check a whole run: the chain, every request, every payload, every teacher.
+    """Verify a run: the hash chain, every request, every payload, every teacher.
 
     Args:
         root: The run's directory.
-        recompute: Also make each teacher again from the payloads, which has to give the same bytes.
-        show: Where progress is shown.
+        recompute: Also aggregate each teacher again from the payloads; the bytes must be equal.
+        progress: Where progress is shown.
 
     Raises:
-        RunError: There is no ledger.
+        RunError: The run has no ledger.
     """
     directory = RunDirectory.open(root)
     try:
         ledgers = _ledgers(read_object(root / LEDGER))
         if directory.path(RESULT).exists():
-            told = directory.read_json(RESULT)["ledger"]
+            head = directory.read_json(RESULT)["ledger"]
             yield Finding(
-                told == ledgers[0][-1].head(), f"the result names the ledger's head, {told[:16]}..."
+                head == ledgers[0][-1].head(), f"the result names the ledger's head, {head[:16]}..."
             )
         yield Finding(True, f"the ledger is a chain of {len(ledgers[0])} rounds")
         for entry in ledgers[0]:
@@ -63,14 +63,14 @@ def run(root: Path, *, recompute: bool = False, progress: Progress | None = None
 
 
 def kept(ledger: Path, own: Path) -> Iterator[Finding]:
-    """Check a published ledger against what a client has kept of its own.
+    """Check a published ledger against the requests and payloads that a client stored.
 
     Args:
         ledger: ``ledger.json`` of a run, or its directory.
         own: A folder with requests (``spec.json``) and payloads beside their envelopes, at any depth.
 
     Raises:
-        RunError: A file cannot be read, or nothing was kept.
+        RunError: A file cannot be read, or the folder has neither requests nor payloads.
     """
     ledgers = _ledgers(read_object(ledger / LEDGER if ledger.is_dir() else ledger))
     yield Finding(True, f"the ledger is a chain of {len(ledgers[0])} rounds")
@@ -87,25 +87,25 @@ def kept(ledger: Path, own: Path) -> Iterator[Finding]:
     for path in payloads:
         beside = layout.envelope_of(path)
         if beside.exists():
-            said = read_object(beside)
-            whose = (path.parent, str(said.get("client")), said.get("round"))
-            answers.setdefault(whose, {})[int(said.get("sequence", 0))] = path
+            fields = read_object(beside)
+            key = (path.parent, str(fields.get("client")), fields.get("round"))
+            answers.setdefault(key, {})[int(fields.get("sequence", 0))] = path
     for (_, client, number), found in answers.items():
         yield _counted([found[shard] for shard in sorted(found)], client, number, ledgers[0])
 
 
 def _ledgers(found: Json) -> list[Ledger]:
-    """The run's ledger, and those of the runs whose answers it took over, newest first."""
+    """The run's ledger and those of the runs that it was derived from, newest first."""
     ledgers = [payload.parse_entries(found.get("rounds"))]
     if not ledgers[0]:
-        raise DataError("ledger: there are no rounds")
+        raise DataError("ledger: has no rounds")
     if found.get("head") != ledgers[0][-1].head():
         raise DataError("ledger: its head is not that of its last round")
     return ledgers + (_ledgers(found["from"]) if isinstance(found.get("from"), dict) else [])
 
 
 def _asked(spec: RoundSpec, ledgers: list[Ledger], name: str) -> Finding:
-    """That a request stands in a ledger, after the rounds that it names."""
+    """Check that a ledger contains a request and that its ``previous`` is the head before that round."""
     digest = payload.digest(payload.canonical(spec))
     for ledger in ledgers:
         before = ledger[spec.round - 2].head() if 1 < spec.round <= len(ledger) + 1 else ""
@@ -113,11 +113,11 @@ def _asked(spec: RoundSpec, ledgers: list[Ledger], name: str) -> Finding:
             return Finding(
                 True, f"round {spec.round}: {name} is in the ledger and names the rounds before it"
             )
-    return Finding(False, f"round {spec.round}: {name} is not what the ledger says that was asked")
+    return Finding(False, f"round {spec.round}: {name} differs from the request in the ledger")
 
 
 def _counted(paths: list[Path], client: str, number: object, ledger: Ledger) -> Finding:
-    """That an answer was used, or is said to have been refused."""
+    """Check that the ledger lists an answer as used or as refused."""
     path = paths[0]
     entry = ledger[number - 1] if isinstance(number, int) and 1 <= number <= len(ledger) else None
     if entry is None:
@@ -142,13 +142,13 @@ def _round(directory: RunDirectory, entry: Entry, ledgers: list[Ledger]) -> Iter
         given = type(error).__name__ if error else "nothing"
         yield Finding(given == reason, f"round {entry.round}: {client} is refused for {reason}")
     whole = directory.digest(layout.tensors(layout.teacher(entry.round))) == entry.teacher
-    yield Finding(whole, f"round {entry.round}: the teacher is whole")
+    yield Finding(whole, f"round {entry.round}: the teacher is intact")
     try:
         feedback = StoredAnswer(directory, layout.feedback(entry.round), encoding.feedback_spec(spec))
         sent = feedback.admit(sender=encoding.SERVER) == entry.feedback
     except PayloadError:
         sent = False
-    yield Finding(sent, f"round {entry.round}: what clients were sent is whole")
+    yield Finding(sent, f"round {entry.round}: the feedback sent to clients is intact")
 
 
 def _admitted(directory: RunDirectory, spec: RoundSpec, client: str, digest: str) -> Finding:

@@ -1,4 +1,4 @@
-"""A teacher on disk: log-probabilities, dense or compressed, in memory only where they are worked on."""
+"""Memory-mapped teachers: log-probabilities on disk, dense or compressed."""
 
 import json
 import math
@@ -18,13 +18,13 @@ NAME = "log_probs"
 TYPES = {"F32": np.dtype("<f4"), "I32": np.dtype("<i4")}
 
 Layout = Mapping[str, tuple[str, tuple[int, ...]]]
-"""By name, the type and shape of each tensor."""
+"""Type and shape of each tensor, by name."""
 
 T = TypeVar("T", Tensor, TopK)
 
 
 class _Mapped:
-    """Tensors of a safetensors file, each an array of the file's pages."""
+    """Memory-mapped tensors of a safetensors file."""
 
     def __init__(self, path: Path, *, write: bool):
         with path.open("r+b" if write else "rb") as file:
@@ -40,12 +40,12 @@ class _Mapped:
             self.arrays[name] = flat.reshape(shape)
 
     def forget(self) -> None:
-        """Pages are the file's: they come back when they are asked for."""
+        """Drop the mapped pages from memory; they are read again on access."""
         self._map.madvise(mmap.MADV_DONTNEED)
 
 
 def _create(path: Path, layout: Layout, metadata: Mapping[str, str]) -> None:
-    """A new file, full of zeros; what ``safetensors`` itself would write, to the byte."""
+    """Write a file of zeros, byte-identical to what ``safetensors`` would write."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name, (kind, shape) in layout.items():
@@ -60,7 +60,7 @@ def _create(path: Path, layout: Layout, metadata: Mapping[str, str]) -> None:
 
 
 class TensorFile:
-    """``[N, V]`` under the name ``log_probs``."""
+    """Dense teacher: the tensor ``log_probs``, float32 ``[N, V]``."""
 
     def __init__(self, path: Path, *, write: bool = False):
         self._file = _Mapped(path, write=write)
@@ -68,18 +68,18 @@ class TensorFile:
 
     @classmethod
     def create(cls, path: Path, shape: tuple[int, int]) -> "TensorFile":
-        """A new file, full of zeros."""
+        """Create a file of zeros."""
         _create(path, {NAME: ("F32", shape)}, {})
         return cls(path, write=True)
 
     @classmethod
     def open(cls, path: Path) -> "TensorFile":
-        """What ``create`` made."""
+        """Open an existing file for reading."""
         return cls(path)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """``N``, ``V``."""
+        """``(N, V)``."""
         return self._rows.shape
 
     def put(self, start: int, rows: Tensor) -> None:
@@ -104,7 +104,7 @@ class TensorFile:
 
 
 class TopKFile:
-    """``N`` rows of ``TopK``: tensors ``ids``, ``log_probs``, ``log_tail``; metadata ``vocab_size``."""
+    """Compressed teacher, ``N`` rows: ``ids``, ``log_probs``, ``log_tail``; metadata ``vocab_size``."""
 
     def __init__(self, path: Path, *, write: bool = False):
         self._file = _Mapped(path, write=write)
@@ -114,7 +114,7 @@ class TopKFile:
 
     @classmethod
     def create(cls, path: Path, rows: int, kept: int, vocab_size: int) -> "TopKFile":
-        """A new file, full of zeros, of ``kept`` entries a row."""
+        """Create a file of zeros with ``kept`` entries per row."""
         wide = (rows, kept)
         layout = {"ids": ("I32", wide), NAME: ("F32", wide), "log_tail": ("F32", (rows,))}
         _create(path, layout, {"vocab_size": str(vocab_size)})
@@ -122,7 +122,7 @@ class TopKFile:
 
     @classmethod
     def open(cls, path: Path) -> "TopKFile":
-        """What ``create`` made."""
+        """Open an existing file for reading."""
         return cls(path)
 
     def put(self, start: int, rows: TopK) -> None:
@@ -151,7 +151,7 @@ class TopKFile:
 
 
 class Chained:
-    """Teachers of one kind, one after the other, as if they were one."""
+    """Concatenation of teachers of one kind."""
 
     def __init__(self, files: Sequence[TensorFile | TopKFile]):
         self._files = files
@@ -161,7 +161,7 @@ class Chained:
         return int(self._ends[-1])
 
     def __getitem__(self, rows: Tensor) -> Any:
-        """A copy of these rows, in this order: a tensor or a ``TopK``, as the files have."""
+        """A copy of these rows, in this order: a tensor or a ``TopK``, depending on the files."""
         rows = rows.cpu()
         which = torch.bucketize(rows, self._ends, right=True)
         parts: list[Any] = []
@@ -173,7 +173,7 @@ class Chained:
 
 
 def concatenate(parts: list[T]) -> T:
-    """The rows of all parts; a single part is not copied."""
+    """Concatenate rows; a single part is not copied."""
     first = parts[0]
     if isinstance(first, TopK):
         return TopK.cat(parts)

@@ -1,8 +1,8 @@
-"""The directory of a run: what is done is there whole, or not there.
+"""The directory of a run, with atomic steps.
 
-A step first writes its files, each under a temporary name that is renamed when it is on disk, then one
-record that names their sizes and hashes. So whatever kills a run, a record that exists vouches for whole
-files, and ``--resume`` goes on with the first step that has none.
+A step first writes its files, each under a temporary name that is renamed once the content is on disk, then a
+record with their sizes and hashes. A record therefore implies complete files, even after a crash, and
+``--resume`` continues with the first step without a record.
 """
 
 import fcntl
@@ -23,10 +23,11 @@ Json = dict[str, Any]
 
 
 class RunDirectory:
-    """An open run; holds a lock, so that no second process writes into it.
+    """An open run directory; holds a lock that keeps other processes from writing to it.
 
     Raises:
-        RunError: From every method, naming the path: in the way, not a run, in use, damaged, disk full.
+        RunError: From every method, with the path: it exists, is not a run, is in use or damaged, or the
+            disk is full.
     """
 
     def __init__(self, root: Path, lock: TextIO):
@@ -35,7 +36,7 @@ class RunDirectory:
 
     @classmethod
     def create(cls, root: Path, config: str) -> "RunDirectory":
-        """Start a run in a directory that is new or empty."""
+        """Create a run in a new or empty directory."""
         cls.check_free(root)
         try:
             root.mkdir(parents=True, exist_ok=True)
@@ -47,7 +48,7 @@ class RunDirectory:
 
     @staticmethod
     def check_free(root: Path, instead: str = "go on with --resume, or choose another --out") -> None:
-        """Refuse a directory that holds anything; ``instead``: what to do then."""
+        """Raise unless ``root`` is new or empty; ``instead`` ends the message with what to do."""
         try:
             taken = root.exists() and (not root.is_dir() or not all(map(_is_nothing, root.iterdir())))
         except OSError as error:
@@ -57,7 +58,7 @@ class RunDirectory:
 
     @classmethod
     def open(cls, root: Path) -> "RunDirectory":
-        """Open a run that ``create`` made."""
+        """Open an existing run."""
         if not (root / CONFIG).is_file():
             raise RunError(f"{root} is not a run: it has no {CONFIG}")
         run = cls(root, _lock(root))
@@ -66,29 +67,29 @@ class RunDirectory:
         return run
 
     def within(self, folder: str) -> "RunDirectory":
-        """A folder of this run as a run of its own, under this one's lock."""
+        """A folder of this run as a separate run, under the lock of this one."""
         return RunDirectory(self.root / folder, self._lock)
 
     @property
     def execution(self) -> str:
-        """16 hexadecimal digits, drawn at random once: a run of equal settings in another place has others.
+        """Random identifier of this execution: 16 hexadecimal digits, drawn once per run directory.
 
-        Clients elsewhere keep what they have done by it. Nothing that is computed depends on it.
+        Remote clients use it as a key of their stored state. No result depends on it.
         """
         if not self.path(EXECUTION).exists():
             self.write_text(EXECUTION, secrets.token_hex(8))
         return self.read_bytes(EXECUTION).decode()
 
     def close(self) -> None:
-        """Give the lock back."""
+        """Release the lock."""
         self._lock.close()
 
     def path(self, name: str) -> Path:
-        """Where ``name`` is, or will be."""
+        """Path of the file ``name``, existing or not."""
         return self.root / name
 
     def write(self, name: str, fill: Callable[[Path], object]) -> Path:
-        """Let ``fill`` write a file, and give it its name only when it is whole and on disk."""
+        """Write a file atomically: ``fill`` writes a temporary file, which is synced and then renamed."""
         target = self.path(name)
         partial = target.with_name(layout.partial(target.name))
         try:
@@ -103,15 +104,15 @@ class RunDirectory:
         return target
 
     def write_bytes(self, name: str, content: bytes) -> Path:
-        """Write ``content`` whole."""
+        """Write bytes atomically."""
         return self.write(name, lambda path: path.write_bytes(content))
 
     def write_text(self, name: str, content: str) -> Path:
-        """Write ``content`` whole, as UTF-8."""
+        """Write text atomically, as UTF-8."""
         return self.write_bytes(name, content.encode())
 
     def write_json(self, name: str, content: Json) -> Path:
-        """Write ``content`` whole, as indented JSON."""
+        """Write an object atomically, as indented JSON."""
         return self.write_text(name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
     def read_bytes(self, name: str) -> bytes:
@@ -119,7 +120,7 @@ class RunDirectory:
         return _read(self.path(name))
 
     def digest(self, name: str) -> str:
-        """256 bits of BLAKE2b of a file, in hexadecimal: ``payload.digest`` of it."""
+        """256-bit BLAKE2b digest of a file in hexadecimal, as ``payload.digest`` computes it."""
         try:
             return _hash(self.path(name), 32)
         except OSError as error:
@@ -130,15 +131,15 @@ class RunDirectory:
         return read_object(self.path(name))
 
     def commit(self, step: str, content: Json, files: Iterable[str] = ()) -> Json:
-        """Record ``step`` as done, with what it found and the files that it vouches for."""
-        vouched = {name: [self.path(name).stat().st_size, _hash(self.path(name))] for name in files}
-        self.write_json(_record(step), {"content": content, "files": vouched})
+        """Record ``step`` as done, with its content and the sizes and hashes of its files."""
+        hashed = {name: [self.path(name).stat().st_size, _hash(self.path(name))] for name in files}
+        self.write_json(_record(step), {"content": content, "files": hashed})
         return self._content(step)  # as a resumed run would read it
 
     def done(self, step: str, *, verify: bool = True) -> Json | None:
-        """What ``step`` found, or ``None`` when it is still to do.
+        """The content of ``step``, or ``None`` if it is not done.
 
-        ``verify``: compare the files that it vouches for; off where they may have been tidied away.
+        ``verify``: check the sizes and hashes of its files; off if they may have been deleted.
         """
         if not self.path(_record(step)).exists():
             return None
@@ -146,23 +147,21 @@ class RunDirectory:
         for name, (size, digest) in record["files"].items() if verify else ():
             path = self.path(name)
             if not path.is_file() or path.stat().st_size != size or _hash(path) != digest:
-                raise RunError(
-                    f"{path} is missing or damaged: it is not what {step} wrote; start the run anew"
-                )
+                raise RunError(f"{path} is missing or damaged: it is not what {step} wrote; start a new run")
         return self._content(step)
 
     def steps(self, under: str) -> list[str]:
-        """The steps that are recorded in a folder, in the order of their names."""
+        """The recorded steps in a folder, sorted by name."""
         records = self.root.glob(layout.record(f"{under}/*"))
         return sorted(f"{under}/{path.stem}" for path in records)
 
     def adopt(self, other: "RunDirectory", step: str) -> None:
-        """Take over a step of another run, with those of its files that have not been tidied away there.
+        """Copy a step of another run, with those of its files that still exist there.
 
-        Files are linked, where the file system allows it: neither run ever writes into one.
+        Files are hard-linked if the file system supports it: no run modifies a file in place.
         """
         record = other.read_json(_record(step))
-        there = {name: vouched for name, vouched in record["files"].items() if other.path(name).exists()}
+        there = {name: hashed for name, hashed in record["files"].items() if other.path(name).exists()}
         for name, (size, digest) in there.items():
             if other.path(name).stat().st_size != size or _hash(other.path(name)) != digest:
                 raise RunError(f"{other.path(name)} is damaged: it is not what {step} wrote")
@@ -170,7 +169,7 @@ class RunDirectory:
         self.write_json(_record(step), {"content": record["content"], "files": there})
 
     def adopt_file(self, other: "RunDirectory", name: str) -> None:
-        """Take over one file of another run."""
+        """Copy or hard-link one file of another run."""
         self.write(name, lambda partial: _link(other.path(name), partial))
 
     def _content(self, step: str) -> Json:
@@ -178,7 +177,7 @@ class RunDirectory:
         return content
 
     def remove(self, name: str) -> None:
-        """Tidy a file or folder away, if it is there."""
+        """Delete a file or folder if it exists."""
         path = self.path(name)
         if path.is_dir():
             shutil.rmtree(path)
@@ -196,10 +195,10 @@ def free(path: Path) -> Path:
 
 
 def read_object(path: Path) -> Json:
-    """A JSON object that stands in a file.
+    """Read a JSON object from a file.
 
     Raises:
-        RunError: The file cannot be read, or holds something else.
+        RunError: The file cannot be read, or is not a JSON object.
     """
     try:
         content = json.loads(_read(path))
@@ -220,12 +219,12 @@ def _read(path: Path) -> bytes:
 def _link(source: Path, target: Path) -> None:
     try:
         target.hardlink_to(source)
-    except OSError:  # another file system, or one without links
+    except OSError:  # another file system, or no support for hard links
         shutil.copyfile(source, target)
 
 
 def _is_nothing(path: Path) -> bool:
-    """What a run leaves that was killed before it had a configuration."""
+    """True for files left by a run that was killed before its configuration was written."""
     return path.name == LOCK or path.match(layout.partial("*"))
 
 
