@@ -1,4 +1,4 @@
-"""What a person sees while a run works: bars in a terminal, nothing elsewhere."""
+"""Progress of a run: bars in a terminal, log lines elsewhere."""
 
 import sys
 from collections.abc import Iterator
@@ -34,14 +34,14 @@ class NoProgress:
 
     @contextmanager
     def step(self, label: str) -> Iterator[ProgressCallback]:
-        """See ``Progress``."""
+        """No output."""
         yield lambda done, total: None
 
     def log(self, line: str) -> None:
-        """See ``Progress``."""
+        """No output."""
 
     def table(self, table: Table | None) -> None:
-        """See ``Progress``."""
+        """No output."""
 
 
 class TerminalProgress:
@@ -53,7 +53,7 @@ class TerminalProgress:
 
     @contextmanager
     def step(self, label: str) -> Iterator[ProgressCallback]:
-        """See ``Progress``."""
+        """A bar that shows ``label``."""
         columns = (
             bars.TextColumn("{task.description}"),
             bars.BarColumn(),
@@ -71,11 +71,11 @@ class TerminalProgress:
             yield on_step
 
     def log(self, line: str) -> None:
-        """See ``Progress``."""
+        """Print a line."""
         self.console.print(line, highlight=False, markup=False)
 
     def table(self, table: Table | None) -> None:
-        """See ``Progress``; nothing when piped."""
+        """Show a table at the foot of the terminal; nothing when piped."""
         if not self.console.is_terminal:
             return
         if table is None:

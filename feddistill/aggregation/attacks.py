@@ -35,7 +35,7 @@ class AttackContext:
     honest: Sequence[Tensor]
     """The answers of each honest client."""
     seed: int = 0
-    """Of random draws."""
+    """Seed of random draws."""
     clients: int | None = None
     """Number of all clients; ``None`` for twice the honest ones less one."""
     before: Tensor | None = None

@@ -51,7 +51,7 @@ class Config(Setting):
     threads: int | None = Field(default=None, ge=1)
     """Torch's threads; ``null`` for torch's default. Results are equal for equal numbers of threads."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Of forward and backward passes; weights stay float32. ``auto``: bf16 if the processor supports it."""
+    """Precision of passes; weights stay float32. ``auto``: bf16 if the processor supports it."""
     data: DataConfig = DataConfig()
     clients: ClientsConfig = ClientsConfig()
     payload: PayloadConfig = PayloadConfig()

@@ -1,4 +1,4 @@
-"""A client in a process of its own, that may be started for each task anew: all it knows is on its disk."""
+"""A client in its own process, which may be restarted for each instruction: all its state is on disk."""
 
 import json
 import re
@@ -33,16 +33,15 @@ class RemoteClient:
 
     name: str
     state: Path
-    """A folder of its own, where everything is kept that a later task needs."""
+    """Its own folder, which holds everything that a later instruction needs."""
     file: Path | None = None
-    """Its ``Institution``; ``None`` in a simulation, where every process knows all texts and takes its own
-    ones."""
+    """Its ``Institution`` file; ``None`` in a simulation, where each process selects its own texts."""
     simulated: bool = False
-    """Whether server and client are one user's: only then may the server's settings name code to call, or
-    an address to ask."""
+    """True if server and client belong to one user: only then may the server's settings name code to call
+    or an address to query."""
 
     def handle(self, instruction: Instruction) -> Reply:
-        """Do what the server asks.
+        """Carry out an instruction.
 
         Raises:
             FeddistillError: It cannot.
@@ -67,7 +66,7 @@ class RemoteClient:
             run.close()
 
     def _directory(self, config: Config, run: str, execution: str) -> RunDirectory:
-        """Where this client keeps what it has done in this run, and in no other of the same settings."""
+        """The client's folder for this execution of the run, not shared with a run of the same settings."""
         if not EXECUTION.fullmatch(execution):
             raise ConfigError(f"execution {execution[:80]!a} of run {run} is not 16 hexadecimal digits")
         folder = self.state / self.name / f"{run}-{execution}"
@@ -76,7 +75,7 @@ class RemoteClient:
         return RunDirectory.create(folder, configuration.dump(config))
 
     def _splits(self, config: Config, labels: tuple[str, ...], run: RunDirectory) -> Splits | None:
-        """What this client may see; ``None`` where the proxy texts have still to be sent."""
+        """The texts that this client may read; ``None`` if the proxy texts have not been sent yet."""
         if not isinstance(config.data.partition, RemotePartition):
             whole = data.load(config.data, config.seed, config.task)
             places = [place for place, own in enumerate(whole.private) if own.name == self.name]
@@ -124,7 +123,7 @@ class RemoteClient:
             raise ConfigError(f"{self.file}: as clients.models.0 of this run: {error}") from None
 
     def _unchanged(self, run: RunDirectory, splits: Splits, config: Config) -> None:
-        """Refuse to go on with other texts or another model than this run began with."""
+        """Check that texts and model are those that the run started with."""
         models = json.dumps([model.model_dump(mode="json") for model in config.clients.models])
         now = {"texts": splits.private[0].digest(labels=True), "models": models}
         if not run.path(INPUTS).exists():
@@ -140,7 +139,7 @@ class RemoteClient:
         return client
 
     def _key(self, config: Config) -> PrivateKey | None:
-        """What signs for this client, where the run enrolled keys."""
+        """The client's signing key, if the run has enrolled keys."""
         enrolled = getattr(config.data.partition, "keys", {}).get(self.name)
         if enrolled is None:
             return None

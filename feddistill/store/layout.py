@@ -9,7 +9,7 @@ from pathlib import Path
 CONFIG = "config.yaml"
 RESULT = "result.json"
 PROVENANCE = "provenance.json"
-"""Of a run derived from another: the commands that made it."""
+"""The commands that derived the run from another."""
 LEDGER = "ledger.json"
 ENGINE = "engine.json"
 EXECUTION = "execution"

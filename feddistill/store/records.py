@@ -173,7 +173,7 @@ class FederationRecord(Record):
     description_bytes: int
     positions: int
     student_bytes: int
-    """Of the weights that the student trains, in float32."""
+    """Bytes of the weights that the student trains, in float32."""
     lora_bytes: int
 
 
@@ -184,7 +184,7 @@ class BaselineRecord(Record):
     rounds: list[StepRecord] | None = None
     clients: Mapping[str, list[StepRecord]] | None = None
     bytes: Traffic = field(default_factory=Traffic)
-    """Of one round, if there is one model a client."""
+    """Bytes of one round of a method with one model a client."""
 
 
 def _object(value: Any) -> dict[str, Any]:

@@ -99,7 +99,7 @@ def test_who_sends_no_reply_is_not_asked(odd):
     shown = Said()
     transport = GridTransport(Nodes({1: ODD[odd](), 2: reply_record(Reply("south"))}), shown, poll=0)
     assert transport.clients(["north", "south"], 0) == ["south"]
-    assert any("does not say whose it is" in line for line in shown.lines)
+    assert any("does not report a name" in line for line in shown.lines)
 
 
 @pytest.mark.parametrize("odd", ODD)

@@ -1,4 +1,4 @@
-"""Federated averaging by Flower's own strategy, over the clients of the federation."""
+"""Federated averaging with Flower's strategy over the clients of the federation."""
 
 from collections.abc import Iterable, Mapping
 
@@ -17,19 +17,19 @@ from feddistill.types import Cost
 
 
 class GridAverager:
-    """Has the clients behind ``transport`` train, and Flower average."""
+    """An ``Averager``: the clients of ``transport`` train, Flower averages."""
 
     def __init__(self, transport: GridTransport):
         self.transport = transport
 
     def __call__(self, session: Session, number: int, weights: Mapping[str, Tensor]) -> Average:
-        """See ``Averager``."""
+        """Run round ``number``."""
         names = session.round_clients(number)
         quorum = session.config.aggregation.quorum or len(names)
         retry_policy = session.engine.retry_policy
         instruction = instruction_for(session, "average", number)
         cost, uplink, downlink = Cost(), 0, 0
-        for _ in range(retry_policy.attempts):  # who has trained already says so at once
+        for _ in range(retry_policy.attempts):  # clients that have trained reply at once
             nodes = self.transport.nodes(names, retry_policy.connect)
             strategy = _Strategy(instruction, nodes)
             result = strategy.start(
@@ -37,7 +37,7 @@ class GridAverager:
             )
             uplink += strategy.uplink
             downlink += strategy.downlink
-            cost = strategy.cost  # of who has trained before, the same again
+            cost = strategy.cost  # clients that trained before report the same cost again
             if len(strategy.answered) == len(names):
                 break
         if len(strategy.answered) < quorum:
@@ -54,7 +54,7 @@ class GridAverager:
 
 
 class _Strategy(FedAvg):  # type: ignore[misc]  # Flower is untyped
-    """Flower's arithmetic; our clients, by name, and a count of what travels."""
+    """Flower's FedAvg, with clients by name and a count of the bytes sent."""
 
     def __init__(self, instruction: Instruction, nodes: Mapping[str, int]):
         super().__init__(fraction_evaluate=0.0, min_train_nodes=1, min_available_nodes=1)
@@ -67,7 +67,7 @@ class _Strategy(FedAvg):  # type: ignore[misc]  # Flower is untyped
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """To each client of the federation."""
+        """Messages to all clients of the federation."""
         record = instruction_record(self.task)
         record[self.arrayrecord_key] = arrays
         self.downlink = size_of(arrays) * len(self.nodes)
@@ -76,21 +76,21 @@ class _Strategy(FedAvg):  # type: ignore[misc]  # Flower is untyped
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Flower's weighted mean of what came, in the order of the names: Flower adds up in float32."""
+        """Flower's weighted mean, summed in the order of the names because Flower sums in float32."""
         names = {node: name for name, node in self.nodes.items()}
         came = sorted(replies, key=lambda message: names[message.metadata.src_node_id])
         for message in came:
             if message.has_error():
                 continue
-            told: RecordDict = message.content
+            content: RecordDict = message.content
             self.answered.append(names[message.metadata.src_node_id])
-            self.uplink += size_of(told[self.arrayrecord_key])
-            metrics = next(iter(told.metric_records.values()))
+            self.uplink += size_of(content[self.arrayrecord_key])
+            metrics = next(iter(content.metric_records.values()))
             self.cost += Cost(float(metrics["seconds"]), int(metrics["flops"]))
         arrays, metrics = super().aggregate_train(server_round, came)
         return arrays, metrics
 
 
 def size_of(arrays: ArrayRecord) -> int:
-    """Bytes of all weights as they travel."""
+    """Bytes of all weights in a message."""
     return sum(len(array.data) for array in arrays.values())

@@ -1,4 +1,4 @@
-"""What a SuperLink runs: the same coordinator as in one process, over the grid."""
+"""The Flower app of a SuperLink: the same coordinator as in one process, over the grid."""
 
 import json
 import os
@@ -19,13 +19,13 @@ app = ServerApp()
 
 
 class Lines(NoProgress):
-    """Leaves what is worth keeping to the command that started the run; prints it where Flower's own did."""
+    """Writes log lines for the command that started the run; prints them if Flower's own command did."""
 
     def __init__(self, path: Path | None):
         self.path = path
 
     def log(self, line: str) -> None:
-        """See ``progress.Progress``."""
+        """Log a line."""
         if self.path is None:
             print(line, flush=True)
             return
@@ -35,7 +35,7 @@ class Lines(NoProgress):
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """A run, new or resumed, as ``feddistill train`` has written down, or ``flwr run`` was told."""
+    """A run, new or resumed, with the settings of ``feddistill train`` or of ``flwr run``."""
     from feddistill import config as configuration
     from feddistill.engines.flower.averaging import GridAverager
     from feddistill.runs import experiment
@@ -67,7 +67,7 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def _absolute(told: Mapping[str, object], key: str) -> Path:
-    """A path of the run's settings: this process was started in a folder that the user does not know."""
+    """A path in the run's settings; it must be absolute, as this process has another working directory."""
     path = Path(str(told[key]))
     if not path.is_absolute():
         raise ConfigError(f"flwr run --run-config: {key} = {str(told[key])!r} has to be an absolute path")

@@ -1,4 +1,4 @@
-"""Shows a run that another process coordinates: what it says, and a table of its clients."""
+"""Shows the progress of a run that another process coordinates: log lines and a table of its clients."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ STATES = {"asked": "working", "replied": "done", "failed": "failed", "given_up":
 
 
 class Watch:
-    """Reads what is new each time it is told to look."""
+    """Reads what is new at each call."""
 
     def __init__(self, out: Path, said: Path, progress: Progress):
         self.events, self.said, self.progress = out / EVENTS, said, progress
@@ -22,7 +22,7 @@ class Watch:
         self.rows: dict[str, Json] = {}
 
     def look(self) -> None:
-        """Show what was said, and each client's last state."""
+        """Show new log lines and each client's last state."""
         for line in self._new(self.said):
             self.progress.log(line)
         changed = False
@@ -32,7 +32,7 @@ class Watch:
             self.progress.table(self.table())
 
     def close(self) -> None:
-        """The table goes."""
+        """Remove the table."""
         self.progress.table(None)
 
     def table(self) -> Table:
@@ -59,7 +59,7 @@ class Watch:
         return True
 
     def _new(self, path: Path) -> list[str]:
-        """Whole lines that have been added."""
+        """Complete lines that have been added."""
         if not path.exists():
             return []
         with path.open("rb") as file:

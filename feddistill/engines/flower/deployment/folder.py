@@ -23,7 +23,7 @@ from feddistill.store.layout import SERVER_CONFIG
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
 DAYS = 825
-"""That certificates are valid: what browsers and clients accept at most."""
+"""Validity of certificates in days: the longest that browsers and clients accept."""
 SERVER = ("environment", "superlink.sh", "superexec.sh", "enrol.sh", "train.sh", "nginx.conf", "compose.yaml")
 CLIENT = ("environment", "make-key.sh", "supernode.sh", "data.yaml", "compose.yaml", "way.conf")
 
@@ -57,7 +57,7 @@ def write(
         raise ConfigError(f"host {host!r}: on this machine the SuperLink listens at 127.0.0.1: name that")
     facts = {
         "clients": list(clients),
-        "host": f"[{host}]" if isinstance(address, ipaddress.IPv6Address) else host,  # as in an URL
+        "host": f"[{host}]" if isinstance(address, ipaddress.IPv6Address) else host,  # as in a URL
         "port": runtime_port if loopback else port,
         "runtime_port": runtime_port,
         "loopback": loopback,
@@ -84,14 +84,14 @@ def write(
 
 
 def example(folder: Path, clients: Sequence[str]) -> None:
-    """Give each client of ``folder`` some of the embedded texts to be private ones, and the server a run."""
+    """Give each client of ``folder`` embedded texts as its private ones, and the server a run."""
     from feddistill import config as configuration
     from feddistill import data
 
     facts: dict[str, object] = {"clients": list(clients)}
     _render(SERVER_CONFIG, folder / SERVER_CONFIG, facts)
     settings = configuration.load(folder / SERVER_CONFIG)
-    # What the server carves for itself comes first, whatever is left for others.
+    # The server's own parts are carved first; the clients get the rest.
     whole = settings.data.model_dump(mode="json")
     whole |= {"private": {"size": 400 * len(clients)}, "exclude_clients": []}
     whole["partition"] = {"kind": "dirichlet", "clients": len(clients), "alpha": 0.5}
