@@ -130,5 +130,5 @@ def test_a_node_has_one_name_and_a_name_one_node():
     # The node that was south's comes back as north: it is not believed; south's name is still that node's.
     assert transport.clients(["north", "south"], 0) == ["south"]
     assert transport.nodes(["south"], 0) == {"south": 1}
-    assert any("is not asked as north" in line for line in shown.lines)
-    assert any("a second SuperNode says that it is south" in line for line in shown.lines)
+    assert any("it is not used as north" in line for line in shown.lines)
+    assert any("a second SuperNode reports the name south" in line for line in shown.lines)
