@@ -23,7 +23,7 @@ PACKAGES = {
     ),
     "feddistill.cli": (
         "cli",
-        {"click", "feddistill", "feddistill_kernels", "numpy", "rich", "torch"},
+        {"click", "feddistill", "feddistill_kernels", "numpy", "rich", "torch", "typing_extensions"},
     ),
     "bench": (
         "bench",
@@ -65,7 +65,7 @@ MODULES = {
     "engines": {"client", "config", "data", "federation", "payload", "progress", "runs", "server", "store"}
     | {"tasks"},
     "report": {"config", "data", "runs", "store"},
-    "release": {"config", "modelio", "models", "report", "runs", "store"},
+    "release": {"config", "models", "report", "runs", "store", "tasks"},
     "benchmarks": {"accounting", "config", "data", "metrics", "modelio", "models", "progress", "runs"}
     | {"store"},
     "__init__": set(),

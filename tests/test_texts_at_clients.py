@@ -100,7 +100,7 @@ class TestTextsAtClients:
             tmp_path / "run", tmp_path / "merged", (), late=[tmp_path / "late.safetensors"]
         )
         assert [len(made[0]["uploads"]), len(made[1]["uploads"])] == [3, 3]
-        with pytest.raises(ConfigError, match="its clients are elsewhere"):
+        with pytest.raises(ConfigError, match="its remote clients were trained on teachers that include"):
             rerun.forget(tmp_path / "run", tmp_path / "without", ["client-0"])
 
     def test_the_page_of_a_run_says_what_is_not_known(self, apart, files, tmp_path):

@@ -6,6 +6,7 @@ A new task is one file in ``feddistill/tasks/`` and one entry here. Imports no t
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from importlib import import_module
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator
@@ -206,6 +207,12 @@ def tasks_with(**fields: Any) -> str:
         name for name, task in TASKS.items() if all(getattr(task, key) == fields[key] for key in fields)
     ]
     return " or ".join(chosen)
+
+
+def imported(name: str) -> Any:
+    """The class that ``module:Class`` names; its module is imported now."""
+    module, _, attribute = name.partition(":")
+    return getattr(import_module(module), attribute)
 
 
 def task_named(stored: str) -> Task:

@@ -1,14 +1,15 @@
 """What is predicted of the proxy texts: the rows of an upload and the labels that the server knows."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from feddistill.config import Config
+from feddistill.config.tasks import TASKS, imported
 from feddistill.modelio.packing import PackedTexts
 from feddistill.models.causal import TextReader
-from feddistill.tasks.choose import learner_class
 from feddistill.types import Splits, TextSet
 
 
@@ -36,9 +37,16 @@ class ProxyQuery:
     """True if dense predictions would be too large."""
 
 
+class _Learner(Protocol):
+    """The part of a task's learner that is needed here; the learner itself needs this module."""
+
+    def query(self, config: Config, splits: Splits) -> ProxyQuery: ...
+
+
 def query_of(config: Config, splits: Splits) -> ProxyQuery:
     """The query of a run."""
-    return learner_class(config.task).query(config, splits)
+    learner: _Learner = imported(TASKS[config.task].learner)
+    return learner.query(config, splits)
 
 
 def domains_of(proxy: TextSet) -> Tensor | None:
