@@ -1,4 +1,4 @@
-# One virtual environment does everything: `make train` and `make test` make it when it is not there.
+# One virtual environment for everything; `make train` and `make test` create it if it does not exist.
 VENV ?= .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
@@ -7,7 +7,7 @@ PYTHON ?= python3
 
 setup: $(VENV)/ready
 
-# torch goes first: asked for by another package, pip would take the newest build with its CUDA packages.
+# torch first: as a dependency of another package, pip would install the newest build with its CUDA packages.
 $(VENV)/ready: pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
@@ -27,17 +27,17 @@ lint: setup
 types: setup
 	$(BIN)/mypy
 
-# Every specialisation of each GPU kernel compiles for Hopper and spills nothing; no GPU is needed.
+# Check that every specialisation of each GPU kernel compiles for Hopper without spills; no GPU is needed.
 resources: setup
 	$(BIN)/python -m bench.resources --target 90 --check bench/results/resources.json
 
-# The committed figures: three seeds of the quickstart, then the tables in the documents.
+# The committed metrics: three seeds of the quickstart; then `make docs-results`.
 results: setup
 	for seed in 0 1 2; do $(BIN)/feddistill train --set seed=$$seed --out runs/results/quickstart-$$seed || exit; done
 	mkdir -p docs/results
 	$(BIN)/python docs/build_tables.py --collect runs/results/quickstart-* > docs/results/quickstart.json
 
-# Three seeds of the example of a language model, some eight minutes each.
+# Three seeds of the language model example, some eight minutes each.
 language-model: setup
 	for seed in 0 1 2; do $(BIN)/feddistill train examples/language_model.yaml --set seed=$$seed \
 		--out runs/results/language-model-$$seed || exit; done
@@ -46,10 +46,10 @@ language-model: setup
 docs-results: setup
 	$(BIN)/python docs/build_tables.py
 
-# The committed figures of the kernels; then `make docs-results`.  Some ten minutes, on an idle machine.
+# The committed timings of the kernels; then `make docs-results`.  Some ten minutes on an idle machine.
 bench: setup
 	$(BIN)/python -m bench --out bench/results/cpu.json
-	$(BIN)/python -m bench --draw bench/results/cpu.json --check bench/results/cpu.json
+	$(BIN)/python -m bench --check bench/results/cpu.json
 
 clean:
 	rm -rf build dist $(VENV)

@@ -1,4 +1,4 @@
-"""``python -m bench``, from the root of the repository."""
+"""``feddistill bench``; in a clone also ``python -m bench``."""
 
 import json
 import sys
@@ -6,17 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import click
-import torch
 
-from bench.bars import bars, said
-from bench.baselines import FAMILIES
-from bench.cases import OPERATORS, Setup, chosen
-from bench.run import SCHEMA, run
-from bench.timing import DisagreementError
+from .bars import bars, described
+from .names import FAMILIES, FAMILY
+from .record import SCHEMA
 
 
 def families(ctx: click.Context, parameter: click.Parameter, value: str | None) -> frozenset[str] | None:
-    """Names between commas."""
+    """Parse the comma-separated names of ``--compare``."""
     if value is None:
         return None
     names = frozenset(filter(None, value.split(",")))
@@ -26,7 +23,7 @@ def families(ctx: click.Context, parameter: click.Parameter, value: str | None) 
 
 
 def results(ctx: click.Context, parameter: click.Parameter, path: Path | None) -> tuple[Path, Any] | None:
-    """A result file and what it holds."""
+    """Read a result file: its path and content."""
     if path is None:
         return None
     try:
@@ -38,32 +35,47 @@ def results(ctx: click.Context, parameter: click.Parameter, path: Path | None) -
     return path, found
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("ops", metavar="[OP]...", nargs=-1, type=click.Choice(list(OPERATORS)))
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.command(
+    context_settings={"help_option_names": ["-h", "--help"]}, epilog=f"Operators: {', '.join(FAMILY)}."
+)
+@click.argument("ops", metavar="[OPERATOR]...", nargs=-1, type=click.Choice(list(FAMILY)))
+@click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="Where the operators run.",
+)
 @click.option(
     "--compare",
     metavar="NAMES",
     callback=families,
-    help=f"Of {','.join(FAMILIES)}; default: those that can run.",
-)
-@click.option("--only", metavar="TEXT", default="", help="Cases whose name holds TEXT, say 'float32 N=1 '.")
-@click.option("--headline", is_flag=True, help="Only the cases that figures show.")
-@click.option(
-    "--quick", is_flag=True, help="Two cases an operator, briefly, without the compiler: does it work?"
+    help=f"Competitors, comma-separated: {', '.join(FAMILIES)}.  [default: all that can run]",
 )
 @click.option(
-    "--out", type=click.Path(dir_okay=False, path_type=Path), help="Write what was measured here, as JSON."
+    "--only", metavar="TEXT", default="", help="Run the cases whose name contains TEXT, e.g. 'float32 N=1 '."
+)
+@click.option("--headline", is_flag=True, help="Run only the headline cases, those that plots show.")
+@click.option("--quick", is_flag=True, help="Smoke test: two cases per operator, briefly, no torch.compile.")
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write the result file, as JSON.",
 )
 @click.option(
-    "--draw", metavar="FILE", type=click.Path(path_type=Path), callback=results, help="Draw a result file."
+    "--draw",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    callback=results,
+    help="Measure nothing; plot the result file FILE: two SVG files beside it.",
 )
 @click.option(
     "--check",
     metavar="FILE",
     type=click.Path(path_type=Path),
     callback=results,
-    help="Hold a result file against the bars; exit status 1 where one is missed.",
+    help="Measure nothing; compare the result file FILE with the required speeds. The exit status is 1 if "
+    "one is missed.",
 )
 def main(
     ops: tuple[str, ...],
@@ -76,23 +88,36 @@ def main(
     draw: tuple[Path, Any] | None,
     check: tuple[Path, Any] | None,
 ) -> None:
-    """Measure operators, all by default, against eager PyTorch, torch.compile and peers.
+    """Measure the kernels against PyTorch, torch.compile and other libraries.
 
-    They run in one process and in turns, so that whatever else the machine does hits them alike.  How, and
-    how to read it: bench/METHOD.md.  Where one computes something else than ours the run ends with status 1.
+    Without an OPERATOR, all are measured.
+
+    Competitors run in one process, in turns, so that other load on the machine affects all of them alike.
+    Before a case is timed, their results are compared with ours; if one differs, the exit status is 1.
+
+    The table has one line per competitor: median time and its quartiles, the median as a multiple of the
+    case's limit (the bytes that must move, at the speed of a plain copy), bandwidth and its share of the
+    copy's, the time as a multiple of ours, and the extra memory of a call. Details: bench/METHOD.md in the
+    repository.
     """
     if draw or check:
         if draw:
-            from bench.draw import draw as write
+            from .draw import draw as write
 
-            for figure in write(draw[1], draw[0]):
-                click.echo(figure)
+            for plot in write(draw[1], draw[0]):
+                click.echo(plot)
         sys.exit(report(check[1]) if check else 0)
+    import torch
+
+    from .cases import Setup, chosen
+    from .run import run
+    from .timing import DisagreementError
+
     if device == "cuda" and not torch.cuda.is_available():
         raise click.BadParameter("no GPU that PyTorch can use", param_hint="--device")
     if compare is None:
         compare = frozenset(FAMILIES) - ({"compile"} if quick else set())
-    found = chosen(ops or tuple(OPERATORS), device, only, quick)
+    found = chosen(ops or tuple(FAMILY), device, only, quick)
     cases = [case for case in found if case.headline or not headline]
     if not cases:
         raise click.UsageError("no such case")
@@ -105,12 +130,12 @@ def main(
 
 
 def report(found: dict[str, Any]) -> int:
-    """Print the bars; the exit status."""
-    *lines, last = said(bars(found))
+    """Print each requirement and whether it is met; return the exit status."""
+    *lines, last = described(bars(found))
     for line in (*lines, last):
         click.echo(line)
     return int(last != "0 missed")
 
 
 if __name__ == "__main__":
-    main(prog_name="python -m bench")
+    main()

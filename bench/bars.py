@@ -1,18 +1,19 @@
-"""What the kernels must reach, held against a result file."""
+"""Required speeds of the kernels, compared with a result file."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from bench.rivals import BACKENDS, medians, rivals, written_by_hand
+from .names import BACKENDS
+from .rivals import medians, rivals, written_by_hand
 
 LONG = 1 << 22
-NOISE = 1.05  # a kernel that hands over to eager's own operation is at times a few per cent slower
+NOISE = 1.05  # a kernel that calls eager's own operation is at times a few per cent slower
 
 
 @dataclass(frozen=True)
 class Bar:
-    """One requirement and what was measured."""
+    """One requirement and its measurement."""
 
     what: str
     measured: str
@@ -23,7 +24,7 @@ _R = "bfloat16 N=8192 V=128256"
 _LINEAR = "bfloat16 N=8192 H=4096 V=128256"
 _EIGHT = "bfloat16 C=8"
 
-# Milliseconds on an H100 by default and, where they differ, on a backend by name.
+# Most milliseconds on an H100: of "ours", the default backend, and of backends that have their own limit.
 GPU: dict[str, dict[str, float]] = {
     f"distillation_loss forward_kl {_R}": {"ours": 2.1, "native": 2.1, "triton": 3.6},
     f"distillation_loss jsd {_R}": {"ours": 5.0, "triton": 5.0},
@@ -41,7 +42,7 @@ GPU: dict[str, dict[str, float]] = {
 
 
 def bars(results: dict[str, Any]) -> Iterator[Bar]:
-    """Every bar, those first that were written for one kernel.  What was not measured fails."""
+    """Evaluate every requirement, those of single kernels first.  A case that was not measured fails."""
     cases = {case["name"]: case for case in results["cases"]}
     if results["device"] == "cuda":
         yield from _gpu_bars(cases)
@@ -64,8 +65,8 @@ def bars(results: dict[str, Any]) -> Iterator[Bar]:
         yield from _never_slower(name, case)
 
 
-def said(held: Iterable[Bar]) -> Iterator[str]:
-    """A line a bar, and how many are missed."""
+def described(held: Iterable[Bar]) -> Iterator[str]:
+    """One line per requirement, then the number of missed ones."""
     missed = 0
     for bar in held:
         missed += not bar.passes
@@ -79,7 +80,7 @@ def _gpu_bars(cases: dict[str, Any]) -> Iterator[Bar]:
         found, others = medians(case), rivals(case)
         for contender, limit in limits.items():
             if contender != "ours" and contender not in case["implementations"]:
-                continue  # there is no such backend
+                continue  # this operator has no such backend
             what = f"{name}: {contender} in at most {limit:g} ms on an H100"
             if contender not in found:
                 why = case["implementations"].get(contender, {}).get("failed")
@@ -100,7 +101,7 @@ def _gpu_bars(cases: dict[str, Any]) -> Iterator[Bar]:
 def _bars(
     cases: dict[str, Any], name: str, against: tuple[str, ...], times: float, limit: float | None
 ) -> Iterator[Bar]:
-    """At least so many times faster than the fastest of ``against``; at most so many times the limit."""
+    """``times`` faster than the fastest of ``against``; at most ``limit`` times the case's limit."""
     found = cases[name]["implementations"] if name in cases else {}
     wanted = [
         contender for contender in against if not (contender.endswith("float32") and " float32 " in name)

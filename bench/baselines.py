@@ -1,6 +1,6 @@
-"""What others do: plain PyTorch as a person writes it, the compiler's version of that, and peers.
+"""Competitors: plain PyTorch as one writes it by hand, its compiled form, and other libraries ("peers").
 
-A peer is a function that returns its callable, or why there is none.
+The function of a peer returns a callable, or a string: the reason why the peer cannot run.
 """
 
 import math
@@ -14,21 +14,18 @@ from torch.nn import functional
 
 from feddistill_kernels import TeacherHead, TopK
 
-FAMILIES = ("eager", "compile", "liger", "cut_cross_entropy", "byzfl", "distillkit")
-"""Names that ``--compare`` knows."""
-
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``torch.compile`` for these shapes alone, which is the best that it can do."""
+    """``torch.compile`` for static shapes, its fastest mode."""
     torch._dynamo.reset()
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
-# Losses.  Given float32 they work in float32, given bfloat16 in bfloat16.
+# Losses.  They compute in the dtype of their inputs.
 
 
 def divergence(student: Tensor, teacher: Tensor, kind: str, temperature: float) -> Tensor:
-    """One number a row."""
+    """Divergence of each row, ``[N]``."""
     a, b = (student / temperature).log_softmax(-1), (teacher / temperature).log_softmax(-1)
     return _between(a, b, kind, "none").sum(-1)
 
@@ -45,7 +42,7 @@ def loss(
 
 
 def _between(a: Tensor, b: Tensor, kind: str, reduction: str) -> Tensor:
-    """Divergence between log-probabilities; of the student ``a``, of the teacher ``b``; beta is 1/2."""
+    """Divergence between log-probabilities: ``a`` of the student, ``b`` of the teacher; beta is 1/2."""
     if kind == "forward_kl":
         return functional.kl_div(a, b, reduction=reduction, log_target=True)
     if kind == "reverse_kl":
@@ -57,7 +54,7 @@ def _between(a: Tensor, b: Tensor, kind: str, reduction: str) -> Tensor:
 
 
 def topk_loss(student: Tensor, teacher: TopK, temperature: float) -> Tensor:
-    """Mean forward KL over K + 1 events, the student's tail summed from what is in it."""
+    """Mean forward KL over K + 1 events; the student's tail is summed over the classes in it."""
     a = (student / temperature).log_softmax(-1)
     ids = teacher.ids.long()
     tail = a.scatter(1, ids, -math.inf).logsumexp(-1)
@@ -65,7 +62,7 @@ def topk_loss(student: Tensor, teacher: TopK, temperature: float) -> Tensor:
 
 
 def topk_loss_shortcut(student: Tensor, teacher: TopK, temperature: float) -> Tensor:
-    """The same with the student's tail as 1 - sum(kept): quicker, and NaN or noise where it is small."""
+    """The same with the student's tail as 1 - sum(kept): faster, but NaN or noise if the tail is small."""
     a = (student / temperature).log_softmax(-1)
     kept = a.gather(1, teacher.ids.long())
     tail = torch.log1p(-kept.exp().sum(-1))
@@ -84,7 +81,7 @@ def linear_loss(
     temperature: float,
     labels: Tensor | None = None,
 ) -> Tensor:
-    """The float32 loss of ``hidden @ weight.T``; with labels, of the labels alone."""
+    """The float32 loss of the logits ``hidden @ weight.T``; with ``labels``, their cross-entropy alone."""
     logits = (hidden @ weight.T).float()
     if labels is not None:
         return functional.cross_entropy(logits, labels)
@@ -99,7 +96,7 @@ def linear_loss(
 
 
 def topk_compress(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids, log-probabilities and log-tail; with a sum in bfloat16 kept entries can add to more than 1."""
+    """Ids, log-probabilities and log-tail.  With a bfloat16 sum, kept entries can add up to more than 1."""
     values, ids = logits.topk(k)
     log_probs = values.float() - logits.float().logsumexp(-1, keepdim=True)
     return ids, log_probs, torch.log1p(-log_probs.exp().sum(-1))
@@ -109,30 +106,30 @@ def topk_compress(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def torch_median(xs: Sequence[Tensor]) -> Tensor:
-    """The lower of the middle two where their number is even."""
+    """Median; of an even number of clients the lower of the middle two."""
     return torch.stack(list(xs)).median(0).values
 
 
 def sorted_median(xs: Sequence[Tensor]) -> Tensor:
-    """The mean of the middle two where their number is even."""
+    """Median; of an even number of clients the mean of the middle two."""
     ordered, count = torch.stack(list(xs)).sort(0).values, len(xs)
     return (ordered[(count - 1) // 2] + ordered[count // 2]) / 2
 
 
 def trimmed_mean(xs: Sequence[Tensor], trim: int) -> Tensor:
-    """By sorting."""
+    """Trimmed mean by sorting."""
     return torch.stack(list(xs)).sort(0).values[trim : len(xs) - trim].mean(0)
 
 
 def krum(xs: Sequence[Tensor], byzantine: int) -> Tensor:
-    """The client nearest to its C - f - 2 nearest (Blanchard et al., 2017)."""
+    """The client closest to its C - f - 2 nearest neighbours (Blanchard et al., 2017)."""
     stacked = torch.stack([x.flatten() for x in xs]).float()
     near = torch.cdist(stacked, stacked).square().sort(1).values[:, 1 : len(xs) - byzantine - 1]
     return xs[int(near.sum(1).argmin())]
 
 
 def geometric_median(xs: Sequence[Tensor], iterations: int = 32) -> Tensor:
-    """Weiszfeld's algorithm on each row."""
+    """Geometric median of each row by Weiszfeld's algorithm."""
     stacked = torch.stack(list(xs)).float()
     z = stacked.mean(0)
     for _ in range(iterations):
@@ -142,14 +139,14 @@ def geometric_median(xs: Sequence[Tensor], iterations: int = 32) -> Tensor:
 
 
 def nearest_neighbour_mixing(xs: Sequence[Tensor], byzantine: int) -> list[Tensor]:
-    """Each client's mean with its C - f nearest, itself among them (Allouah et al., 2023)."""
+    """Mean of each client's C - f nearest neighbours, itself included (Allouah et al., 2023)."""
     stacked = torch.stack([x.flatten() for x in xs]).float()
     near = torch.cdist(stacked, stacked).topk(len(xs) - byzantine, largest=False).indices
     return [stacked[index].mean(0).view_as(xs[0]).to(xs[0].dtype) for index in near]
 
 
 def aggregate(clients: Sequence[TopK], rule: str) -> Tensor:
-    """Dense log-probabilities by a rule on the answers made dense."""
+    """Expand the answers, then apply the rule; dense log-probabilities."""
     stacked = torch.stack([client.expand() for client in clients])
     if rule == "median":
         ordered, count = stacked.sort(0).values, len(clients)
@@ -162,7 +159,7 @@ def aggregate(clients: Sequence[TopK], rule: str) -> Tensor:
 
 
 def liger(kind: str, temperature: float, device: str) -> Callable[[Tensor, Tensor], Tensor] | str:
-    """liger_kernel's losses take log-probabilities."""
+    """liger_kernel's losses, which take log-probabilities."""
     if find_spec("liger_kernel") is None:
         return "not installed"
     if device != "cuda":
@@ -171,6 +168,7 @@ def liger(kind: str, temperature: float, device: str) -> Callable[[Tensor, Tenso
 
     def run(student: Tensor, teacher: Tensor) -> Tensor:
         a, b = (student / temperature).log_softmax(-1), (teacher / temperature).log_softmax(-1)
+        soft: Tensor
         if kind == "forward_kl":
             soft = liger_kl_div(a, b, reduction="batchmean", log_target=True)
         else:
@@ -191,24 +189,26 @@ def liger_linear(temperature: float, device: str) -> Callable[[Tensor, Tensor, T
     jsd = LigerFusedLinearJSD(jsd_beta=0.0, temperature=temperature)
 
     def run(hidden: Tensor, weight: Tensor, teacher: TeacherHead) -> Tensor:
-        return jsd(hidden, weight, teacher.hidden, teacher.weight, None) * temperature**2
+        soft: Tensor = jsd(hidden, weight, teacher.hidden, teacher.weight, None)
+        return soft * temperature**2
 
     return run
 
 
 def cut_cross_entropy(device: str) -> Callable[[Tensor, Tensor, Tensor], Tensor] | str:
-    """Apple's linear layer and cross-entropy in one: of labels alone."""
+    """Apple's fused linear layer and cross-entropy; labels only, no teacher."""
     if find_spec("cut_cross_entropy") is None:
         return "not installed"
     if device != "cuda":
         return "its kernels need a GPU"
     from cut_cross_entropy import linear_cross_entropy
 
-    return linear_cross_entropy
+    run: Callable[[Tensor, Tensor, Tensor], Tensor] = linear_cross_entropy
+    return run
 
 
 def byzfl(rule: str, setting: int | None = None, elements: int = 0) -> Callable[[list[Tensor]], Tensor] | str:
-    """ByzFL's aggregators take flat tensors and work in float32."""
+    """ByzFL's aggregators, which take flat tensors and compute in float32."""
     if find_spec("byzfl") is None:
         return "not installed"
     if rule == "Median" and elements >= 1 << 24:
@@ -220,7 +220,7 @@ def byzfl(rule: str, setting: int | None = None, elements: int = 0) -> Callable[
 
 
 def distillkit(vocab: int, k: int) -> tuple[Callable[..., Any], Callable[..., Any]] | str:
-    """DistillKit's compressor, k exact float32 values and packed ids, and its way back to ids and values."""
+    """DistillKit's compressor (k exact float32 values, packed ids) and its decompressor to ids and values."""
     if find_spec("distillkit") is None:
         return "not installed"
     from distillkit.compression import DistributionQuantizationConfig, LogprobCompressor

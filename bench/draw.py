@@ -1,9 +1,9 @@
-"""Two figures of a result file: time relative to ours, and bandwidth against the copy's."""
+"""Two plots of a result file: time relative to ours, and bandwidth against the copy's."""
 
 from pathlib import Path
 from typing import Any
 
-from bench.rivals import medians, rivals
+from .rivals import medians, rivals
 
 WIDTH = 7.6  # inches: a README's column at 100 dots an inch
 COLOURS = ["#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb", "#222222"]
@@ -18,7 +18,7 @@ STYLE: Any = {
 
 
 def draw(results: dict[str, Any], path: Path) -> list[Path]:
-    """Write ``-time.svg`` and ``-bandwidth.svg`` beside a result file; their paths."""
+    """Write ``-time.svg`` and ``-bandwidth.svg`` beside a result file; return their paths."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -32,7 +32,7 @@ def draw(results: dict[str, Any], path: Path) -> list[Path]:
 
 
 def times(results: dict[str, Any]) -> Any:
-    """Bars: how many times ours' time the others take, headline cases, log scale."""
+    """Bar chart of the competitors' times as multiples of ours: headline cases, log scale."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator
 
@@ -66,7 +66,7 @@ def times(results: dict[str, Any]) -> Any:
             y += 1
         y += 0.9
     axes.set_xscale("log")
-    room = (most / least) ** 0.13  # for the numbers at the bars' ends
+    room = (most / least) ** 0.13  # for the numbers at the ends of the bars
     axes.set_xlim(least / (room if least < 0.9 else 1), most * room)
     axes.set_ylim(y - 0.9, -1)
     axes.axvline(1, color="#222222", linewidth=1)
@@ -81,7 +81,7 @@ def times(results: dict[str, Any]) -> Any:
 
 
 def bandwidths(results: dict[str, Any]) -> Any:
-    """Points: counted bytes over time, of ours and of the fastest other, under the line of the copy."""
+    """Scatter plot of bandwidth (counted bytes over time): ours, the fastest competitor's, the copy's."""
     from matplotlib.figure import Figure
 
     cases = [case for case in results["cases"] if case["floor"] == "copy" and "ours" in medians(case)]

@@ -1,8 +1,8 @@
-"""``python -m bench.federation``: what one more client costs the server, in Flower's simulation.
+"""``python -m bench.federation``: cost of one more client for the server, in Flower's simulation.
 
-Federations of 25 to 200 tiny clients with the same texts each; a tenth of them is asked in each round. The
-coordinator's process holds one reply at a time: neither its memory nor its seconds for a reply may grow with
-the clients.
+Federations of 25 to 200 tiny clients with equally many texts; a tenth of the clients takes part in each
+round. The coordinator holds one reply at a time: neither its memory nor its seconds per reply may grow with
+the number of clients.
 """
 
 import json
@@ -18,7 +18,7 @@ import click
 import yaml
 
 from bench import machine
-from feddistill.store import RunDirectory
+from feddistill.store.run_directory import RunDirectory
 
 SCHEMA = 1
 RESULT = Path(__file__).parent / "results" / "federation.json"
@@ -48,7 +48,7 @@ def settings(clients: int) -> dict[str, Any]:
 
 
 def measure(clients: int, folder: Path) -> dict[str, Any]:
-    """One run, and what its journal and result say."""
+    """Run one federation; return the measurements from its journal and result."""
     config, out = folder / f"{clients}.yaml", folder / f"run-{clients}"
     config.write_text(yaml.safe_dump(settings(clients), sort_keys=False))
     program = Path(sys.executable).with_name("feddistill")
@@ -76,9 +76,9 @@ def measure(clients: int, folder: Path) -> dict[str, Any]:
 
 
 def table(found: dict[str, Any]) -> str:
-    """For a document."""
+    """Markdown table for the documentation."""
     lines = [
-        "| clients | asked in a round | replies | seconds | seconds a reply | peak memory, MB |",
+        "| clients | clients per round | replies | seconds | seconds per reply | peak memory, MB |",
         "|--:|--:|--:|--:|--:|--:|",
     ]
     for case in found["cases"]:
@@ -91,31 +91,11 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join([*lines, "", note])
 
 
-def draw(found: dict[str, Any], path: Path) -> None:
-    """Memory and seconds a reply by the number of clients."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "feddistill"
-    from matplotlib import pyplot
-
-    cases = found["cases"]
-    counts = [case["clients"] for case in cases]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(8, 3))
-    left.plot(counts, [case["coordinator_peak_bytes"] / 1e6 for case in cases], "o-")
-    left.set(xlabel="clients", ylabel="coordinator's peak memory, MB", ylim=(0, None))
-    right.plot(counts, [case["seconds_a_reply"] for case in cases], "o-")
-    right.set(xlabel="clients", ylabel="seconds a reply", ylim=(0, None))
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None}, bbox_inches="tight")
-    pyplot.close(figure)
-
-
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--clients", "counts", type=int, multiple=True, default=COUNTS, show_default=True)
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), default=RESULT, show_default=True)
 def main(counts: Sequence[int], out: Path) -> None:
-    """Measure federations of several sizes; writes a result file and a plot."""
+    """Measure federations of several sizes and write a result file."""
     from importlib.metadata import version
 
     cases = []
@@ -125,7 +105,6 @@ def main(counts: Sequence[int], out: Path) -> None:
             click.echo(json.dumps(cases[-1]))
     found = {"schema": SCHEMA, **machine.describe("cpu"), "flower": version("flwr"), "cases": cases}
     out.write_text(json.dumps(found, indent=1) + "\n")
-    draw(found, out.with_suffix(".svg"))
     click.echo(table(found))
 
 

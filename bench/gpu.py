@@ -1,6 +1,6 @@
-"""The steps of ``bench/gpu.sh`` that are Python: cases of a step, their measurement, the table in the end.
+"""The Python part of ``bench/gpu.sh``: list and measure the cases of a step, print the final table.
 
-It needs feddistill_kernels and PyTorch; to list, note or judge it needs no GPU.
+Needs feddistill_kernels and PyTorch, but not click; a GPU only to measure.
 """
 
 import argparse
@@ -20,28 +20,31 @@ STEPS = {
     "distances": ("geometric_median", "krum", "nearest_neighbour_mixing"),
     "answers": ("aggregate_topk",),
 }
-"""Operators that one process measures: what one breaks, the next finds whole."""
+"""Step to its operators.  Each step is a process of its own, so that a crash affects no other step."""
 
 
 def main(arguments: list[str]) -> int:
-    """Run a command; the exit status."""
+    """Run a command; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, what in (("cases", "of every step"), ("measure", "one step's cases")):
+    for name, what in (
+        ("cases", "list the cases of every step"),
+        ("measure", "measure the cases of one step"),
+    ):
         command = commands.add_parser(name, help=what)
-        command.add_argument("--quick", action="store_true", help="two cases an operator, briefly")
+        command.add_argument("--quick", action="store_true", help="two cases per operator, briefly")
         if name == "measure":
             command.add_argument("step", choices=STEPS)
-            command.add_argument("--out", type=Path, required=True, help="file to add to")
-            command.add_argument("--commit", help="where the tree is no clone")
-    command = commands.add_parser("note", help="how a step ended")
+            command.add_argument("--out", type=Path, required=True, help="result file to add the cases to")
+            command.add_argument("--commit", help="commit to record if the tree is not a clone")
+    command = commands.add_parser("note", help="record the outcome of a step")
     command.add_argument("step")
     command.add_argument("status", type=int)
     command.add_argument("seconds", type=float)
     command.add_argument("--said", default="")
     command.add_argument("--out", type=Path, required=True)
-    commands.add_parser("name", help="of this machine's result file")
-    command = commands.add_parser("bars", help="hold a result file against the bars")
+    commands.add_parser("name", help="print the name of this machine's result file")
+    command = commands.add_parser("bars", help="compare a result file with the required speeds")
     command.add_argument("out", type=Path)
     given = parser.parse_args(arguments)
     if given.command == "note":
@@ -60,17 +63,16 @@ def main(arguments: list[str]) -> int:
 
 
 def cases(step: str, quick: bool) -> list[Any]:
-    """What a step measures."""
+    """The cases that a step measures."""
     from bench.cases import chosen
 
     return chosen(STEPS[step], "cuda", quick=quick)
 
 
 def measure(step: str, out: Path, quick: bool, commit: str | None) -> int:
-    """Measure a step's cases and add each to ``out``; 1 where one of ours fails."""
-    from bench.baselines import FAMILIES
+    """Measure a step's cases and add each to ``out``; return 1 if one of ours fails."""
     from bench.cases import Setup
-    from bench.rivals import BACKENDS
+    from bench.names import BACKENDS, FAMILIES
     from bench.run import run
 
     setup = Setup("cuda", frozenset(FAMILIES) - ({"compile"} if quick else set()))
@@ -80,8 +82,8 @@ def measure(step: str, out: Path, quick: bool, commit: str | None) -> int:
         known = {**results, "commit": results["commit"] or commit}
         record.save(out, record.joined(before, known))
 
-    show = partial(print, flush=True)
-    found = run(cases(step, quick), setup, quick=quick, echo=show, keep=keep, go_on=True)
+    progress = partial(print, flush=True)
+    found = run(cases(step, quick), setup, quick=quick, echo=progress, keep=keep, go_on=True)
     failed = [
         f"{case['name']}: {name}: {entry['failed']}"
         for case in found["cases"]
@@ -94,14 +96,14 @@ def measure(step: str, out: Path, quick: bool, commit: str | None) -> int:
 
 
 def bars(out: Path) -> int:
-    """Print how steps ended, a line a case and the bars; 1 where a step failed or a bar is missed."""
-    from bench.bars import bars as held
-    from bench.bars import said
+    """Print cases, requirements and steps; return 1 if a step failed or a requirement is missed."""
+    from bench.bars import bars as requirements
+    from bench.bars import described
     from bench.rivals import medians, rivals
 
     found = record.load(out)
     if found is None:
-        print(f"{out} is not there")
+        print(f"there is no file {out}")
         return 1
     print(f"{'':66} {'ours':>9} {'native':>9} {'triton':>9} {'% copy':>7}  others, times ours")
     for case in found["cases"]:
@@ -120,7 +122,7 @@ def bars(out: Path) -> int:
             if "failed" in entry
         ]
         print(f"{case['name']:66} {' '.join(cells)} {share:>7}  {'; '.join(filter(None, [others, *lost]))}")
-    *lines, missed = ["0 missed"] if found.get("quick") else said(held(found))
+    *lines, missed = ["0 missed"] if found.get("quick") else described(requirements(found))
     print(*lines, missed, sep="\n")
     steps = found.get("steps", [])
     for step in steps:
@@ -130,7 +132,7 @@ def bars(out: Path) -> int:
 
 
 def file_name() -> str:
-    """Of the GPU, as in ``gpu-h100-80gb-hbm3.json``."""
+    """Name of the result file for this GPU, e.g. ``gpu-h100-80gb-hbm3.json``."""
     import torch
 
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"

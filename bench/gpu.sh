@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
 # Build, test and measure the kernels on one NVIDIA GPU, without a network, in less than eight minutes.
 #
-#   bench/gpu.sh                  everything; bench/results/gpu-<name of the GPU>.json
-#   bench/gpu.sh --plan           what it would do: needs no GPU and builds nothing
-#   bench/gpu.sh --quick          two cases an operator, briefly: does it work?
-#   bench/gpu.sh --out FILE       another result file
-#   bench/gpu.sh --liger WHEEL    measure Liger as well, from its wheel, where it is not installed
-#   bench/gpu.sh --commit ID      what the tree is, where it is no clone
-#   bench/gpu.sh --keep FOLDER    build there, and use what was built there before
+#   bench/gpu.sh                  everything; writes bench/results/gpu-<name of the GPU>.json
+#   bench/gpu.sh --plan           print what would run; needs no GPU and builds nothing
+#   bench/gpu.sh --quick          smoke test: two cases per operator, briefly
+#   bench/gpu.sh --out FILE       write this result file instead
+#   bench/gpu.sh --liger WHEEL    measure Liger as well, from its wheel, if it is not installed
+#   bench/gpu.sh --commit ID      commit to record if the tree is not a clone
+#   bench/gpu.sh --keep FOLDER    build in this folder, and reuse what was built there before
 #
-# Python is what PYTHON names, else python3, else, where that has no torch, .venv/bin/python.
+# Python is $PYTHON, else python3, else, if that has no torch, .venv/bin/python.
 # It needs torch, triton, numpy, pytest; cmake, ninja, pybind11, nvcc.
-# What fails is noted, the others go on, and the exit status is 1.
+# A step that fails is recorded, the others still run, and the exit status is 1.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -20,7 +20,7 @@ if [[ -z ${PYTHON:-} && -x $root/.venv/bin/python ]] && ! python3 -c 'import tor
   python=$root/.venv/bin/python
 fi
 plan='' quick='' out='' liger='' commit='' keep=''
-budget=470 # seconds of all: no step begins, and none goes on, after them
+budget=470 # seconds in total: no step starts or continues after them
 
 while (($#)); do
   case $1 in
@@ -40,12 +40,12 @@ while (($#)); do
   shift
 done
 [[ -z $liger || -f $liger ]] || { echo "gpu.sh: --liger: there is no file $liger" >&2 && exit 2; }
-# Where it is called from is not where it works.
+# Relative paths refer to the folder of the caller, which is not the working directory.
 for name in out liger keep; do
   [[ -z ${!name} || ${!name} == /* ]] || printf -v "$name" %s "$PWD/${!name}"
 done
 
-work=/tmp/feddistill-gpu # what a plan shows
+work=/tmp/feddistill-gpu # shown by --plan
 if [[ -n $keep ]]; then
   work=$keep
 elif [[ -z $plan ]]; then
@@ -57,7 +57,7 @@ shares=$(nproc 2>/dev/null || echo 4)
 ((shares <= 10)) || shares=10
 failed=0 job=''
 
-# In a plan a command is said, not run.
+# With --plan, print the command instead of running it.
 run() {
   if [[ -n $plan ]]; then
     echo "    $*"
@@ -66,7 +66,7 @@ run() {
   fi
 }
 
-# quietly LOG COMMAND...: its output is kept for later.
+# quietly LOG COMMAND...: run with output to LOG.
 quietly() {
   if [[ -n $plan ]]; then
     echo "    ${*:2}"
@@ -75,10 +75,10 @@ quietly() {
   fi
 }
 
-# Where it runs, what was built goes before the tree; bench/ is in the tree alone.
+# Run with the built package before the tree on the path; bench/ is in the tree only.
 inside() { cd "$site" && PYTHONPATH=$site${liger:+:$work/liger}:$root "$@"; }
 
-# step NAME SECONDS COMMAND...: in its time, and what is left of all; notes how it ended.
+# step NAME SECONDS COMMAND...: run with a time limit, within the budget; record the outcome.
 step() {
   local name=$1 limit=$2 status=0 start=$SECONDS
   shift 2
@@ -95,11 +95,11 @@ step() {
   fi
   local said=''
   [[ $name != tests ]] || said=$(counted || true)
-  [[ $status != 124 ]] || said+='its time was up'
+  [[ $status != 124 ]] || said+='timed out'
   note "$name" "$status" $((SECONDS - start)) "$said"
 }
 
-# `timeout` takes no functions.  The step is a process group, which ends as one.
+# `timeout` takes no functions.  The step is a process group, which is killed as a whole.
 within() {
   local limit=$1 watch status=0
   shift
@@ -124,18 +124,18 @@ note() {
 
 machine() {
   local query=name,memory.total,driver_version,compute_cap,clocks.max.sm,clocks.max.memory
-  run nvidia-smi --query-gpu="$query" --format=csv || echo "nvidia-smi tells nothing"
-  run "$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)" --version || echo "nvcc is not there"
+  run nvidia-smi --query-gpu="$query" --format=csv || echo "nvidia-smi failed"
+  run "$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)" --version || echo "nvcc is not installed"
   run "$python" -c 'import sys, torch, triton; print(sys.version, torch.__version__, torch.version.cuda, triton.__version__)'
 }
 
-# For this GPU alone: other architectures are compiled in CI.
+# For this GPU only: other architectures are compiled in CI.
 build() {
   local capability='<capability of the GPU>'
   if [[ -z $plan ]]; then
     capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1 | tr -d '. ')
   fi
-  # Without a compiled module Triton runs all the same.
+  # Triton runs without a compiled module as well.
   run rm -rf "$site" && run mkdir -p "$site" && run cp -r "$root/feddistill_kernels" "$site/" || return
   run find "$site" -name '_C*.so' -delete || return
   if [[ -n $liger ]]; then
@@ -150,10 +150,10 @@ build() {
   run cmake --install "$work/build"
 }
 
-# What other versions of PyTorch and Python warn of is no failure here.
+# Warnings of other versions of PyTorch and Python are not failures here.
 pytest=("$python" -m pytest -c "$root/pyproject.toml" --rootdir "$root" -p no:cacheprovider -q -W default --device cuda)
 
-# Shares of the tests side by side, for most of their time is Triton's compiler, and beside them the sanitizer.
+# Shares of the tests in parallel, since Triton's compiler takes most of the time, and the sanitizer beside them.
 tests() {
   local share jobs=() status=0
   export TRITON_CACHE_DIR=$work/triton
@@ -174,28 +174,28 @@ tests() {
   return "$status"
 }
 
-# Of the shares that came to an end.
+# Count the outcomes of the shares that finished.
 counted() {
   tail -qn 1 "$work"/tests-*.log | grep -oE '[0-9]+ (passed|failed|errors?|skipped)' |
     awk '{ sums[$2] += $1 } END { for (kind in sums) printf "%d %s ", sums[kind], kind }'
 }
 
-# What the shares said, also of those that were ended.
+# Failures in all shares, those that were killed included.
 failures() {
   [[ -n $plan ]] || grep -hE '^(FAILED|ERROR|E  )' "$work"/tests-*.log | cut -c1-300 | head -60 || true
 }
 
-# Without PyTorch's own pool of memory, which hides what is past the end of a tensor.
+# Without PyTorch's caching allocator, which hides accesses past the end of a tensor.
 sanitize() {
   local status=0 log=$work/$1.log
   if [[ -z $plan ]] && ! command -v compute-sanitizer >/dev/null; then
-    echo "compute-sanitizer is not there" >"$log"
+    echo "compute-sanitizer is not installed" >"$log"
   else
     export PYTORCH_NO_CUDA_MEMORY_CACHING=1
     quietly "$log" inside compute-sanitizer --tool "$1" --error-exitcode 9 --target-processes all --print-limit 5 \
       "${pytest[@]}" -k small_shapes "$root/tests/kernels/test_gpu.py" || status=$?
     if [[ -z $plan ]] && grep -q 'Device not supported' "$log"; then
-      echo 'compute-sanitizer cannot look into this device' >>"$log"
+      echo 'compute-sanitizer does not support this device' >>"$log"
       status=0
     fi
   fi
@@ -204,7 +204,7 @@ sanitize() {
 
 sanitized() {
   if [[ -n $plan ]]; then
-    echo "    (what compute-sanitizer said, beside the tests)"
+    echo "    (output of compute-sanitizer, which ran beside the tests)"
     return
   fi
   tail -n 8 "$work/$1.log"
@@ -228,7 +228,7 @@ measure() {
 
 cd "$root"
 if [[ -z $out && -n $quick ]]; then
-  out=$work/gpu.json # it is not for keeping
+  out=$work/gpu.json # temporary
 elif [[ -z $out && -n $plan ]]; then
   out=$root/bench/results/gpu-'<name of the GPU>'.json
 elif [[ -z $out ]]; then

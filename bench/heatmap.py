@@ -1,17 +1,18 @@
-"""The result of ``bench.robustness`` as a table and as a heat map."""
+"""The result of ``bench.robustness`` as a table and a heat map."""
 
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from bench.draw import STYLE
-from feddistill.attacks import ATTACKS
+from feddistill.aggregation.attacks import ATTACKS
+from feddistill.aggregation.rules import ASSUMED
 
 HONEST, ALONE, LYING = "ten honest", "the six honest alone", "2 second_best, 2 least_likely"
 
 
 def table(found: dict[str, Any]) -> str:
-    """For the documents: teachers under four liars of ten, and students."""
+    """Markdown tables: teachers with four attackers of ten, and students."""
     teachers, count = found["teacher_accuracy"], "4"
     attacks = [name for name in ATTACKS if name in teachers]
     lines = [
@@ -33,7 +34,7 @@ def table(found: dict[str, Any]) -> str:
     e = found["machine"]
     note = (
         f"Means over seeds {', '.join(map(str, found['seeds']))}; {found['clients']} clients, Dirichlet 0.3, "
-        f"the quickstart's models; {e['cpu']}, torch {found['versions']['torch']}. {found['assumed']}"
+        f"the quickstart's models; {e['cpu']}, torch {found['versions']['torch']}. {ASSUMED}"
     )
     return "\n".join([*lines, "", note])
 
@@ -45,7 +46,7 @@ def _cell(values: list[float] | None) -> str:
 
 
 def draw(found: dict[str, Any], path: Path) -> Path:
-    """The heat map beside the result: rules by attacks, two and four liars of ten."""
+    """Write the heat map beside the result: rules by attacks, with two and four attackers of ten."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -61,14 +62,16 @@ def draw(found: dict[str, Any], path: Path) -> Path:
         ):
             columns = [(HONEST, "0"), *((name, count) for name in attacks)]
             grid = [[100 * fmean(teachers[name][f][key]) for name, f in columns] for key in keys]
-            axes.imshow(grid, cmap="cividis", vmin=0, vmax=80, aspect="auto")  # in any eye, and in grey
+            axes.imshow(
+                grid, cmap="cividis", vmin=0, vmax=80, aspect="auto"
+            )  # readable for colour-blind readers and in greyscale
             for y, row in enumerate(grid):
                 for x, value in enumerate(row):
                     ink = "white" if value < 40 else "black"
                     axes.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=6, color=ink)
             labels = [name for name, _ in columns]
             axes.set_xticks(range(len(columns)), labels, rotation=60, ha="right", fontsize=7)
-            axes.set_title(f"{count} liars of ten: teacher's accuracy, %", fontsize=9)
+            axes.set_title(f"{count} attackers of ten: teacher's accuracy, %", fontsize=9)
             if not place:
                 axes.set_yticks(range(len(keys)), keys, fontsize=7)
             axes.tick_params(length=0)

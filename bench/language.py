@@ -1,13 +1,13 @@
-"""A distillation step of a language model, and the server's memory: ``python -m bench.language``.
+"""``python -m bench.language``: a distillation step of a language model, and the server's memory.
 
-The step: a Llama-like student of two layers reads four sequences of 512 tokens, V = 49,152; the teacher
-keeps k = 64. ``ours`` is the training's own loss. Two losses of eager PyTorch have the teacher whole,
-``[tokens, V]``: ``textbook`` as tutorials write it, from both models' logits, and ``dense`` with all that can
-be spared by hand, from the teacher's log-probabilities and one log-softmax for both terms. All have the
-head's three products, which are most of a wide student's step. Forward and backward to all gradients, in
-turns, in one process, in float32 and in bfloat16 (autocast; what ``precision: auto`` takes where the
-processor has it); the most memory above what was there before, each in a process of its own, of which the
-allocator keeps nothing that was freed. The server merges and stores one round of four clients.
+The step: a Llama-like student with two layers reads four sequences of 512 tokens, V = 49,152; the teacher
+has k = 64. ``ours`` is the loss of the product's training. Two losses in eager PyTorch use a dense teacher,
+``[tokens, V]``: ``textbook`` as in tutorials, from both models' logits, and ``dense`` optimised by hand, from
+the teacher's log-probabilities and one log-softmax for both terms. All include the three products of the
+head, which dominate a wide student's step. Time: forward and backward to all gradients, in turns, in one
+process, in float32 and bfloat16 (autocast, which ``precision: auto`` selects if the CPU supports it).
+Memory: the peak above the state before the step, each in its own process, whose allocator returns freed
+memory at once. The server aggregates and stores one round of four clients.
 """
 
 import ctypes
@@ -25,20 +25,21 @@ from torch import Tensor
 from torch.nn import functional
 
 from bench.machine import describe, publish
-from feddistill import aggregation
+from feddistill.aggregation.diagnostics import diagnose
+from feddistill.aggregation.rules import MeanProbs
+from feddistill.aggregation.teacher import aggregate
 from feddistill.config.training import DistillConfig
-from feddistill.heads import head_of, hidden_states
-from feddistill.rules import MeanProbs
-from feddistill.tensorfile import TopKFile
+from feddistill.modelio.outputs import head_of, hidden_states
+from feddistill.store.logit_files import TopKFile
 from feddistill.training.blocks import block_loss
 from feddistill_kernels import TopK, topk_compress
 
 V, LENGTH, K, SEQUENCES, KD_WEIGHT = 49_152, 512, 64, 4, 0.5
 HIDDEN = (128, 256, 576)
-"""Sizes of students."""
+"""Hidden sizes of the students."""
 POSITIONS, CLIENTS, KEPT = 40_000, 4, 16
 M_MMAP_THRESHOLD = -3
-"""Of ``mallopt``."""
+"""Parameter of ``mallopt``."""
 
 
 def _student(hidden: int) -> Any:
@@ -72,7 +73,7 @@ def _lesson() -> tuple[Tensor, Tensor, TopK]:
 
 
 def ours(model: Any, ids: Tensor, labels: Tensor, teacher: TopK, bf16: bool) -> float:
-    """The step of ``training.blocks``."""
+    """The loss of the product's training."""
     model.zero_grad()
     taught = torch.ones(len(labels), dtype=torch.bool)
     distill = DistillConfig(temperature=1.0, kd_weight=KD_WEIGHT)
@@ -86,7 +87,7 @@ def ours(model: Any, ids: Tensor, labels: Tensor, teacher: TopK, bf16: bool) -> 
 
 
 def dense(model: Any, ids: Tensor, labels: Tensor, teacher: Tensor, bf16: bool) -> float:
-    """The same loss by a person who has the teacher's log-probabilities whole, as sparing as can be."""
+    """The same loss from dense teacher log-probabilities, optimised by hand."""
     model.zero_grad()
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         log_p = model(input_ids=ids).logits.flatten(0, 1).log_softmax(-1)
@@ -97,7 +98,7 @@ def dense(model: Any, ids: Tensor, labels: Tensor, teacher: Tensor, bf16: bool) 
 
 
 def textbook(model: Any, ids: Tensor, labels: Tensor, teacher: Tensor, bf16: bool) -> float:
-    """The same loss as tutorials write it: soft targets and cross-entropy, from logits."""
+    """The same loss as in tutorials: soft targets and cross-entropy, from logits."""
     model.zero_grad()
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         logits = model(input_ids=ids).logits.flatten(0, 1)
@@ -111,18 +112,18 @@ STEPS: dict[str, Callable[..., float]] = {"ours": ours, "dense": dense, "textboo
 
 
 def _measured(which: str, hidden: int, bf16: bool, out: Any) -> None:
-    """Peak memory of one step above what was there before it, the teacher included.
+    """Peak memory that one step adds, the teacher included.
 
-    Before: the model and the code, for a small step has been taken. What is freed goes back to the system at
-    once, so that the peak is of what is in use, and not of what glibc's heap keeps.
+    A small step is taken first, so that the model and the code are not counted. Freed memory returns to the
+    system at once, so that the peak is memory in use and not what glibc's heap keeps.
     """
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
     model, (ids, labels, teacher) = _student(hidden), _lesson()
 
     def step(sequences: int, length: int) -> None:
         rows = torch.arange(len(labels)).view(SEQUENCES, LENGTH)[:sequences, :length].flatten()
-        said = teacher[rows] if which == "ours" else teacher[rows].expand()
-        STEPS[which](model, ids[:sequences, :length].contiguous(), labels[rows], said, bf16)
+        targets = teacher[rows] if which == "ours" else teacher[rows].expand()
+        STEPS[which](model, ids[:sequences, :length].contiguous(), labels[rows], targets, bf16)
 
     step(1, 8)
     model.zero_grad()
@@ -139,9 +140,9 @@ def _status(name: str) -> int:
 
 
 def _server(out: Any) -> None:
-    """One round: merge the answers of all clients into a teacher on disk, rows made as they are asked for."""
+    """Aggregate one round's answers into a teacher on disk; rows are generated on demand."""
 
-    def answerer(client: int) -> Callable[[int, int], TopK]:
+    def answer_reader(client: int) -> Callable[[int, int], TopK]:
         def rows(start: int, stop: int) -> TopK:
             random = torch.Generator().manual_seed(client * POSITIONS + start)
             ids = torch.randint(0, V // KEPT, (stop - start, KEPT), generator=random) * KEPT
@@ -153,13 +154,13 @@ def _server(out: Any) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         file = TopKFile.create(Path(folder) / "teacher.safetensors", POSITIONS, KEPT, V)
-        clients = [answerer(client) for client in range(CLIENTS)]
+        clients = [answer_reader(client) for client in range(CLIENTS)]
         start = time.perf_counter()
-        found = aggregation.aggregate(clients, POSITIONS, MeanProbs(), k=KEPT, sink=file.put)
+        found = aggregate(clients, POSITIONS, MeanProbs(), k=KEPT, sink=file.put)
         teacher = TopKFile.open(Path(folder) / "teacher.safetensors")
         labels = torch.zeros(POSITIONS, dtype=torch.long)
         names = [str(c) for c in range(CLIENTS)]
-        aggregation.diagnose(names, clients, teacher, labels, found.mass, found.weights)
+        diagnose(names, clients, teacher, labels, found.mass, found.weights)
         seconds = time.perf_counter() - start
     out.put({"peak_memory_bytes": _status("VmHWM"), "seconds": round(seconds, 2)})
 
@@ -175,7 +176,7 @@ def _apart(target: Callable[..., None], *given: Any) -> Any:
 
 
 def _step(hidden: int, bf16: bool, times: int) -> dict[str, Any]:
-    """All of them in turns, for a student of this size."""
+    """Time all losses in turns for a student of this size."""
     model, (ids, labels, teacher) = _student(hidden), _lesson()
     given = {name: teacher if name == "ours" else teacher.expand() for name in STEPS}
     losses = {name: step(model, ids, labels, given[name], bf16) for name, step in STEPS.items()}
@@ -195,10 +196,10 @@ def _step(hidden: int, bf16: bool, times: int) -> dict[str, Any]:
 
 
 def table(found: dict[str, Any]) -> str:
-    """What was measured, for the documents."""
+    """Markdown table for the documentation."""
     lines = [
-        "| student's width, precision | ours, s | dense, s | textbook, s | faster | ours, MB | dense, MB "
-        "| textbook, MB | smaller | losses apart |",
+        "| student's width, precision | ours, s | dense, s | textbook, s | speed-up | ours, MB | dense, MB "
+        "| textbook, MB | memory ratio | loss difference |",
         "|--|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for step in found["steps"]:
@@ -214,19 +215,19 @@ def table(found: dict[str, Any]) -> str:
         f"A step of {found['sequences']} sequences of {found['sequence']} tokens, "
         f"V = {found['vocabulary']:,}, "
         f"k = {found['k']}, {found['threads']} threads of {on['machine']['cpu']}, torch "
-        f"{on['versions']['torch']}, commit {on['commit'][:7]}. Memory is the most in use above what was "
-        f"there before, the dense teacher included. A server that merges {server['clients']} clients' "
-        f"answers to {server['positions']:,} positions (k = {server['k']}) peaks at "
-        f"{server['peak_memory_bytes'] / 2**30:.2f} GiB, its imports included."
+        f"{on['versions']['torch']}, commit {on['commit'][:7]}. Memory is the peak increase over the "
+        "state before the step, dense teacher included. A server that aggregates "
+        f"{server['clients']} clients' answers to {server['positions']:,} positions (k = {server['k']}) "
+        f"peaks at {server['peak_memory_bytes'] / 2**30:.2f} GiB, imports included."
     )
     return "\n".join([*lines, "", note])
 
 
 @click.command()
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path))
-@click.option("--times", default=3, show_default=True, help="Steps of each that are timed.")
+@click.option("--times", default=3, show_default=True, help="Timed steps of each loss.")
 def main(out: Path | None, times: int) -> None:
-    """Measure, and write what was found."""
+    """Measure; print the result and write it to --out."""
     found = {
         "schema": "language-2",
         "machine": describe("cpu"),

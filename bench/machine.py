@@ -1,4 +1,4 @@
-"""What a measurement was made on."""
+"""Describe the machine and software of a measurement."""
 
 import json
 import os
@@ -20,7 +20,7 @@ PACKAGES = ("torch", "triton", "numpy", "liger-kernel", "cut-cross-entropy", "by
 
 
 def describe(device: str) -> dict[str, object]:
-    """Machine, versions, build, commit and time, as they stand in a result file."""
+    """Machine, versions, build, commit and time, as stored in a result file."""
     commit, dirty = _commit()
     return {
         "machine": {
@@ -40,7 +40,7 @@ def describe(device: str) -> dict[str, object]:
 
 
 def publish(found: dict[str, Any], out: Path | None) -> None:
-    """Print what was found, and write it to a file."""
+    """Print the measurements and, with ``out``, write them to a file."""
     text = json.dumps(found, indent=1) + "\n"
     click.echo(text)
     if out:
@@ -55,7 +55,7 @@ def _cpu() -> str:
 
 
 def _version(package: str) -> str | None:
-    """Of an installed package; ``unknown`` for one that is only on the path."""
+    """Version of an installed package; ``unknown`` for one that is only on the path."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -63,7 +63,13 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> tuple[str | None, bool | None]:
-    """The commit, and whether files that git knows were changed; ``None`` outside a clone."""
+    """The commit, and whether tracked files were changed; ``None`` if this file does not run from a clone.
+
+    An installed package may lie inside another repository, whose commit says nothing about it.
+    """
+    top = _git("rev-parse", "--show-toplevel")
+    if top is None or Path(top).resolve() != ROOT.resolve():
+        return None, None
     commit = _git("rev-parse", "HEAD")
     changes = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
     return commit, None if changes is None else bool(changes)

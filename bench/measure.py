@@ -1,4 +1,4 @@
-"""One case: agreement first, then memory, then time."""
+"""Measure one case: agreement first, then memory, then time."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,21 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.cases import FAMILY, Case, Setup
-from bench.timing import Clock, Contender, check_agreement, in_turns, peak_extra_bytes
 from feddistill_kernels import available_backends, use_backend
 
-# Relative error of what is computed in float32 and rounded to a dtype.
+from .cases import Case, Setup
+from .names import FAMILY
+from .timing import Clock, Contender, check_agreement, in_turns, peak_extra_bytes
+
+# Allowed relative error of a result that is computed in float32 and rounded to a dtype.
 TOLERANCE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 2e-2}
 
 
 def measure(
     case: Case, setup: Setup, tick: Clock, copy: tuple[Contender, int], box: float, go_on: bool = False
 ) -> dict[str, Any]:
-    """The case's entry in a result file.
+    """Measure a case and return its entry of a result file.
 
     Raises:
-        DisagreementError: A contender does not compute what ours does, and ``go_on`` is not set.
+        DisagreementError: A contender's result differs from ours, and ``go_on`` is not set.
     """
     try:
         ours, *others = case.contenders(setup)
@@ -31,7 +33,7 @@ def measure(
     ) as error:  # its inputs are more than there is memory for, or a kernel that makes them fails
         if not go_on:
             raise
-        ours, others = Contender("ours", partial(_fail, _said(error))), []
+        ours, others = Contender("ours", partial(_fail, _message(error))), []
     contenders = [ours, *by_backend(case.op, ours, setup.device), *others]
     failures: dict[str, str] | None = {} if go_on else None
     peaks = check(case.name, case.dtype, setup.device, contenders, failures)
@@ -70,7 +72,7 @@ def measure(
 
 
 def by_backend(op: str, ours: Contender, device: str) -> list[Contender]:
-    """Ours on each backend of a GPU by name; the reference is written to be read."""
+    """Ours on each GPU backend by name, but for the reference, which is not written for speed."""
     if device != "cuda":
         return []
     return [
@@ -95,16 +97,16 @@ def check(
     contenders: list[Contender],
     failures: dict[str, str] | None = None,
 ) -> dict[str, int | None]:
-    """Require every contender's value to be ours, or the one that it says; the extra bytes of each.
+    """Require that every contender's value equals ours, or its own ``expected``; return their extra bytes.
 
-    With ``failures`` one that fails is noted there and left out.  All are held against the first that does
-    not.
+    With ``failures``, one that fails is recorded there and left out, and the values are compared with the
+    first that does not fail.
     """
     wanted: list[Tensor] | None = None
     peaks: dict[str, int | None] = {}
     for contender in contenders:
         try:
-            contender.run(*contender.prepare())  # what a first call makes, or compiles, is not in the bytes
+            contender.run(*contender.prepare())  # a first call may compile or allocate what later calls reuse
             result, extra = peak_extra_bytes(contender, device)
             with torch.no_grad():
                 if wanted is None and contender.expected is None:
@@ -114,10 +116,10 @@ def check(
                     expected = contender.expected() if contender.expected else wanted
                     assert expected is not None
                     check_agreement(f"{name}: {contender.name}", contender.value(result), expected, tolerance)
-        except Exception as error:  # whatever a contender raises is its result; the others are measured
+        except Exception as error:  # a contender that fails does not stop the others
             if failures is None:
                 raise
-            failures[contender.name] = _said(error)
+            failures[contender.name] = _message(error)
             continue
         finally:
             result = expected = None
@@ -129,7 +131,7 @@ def _fail(why: str) -> None:
     raise RuntimeError(why)
 
 
-def _said(error: Exception) -> str:
+def _message(error: Exception) -> str:
     if isinstance(error, torch.cuda.OutOfMemoryError):
         return "out of memory"
     line = next(iter(str(error).strip().splitlines()), "")

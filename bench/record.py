@@ -1,4 +1,4 @@
-"""Result files: read, kept on the way, and noted in.  The standard library is enough."""
+"""Read and write result files.  Needs only the standard library."""
 
 import json
 import os
@@ -9,10 +9,10 @@ SCHEMA = 1
 
 
 def load(path: Path) -> dict[str, Any] | None:
-    """What a file holds; ``None`` where there is none.
+    """Read a result file; ``None`` if it does not exist.
 
     Raises:
-        ValueError: It is no result file.
+        ValueError: The file is not a result file.
     """
     if not path.exists():
         return None
@@ -23,7 +23,7 @@ def load(path: Path) -> dict[str, Any] | None:
 
 
 def save(path: Path, results: dict[str, Any]) -> None:
-    """Write at once or not at all: a run that is killed leaves what it had."""
+    """Write atomically, so that a killed run leaves the previous file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".part")
     beside.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
@@ -31,7 +31,7 @@ def save(path: Path, results: dict[str, Any]) -> None:
 
 
 def note(path: Path, step: str, status: int, seconds: float, said: str = "") -> None:
-    """Add how a step of ``bench/gpu.sh`` ended to a file, which need not be there."""
+    """Add the outcome of a step of ``bench/gpu.sh`` to a result file, created if it does not exist."""
     results = load(path) or {"schema": SCHEMA, "device": "cuda", "cases": []}
     entry = {"step": step, "status": status, "seconds": round(seconds, 1)}
     steps = [other for other in results.get("steps", []) if other["step"] != step]
@@ -40,7 +40,7 @@ def note(path: Path, step: str, status: int, seconds: float, said: str = "") -> 
 
 
 def joined(before: dict[str, Any] | None, after: dict[str, Any]) -> dict[str, Any]:
-    """The cases of two runs as those of one, of the same case the later."""
+    """Merge the cases of two runs; of a case that both have, the later one counts."""
     if not before:
         return after
     measured = {case["name"] for case in after["cases"]}

@@ -1,6 +1,6 @@
-"""What the GPU kernels need of a GPU: registers, shared memory, and whether anything spills.
+"""Registers, shared memory and spills of the GPU kernels.
 
-No GPU is needed.  Triton's kernels are compiled as the operators launch them, for each target; CUDA C++
+No GPU is needed.  Triton kernels are compiled for each target as the operators would launch them; CUDA C++
 kernels are read from the compiled extension.
 
     python -m bench.resources --out bench/results/resources.json
@@ -31,22 +31,22 @@ SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
 
 @dataclass(frozen=True)
 class Resources:
-    """Of one kernel, compiled once."""
+    """Resources of one specialisation of a kernel for one target."""
 
     operator: str
     backend: str
     kernel: str
-    """With what it is compiled for."""
+    """Name with the parameters of the specialisation."""
     target: str
     registers: int
     shared_bytes: int
     stack_bytes: int
-    """Spilled registers and arrays in local memory: 0, or the kernel is wrong."""
+    """Spilled registers and arrays in local memory; must be 0."""
     warps: int | None = None
 
 
 def triton_launches() -> Iterator[tuple[str, Any]]:
-    """Operator and launch, each once, of everything in ``CASES``."""
+    """Operator and launch of everything in ``CASES``, without duplicates."""
     from feddistill_kernels._triton import recorded
 
     seen = set()
@@ -61,8 +61,8 @@ def triton_launches() -> Iterator[tuple[str, Any]]:
 
 
 def _distillation() -> None:
-    from feddistill_kernels import kinds
     from feddistill_kernels.distillation import _triton as triton
+    from feddistill_kernels.distillation._triton_kinds import KINDS
 
     settings = {"beta": 0.5, "temperature": 2.0, "kd": 4.0}
 
@@ -90,7 +90,7 @@ def _distillation() -> None:
 
     many = 4096  # enough that a row is not split
     for dtype in DTYPES:
-        for kind in kinds():
+        for kind in KINDS:
             for kept in (0, 64):
                 rows(1, 128256, dtype, kind, kept, True, True)
                 for gradient in (True, False):
@@ -104,7 +104,7 @@ def _distillation() -> None:
 
 
 DTYPES = (torch.float32, torch.bfloat16)
-"""float16 takes bfloat16's way but for how it is widened."""
+"""float16 differs from bfloat16 only in how it is widened."""
 
 
 def _topk() -> None:
@@ -141,16 +141,9 @@ def _order_statistics() -> None:
             xs = [torch.zeros(4096, dtype=dtype)] * clients
             for trim in {1, (clients - 1) // 2}:
                 triton.trimmed(xs, trim)
+            triton.around_median(xs, clients - 1)
     triton.trimmed([torch.zeros(4099)] * 5, 2)
     triton.trimmed([torch.zeros(4096)] * 32, 15)  # as many as it takes
-
-
-def _around_median() -> None:
-    from feddistill_kernels.around_median import _triton as triton
-
-    for clients in CLIENTS:
-        for dtype in DTYPES:
-            triton.around_median([torch.zeros(4096, dtype=dtype)] * clients, clients - 1)
     triton.around_median([torch.zeros(4096)] * 32, 31)  # as many as it takes
 
 
@@ -172,7 +165,6 @@ CASES: dict[str, Callable[[], None]] = {
     "topk": _topk,
     "aggregation": _aggregation,
     "order_statistics": _order_statistics,
-    "around_median": _around_median,
     "distances": _distances,
 }
 
@@ -183,7 +175,7 @@ def _specialisation(launch: Any) -> tuple[Any, ...]:
 
 
 def _type(argument: Any) -> Any:
-    """Triton's name of an argument's type, and whether it is a multiple of 16 (or lies at one)."""
+    """Triton's name of an argument's type, and whether the value or address is a multiple of 16."""
     if isinstance(argument, tuple):
         return tuple(map(_type, argument))
     if isinstance(argument, torch.Tensor):
@@ -207,7 +199,7 @@ _NAMES = {
 
 
 def compiled(launch: Any, target: int) -> Any:
-    """The kernel of ``launch`` for one target, as Triton's launcher would compile it."""
+    """Compile the kernel of ``launch`` for one target, as Triton's launcher would."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -233,7 +225,7 @@ def _signature(argument: Any) -> Any:
 
 
 def _leaves(argument: Any, path: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], Any]]:
-    """What a tuple holds, and where."""
+    """Leaves of nested tuples, with their paths."""
     if not isinstance(argument, tuple):
         yield path, argument
         return
@@ -244,16 +236,16 @@ def _leaves(argument: Any, path: tuple[int, ...]) -> Iterator[tuple[tuple[int, .
 def of_triton(
     workers: int = 2, targets: tuple[int, ...] = TARGETS, one_each: bool = False
 ) -> list[Resources]:
-    """Of every launch of ``CASES``, or one of each kernel, for every target."""
+    """Resources of every launch of ``CASES``, or of one per kernel, for every target."""
     launches = list(triton_launches())
     if one_each:
-        first: dict[str, tuple[str, Any]] = {}  # the later, for more clients, take three times as long
+        first: dict[str, tuple[str, Any]] = {}  # later ones have more clients and take three times as long
         for operator, launch in launches:
             first.setdefault(launch.kernel.fn.__name__, (operator, launch))
         launches = list(first.values())
     context = multiprocessing.get_context(
         "fork"
-    )  # the launches hold tensors and kernels, and stay where they are
+    )  # the launches hold tensors and kernels, which are not pickled
     with ProcessPoolExecutor(
         workers, mp_context=context, initializer=_remember, initargs=(launches,)
     ) as pool:
@@ -289,7 +281,7 @@ def _measured(job: tuple[int, int]) -> Resources:
 
 
 def _named(launch: Any) -> str:
-    """A kernel, and what a reader tells one specialisation of it from another by."""
+    """Readable, unique name of a specialisation."""
     leaves = [one for _, one in _leaves(launch.arguments, ())]
     dtypes = dict.fromkeys(_type(x)[0][1:] for x in leaves if isinstance(x, torch.Tensor))
     constants = (f"{name}={value}" for name, value in launch.constants.items())
@@ -298,7 +290,7 @@ def _named(launch: Any) -> str:
 
 
 def of_cuda() -> list[Resources]:
-    """Of every kernel in the compiled extension; none where it was built without CUDA."""
+    """Resources of every kernel in the compiled extension; empty if it was built without CUDA."""
     from feddistill_kernels._native import compiled as extension
 
     module = extension()
@@ -308,7 +300,7 @@ def of_cuda() -> list[Resources]:
 
 
 def usages(binary: Path) -> list[Resources]:
-    """What ``cuobjdump`` says of the kernels in a file."""
+    """Resources of the kernels in a binary, read with ``cuobjdump``."""
     report = subprocess.run(
         [tool("cuobjdump"), "-res-usage", binary], capture_output=True, text=True, check=True
     )
@@ -328,7 +320,7 @@ def usages(binary: Path) -> list[Resources]:
 
 
 def tool(name: str) -> str:
-    """Where a tool of the CUDA toolkit is: on the path, beside nvcc, or in Triton's wheel."""
+    """Path of a CUDA tool: on the search path, beside nvcc, or in Triton's wheel."""
     homes = [os.environ.get("CUDA_HOME", "/usr/local/cuda") + "/bin"]
     if triton := find_spec("triton"):
         homes += [f"{home}/backends/nvidia/bin" for home in triton.submodule_search_locations or ()]
@@ -339,7 +331,7 @@ def tool(name: str) -> str:
 
 
 def _place(mangled: str) -> tuple[str, str]:
-    """Operator and name of a C++ kernel."""
+    """Operator and demangled name of a C++ kernel."""
     name = mangled
     if mangled.startswith("_Z") and (filt := shutil.which("c++filt")):
         name = subprocess.run([filt, mangled], capture_output=True, text=True, check=True).stdout.strip()
@@ -355,9 +347,9 @@ def _order(row: Resources) -> tuple[Any, ...]:
 
 
 def differences(known: list[dict[str, Any]]) -> Iterator[str]:
-    """Lines on each kernel that ``known`` lacks for a target, or has and is no more.  Compiles nothing.
+    """One line for each kernel that ``known`` lacks or that no longer exists.  Compiles nothing.
 
-    The extension's kernels are compared where it was built with CUDA.
+    The extension's kernels are compared only if it was built with CUDA.
     """
     here = {
         ("triton", operator, _named(launch), f"sm_{target}")
@@ -370,12 +362,12 @@ def differences(known: list[dict[str, Any]]) -> Iterator[str]:
         for row in known
         if row["backend"] in backends
     }
-    for said, those in (
+    for problem, those in (
         ("is not listed", here - listed),
-        ("is listed, and there is no such kernel", listed - here),
+        ("is listed, but does not exist", listed - here),
     ):
         for backend, operator, kernel, target in sorted(those):
-            yield f"{target} {backend} {operator} {kernel}: {said}"
+            yield f"{target} {backend} {operator} {kernel}: {problem}"
 
 
 def table(rows: list[Resources]) -> Iterator[str]:
@@ -389,12 +381,12 @@ def table(rows: list[Resources]) -> Iterator[str]:
 
 
 def base(kernel: str) -> str:
-    """The name of a kernel without what it is compiled for."""
+    """The name of a kernel without the parameters of the specialisation."""
     return re.split(r"[ <]", kernel, maxsplit=1)[0]
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """A table of the documents: kernels, with the most that any of their specialisations takes."""
+    """Markdown table: kernels, with the maximum over their specialisations."""
     kernels: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for row in rows:
         kernels.setdefault((row["backend"], row["operator"], base(row["kernel"])), []).append(row)
@@ -414,16 +406,16 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 @click.option("--out", type=click.Path(path_type=Path), help="JSON file to write.")
 @click.option("--workers", default=2, show_default=True)
 @click.option("--target", "targets", type=int, multiple=True, default=TARGETS, show_default=True)
-@click.option("--one-each", is_flag=True, help="The first specialisation of each Triton kernel.")
+@click.option("--one-each", is_flag=True, help="Compile only the first specialisation of each Triton kernel.")
 @click.option(
     "--check",
     type=click.Path(exists=True, path_type=Path),
-    help="Such a JSON file; fail at once where it has others.",
+    help="Compare the list of kernels with this JSON file first; fail if it differs.",
 )
 def main(
     out: Path | None, workers: int, targets: tuple[int, ...], one_each: bool, check: Path | None
 ) -> None:
-    """Compile every GPU kernel for sm_80, sm_90 and sm_100, and fail where one spills."""
+    """Compile every GPU kernel for sm_80, sm_90 and sm_100; fail if one spills."""
     if check is not None and (stale := list(differences(json.loads(check.read_text())["kernels"]))):
         raise click.ClickException("\n".join(f"{check}: {line}" for line in stale))
     rows = of_triton(workers, targets, one_each) + of_cuda()
@@ -437,13 +429,13 @@ def main(
 
 
 def as_json(made_by: dict[str, str], rows: list[Resources]) -> str:
-    """A line a kernel."""
+    """JSON with one line per kernel."""
     lines = ",\n".join(json.dumps(asdict(row)) for row in rows)
     return f'{{"versions": {json.dumps(made_by)},\n"kernels": [\n{lines}\n]}}\n'
 
 
 def versions() -> dict[str, str]:
-    """Of what compiled them."""
+    """Versions of the compilers."""
     import triton
 
     from feddistill_kernels import build_info

@@ -1,15 +1,14 @@
-"""Whom ours is held against, in a result file."""
+"""Our competitors in a result file."""
 
 from typing import Any
 
-PEERS = ("liger", "cut_cross_entropy", "byzfl", "distillkit")
-BACKENDS = ("native", "triton")
-"""Ours by the name of a backend, on a GPU."""
+from .names import BACKENDS, PEERS
+
 _OTHERS = {"ours", "products", "compile", *PEERS, *BACKENDS}
 
 
 def medians(case: dict[str, Any]) -> dict[str, float]:
-    """Median milliseconds by contender, of those that could be measured."""
+    """Median milliseconds by contender; those that failed are left out."""
     entries = case["implementations"].items()
     return {name: entry["median_ms"] for name, entry in entries if "median_ms" in entry}
 
@@ -20,7 +19,7 @@ def written_by_hand(case: dict[str, Any]) -> list[str]:
 
 
 def rivals(case: dict[str, Any]) -> dict[str, float]:
-    """Median milliseconds of the others: plain PyTorch in its fastest form, the compiler, each peer."""
+    """Median milliseconds of the competitors: the fastest plain PyTorch form, torch.compile, each peer."""
     found = medians(case)
     plain = [found[name] for name in written_by_hand(case)]
     rivals = {"PyTorch": min(plain)} if plain else {}

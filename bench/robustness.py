@@ -1,9 +1,9 @@
 """``python -m bench.robustness``: every rule against every attack, on the quickstart's own data and models.
 
-Ten clients train once for each seed. Then the first ``f`` of them lie: an attack makes something else of
-what they answered, the rule makes a teacher, and its accuracy is counted on the proxy texts whose labels the
-server does not have. For a few cells the student is trained as in the quickstart's first round, and counted
-on the test set. No setting was chosen by the test set.
+Ten clients train once for each seed. Then the first ``f`` of them are attackers: an attack replaces their
+answers, the rule aggregates a teacher, and its accuracy is measured on the proxy texts whose labels the
+server does not have. For a few cells a student is trained as in the quickstart's first round and evaluated on
+the test set. No setting was chosen on the test set.
 """
 
 import json
@@ -23,20 +23,23 @@ from bench import machine
 from bench.heatmap import ALONE, HONEST, LYING, draw, table
 from feddistill import config as configuration
 from feddistill import data
-from feddistill.aggregation import Known, aggregate, weigh
-from feddistill.attacks import ATTACKS, Attack, LeastLikely, SecondBest, Sight, liars
+from feddistill.aggregation.answers import RoundContext
+from feddistill.aggregation.attacks import ATTACKS, Attack, AttackContext, LeastLikely, SecondBest, attackers
+from feddistill.aggregation.rules import ASSUMED, RULES, MeanProbs, Rule
+from feddistill.aggregation.rules.distance import Cronus, GeometricMedian, Krum, MultiKrum
+from feddistill.aggregation.rules.means import MeanLogits, PriorCorrected
+from feddistill.aggregation.rules.order import Median, TrimmedMean
+from feddistill.aggregation.rules.remembered import ExpGuard
+from feddistill.aggregation.teacher import aggregate, weigh
+from feddistill.client.client import ClientGroup
 from feddistill.config import Config
-from feddistill.methods.client import Crew
-from feddistill.methods.learner import Learner, Session, labels_of, lessons_of
-from feddistill.progress import Quiet
-from feddistill.rules import ASSUMED, RULES, MeanProbs, Rule
-from feddistill.rules.distance import Cronus, GeometricMedian, Krum, MultiKrum
-from feddistill.rules.means import MeanLogits, PriorCorrected
-from feddistill.rules.order import Median, TrimmedMean
-from feddistill.rules.remembered import ExpGuard
+from feddistill.progress import NoProgress
 from feddistill.seeds import derive
-from feddistill.store import RunDirectory
-from feddistill.training import Lessons
+from feddistill.store.run_directory import RunDirectory
+from feddistill.tasks.choose import learner_of
+from feddistill.tasks.learner import Learner, examples_of, labels_of
+from feddistill.tasks.session import Session
+from feddistill.training import TrainingExamples
 from feddistill.types import ClientDescription
 
 SCHEMA = 1
@@ -49,7 +52,7 @@ NAMES = tuple(f"client-{index}" for index in range(CLIENTS))
 
 @dataclass(frozen=True)
 class Defence:
-    """A rule, and what goes with it."""
+    """A rule, optionally with nearest-neighbour mixing."""
 
     rule: Rule
     mix: int | None = None
@@ -58,7 +61,7 @@ class Defence:
         return {**self.rule.model_dump(mode="json"), **({} if self.mix is None else {"mix": self.mix})}
 
 
-# Every rule of the table, told to expect as many liars of ten as it can, but four at the most.
+# Settings of rules for the most attackers of ten that they tolerate, at most four.
 SETTINGS: dict[str, Rule] = {
     "trimmed_mean": TrimmedMean(trim=3),
     "krum": Krum(byzantine=3),
@@ -80,7 +83,7 @@ DEFENCES: dict[str, Defence] = {
     "expguard of median": Defence(ExpGuard(base=Median())),
 }
 MIXED = (SecondBest(clients=2), LeastLikely(clients=2))
-# Whose students are trained: the default, the quickstart's rule, and those that verify.
+# Defences whose students are trained: the default, the quickstart's rule, and those that verify.
 STUDENTS = {
     "mean_probs": (HONEST, LYING),
     "mean_probs, class_counts": (LYING,),
@@ -92,12 +95,12 @@ STUDENTS = {
 
 @dataclass(frozen=True)
 class World:
-    """One seed's clients, after they have learned."""
+    """The trained clients of one seed."""
 
     session: Session
     answers: tuple[Tensor, ...]
     truth: Tensor
-    """``[N]``, of all proxy texts; the server has a few of them."""
+    """Labels of all proxy texts, ``[N]``; the server has a few of them."""
     labels: Tensor
     descriptions: tuple[ClientDescription, ...]
 
@@ -109,25 +112,25 @@ def settings(seed: int) -> Config:
 
 
 def world(seed: int, folder: Path, answers: Path | None) -> World:
-    """Train ten honest clients, or read what they answered from ``answers``, and write it there."""
+    """Train ten honest clients and store their answers in ``answers``, or read them from there."""
     config = settings(seed)
     splits = data.load(config.data, seed)
     open_labels = config.data.proxy.model_copy(update={"labelled": len(splits.proxy)})
     truth = data.load(config.data.model_copy(update={"proxy": open_labels}), seed).proxy
     assert truth.ids == splits.proxy.ids, "the same texts"
     run = RunDirectory.create(folder, configuration.dump(config))
-    session = Session(config, splits, run, Quiet())
+    session = Session(config, splits, run, NoProgress())
     stored = None if answers is None else answers / f"clients-{seed}.npz"
     if stored is not None and stored.exists():
         said = [torch.from_numpy(a) for a in np.load(stored)["answers"]]
     else:
         said = []
-        for client in Crew(session).clients:
+        for client in ClientGroup(session).clients:
             learner = client.learner
             learner.reset()
-            lessons = lessons_of(learner, client.private)
+            examples = examples_of(learner, client.private)
             name = f"alone/001/{client.name}"
-            learner.fit(lessons, config.clients.training, seed=derive(seed, name))
+            learner.fit(examples, config.clients.training, seed=derive(seed, name))
             said.append(learner.answer(splits.proxy))
         if stored is not None:
             stored.parent.mkdir(parents=True, exist_ok=True)
@@ -140,19 +143,21 @@ def world(seed: int, folder: Path, answers: Path | None) -> World:
 
 
 def attacked(found: World, attacks: Sequence[Attack], seed: int) -> list[Tensor]:
-    """All clients' answers, those of the liars after the attack."""
-    lying = liars(attacks, NAMES)
+    """All clients' answers, the attackers' after the attack."""
+    lying = attackers(attacks, NAMES)
     honest = [a for a, name in zip(found.answers, NAMES, strict=True) if name not in lying]
     return [
-        lying[name](Sight(own, honest, derive(seed, "attack", name), CLIENTS)) if name in lying else own
+        lying[name](AttackContext(own, honest, derive(seed, "attack", name), CLIENTS))
+        if name in lying
+        else own
         for own, name in zip(found.answers, NAMES, strict=True)
     ]
 
 
 def teacher(found: World, defence: Defence, answers: Sequence[Tensor], present: Sequence[int]) -> Tensor:
-    """Of the clients ``present``, as the quickstart's server makes it, but for sharpening."""
+    """Aggregate the answers of the clients ``present``, with the quickstart's sharpening."""
     read = [_reader(answers[index]) for index in present]
-    known = Known(
+    known = RoundContext(
         names=tuple(NAMES[index] for index in present),
         descriptions=tuple(found.descriptions[index] for index in present),
         labels=found.labels,
@@ -166,7 +171,7 @@ def teacher(found: World, defence: Defence, answers: Sequence[Tensor], present: 
         weights,
         sharpen=found.session.config.aggregation.sharpen,
         mix=defence.mix,
-        known=known,
+        context=known,
     )
     assert isinstance(made.teacher, Tensor)
     return made.teacher
@@ -177,17 +182,17 @@ def _reader(answers: Tensor) -> Callable[[int, int], Tensor]:
 
 
 def accuracy(found: World, log_probs: Tensor) -> float:
-    """On the proxy texts whose labels the server does not have."""
+    """Teacher's accuracy on the proxy texts whose labels the server does not have."""
     hidden = found.labels < 0
     return round(float((log_probs.argmax(-1) == found.truth)[hidden].float().mean()), 4)
 
 
 def student_accuracy(found: World, learner: Learner, log_probs: Tensor) -> float:
-    """On the test set, after the quickstart's first round."""
+    """Student's accuracy on the test set after the quickstart's first round."""
     config, proxy = found.session.config, found.session.splits.proxy
     learner.reset()
     learner.fit(
-        Lessons(learner.tokens(proxy), labels_of(proxy), log_probs),
+        TrainingExamples(learner.tokens(proxy), labels_of(proxy), log_probs),
         config.student.training,
         seed=derive(config.seed, "rounds/001/student"),
         distill=config.distill,
@@ -197,7 +202,7 @@ def student_accuracy(found: World, learner: Learner, log_probs: Tensor) -> float
 
 
 def cases() -> Iterator[tuple[str, int, tuple[Attack, ...]]]:
-    """Name, number of liars, attacks."""
+    """Name, number of attackers, attacks."""
     yield HONEST, 0, ()
     for name, attack in ATTACKS.items():
         for count in LIARS:
@@ -206,7 +211,7 @@ def cases() -> Iterator[tuple[str, int, tuple[Attack, ...]]]:
 
 
 def measure(seeds: Sequence[int], answers: Path | None, students: bool) -> dict[str, Any]:
-    """The whole table."""
+    """Measure all cells."""
     teachers: dict[str, dict[str, dict[str, list[float]]]] = {}
     trained: dict[str, dict[str, list[float]]] = {}
     seconds = []
@@ -228,7 +233,7 @@ def measure(seeds: Sequence[int], answers: Path | None, students: bool) -> dict[
                 alone.setdefault(key, []).append(accuracy(found, made))
             click.echo(f"seed {seed}: teachers after {time.perf_counter() - start:.0f} s")
             if students:
-                learner = Learner(found.session, found.session.config.student.model, "student.model")
+                learner = learner_of(found.session, found.session.config.student.model, "student.model")
                 lies = attacked(found, MIXED, seed)
                 worlds = {
                     HONEST: (found.answers, everyone),
@@ -261,12 +266,14 @@ def measure(seeds: Sequence[int], answers: Path | None, students: bool) -> dict[
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), default=RESULT, show_default=True)
 @click.option("--seed", "seeds", type=int, multiple=True, default=SEEDS, show_default=True)
 @click.option(
-    "--answers", type=click.Path(file_okay=False, path_type=Path), help="Keep the clients' answers here."
+    "--answers",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder to store the clients' answers in, and to reuse them from.",
 )
-@click.option("--students/--no-students", default=True, help="Whether the cells with students are trained.")
-@click.option("--redraw", is_flag=True, help="Only draw what --out holds.")
+@click.option("--students/--no-students", default=True, help="Also train the students.")
+@click.option("--redraw", is_flag=True, help="Measure nothing; plot the result file --out.")
 def main(out: Path, seeds: tuple[int, ...], answers: Path | None, students: bool, redraw: bool) -> None:
-    """Rules against attacks on the quickstart's data: a result file, a heat map, a table."""
+    """Measure rules against attacks on the quickstart's data; write a result file, a heat map and a table."""
     if not redraw:
         torch.set_num_threads(1)  # the answers, and so the table, depend on it
         out.write_text(json.dumps(measure(seeds, answers, students), indent=1) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""A run: cases in turn, a table on the way, one result in the end."""
+"""Measure cases one after the other, print a table line by line, return the result."""
 
 import gc
 import statistics
@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from bench import machine, tables
-from bench.cases import Case, Setup
-from bench.measure import measure
-from bench.record import SCHEMA
-from bench.timing import clock, copying
+from . import machine, tables
+from .cases import Case, Setup
+from .measure import measure
+from .record import SCHEMA
+from .timing import clock, copying
 
 BOX = {"cpu": 2.0, "cuda": 0.4}
-"""Seconds of a case; a GPU is steadier, and lent."""
+"""Seconds per case; timings on a GPU vary less."""
 
 
 def run(
@@ -27,21 +27,24 @@ def run(
     keep: Callable[[dict[str, Any]], None] = lambda results: None,
     go_on: bool = False,
 ) -> dict[str, Any]:
-    """Measure ``cases`` and return what a result file holds.
+    """Measure ``cases`` and return the content of a result file.
 
     Args:
-        cases: What to measure.
-        setup: Where, and who competes.
-        quick: Briefly.
+        cases: Cases to measure.
+        setup: The device and the competitors.
+        quick: Spend 0.2 seconds per case.
         echo: Prints a line.
-        keep: Takes what is there after each case.
-        go_on: A contender that fails says so in its entry, instead of ending the run.
+        keep: Called after each case with the results so far.
+        go_on: Record the failure of a contender in its entry instead of ending the run.
 
     Raises:
-        DisagreementError: A contender does not compute what ours does, and ``go_on`` is not set.
+        DisagreementError: A contender's result differs from ours, and ``go_on`` is not set.
     """
-    start, on = time.perf_counter(), machine.describe(setup.device)  # files may change while it runs
-    # Four times what the largest last-level caches hold; some memory systems are slower before they are warm.
+    start, on = (
+        time.perf_counter(),
+        machine.describe(setup.device),
+    )  # before the run: files may change while it runs
+    # Four times the largest last-level caches; some memory systems are slower before they are warm.
     tick, copy = clock(setup.device), copying(setup.device, megabytes=128 if quick else 512)
     echo(tables.HEAD)
     measured: list[dict[str, Any]] = []

@@ -1,8 +1,9 @@
-"""How DistillKit stores a teacher's answers, written anew from its documentation and file format.
+"""DistillKit's storage of a teacher's answers, reimplemented from its documentation and file format.
 
-The ``exact`` likeliest log-probabilities as bfloat16, the rest of the ``k`` as a least-squares curve over
-their rank, ids packed in as few bits as the vocabulary needs.  Its two published settings say "about 114"
-and "about 300" bytes a token.  https://github.com/arcee-ai/DistillKit, README, "Logit Compression".
+The ``exact`` likeliest log-probabilities are stored as bfloat16, the rest of the ``k`` as a least-squares
+curve over their rank, ids packed in as few bits as the vocabulary needs.  Its documentation gives "about 114"
+and "about 300" bytes per token for the two published settings.
+https://github.com/arcee-ai/DistillKit, README, "Logit Compression".
 """
 
 import math
@@ -26,17 +27,17 @@ RECOMMENDED = Settings(128, 16, (0, 1, 2, 3, 4, 0.5))
 
 
 def stored_bytes(settings: Settings, vocabulary: int) -> int:
-    """Bytes a token: bfloat16 values, float32 coefficients, packed ids."""
+    """Bytes per token: bfloat16 values, float32 coefficients, packed ids."""
     bits = math.ceil(math.log2(vocabulary))
     return 2 * settings.exact + 4 * len(settings.terms) + math.ceil(settings.k * bits / 8)
 
 
 def reconstruct(log_probs: Tensor, settings: Settings) -> Tensor:
-    """``[N, V]`` log-probabilities as they are read back, missing mass spread uniformly.
+    """Log-probabilities ``[N, V]`` as they are read back; missing mass is spread uniformly.
 
-    Kinder than the original in two things: the curve is fitted and drawn in float64, only its coefficients
-    are float32 (in float32 throughout, rank**4 costs the recommended settings 0.05 to 0.1 nats); and where
-    it adds up to more than one, and missing ids have 1e-8 each, the row is normalised.
+    More accurate than the original in two points: the curve is fitted and evaluated in float64 and only its
+    coefficients are float32 (all in float32, rank**4 costs the recommended settings 0.05 to 0.1 nats); and
+    rows are normalised, since the curve may add up to more than one and missing ids have at least 1e-8 each.
     """
     values, ids = log_probs.topk(settings.k, dim=-1)
     exact = values[:, : settings.exact].bfloat16().double()

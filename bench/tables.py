@@ -1,10 +1,10 @@
-"""Results as lines of plain text, and as the README's table."""
+"""Results as plain text and as Markdown tables."""
 
 import math
 from typing import Any
 
-from bench.bars import GPU
-from bench.rivals import medians, rivals
+from .bars import GPU
+from .rivals import medians, rivals
 
 HEAD = (
     f"{'':20} {'median ms':>10} {'quartiles ms':>19} {'x limit':>8} {'GB/s':>8} {'% copy':>7}"
@@ -13,9 +13,9 @@ HEAD = (
 
 
 def lines(case: dict[str, Any]) -> str:
-    """The case's name and limit, then one line a contender.
+    """The case's name and limit, then one line per contender.
 
-    ``x ours`` is how many times ours' time it takes; ``extra MB`` the most memory that a call adds.
+    ``x ours`` is its time as a multiple of ours, ``extra MB`` the peak memory that a call adds.
     """
     ours = medians(case).get("ours", math.nan)
     text = [f"{case['name']}: limit {case['limit_ms']:.4g} ms, copy {case['copy_gb_per_s']:.1f} GB/s"]
@@ -48,7 +48,7 @@ README = (
 
 
 def readme(results: dict[str, Any]) -> str:
-    """A table of a few cases: milliseconds, and how far from the limit."""
+    """The README's table of a few cases: milliseconds, and the multiple of the limit."""
     cases = {case["name"]: case for case in results["cases"]}
     lines = [
         "| | ours, ms | PyTorch, ms | torch.compile, ms | ratio to the faster | × its limit |",
@@ -66,7 +66,7 @@ def readme(results: dict[str, Any]) -> str:
 
 
 def of_gpu(results: dict[str, Any]) -> str:
-    """A table of the cases that have a bar: milliseconds, share of the copy's speed, others' times ours."""
+    """A table of the cases with a requirement: ms, share of the copy's bandwidth, competitors' multiples."""
     cases = {case["name"]: case for case in results["cases"]}
     lines = [
         "| | ours, ms | native, ms | Triton, ms | % of copy | × PyTorch | × torch.compile | × Liger |",

@@ -1,4 +1,4 @@
-"""Time, peak memory and copy bandwidth, all contenders in turns."""
+"""Time, peak memory and copy bandwidth, measured in turns."""
 
 import ctypes
 import gc
@@ -17,7 +17,7 @@ from torch import Tensor
 from feddistill_kernels._native import drop_pages
 
 SLICE = 0.02  # seconds of one contender before the next has its turn
-ROUNDS = (3, 50)  # at least, unless `PATIENCE` times the box is spent; at most, however quick they are
+ROUNDS = (3, 50)  # least, unless `PATIENCE` times the box is spent, and most
 PATIENCE = 5
 
 
@@ -30,17 +30,17 @@ class Contender:
     prepare: Callable[[], tuple[Any, ...]] = tuple
     """Makes the arguments of ``run``, untimed, before each call."""
     value: Callable[[Any], Sequence[Tensor]] = lambda result: [result]
-    """What of a result is compared with the others' results."""
+    """The part of a result that is compared with the other contenders'."""
     expected: Callable[[], Sequence[Tensor]] | None = None
-    """What the value must be where it is not ours: another convention, see ``note``."""
+    """The required value if it is not ours, because of another convention: see ``note``."""
     tolerance: float | None = None
-    """Relative error that is allowed; ``None`` for that of the case's dtype."""
+    """Allowed relative error; ``None`` for that of the case's dtype."""
     note: str = ""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call."""
+    """Seconds per call."""
 
     median: float
     quartiles: tuple[float, float]
@@ -56,12 +56,12 @@ class CpuClock:
         start = time.perf_counter()
         result = contender.run(*arguments)
         seconds = time.perf_counter() - start
-        del result  # after the clock has stopped: every contender's result is given back unpaid
+        del result  # after the clock has stopped: freeing the result is not timed
         return seconds
 
 
 class CudaClock:
-    """Time between two events on the stream; the second-level cache is overwritten before each call."""
+    """Time between two CUDA events; the L2 cache is overwritten before each call."""
 
     def __init__(self) -> None:
         cache = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
@@ -89,10 +89,9 @@ def clock(device: str) -> Clock:
 
 
 def in_turns(contenders: Sequence[Contender], tick: Clock, box: float) -> dict[str, Timing]:
-    """Time contenders in turns until ``box`` seconds are spent, so that a noisy neighbour hits them all.
+    """Time contenders in turns until ``box`` seconds are spent, so that other load affects all of them alike.
 
-    A quick contender has several calls in its turn, of which the first finds cold caches and the median
-    does not see it.
+    A fast contender makes several calls per turn.  The first finds cold caches, which the median ignores.
     """
     seconds: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     start = time.perf_counter()
@@ -110,7 +109,7 @@ def in_turns(contenders: Sequence[Contender], tick: Clock, box: float) -> dict[s
 
 
 def _timing(seconds: list[float]) -> Timing:
-    twice = seconds * 2 if len(seconds) == 1 else seconds  # of one value there are no quartiles
+    twice = seconds * 2 if len(seconds) == 1 else seconds  # one value has no quartiles
     low, _, high = statistics.quantiles(twice, n=4, method="inclusive")
     return Timing(statistics.median(seconds), (low, high), min(seconds), len(seconds))
 
@@ -126,16 +125,16 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 def copying(device: str, megabytes: int) -> tuple[Contender, int]:
-    """A copy of a tensor far larger than any cache, and the bytes that it reads and writes."""
+    """A copy of a tensor far larger than any cache, and the bytes that the copy reads and writes."""
     source = torch.ones(megabytes << 18, device=device)
     target = torch.zeros_like(source)
     return Contender("copy", target.copy_, lambda: (source,)), 2 * source.nbytes
 
 
 def peak_extra_bytes(contender: Contender, device: str) -> tuple[Any, int | None]:
-    """One call's result, and the most memory that it holds beyond what was there before, result included.
+    """One call's result, and the peak memory that the call adds, the result included.
 
-    ``None`` where the system does not tell.  On the CPU it is resident memory, by pages.
+    On the CPU it is resident memory, in whole pages; ``None`` if the system does not report it.
     """
     arguments = contender.prepare()
     if device == "cuda":
@@ -146,7 +145,7 @@ def peak_extra_bytes(contender: Contender, device: str) -> tuple[Any, int | None
         torch.cuda.synchronize()
         return result, torch.cuda.max_memory_allocated() - allocated
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
-        trim(0)  # else the call is served from memory that an earlier one gave back, and nothing grows
+        trim(0)  # else the call reuses memory that an earlier one freed, and nothing grows
     drop_pages()
     before = _resident_bytes("VmRSS", reset_peak=True)
     result = contender.run(*arguments)
@@ -165,11 +164,11 @@ def _resident_bytes(key: str, reset_peak: bool = False) -> int | None:
 
 
 class DisagreementError(Exception):
-    """Two contenders do not compute the same."""
+    """Two contenders compute different results."""
 
 
 def check_agreement(name: str, given: Sequence[Tensor], wanted: Sequence[Tensor], tolerance: float) -> None:
-    """Require the same numbers, by relative error in the 2-norm and what rounding to the dtype owes.
+    """Require equal tensors, up to a relative error in the 2-norm and rounding to the dtype.
 
     Raises:
         DisagreementError: They differ by more, or in number or shape.
@@ -178,7 +177,7 @@ def check_agreement(name: str, given: Sequence[Tensor], wanted: Sequence[Tensor]
         shapes = [list(x.shape) for x in given], [list(x.shape) for x in wanted]
         raise DisagreementError(f"{name} gives shapes {shapes[0]}, ours {shapes[1]}")
     for index, (x, y) in enumerate(zip(given, wanted, strict=True)):
-        # Gradients of float16 lie near its smallest numbers: there its spacing is what may be off.
+        # float16 gradients are near its smallest numbers, whose spacing bounds the error.
         spacing = max(torch.finfo(z.dtype).smallest_normal * torch.finfo(z.dtype).eps for z in (x, y))
         error, norm = _distance(x, y), _distance(y, None)
         if not error <= tolerance * norm + spacing * math.sqrt(x.numel()):
@@ -189,7 +188,7 @@ def check_agreement(name: str, given: Sequence[Tensor], wanted: Sequence[Tensor]
 
 
 def _distance(x: Tensor, y: Tensor | None) -> float:
-    """2-norm of ``x - y``, in blocks: no float32 copy of what may be large."""
+    """2-norm of ``x - y``, in blocks: no float64 copy of a large tensor."""
     total = 0.0
     for start in range(0, max(1, x.numel()), 1 << 22):
         block = x.flatten()[start : start + (1 << 22)].double()

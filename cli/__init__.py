@@ -1,63 +1,64 @@
-"""The ``feddistill`` command. A command's module is imported when it runs: ``--help`` is instant."""
+"""The ``feddistill`` command. Each subcommand's module is imported only when it runs: ``--help`` is fast."""
 
 from importlib import import_module
 
 import click
 from click.shell_completion import CompletionItem
+from typing_extensions import override
 
 from feddistill import __version__
 from feddistill.errors import FeddistillError
 
 COMMANDS = {
-    "train": "Train a student on what several clients know.",
-    "plan": "Say what a run would cost, before it runs.",
-    "evaluate": "Evaluate a run's student: its own test set, your texts, or a benchmark.",
-    "export": "Write a run's student as transformers loads it, with a model card.",
-    "report": "Write a run's or a study's report again.",
+    "train": "Train a student by federated distillation.",
+    "plan": "Estimate what a run would cost, before it runs.",
+    "evaluate": "Evaluate a run's student on its test set, on your texts, or on a benchmark.",
+    "export": "Export a run's student for transformers, with a model card.",
+    "report": "Regenerate the report of a run or a study.",
     "sweep": "Run a study: a grid of settings and seeds, resumable.",
-    "compare": "Show the figures of several runs side by side.",
-    "aggregate": "Make other teachers of the answers that a run stored.",
-    "distill": "Train another student from the teachers that a run stored.",
-    "forget": "Make a run again as if a client had never been there.",
-    "verify": "Check that a run is what its ledger says.",
-    "inspect": "Show what a payload file says, and whether it is well-formed.",
-    "deploy": "Prepare a federation over Flower: certificates, commands, a folder for each institution.",
-    "keys": "Make and show the key that signs a client's answers.",
+    "compare": "Compare the metrics of several runs.",
+    "aggregate": "Re-aggregate the stored answers of a run into new teachers.",
+    "distill": "Distill another student from the stored teachers of a run.",
+    "forget": "Redo a run without the contributions of given clients.",
+    "verify": "Verify a run against its ledger.",
+    "inspect": "Show the contents of a payload file and check its format.",
+    "deploy": "Set up a federation over Flower: certificates, commands, a folder for each institution.",
+    "keys": "Generate and show the key that signs a client's answers.",
     "config": "Show or check a configuration.",
-    "kernels": "List the kernels and what runs them here.",
-    "bench": "Measure the kernels against PyTorch and others.",
+    "kernels": "List the kernels and the backends available for them.",
+    "bench": "Benchmark the kernels against PyTorch and others.",
 }
-"""Command name to help line: one module of this package each."""
+"""Command name to help line; each command is a module of this package."""
 
 
 class Commands(click.Group):
-    """Knows every command's name and help without importing it; turns our errors into one line."""
+    """Command group that lists its commands without importing them and prints errors as one line."""
 
+    @override
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """In the order of the table."""
         return list(COMMANDS)
 
+    @override
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import the module of one command."""
         if cmd_name not in COMMANDS:
             return None
         command: click.Command = getattr(import_module(f"feddistill.cli.{cmd_name}"), cmd_name)
         return command
 
+    @override
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """From the table alone."""
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
 
+    @override
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
-        """From the table alone."""
-
         return [
             CompletionItem(name, help=text) for name, text in COMMANDS.items() if name.startswith(incomplete)
         ]
 
+    @override
     def invoke(self, ctx: click.Context) -> object:
-        """A user's mistake is one line and exit status 2; ours keeps its traceback."""
+        """Run the command; a ``FeddistillError`` is printed as one line and exits with status 2."""
         try:
             return super().invoke(ctx)
         except FeddistillError as error:
@@ -68,4 +69,4 @@ class Commands(click.Group):
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="feddistill")
 def main() -> None:
-    """Federated distillation: train one language model together, share neither data nor weights."""
+    """Federated distillation: train one language model together, without sharing data or weights."""

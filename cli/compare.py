@@ -10,7 +10,7 @@ import click
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
 def compare(runs: tuple[Path, ...], as_json: bool) -> None:
-    """Show the figures and costs of several complete RUNS side by side, and in what settings they differ."""
+    """Compare the metrics and costs of complete RUNS, and list the settings in which they differ."""
     from dataclasses import asdict
 
     from feddistill.report import comparison, size

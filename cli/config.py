@@ -14,7 +14,7 @@ def config() -> None:
 @click.argument("config", required=False, type=click.Path(path_type=Path))
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a setting.")
 def show(config: Path | None, overrides: tuple[str, ...]) -> None:
-    """Print CONFIG (or the quickstart) with every default filled in."""
+    """Print CONFIG (default: the quickstart) with every default filled in."""
     from feddistill import config as configuration
 
     click.echo(configuration.dump(configuration.load(config, overrides)), nl=False)
@@ -24,13 +24,14 @@ def show(config: Path | None, overrides: tuple[str, ...]) -> None:
 @click.argument("config", required=False, type=click.Path(path_type=Path))
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a setting.")
 def check(config: Path | None, overrides: tuple[str, ...]) -> None:
-    """Check CONFIG (or the quickstart) with its data and models, without training anything."""
+    """Check CONFIG (default: the quickstart), its data and its models, without training."""
     from feddistill import config as configuration
 
     settings = configuration.load(config, overrides)
 
-    from feddistill import data, experiment
+    from feddistill import data
     from feddistill.report import skew_lines
+    from feddistill.runs import experiment
 
     splits = experiment.check(settings)
     for line in skew_lines(data.skew(splits)):

@@ -7,34 +7,35 @@ import click
 
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
+@click.option("--student", metavar="MODEL", help="Student model: name on the hub, or a folder.")
 @click.option(
-    "--student", metavar="MODEL", help="A model of the hub, or a folder: short for the student's source."
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting of student or distill."
 )
 @click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a setting of student or distill."
-)
-@click.option(
-    "--out", type=click.Path(file_okay=False, path_type=Path), help="A new run.  [default: RUN-distilled]"
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Directory of the new run.  [default: RUN-distilled]",
 )
 def distill(run: Path, student: str | None, overrides: tuple[str, ...], out: Path | None) -> None:
-    """Train another student from the teachers that RUN stored; no client is asked again.
+    """Distill another student from the stored teachers of RUN, without contacting the clients.
 
     \b
     Examples:
       feddistill distill runs/quickstart --set student.model.layers=[0,3] --out runs/small
       feddistill distill runs/quickstart-aggregated
     """
-    from feddistill.progress import Terminal
-    from feddistill.store import free
+    from feddistill.progress import TerminalProgress
+    from feddistill.store.run_directory import free
 
     source = "{kind: hub, name: " + str(student) + "}"
     chosen = (f"student.model.source={source}", "student.model.layers=null") if student else ()
-    show = Terminal()
-    with show.step("load torch and transformers"):
-        from feddistill import report, revision
+    progress = TerminalProgress()
+    with progress.step("load torch and transformers"):
+        from feddistill import report
+        from feddistill.runs import rerun
 
     out = out or free(run.with_name(f"{run.name}-distilled"))
-    result = revision.distill(run, out, (*chosen, *overrides), show=show)
+    result = rerun.distill(run, out, (*chosen, *overrides), progress=progress)
     page = report.write(out)
     report.print_table(result)
     click.echo(f"run: {out}\nreport: {page}")

@@ -12,25 +12,27 @@ import click
 @click.option(
     "--texts",
     type=click.Path(path_type=Path),
-    help="A file of your own (csv, jsonl, parquet) instead of the run's test set.",
+    help="File with labelled texts (csv, jsonl, parquet), instead of the run's test set.",
 )
-@click.option("--text-column", default="text", show_default=True)
-@click.option("--label-column", default="label", show_default=True)
-@click.option("--prompt-column", help="Of what stands before each text of --texts.")
-@click.option("--question-column", help="Of what is asked of each text of --texts, a passage.")
+@click.option("--text-column", default="text", show_default=True, help="Column with the texts.")
+@click.option("--label-column", default="label", show_default=True, help="Column with the labels.")
+@click.option("--prompt-column", help="Column with the prompt that precedes each text.")
+@click.option("--question-column", help="Column with the question about each passage.")
 @click.option(
-    "--benchmark", metavar="NAME", help="A benchmark of the hub, as glue/sst2; see docs/evaluation.md."
+    "--benchmark", metavar="NAME", help="Benchmark on the hub, e.g. glue/sst2; see docs/evaluation.md."
 )
 @click.option(
-    "--path", type=click.Path(path_type=Path), help="A local folder with the benchmark, in the hub's layout."
+    "--path", type=click.Path(path_type=Path), help="Local folder with the benchmark, in the hub's layout."
 )
 @click.option("--tasks", metavar="A,B", help="Tasks of lm-evaluation-harness (extra eval).")
 @click.option(
-    "--task-folder", type=click.Path(path_type=Path), help="YAML files of tasks of your own for --tasks."
+    "--task-folder",
+    type=click.Path(path_type=Path),
+    help="Folder with YAML files of custom tasks for --tasks.",
 )
-@click.option("--limit", type=click.IntRange(1), help="Only the first examples.")
-@click.option("--window", type=click.IntRange(2), help="Tokens that a prediction sees, of wikitext.")
-@click.option("--stride", type=click.IntRange(1), help="Tokens by which the window moves.")
+@click.option("--limit", type=click.IntRange(1), help="Evaluate only the first N examples.")
+@click.option("--window", type=click.IntRange(2), help="Context window in tokens, for wikitext.")
+@click.option("--stride", type=click.IntRange(1), help="Tokens by which the window advances, for wikitext.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def evaluate(
     run: Path,
@@ -48,10 +50,10 @@ def evaluate(
     stride: int | None,
     as_json: bool,
 ) -> None:
-    """Evaluate RUN's student: the round that was best on validation.
+    """Evaluate RUN's student, selected by its metric on the validation set.
 
-    With --benchmark or --tasks, RUN may also be a folder that `feddistill export` or transformers has
-    written.
+    With --benchmark or --tasks, RUN may also be a model folder written by `feddistill export` or by
+    transformers.
 
     \b
     Example:
@@ -61,7 +63,7 @@ def evaluate(
 
     ways = {"--texts": texts, "--benchmark": benchmark, "--tasks": tasks}
     if len(given := [name for name, value in ways.items() if value is not None]) > 1:
-        raise ConfigError(f"{' and '.join(given)} are measured one at a time")
+        raise ConfigError(f"{' and '.join(given)} exclude each other: give one")
     belongs = {
         "--prompt-column": (prompt_column, "--texts"),
         "--question-column": (question_column, "--texts"),
@@ -72,9 +74,9 @@ def evaluate(
     }
     for option, (value, to) in belongs.items():
         if value is not None and ways[to] is None:
-            raise ConfigError(f"{option} belongs to {to}")
+            raise ConfigError(f"{option} needs {to}")
     if limit is not None and benchmark is None and tasks is None:
-        raise ConfigError("--limit belongs to --benchmark or --tasks")
+        raise ConfigError("--limit needs --benchmark or --tasks")
     if benchmark is not None:
         figures = _benchmark(run, benchmark, path, limit, window, stride)
     elif tasks is not None:
@@ -99,7 +101,7 @@ def evaluate(
 
 def _own(run: Path, texts: Path | None, columns: dict[str, str | None]) -> dict[str, Any]:
     from feddistill import config as configuration
-    from feddistill import experiment
+    from feddistill.runs import experiment
 
     own = None
     if texts is not None:
@@ -110,18 +112,19 @@ def _own(run: Path, texts: Path | None, columns: dict[str, str | None]) -> dict[
 def _benchmark(
     run: Path, name: str, path: Path | None, limit: int | None, window: int | None, stride: int | None
 ) -> dict[str, Any]:
-    from feddistill import presets
+    from feddistill.config import presets
 
     preset = presets.find(name)  # before torch is imported
-    from feddistill import benchmarks, students
-    from feddistill.progress import Terminal
+    from feddistill import benchmarks
+    from feddistill.progress import TerminalProgress
+    from feddistill.runs import trained_models
 
     request = benchmarks.Request(preset, path, limit, window, stride)
-    return benchmarks.evaluate(students.load(run), request, Terminal())
+    return benchmarks.evaluate(trained_models.load(run), request, TerminalProgress())
 
 
 def _tasks(run: Path, tasks: str, limit: int | None, folder: Path | None) -> dict[str, Any]:
-    from feddistill import students
     from feddistill.benchmarks import harness
+    from feddistill.runs import trained_models
 
-    return harness.evaluate(students.load(run), tasks.split(","), limit=limit, folder=folder)
+    return harness.evaluate(trained_models.load(run), tasks.split(","), limit=limit, folder=folder)

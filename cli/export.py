@@ -8,7 +8,9 @@ import click
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option(
-    "--out", type=click.Path(file_okay=False, path_type=Path), help="A new folder.  [default: RUN-export]"
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Directory of the exported model.  [default: RUN-export]",
 )
 @click.option(
     "--licence",
@@ -16,27 +18,29 @@ import click
     default="unknown",
     show_default=True,
     metavar="NAME",
-    help="The student's, as the hub names it: apache-2.0, cc-by-4.0, ...",
+    help="Licence of the student, by its name on the hub: apache-2.0, cc-by-4.0, ...",
 )
-@click.option("--anonymous", is_flag=True, help="Leave names and sizes of the clients out of the model card.")
-@click.option("--push", metavar="OWNER/NAME", help="Upload it to the Hugging Face hub as well.")
-@click.option("--private", is_flag=True, help="Make the hub's repository a private one.")
+@click.option(
+    "--anonymous", is_flag=True, help="Omit the clients' names and numbers of examples from the model card."
+)
+@click.option("--push", metavar="OWNER/NAME", help="Also upload the model to the Hugging Face hub.")
+@click.option("--private", is_flag=True, help="Make the repository on the hub private.")
 def export(
     run: Path, out: Path | None, licence: str, anonymous: bool, push: str | None, private: bool
 ) -> None:
-    """Write RUN's student as transformers loads it: weights, tokenizer, model card.
+    """Export RUN's student for transformers: weights, tokenizer, model card.
 
     \b
     Example:
       feddistill export runs/quickstart --out student --licence apache-2.0
     """
     from feddistill.errors import ConfigError
-    from feddistill.progress import Terminal
-    from feddistill.store import free
+    from feddistill.progress import TerminalProgress
+    from feddistill.store.run_directory import free
 
     if private and push is None:
-        raise ConfigError("--private belongs to --push")
-    with Terminal().step("load torch and transformers"):
+        raise ConfigError("--private needs --push")
+    with TerminalProgress().step("load torch and transformers"):
         from feddistill import release
 
     folder = release.export(

@@ -8,30 +8,38 @@ import click
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option(
-    "--client", "clients", multiple=True, required=True, metavar="NAME", help="Whom; may be repeated."
+    "--client",
+    "clients",
+    multiple=True,
+    required=True,
+    metavar="NAME",
+    help="Client to remove; may be repeated.",
 )
 @click.option(
-    "--out", type=click.Path(file_okay=False, path_type=Path), help="A new run.  [default: RUN-without-NAME]"
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Directory of the new run.  [default: RUN-without-NAME]",
 )
 def forget(run: Path, clients: tuple[str, ...], out: Path | None) -> None:
-    """Make RUN again as if a client had never been there; only what it had a part in is done again.
+    """Redo RUN without the given clients; only the steps that depended on them are recomputed.
 
-    RUN is not changed. Delete it, and its copies, when the new run is what you go on with: its payloads are
-    what the client said.
+    RUN is not changed. It still contains the client's payloads: delete it and its copies once you use the
+    new run.
 
     \b
     Example:
       feddistill forget runs/quickstart --client client-2
     """
-    from feddistill.progress import Terminal
-    from feddistill.store import free
+    from feddistill.progress import TerminalProgress
+    from feddistill.store.run_directory import free
 
-    show = Terminal()
-    with show.step("load torch and transformers"):
-        from feddistill import report, revision
+    progress = TerminalProgress()
+    with progress.step("load torch and transformers"):
+        from feddistill import report
+        from feddistill.runs import rerun
 
     out = out or free(run.with_name(f"{run.name}-without-{'-'.join(clients)}"))
-    result = revision.forget(run, out, clients, show=show)
+    result = rerun.forget(run, out, clients, progress=progress)
     page = report.write(out)
     report.print_table(result)
     click.echo(f"run: {out}\nreport: {page}")

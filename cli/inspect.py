@@ -8,21 +8,24 @@ import click
 @click.command()
 @click.argument("payload", type=click.Path(path_type=Path))
 @click.option(
-    "--spec", type=click.Path(path_type=Path), help="The round's request, to check PAYLOAD against."
+    "--spec", type=click.Path(path_type=Path), help="Request of the round to check PAYLOAD against."
 )
 @click.option(
     "--envelope",
     type=click.Path(path_type=Path),
-    help="PAYLOAD's envelope, for --spec. [default: the .json file beside it]",
+    help="PAYLOAD's envelope, for --spec.  [default: the .json file beside PAYLOAD]",
 )
-@click.option("--rows", type=click.IntRange(0), default=3, show_default=True, help="Answers to show.")
-@click.option("--top", type=click.IntRange(0), default=5, show_default=True, help="Entries of each.")
+@click.option(
+    "--rows", type=click.IntRange(0), default=3, show_default=True, help="Number of answers to show."
+)
+@click.option(
+    "--top", type=click.IntRange(0), default=5, show_default=True, help="Entries to show of each answer."
+)
 def inspect(payload: Path, spec: Path | None, envelope: Path | None, rows: int, top: int) -> None:
-    """Show what PAYLOAD says, and refuse it where it is not well-formed.
+    """Show the contents of PAYLOAD; fail if it is not well-formed.
 
-    Whether it answers a certain round, the round's request says: with --spec (a run keeps it as
-    rounds/NNN/spec.json) the checks of that round's server are made, but those for a second submission and
-    for the time.
+    With --spec (a run stores it as rounds/NNN/spec.json), also run the checks that the server of that round
+    ran, except those for a second submission and for the time.
     """
     import numpy as np
     from rich.console import Console
@@ -38,7 +41,7 @@ def inspect(payload: Path, spec: Path | None, envelope: Path | None, rows: int, 
             raise DataError(f"cannot read {path}: {error.strerror}") from None
 
     if envelope is not None and spec is None:
-        raise ConfigError("--envelope needs --spec: only a request says what an envelope must be")
+        raise ConfigError("--envelope needs --spec: an envelope is checked against a request")
     content = content_of(payload)
     verdict = "well-formed"
     if spec is not None:

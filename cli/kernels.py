@@ -5,7 +5,7 @@ import click
 
 @click.command()
 def kernels() -> None:
-    """List the kernels and which backends run them here."""
+    """List the kernels and the backends available on this machine."""
     import torch
     from rich.console import Console
     from rich.table import Table

@@ -9,11 +9,11 @@ import click
 @click.command()
 @click.argument("config", required=False, type=click.Path(path_type=Path))
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a setting.")
-@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def plan(config: Path | None, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Say what CONFIG (or the quickstart) would cost: bytes, operations, time, memory, disk.
+    """Estimate the cost of CONFIG (default: the quickstart): bytes, operations, time, memory, disk.
 
-    The data are read and each model takes a few steps; nothing is written.
+    Reads the data and runs a few training steps of each model; writes nothing.
     """
     import json
 
@@ -21,10 +21,10 @@ def plan(config: Path | None, overrides: tuple[str, ...], as_json: bool) -> None
 
     settings = configuration.load(config, overrides)
 
-    from feddistill import experiment
-    from feddistill.progress import Quiet, Terminal
+    from feddistill.progress import NoProgress, TerminalProgress
+    from feddistill.runs.plan import plan as estimate
 
-    found = experiment.plan(settings, Quiet() if as_json else Terminal())
+    found = estimate(settings, NoProgress() if as_json else TerminalProgress())
     if as_json:
         click.echo(json.dumps(found, indent=2))
         return
@@ -35,13 +35,13 @@ def _print(found: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from feddistill.tasks import TASKS
+    from feddistill.config.tasks import TASKS
 
     console = Console(highlight=False, markup=False, emoji=False)
     sent, task = found["bytes"], TASKS[found["task"]]
-    asked = "" if task.row == "proxy text" else f"{found['rows']:,} rows (one a {task.row}), "
+    rows = "" if task.row == "proxy text" else f"{found['rows']:,} rows (one a {task.row}), "
     console.print(
-        f"{found['clients']} clients, {found['rounds']} rounds, {found['proxy_texts']} proxy texts, {asked}"
+        f"{found['clients']} clients, {found['rounds']} rounds, {found['proxy_texts']} proxy texts, {rows}"
         f"{found['classes']} {task.choices}; the proxy set is {_bytes(sent['proxy_download'])}, "
         "downloaded once"
     )

@@ -8,9 +8,9 @@ import click
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
 def report(run: Path) -> None:
-    """Write RUN's report again: report.html, the tables as CSV, the figures as SVG, TensorBoard logs.
+    """Regenerate RUN's report: report.html, tables as CSV, plots as SVG, TensorBoard logs.
 
-    Of a study's folder: study.html, runs.csv, summary.csv, table.tex, figures.
+    For the folder of a study: study.html, runs.csv, summary.csv, table.tex, plots.
     """
     from feddistill import report as reports
     from feddistill.report import studies

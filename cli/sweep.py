@@ -12,42 +12,44 @@ import click
     "overrides",
     multiple=True,
     metavar="KEY=VALUE",
-    help="Change the study: seeds=[0], grid.KEY=[...].",
+    help="Override a value of the study: seeds=[0], grid.KEY=[...].",
 )
 @click.option(
-    "--out", type=click.Path(file_okay=False, path_type=Path), help="Its folder.  [default: runs/NAME]"
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder of the study.  [default: runs/NAME]",
 )
 @click.option(
     "--jobs",
     type=click.IntRange(min=1),
     default=1,
     show_default=True,
-    help="Runs at a time, each in a process of its own.",
+    help="Number of parallel runs, each in its own process.",
 )
-@click.option("--list", "only_list", is_flag=True, help="Print the runs and do nothing.")
+@click.option("--list", "only_list", is_flag=True, help="Print the names of the runs and exit.")
 def sweep(study: Path, overrides: tuple[str, ...], out: Path | None, jobs: int, only_list: bool) -> None:
-    """Run STUDY: a grid of settings and seeds. What is done is skipped, so that it goes on after any kill.
+    """Run STUDY, a grid of settings and seeds. Completed runs are skipped, so a killed study can be resumed.
 
     \b
     Example:
       feddistill sweep examples/studies/methods.yaml --set seeds=[0]
     """
-    from feddistill import study as studies
+    from feddistill.runs import study as studies
 
     chosen = studies.load(study, overrides)
     if only_list:
         for cell in studies.cells(chosen):
             click.echo(cell.name)
         return
-    from feddistill.progress import Terminal
+    from feddistill.progress import TerminalProgress
 
-    show = Terminal()
-    with show.step("load torch and transformers"):
+    progress = TerminalProgress()
+    with progress.step("load torch and transformers"):
         from feddistill import report
         from feddistill.report import studies as pages
 
     out = out or Path("runs") / chosen.name
-    failed = studies.sweep(chosen, out, jobs=jobs, show=show, after=report.write)
+    failed = studies.sweep(chosen, out, jobs=jobs, progress=progress, after=report.write)
     if len(failed) < len(studies.cells(chosen)):
         click.echo(f"report: {pages.write(out)}")
     if failed:

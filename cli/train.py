@@ -16,26 +16,38 @@ import click
     type=click.Path(file_okay=False, path_type=Path),
     help="Directory of the run.  [default: runs/NAME, or the next free runs/NAME-2, ...]",
 )
-@click.option("--resume", is_flag=True, help="Go on with the interrupted run in --out.")
-@click.option("--quiet", is_flag=True, help="Print nothing but errors.")
+@click.option("--resume", is_flag=True, help="Resume the interrupted run in --out.")
+@click.option("--quiet", is_flag=True, help="Print only errors.")
 @click.option(
     "--engine",
     type=click.Choice(["local", "flower-sim", "flower"]),
     default="local",
     show_default=True,
-    help="All clients in this process; in Flower's simulation; at SuperNodes.",
+    help="Where clients run: in this process, in Flower's simulation, or at SuperNodes.",
 )
-@click.option("--superlink", metavar="HOST:PORT", help="Engine flower: where the SuperLink is.")
+@click.option("--superlink", metavar="HOST:PORT", help="Engine flower: address of the SuperLink.")
 @click.option(
     "--root-certificates",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Engine flower: whom to trust.",
+    help="Engine flower: root certificates that verify the SuperLink.",
 )
 @click.option(
-    "--connect", default=600.0, show_default=True, help="Flower: seconds to wait for clients to connect."
+    "--connect-timeout",
+    "connect",
+    default=600.0,
+    show_default=True,
+    help="Engine flower: seconds to wait for clients to connect.",
 )
-@click.option("--reply", default=3600.0, show_default=True, help="Flower: seconds to wait for a reply.")
-@click.option("--attempts", default=3, show_default=True, help="Flower: how often a client is asked.")
+@click.option(
+    "--reply-timeout",
+    "reply",
+    default=3600.0,
+    show_default=True,
+    help="Engine flower: seconds to wait for a reply.",
+)
+@click.option(
+    "--attempts", default=3, show_default=True, help="Engine flower: attempts to send a request to a client."
+)
 def train(
     config: Path | None,
     overrides: tuple[str, ...],
@@ -49,10 +61,10 @@ def train(
     reply: float,
     attempts: int,
 ) -> None:
-    """Train a student on what CONFIG's clients know.
+    """Train a student by federated distillation as CONFIG specifies.
 
     Without CONFIG: the embedded quickstart, offline, on real text, in minutes on two cores.
-    The engines give the same numbers; docs/deployment.md says how institutions use Flower.
+    All engines give the same results; see docs/deployment.md for deployment over Flower.
 
     \b
     Example:
@@ -61,34 +73,42 @@ def train(
     """
     from feddistill import config as configuration
     from feddistill.errors import ConfigError
+    from feddistill.store.layout import CONFIG
 
     if (engine == "flower") != (superlink is not None):
-        raise ConfigError("--superlink goes with --engine flower, and --engine flower with --superlink")
+        raise ConfigError("--engine flower needs --superlink, and --superlink needs --engine flower")
     if resume and out is None:
-        raise ConfigError("--resume needs --out DIR: the run to go on with")
+        raise ConfigError("--resume needs --out DIR, the run to resume")
     stored = resume and config is None and out is not None
-    settings = configuration.load(out / "config.yaml" if stored and out else config, overrides)
+    settings = (
+        configuration.load_stored(out / CONFIG, overrides)
+        if stored and out
+        else configuration.load(config, overrides)
+    )
 
-    from feddistill.progress import Quiet, Terminal
-    from feddistill.store import free
+    from feddistill.progress import NoProgress, TerminalProgress
+    from feddistill.store.run_directory import free
 
-    show = Quiet() if quiet else Terminal()
-    with show.step("load torch and transformers"):  # seconds; a wrong setting has not waited for it
-        from feddistill import experiment, report
+    progress = NoProgress() if quiet else TerminalProgress()
+    with progress.step("load torch and transformers"):  # takes seconds: settings are checked first
+        from feddistill import report
+        from feddistill.runs import experiment
 
-        gc.freeze()  # transformers' trainer collects garbage after each training: a third of a second less
+        gc.freeze()  # transformers' trainer collects garbage after each training: saves 0.3 s
     out = out or free(Path("runs") / settings.name)
-    show.say(f"run: {out}")
+    progress.log(f"run: {out}")
     if engine == "local":
-        result = experiment.run(settings, out, resume=resume, show=show)
+        result = experiment.run(settings, out, resume=resume, progress=progress)
     else:
         from feddistill.engines.flower import launch
-        from feddistill.federation.protocol import Patience
+        from feddistill.federation.protocol import RetryPolicy
 
         link = None if superlink is None else launch.Link(superlink, root_certificates)
-        patience = Patience(connect, reply, attempts)
-        result = launch.train(settings, out, link, resume=resume, patience=patience, show=show)
-    with show.step("write the report"):
+        retry_policy = RetryPolicy(connect, reply, attempts)
+        result = launch.train(
+            settings, out, link, resume=resume, retry_policy=retry_policy, progress=progress
+        )
+    with progress.step("write the report"):
         page = report.write(out)
     if not quiet:
         report.print_table(result)

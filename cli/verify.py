@@ -8,22 +8,23 @@ import click
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option(
-    "--kept",
+    "--client-folder",
+    "kept",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="A client's own folder: check that RUN (or its ledger.json) tells what this client has seen.",
+    help="Folder of a client: check that RUN (or its ledger.json) agrees with the files kept there.",
 )
-@click.option("--recompute", is_flag=True, help="Make every teacher again from the payloads, and compare.")
-@click.option("--quiet", is_flag=True, help="Print only what is wrong.")
+@click.option("--recompute", is_flag=True, help="Re-aggregate every teacher from the payloads and compare.")
+@click.option("--quiet", is_flag=True, help="Print only failed checks.")
 def verify(run: Path, kept: Path | None, recompute: bool, quiet: bool) -> None:
-    """Check that RUN is what its ledger says; exit status 1 if not.
+    """Verify RUN against its ledger; exit status 1 if a check fails.
 
-    The ledger chains the hashes of all requests, payloads and teachers. Each request names the ledger so far,
-    and so does each answer to it.
+    The ledger is a hash chain over all requests, payloads and teachers. Each request, and each answer to
+    it, includes the head of the ledger before that round.
     """
-    from feddistill import verification
-    from feddistill.progress import Quiet
+    from feddistill.progress import NoProgress
+    from feddistill.runs import verify
 
-    found = verification.kept(run, kept) if kept else verification.run(run, recompute=recompute, show=Quiet())
+    found = verify.kept(run, kept) if kept else verify.run(run, recompute=recompute, progress=NoProgress())
     wrong = 0
     for finding in found:
         wrong += not finding.right

@@ -182,6 +182,9 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         },
         py::arg("clients"), py::arg("n"), py::arg("dtype"), py::arg("trim"), py::arg("out"), py::arg("threads"),
         py::arg("set") = 0, py::call_guard<py::gil_scoped_release>());
+    py::list kinds;
+    for (const char* name : feddistill::kKindNames) kinds.append(name);
+    m.attr("kinds") = py::tuple(kinds);  // a kind's place is its number
     m.def(
         "distillation_cpu",
         [](std::int64_t rows, std::int64_t vocab, std::int64_t width, const MatrixOf& student, const MatrixOf& teacher,

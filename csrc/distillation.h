@@ -1,19 +1,33 @@
 // Divergence of softmaxes and the distillation loss, with its gradient, a row at a time.
 #pragma once
 #include <cstdint>
+#include <iterator>
 
 #include "dtype.h"
 
 namespace feddistill {
 
-enum class Kind : int {  // feddistill_kernels/distillation/_kinds.py: the order of KINDS
-    forward_kl,
-    reverse_kl,
-    jsd,
-    tvd,
-    skew_forward_kl,
-    skew_reverse_kl,
+// The kinds of divergence that are compiled, by their names in feddistill_kernels/_kinds.py.  The enumeration, the
+// names that Python reads and every switch over kinds derive from this table: a kind without its two functions in
+// cpu/kinds.h and cuda/kinds.h does not compile, and a kind that is not listed runs in the reference.
+#define FEDDISTILL_KINDS(X) X(forward_kl) X(reverse_kl) X(jsd) X(tvd) X(skew_forward_kl) X(skew_reverse_kl)
+
+enum class Kind : int {
+#define FEDDISTILL_KIND(name) name,
+    FEDDISTILL_KINDS(FEDDISTILL_KIND)
+#undef FEDDISTILL_KIND
 };
+
+// By number.
+inline constexpr const char* kKindNames[] = {
+#define FEDDISTILL_KIND(name) #name,
+    FEDDISTILL_KINDS(FEDDISTILL_KIND)
+#undef FEDDISTILL_KIND
+};
+
+constexpr bool is_known(Kind kind) {
+    return static_cast<int>(kind) >= 0 && static_cast<int>(kind) < static_cast<int>(std::size(kKindNames));
+}
 
 // Row n: loss[n] = scale[n] (kd D + ce CE), and its gradient times scale[n].  scale 0: nothing is looked at.
 struct Distillation {
@@ -38,7 +52,8 @@ struct Refusal {
     Reason reason = none;
 };
 
-// Returns the refusal of the first row that has one.  The result does not depend on threads.
+// Returns the refusal of the first row that has one.  The result does not depend on threads.  Throws
+// std::invalid_argument for an unknown kind, as distillation_cuda does.
 Refusal distillation_cpu(const Distillation& task, int threads, int set = 0);
 
 // out = gradient * factor, for n elements.

@@ -1,4 +1,4 @@
-// Trimmed mean over clients of each coordinate; the median is the one that trims all it can.  And the mean around it.
+// Trimmed mean over clients of each coordinate (the median trims all it can), and mean around the median.
 #pragma once
 #include <cstdint>
 

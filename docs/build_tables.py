@@ -1,9 +1,9 @@
 """Write measured tables into the documents, from committed results.
 
-python docs/build_tables.py                      rewrite what stands between the markers
-python docs/build_tables.py --check              say what differs, exit status 1
+python docs/build_tables.py                      rewrite the tables between the markers
+python docs/build_tables.py --check              list pages whose tables are out of date; exit status 1 if any
 python docs/build_tables.py --collect RUN ...    print the results of several runs as one file
-python docs/build_tables.py --study STUDY ...    take the summaries and figures of studies into docs/results
+python docs/build_tables.py --study STUDY ...    copy the summaries and plots of studies to docs/results
 """
 
 import csv
@@ -51,7 +51,7 @@ def quickstart() -> str:
 
 
 def language_model() -> str:
-    """The example of a language model over seeds: the student, the server alone, and each client alone."""
+    """The language model example by seed: the student, the server alone, and each client alone."""
     sys.path.insert(0, str(ROOT))
     from feddistill.report import size
 
@@ -59,7 +59,7 @@ def language_model() -> str:
     of = {
         "student": lambda run: run["metrics"]["student"]["bits_per_byte"],
         "public texts only, same steps": lambda run: run["metrics"]["public_only"]["bits_per_byte"],
-        "likewise, the last round": lambda run: [
+        "public texts only, last round": lambda run: [
             r["test_bits_per_byte"] for r in run["by_round"] if r["series"] == "public_only"
         ][-1],
         **{
@@ -99,21 +99,21 @@ def kernels() -> str:
 
 
 def gpu() -> str:
-    """What GPUs have measured, from the files of ``bench/gpu.sh``; without one, that none has."""
+    """Measurements on GPUs, from the files of ``bench/gpu.sh``; a sentence if there are none."""
     sys.path.insert(0, str(ROOT))
     from bench.tables import of_gpu
 
     files = [json.loads(path.read_text()) for path in sorted((ROOT / "bench" / "results").glob("gpu-*.json"))]
     if not files:
         return (
-            "**Not yet measured on a GPU**: there is no result file of one, and so no figure. "
-            "`bench/gpu.sh` writes one."
+            "**Not yet measured on a GPU.** `bench/gpu.sh` measures and writes the result file "
+            "from which this table is made."
         )
     return "\n\n".join(of_gpu(found) for found in files)
 
 
 def resources() -> str:
-    """What the compilers say of the GPU kernels, from ``python -m bench.resources``."""
+    """Registers and spills of the GPU kernels, from ``python -m bench.resources``."""
     sys.path.insert(0, str(ROOT))
     from bench.resources import markdown
 
@@ -121,12 +121,12 @@ def resources() -> str:
 
 
 def rules() -> str:
-    """Every rule of the table, in its own words."""
+    """Every rule with the first paragraph of its docstring."""
     sys.path.insert(0, str(ROOT))
-    from feddistill.rules import RULES
+    from feddistill.aggregation.rules import RULES
 
     lines = [
-        "| rule | teacher | liars of ten | range | needs | secure sums |",
+        "| rule | teacher | Byzantine of ten | range | needs | secure sums |",
         "|---|---|---|---|---|---|",
     ]
     for name, kind in RULES.items():
@@ -136,16 +136,16 @@ def rules() -> str:
             str(rule.tolerates(10)),
             "yes" if rule.in_range else "",
             ", ".join(sorted(rule.needs())),
-            "yes" if rule.secure_sums() else "",
+            "yes" if rule.secure_sums else "",
         )
         lines.append(f"| `{name}` | {words} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def attacks() -> str:
-    """Every attack, in its own words."""
+    """Every attack with the first paragraph of its docstring."""
     sys.path.insert(0, str(ROOT))
-    from feddistill.attacks import ATTACKS
+    from feddistill.aggregation.attacks import ATTACKS
 
     lines = ["| attack | what is sent |", "|---|---|"]
     for name, kind in ATTACKS.items():
@@ -187,7 +187,7 @@ def merging() -> str:
 
 
 def answering() -> str:
-    """How fast a client answers, from ``python -m bench.answering``."""
+    """Speed of a client's predictions, from ``python -m bench.answering``."""
     from bench.answering import table
 
     return table(json.loads((ROOT / "bench" / "results" / "answering.json").read_text()))
@@ -202,7 +202,7 @@ def language() -> str:
 
 
 def scale() -> str:
-    """What one more client costs, from ``python -m bench.federation``."""
+    """Cost of one more client, from ``python -m bench.federation``."""
     sys.path.insert(0, str(ROOT))
     from bench.federation import table
 
@@ -210,21 +210,21 @@ def scale() -> str:
 
 
 def faults() -> str:
-    """What became of a federation, from ``python -m tests.engines.faults``."""
+    """Injected faults and their outcome, from ``python -m tests.engines.faults``."""
     found = json.loads((RESULTS / "faults.json").read_text())
-    lines = ["| what was done | what came of it | seconds |", "|---|---|--:|"]
+    lines = ["| fault | outcome | seconds |", "|---|---|--:|"]
     lines += [f"| {c['case'].replace('_', ' ')} | {c['outcome']} | {c['seconds']} |" for c in found]
     return "\n".join(lines)
 
 
 def large() -> str:
-    """What both sides held of large answers, from ``python -m tests.engines.large``."""
+    """Peak memory of both sides with large answers, from ``python -m tests.engines.large``."""
     found = json.loads((RESULTS / "large.json").read_text())
     sent = found["uplink_bytes"].values()
-    lines = ["| clients | each sends, MB | messages | who | peak memory, MB |", "|--:|--:|--:|---|--:|"]
+    lines = ["| clients | each sends, MB | messages | process | peak memory, MB |", "|--:|--:|--:|---|--:|"]
     for who, name in (
-        ("coordinator", "coordinator, to the teacher"),
-        ("with_student", "coordinator, student included"),
+        ("coordinator", "coordinator, up to the teacher"),
+        ("with_student", "coordinator, including the student"),
         ("clients", "a client, with its model"),
     ):
         peak = found[f"{who}_peak_bytes"] / 1e6
@@ -233,9 +233,10 @@ def large() -> str:
 
 
 def study(name: str) -> str:
-    """Accuracy of a committed study: of every method by the first axis; of several axes, the student's."""
+    """Accuracy in a committed study: every method by the first axis; with several axes, only the student."""
     sys.path.insert(0, str(ROOT))
-    from feddistill.report import NAMES, size
+    from feddistill.config.methods import row_labels
+    from feddistill.report import size
 
     with (RESULTS / name / "summary.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -243,7 +244,7 @@ def study(name: str) -> str:
     first, *rest = labels or [""]
     if rest:
         rows = [row for row in rows if row["who"] == "student"]
-    sides = [", ".join(row[label] for label in rest) if rest else NAMES[row["who"]] for row in rows]
+    sides = [", ".join(row[label] for label in rest) if rest else row_labels()[row["who"]] for row in rows]
     tops = [row[first] if first else "accuracy" for row in rows]
     what, across = ", ".join(rest) if rest else "method", first
     if first and not rest and not all(map(_is_number, tops)):  # names of cases are long: a row each
@@ -263,15 +264,15 @@ def study(name: str) -> str:
         table.append(f"| {side} | {' | '.join(cells)} | {said} |")
     seeds = "/".join(sorted({row["seeds"] for row in rows}))
     of = "one seed" if seeds == "1" else f"mean ± standard deviation of {seeds} seeds"
-    who = "; the student's" if rest else ""
-    note = f"Accuracy on the test set in per cent, {of}{who}."
-    return "\n".join([*table, "", f"{note} `docs/results/{name}/summary.csv` has everything else."])
+    whose = "The student's accuracy" if rest else "Accuracy"
+    note = f"{whose} on the test set in per cent, {of}."
+    return "\n".join([*table, "", f"{note} All other metrics: `docs/results/{name}/summary.csv`."])
 
 
 def paired(name: str) -> str:
-    """How far the student of a study is above other methods, the same seeds of both compared."""
+    """Differences in accuracy between a study's student and the other methods, paired by seed."""
     sys.path.insert(0, str(ROOT))
-    from feddistill.report import NAMES
+    from feddistill.config.methods import row_labels
 
     with (RESULTS / name / "runs.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -279,15 +280,18 @@ def paired(name: str) -> str:
     of = {(row["who"], row[axis], row["seed"]): 100 * float(row["accuracy"]) for row in rows}
     values, seeds = (list(dict.fromkeys(row[key] for row in rows)) for key in (axis, "seed"))
     lines = [
-        f"| student above | {' | '.join(f'{axis} {v}' for v in values)} |",
+        f"| student minus | {' | '.join(f'{axis} {v}' for v in values)} |",
         f"|---|{'--:|' * len(values)}",
     ]
     for who in dict.fromkeys(row["who"] for row in rows):
         if who not in ("student", "clients_before", "clients_after"):
             apart = [[of["student", v, s] - of[who, v, s] for s in seeds] for v in values]
             cells = [f"{fmean(found):+.1f} ± {stdev(found):.1f}" for found in apart]
-            lines.append(f"| {NAMES[who]} | {' | '.join(cells)} |")
-    note = f"Points of accuracy, mean ± standard deviation of the differences of {len(seeds)} seeds."
+            lines.append(f"| {row_labels()[who]} | {' | '.join(cells)} |")
+    note = (
+        "Difference in accuracy in percentage points, paired by seed: "
+        f"mean ± standard deviation of {len(seeds)} seeds."
+    )
     return "\n".join([*lines, "", note])
 
 
@@ -306,14 +310,26 @@ def _accuracy(row: dict[str, str] | None) -> str:
     return f"{100 * float(row['accuracy']):.1f}{spread}"
 
 
+def shown(name: str) -> list[str]:
+    """Names of the plots of a study that a page shows."""
+    pages = [page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").rglob("*.md"))]
+    return sorted(set(re.findall(rf"\bresults/{re.escape(name)}/([\w-]+\.svg)\)", "\n".join(pages))))
+
+
 def take(folders: list[str]) -> None:
-    """Summaries and figures of studies, as they are committed."""
+    """Copy a study's summaries, and those of its plots that a page shows, to where they are committed."""
     for folder in map(Path, folders):
-        to = RESULTS / folder.name
+        to, plots = RESULTS / folder.name, shown(folder.name)
         to.mkdir(parents=True, exist_ok=True)
-        for path in (folder / "summary.csv", folder / "runs.csv", *(folder / "figures").glob("*.svg")):
+        for path in (
+            folder / "summary.csv",
+            folder / "runs.csv",
+            *(folder / "figures" / name for name in plots),
+        ):
             shutil.copy(path, to)
-        # Where it stood when it ran is nobody's business: the base is named as the study's own file names it.
+        if not plots:
+            print(f"no page shows a plot of {folder.name}: none was copied")
+        # No absolute path: the base is named relative to the study's file, as the author wrote it.
         text = (folder / "study.yaml").read_text(encoding="utf-8")
         text = re.sub(r"^base: .*/examples/studies/", "base: ", text, flags=re.MULTILINE)
         (to / "study.yaml").write_text(text, encoding="utf-8")
@@ -342,7 +358,7 @@ TABLES = {
 
 
 def main(check: bool) -> int:
-    """Rewrite what stands between the markers; with ``check`` only say what differs."""
+    """Rewrite the tables between the markers; with ``check`` only list the pages that differ."""
     stale = []
     for name, tables in TABLES.items():
         path = ROOT / name

@@ -1,4 +1,4 @@
-"""What a step costs: seconds, floating-point operations, peak memory."""
+"""Cost of a step: seconds, floating-point operations, peak memory."""
 
 import copy
 import resource
@@ -16,8 +16,8 @@ from feddistill.types import Cost
 _CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
-# torch's counter loads Triton, 75 MB: only who trains counts.
-# The counter calls these with whatever the operator was called with: there is nothing to type.
+# torch's counter loads Triton, 75 MB, and is therefore imported only when a pass is counted.
+# The counter calls these functions with the arguments of the operator, which have no common type.
 def _attention(query, key, value, *args, out_shape=None, **kwargs):  # type: ignore[no-untyped-def]
     from torch.utils.flop_counter import sdpa_flop_count
 
@@ -34,14 +34,14 @@ _ALSO_COUNTED = {
     _CPU_ATTENTION: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
-"""Operators that torch's counter does not know."""
+"""Operators that torch's counter does not count."""
 
 
 class FlopMeter:
-    """Counts a model's operations by input length, on a copy: the run's weights and draws stay untouched.
+    """Counts a model's operations by input length, on a copy, so that weights and random state are unchanged.
 
-    One text of each length is counted and multiplied by the batch; elementwise work is left out, as is
-    usual.
+    One text of each length is counted and multiplied by the batch size; elementwise operations are left out,
+    as is usual.
     """
 
     def __init__(self, model: nn.Module):
@@ -61,16 +61,16 @@ class FlopMeter:
         tokens = torch.ones(1, length, dtype=torch.long)
         counter = FlopCounterMode(display=False, custom_mapping=_ALSO_COUNTED)
         with torch.random.fork_rng(devices=[]), counter, torch.set_grad_enabled(training):
-            said = self._copy(input_ids=tokens)
-            if training:  # of one tensor, the logits, or of two: where an answer starts, and where it ends
-                parts = [part.sum() for part in said.values() if isinstance(part, Tensor)]
+            outputs = self._copy(input_ids=tokens)
+            if training:  # logits, or in question answering the logits of start and end
+                parts = [part.sum() for part in outputs.values() if isinstance(part, Tensor)]
                 torch.stack(parts).sum().backward()
         return int(counter.get_total_flops())
 
 
 @dataclass(slots=True)
 class Measurement:
-    """Filled in while ``measure`` runs; ``cost`` is whole when it has ended."""
+    """Result of ``measure``; ``cost`` is complete when the body has ended."""
 
     flops: int = 0
     cost: Cost = field(default_factory=Cost)
@@ -78,7 +78,7 @@ class Measurement:
 
 @contextmanager
 def measure() -> Iterator[Measurement]:
-    """Time a step; what it counted goes to ``.flops`` before the end."""
+    """Context manager that times its body, which sets ``flops`` itself."""
     measurement = Measurement()
     start = time.perf_counter()
     yield measurement
@@ -86,6 +86,6 @@ def measure() -> Iterator[Measurement]:
 
 
 def peak_memory_bytes() -> int:
-    """The most memory this process has held so far."""
+    """Peak resident memory of this process."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -1,12 +1,12 @@
-"""What can go wrong that the user can mend.
+"""Errors that the user can correct.
 
 FeddistillError
 ├── ConfigError (ValueError)   a setting, named as the user wrote it
 ├── DataError                  a file, a data set, a label, a client without data
-├── ModelError                 a model that cannot be found, or cannot do what is asked of it
-├── PayloadError               what a client sent; one subclass for each refusal
-├── RoundError                 too few valid answers
-└── RunError                   a run directory: in the way, not a run, damaged, or no room to write
+├── ModelError                 a model that cannot be found, or cannot do what the settings require
+├── PayloadError               an invalid payload; one subclass for each refusal
+├── RoundError                 too few valid uploads
+└── RunError                   a run directory: exists already, not a run, damaged, or not writable
 """
 
 
@@ -23,16 +23,16 @@ class DataError(FeddistillError):
 
 
 class ModelError(FeddistillError):
-    """A model or tokenizer cannot be found, or cannot do what the configuration asks."""
+    """A model or tokenizer cannot be found, or cannot do what the settings require."""
 
 
 class PayloadError(FeddistillError):
-    """A client's payload was refused; nothing of it was kept."""
+    """A client's payload was refused; nothing of it was stored."""
 
 
 class RoundError(FeddistillError):
-    """A round cannot go on: fewer valid answers than the quorum."""
+    """A round cannot continue: fewer valid uploads than the quorum."""
 
 
 class RunError(FeddistillError):
-    """A run directory is in the way, is not one, does not match, or cannot be written."""
+    """A run directory exists already, is not one, does not match, or cannot be written."""

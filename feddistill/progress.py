@@ -1,26 +1,26 @@
-"""What a person sees while a run works: bars in a terminal, nothing elsewhere."""
+"""Progress of a run: bars in a terminal, log lines elsewhere."""
 
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
+from rich import progress as bars
 from rich.console import Console
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from feddistill.types import Tick
+from feddistill.types import ProgressCallback
 
 
-class Show(Protocol):
-    """How steps of a run are shown."""
+class Progress(Protocol):
+    """Shows the steps of a run."""
 
-    def step(self, label: str) -> AbstractContextManager[Tick]:
-        """Show ``label`` while the body runs; the body calls what it is given."""
+    def step(self, label: str) -> AbstractContextManager[ProgressCallback]:
+        """Context manager: shows ``label`` and yields a progress callback."""
         ...
 
-    def say(self, line: str) -> None:
+    def log(self, line: str) -> None:
         """A line that stays."""
         ...
 
@@ -29,22 +29,22 @@ class Show(Protocol):
         ...
 
 
-class Quiet:
+class NoProgress:
     """Shows nothing: for tests, and programs that import us."""
 
     @contextmanager
-    def step(self, label: str) -> Iterator[Tick]:
-        """See ``Show``."""
+    def step(self, label: str) -> Iterator[ProgressCallback]:
+        """No output."""
         yield lambda done, total: None
 
-    def say(self, line: str) -> None:
-        """See ``Show``."""
+    def log(self, line: str) -> None:
+        """No output."""
 
     def table(self, table: Table | None) -> None:
-        """See ``Show``."""
+        """No output."""
 
 
-class Terminal:
+class TerminalProgress:
     """A bar for the step that runs, and a line for each thing worth keeping; lines only when piped."""
 
     def __init__(self, console: Console | None = None):
@@ -52,30 +52,30 @@ class Terminal:
         self._live: Live | None = None
 
     @contextmanager
-    def step(self, label: str) -> Iterator[Tick]:
-        """See ``Show``."""
+    def step(self, label: str) -> Iterator[ProgressCallback]:
+        """A bar that shows ``label``."""
         columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
+            bars.TextColumn("{task.description}"),
+            bars.BarColumn(),
+            bars.MofNCompleteColumn(),
+            bars.TimeElapsedColumn(),
         )
-        with Progress(
+        with bars.Progress(
             *columns, console=self.console, transient=True, disable=not self.console.is_terminal
-        ) as bars:
-            task = bars.add_task(label, total=None)
+        ) as shown:
+            task = shown.add_task(label, total=None)
 
-            def tick(done: int, total: int) -> None:
-                bars.update(task, completed=done, total=total)
+            def on_step(done: int, total: int) -> None:
+                shown.update(task, completed=done, total=total)
 
-            yield tick
+            yield on_step
 
-    def say(self, line: str) -> None:
-        """See ``Show``."""
+    def log(self, line: str) -> None:
+        """Print a line."""
         self.console.print(line, highlight=False, markup=False)
 
     def table(self, table: Table | None) -> None:
-        """See ``Show``; nothing when piped."""
+        """Show a table at the foot of the terminal; nothing when piped."""
         if not self.console.is_terminal:
             return
         if table is None:

@@ -1,7 +1,7 @@
-"""All randomness of a run, derived from one seed by name.
+"""Random generators of a run, derived from one seed by name.
 
-A step's seed depends on what the step is, never on how many steps came before it: so a resumed run, and
-the same client on another engine, draw the same numbers.
+A step's seed depends on its name, never on the steps before it: so a resumed run, and the same client on
+another engine, draw the same numbers.
 """
 
 import hashlib
@@ -10,7 +10,7 @@ import numpy as np
 
 
 def derive(seed: int, *names: str | int) -> int:
-    """A seed below 2**31 for the thing called ``names``.
+    """A seed below 2**31 for the purpose ``names``.
 
     >>> derive(0, "round", 1, "train") == derive(0, "round", 1, "train")
     True
@@ -22,5 +22,5 @@ def derive(seed: int, *names: str | int) -> int:
 
 
 def generator(seed: int, *names: str | int) -> np.random.Generator:
-    """NumPy's generator for the thing called ``names``."""
+    """NumPy's generator for the purpose ``names``."""
     return np.random.default_rng(derive(seed, *names))

@@ -1,4 +1,4 @@
-"""The values that travel between stages. Frozen; numpy only."""
+"""The values that are passed between stages; frozen, without torch."""
 
 import hashlib
 import json
@@ -11,38 +11,37 @@ from numpy.typing import NDArray
 UNLABELLED = -1
 
 NO_LABEL = -100
-"""torch's own mark of a row without label."""
+"""torch's label for rows without one."""
 
 Span = tuple[int, int]
-"""Of a passage: the first character, and the one behind the last."""
+"""First character and end of a part of a passage."""
 
-Tick = Callable[[int, int], None]
-"""Called with how much is done and how much there is: steps, texts, clients."""
+ProgressCallback = Callable[[int, int], None]
+"""Called with the number done and the total number of steps, texts or clients."""
 
 
 @dataclass(frozen=True, slots=True)
 class TextSet:
-    """Texts with ids and, where known, labels and sources. ``N`` examples."""
+    """``N`` texts with ids and, if known, labels and sources."""
 
     name: str
-    """What errors call it: ``data.test``, ``client-2``."""
+    """Name in errors: ``data.test``, ``client-2``."""
     ids: tuple[str, ...]
     texts: tuple[str, ...]
     labels: NDArray[np.int64]
-    """``[N]``, indices into ``label_names``; ``UNLABELLED`` where not known."""
+    """``[N]``, indices into ``label_names``; ``UNLABELLED`` if unknown."""
     label_names: tuple[str, ...]
     sources: tuple[str, ...] | None = None
-    """Where each text is from (a domain, an era, a hospital), for partitions by source."""
+    """Origin of each text (a domain, an era, a hospital), for partitions by source."""
     starts: tuple[int, ...] | None = None
-    """Of each text, the character behind its prompt, or where the passage begins that stands behind a
-    question; ``None`` where there are neither."""
+    """First character of each text after its prompt or question; ``None`` without prompts and questions."""
     answers: tuple[tuple[Span, ...] | None, ...] | None = None
-    """Of each question the right answers, spans of its passage: none where it has no answer, ``None`` where
-    they are not known."""
+    """The right answers to each question, as spans of its passage: empty if it has no answer, ``None`` if
+    they are unknown."""
 
     @property
     def known(self) -> NDArray[np.bool_]:
-        """``[N]``, of which the label is known or, of questions, the answers."""
+        """``[N]``, True if the label or, for questions, the answers are known."""
         if self.answers is None:
             return np.asarray(self.labels != UNLABELLED)
         return np.array([right is not None for right in self.answers], np.bool_)
@@ -51,7 +50,7 @@ class TextSet:
         return len(self.texts)
 
     def question(self, row: int) -> tuple[str, str]:
-        """A question, and the passage that it is about."""
+        """The question and the passage of a row."""
         assert self.starts is not None, "texts are questions"
         text, start = self.texts[row], self.starts[row]
         return text[:start].strip(), text[start:]
@@ -76,8 +75,7 @@ class TextSet:
         return np.bincount(known, minlength=len(self.label_names)).astype(np.int64)
 
     def digest(self, *, labels: bool = False) -> str:
-        """A hash of ids and texts in order, the same on every machine; with ``labels``, of these as well, and
-        of answers."""
+        """Hash of ids and texts in order, with ``labels`` also of labels and answers; equal everywhere."""
         h = hashlib.blake2b(digest_size=16)
         if labels:
             h.update(self.labels.astype("<i8").tobytes())
@@ -94,37 +92,37 @@ class TextSet:
 
 @dataclass(frozen=True, slots=True)
 class Splits:
-    """Everybody's data in one run."""
+    """All data of a run."""
 
     private: tuple[TextSet, ...]
-    """One set a client, named after it."""
+    """One set per client, with the client's name."""
     proxy: TextSet
-    """The public texts that everyone answers. Labels: those that the server knows, else ``UNLABELLED``."""
+    """The public texts that every client predicts; ``UNLABELLED`` if the server does not know the label."""
     validation: TextSet
     test: TextSet
     places: tuple[int, ...]
-    """Where each client stands in the partition, those counted that are absent."""
+    """Each client's index in the partition; excluded clients keep theirs."""
 
     @property
     def label_names(self) -> tuple[str, ...]:
-        """The classes, in the order of every answer."""
+        """The classes, in the order of predictions."""
         return self.proxy.label_names
 
 
 @dataclass(frozen=True, slots=True)
 class ClientDescription:
-    """What a client says of itself when it enrols; all of it reaches the server."""
+    """What a client reports when it enrols."""
 
     client: str
     examples: int | None = None
-    """Private examples; ``None`` where the rule does not weight by size."""
+    """Number of private examples; ``None`` if the rule does not weight by size."""
     class_counts: tuple[float, ...] | None = None
-    """Private examples of each class, noised if the client asks for it; ``None`` where no rule needs it."""
+    """Private examples of each class, with noise if configured; ``None`` if the rule does not need them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What a step took."""
+    """Cost of a step."""
 
     seconds: float = 0.0
     flops: int = 0
@@ -140,33 +138,33 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class RoundSpec:
-    """What the server asks in one round. A payload names its digest, so it cannot answer another question."""
+    """The server's request in one round. Payloads contain its digest, which ties them to the round."""
 
     run_id: str
     round: int
     proxy_digest: str
     positions: int
-    """Rows that a whole answer has."""
+    """Rows of a complete upload."""
     vocab_size: int
     vocab_fingerprint: str
     """Hash of the ordered classes, or of the tokenizer."""
     codec: str
     k: int
-    """Entries a row has at most; ``vocab_size`` where all are sent."""
+    """Most entries per row; ``vocab_size`` if all are sent."""
     nonce: str
     quorum: int
     clients: tuple[str, ...] = field(default=())
-    """Who may answer."""
+    """Clients of the round."""
     compression: str = "none"
     max_code: int = 255
-    """Codec ``threshold``: entries of larger codes are left out."""
+    """For the codec ``threshold``: entries with larger codes are left out."""
     draws: int = 0
-    """Codec ``sampled``: what a row's counts add up to."""
+    """For the codec ``sampled``: the sum of a row's counts."""
     deadline: int | None = None
-    """When the round closes, in seconds since 1970 (UTC); ``None``: never, and nothing expires."""
+    """End of the round in seconds since 1970 (UTC); ``None``: payloads do not expire."""
     previous: str = ""
-    """Head of the ledger after the last round; nothing in the first. Who signs an answer signs it too."""
+    """Head of the ledger after the last round, empty in the first; covered by signatures of payloads."""
     keys: tuple[tuple[str, str], ...] = field(default=())
-    """``(client, public key)``, enrolled; empty: envelopes are unsigned, and the transport is trusted."""
+    """``(client, public key)`` of enrolled clients; empty if envelopes are unsigned."""
     shard_rows: int = 0
-    """Rows of each shard but the last, which has the rest; 0: an answer is one payload."""
+    """Rows of each shard but the last, which has the rest; 0: an upload is one payload."""

@@ -6,7 +6,6 @@ Fixed letters: ``N`` rows, ``V`` vocabulary or classes, ``K`` kept entries a row
 from feddistill_kernels._backend import BackendError, available_backends, operators, use_backend
 from feddistill_kernels._native import build_info
 from feddistill_kernels.aggregation import aggregate_topk, rules
-from feddistill_kernels.around_median import mean_around_median
 from feddistill_kernels.distances import geometric_median, krum, nearest_neighbour_mixing
 from feddistill_kernels.distillation import DistillationLoss, distillation_loss, kinds, softmax_divergence
 from feddistill_kernels.linear_distillation import (
@@ -14,7 +13,7 @@ from feddistill_kernels.linear_distillation import (
     TeacherHead,
     linear_distillation_loss,
 )
-from feddistill_kernels.order_statistics import coordinate_median, trimmed_mean
+from feddistill_kernels.order_statistics import coordinate_median, mean_around_median, trimmed_mean
 from feddistill_kernels.topk import TopK, topk_compress, topk_sample
 
 __all__ = [

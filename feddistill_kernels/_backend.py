@@ -2,11 +2,11 @@
 
 A backend is a module, ``feddistill_kernels/<operator>/_<backend>.py``: the file tree is the registry.
 Beside its functions it has ``missing(device_type) -> str | None``: why it cannot run there.  One with limits
-has ``cannot(device_type, **facts) -> str | None`` as well: why it cannot do what a call asks for there.
+has ``cannot(device_type, **facts) -> str | None`` as well: why it cannot run this call there.
 """
 
 import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
@@ -28,15 +28,15 @@ _override = AUTO
 
 
 class BackendError(RuntimeError):
-    """A backend was asked for by name and cannot run here."""
+    """A backend was named that cannot run this call here."""
 
 
 def operators() -> tuple[str, ...]:
     """Names of the operators, for ``available_backends``.
 
     >>> operators()
-    ('aggregation', 'around_median', 'distances', 'distillation', 'linear_distillation',
-     'order_statistics', 'topk', 'vocabulary_parallel')
+    ('aggregation', 'distances', 'distillation', 'linear_distillation', 'order_statistics', 'topk',
+     'vocabulary_parallel')
     """
     home = str(Path(__file__).parent)
     return tuple(sorted(module.name for module in pkgutil.iter_modules([home]) if module.ispkg))
@@ -83,7 +83,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def named(requested: str | None) -> str:
-    """What the caller asked for: the argument, else ``use_backend``'s, else ``AUTO``.
+    """The backend that the caller named: the argument, else ``use_backend``'s, else ``AUTO``.
 
     The compiler can trace this; ``load``, which looks at the machine, runs inside the operators.
     """
@@ -93,14 +93,14 @@ def named(requested: str | None) -> str:
     return requested
 
 
-def load(op: str, backend: str, like: torch.Tensor, **facts: int) -> ModuleType:
+def load(op: str, backend: str, like: torch.Tensor, **facts: int | str) -> ModuleType:
     """Return the module that runs ``op`` on tensors ``like`` this; never swap a backend that was named.
 
     Args:
         op: One of ``operators()``.
         backend: A name, or ``AUTO``.
         like: Its device, dtype and shape count.
-        facts: What a backend's limits are about, by the operator's names.
+        facts: What the limits of backends depend on, passed to ``cannot``.
     """
     device_type = like.device.type
     # float64 is there for oracles and gradcheck, and one backend with it is enough.
@@ -108,10 +108,14 @@ def load(op: str, backend: str, like: torch.Tensor, **facts: int) -> ModuleType:
     if backend == AUTO:
         if wide:
             return _module(op, "reference")
-        choices = _entries(op, like.device, like.dtype)
-        entry = next(entry for entry in choices if entry.any_shape or entry.fits(like.shape))
-        # One by one: on a CPU Triton comes last and is not looked at, which would load it.
-        return _module(op, next(name for name in entry.backends if _can(op, name, device_type, facts)))
+        for entry in _entries(op, like.device, like.dtype):
+            if not (entry.any_shape or entry.fits(like.shape)):
+                continue
+            # One by one: on a CPU Triton comes last and is not looked at, which would load it.
+            for name in entry.backends:
+                if _missing(op, name, device_type) is None and not _cannot(op, name, device_type, facts):
+                    return _module(op, name)
+        raise AssertionError(f"{op} has no reference")
     if reason := _missing(op, backend, device_type):
         raise BackendError(f"backend {backend!r} cannot run {op} on {device_type}: {reason}")
     if wide and backend != "reference":
@@ -122,7 +126,7 @@ def load(op: str, backend: str, like: torch.Tensor, **facts: int) -> ModuleType:
 
 
 def watched(*tensors: Tensor | None) -> bool:
-    """Whether a compiler, a profiler, a mode or a subclass of Tensor has to see operators as such."""
+    """Whether a compiler, a profiler, a mode or a subclass of Tensor must see calls as operators."""
     return (
         torch.compiler.is_compiling()
         or _dispatch_modes() > 0
@@ -139,44 +143,61 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class Operator:
-    """A function without a gradient that is an operator of torch.library where somebody has to see one.
+    """A function that is called directly, or as an operator of torch.library if something must see one.
 
-    The dispatcher takes some 10 us a call, as long as torch.topk of a short row; where nobody watches, the
-    function itself is called.
+    The dispatcher takes some 10 us a call, as long as torch.topk of a short row; when nothing watches and no
+    input requires a gradient, the function itself is called.
 
     Args:
         name: ``feddistill::...``.
-        schema: As ``torch.library.custom_op`` takes it, where it cannot be inferred.
+        schema: As ``torch.library.custom_op`` takes it; ``None`` infers it from ``function``.
+        mutates_args: Names of the arguments that ``function`` writes.
     """
 
-    def __init__(self, name: str, function: Callable[..., Any], schema: str | None = None) -> None:
-        self._function = function
-        self._op = torch.library.custom_op(name, function, mutates_args=(), schema=schema)
-        self.register_fake = self._op.register_fake
+    def __init__(
+        self,
+        name: str,
+        function: Callable[..., Any],
+        schema: str | None = None,
+        mutates_args: Collection[str] = (),
+    ) -> None:
+        self.direct = function
+        self.dispatched = torch.library.custom_op(name, function, mutates_args=mutates_args, schema=schema)
+        self.register_fake = self.dispatched.register_fake
+        self.register_autograd = self.dispatched.register_autograd
 
     def __call__(self, *arguments: Any) -> Any:
-        """Run it; an input that requires a gradient goes to the operator, whose result refuses one."""
+        """Run it; the dispatcher takes an input that requires a gradient, and has the gradient or refuses."""
         if watched():
-            return self._op(*arguments)
+            return self.dispatched(*arguments)
         for argument in arguments:
             for x in argument if type(argument) is list else (argument,):
                 if isinstance(x, Tensor) and (type(x) not in _PLAIN or x.requires_grad or x.is_meta):
-                    return self._op(*arguments)
-        return self._function(*arguments)
+                    return self.dispatched(*arguments)
+        return self.direct(*arguments)
 
 
-def operator(name: str, schema: str | None = None) -> Callable[[Callable[..., Any]], Operator]:
+def operator(
+    name: str, schema: str | None = None, mutates_args: Collection[str] = ()
+) -> Callable[[Callable[..., Any]], Operator]:
     """Make an ``Operator`` of the function below."""
-    return lambda function: Operator(name, function, schema)
+    return lambda function: Operator(name, function, schema, mutates_args)
+
+
+def schema_like(
+    function: Callable[..., Any], returns: str, more: str = "", mutates_args: Collection[str] = ()
+) -> str:
+    """The schema of an operator with the positional arguments of ``function``, then ``more``.
+
+    >>> def function(x: Tensor, k: int, *, out: Tensor | None = None) -> Tensor: ...
+    >>> schema_like(function, "(Tensor, Tensor)", ", bool[] wanted")
+    '(Tensor x, SymInt k, bool[] wanted) -> (Tensor, Tensor)'
+    """
+    arguments, _, _ = torch.library.infer_schema(function, mutates_args=mutates_args).partition(", *")
+    return f"{arguments}{more}) -> {returns}"
 
 
 _entries = cache(entries)
-
-
-def _can(op: str, backend: str, device_type: str, facts: dict[str, int]) -> bool:
-    return _missing(op, backend, device_type) is None and not (
-        facts and _cannot(op, backend, device_type, facts)
-    )
 
 
 @cache
@@ -184,10 +205,14 @@ def _module(op: str, backend: str) -> ModuleType:
     return import_module(f"feddistill_kernels.{op}._{backend}")
 
 
-def _cannot(op: str, backend: str, device_type: str, facts: dict[str, int]) -> str | None:
-    cannot = getattr(_module(op, backend), "cannot", None)
-    reason: str | None = cannot(device_type, **facts) if cannot else None
-    return reason
+def _cannot(op: str, backend: str, device_type: str, facts: dict[str, int | str]) -> str | None:
+    cannot = _limits(op, backend) if facts else None
+    return cannot(device_type, **facts) if cannot else None
+
+
+@cache
+def _limits(op: str, backend: str) -> Callable[..., str | None] | None:
+    return getattr(_module(op, backend), "cannot", None)
 
 
 @cache

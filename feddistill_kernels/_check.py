@@ -1,4 +1,4 @@
-"""What a caller got wrong, said in one line."""
+"""Checks of arguments; every error is one line."""
 
 import difflib
 import math
@@ -85,9 +85,9 @@ def alike(xs: Sequence[Tensor]) -> None:
 
 
 def no_derivative_twice() -> None:
-    """Refuse, in a backward, to make a gradient that somebody means to differentiate again.
+    """Raise in a backward whose gradient is to be differentiated again.
 
-    It has no graph: taken for a constant it would make a Hessian or a gradient penalty wrong without a word.
+    The gradient has no graph: as a constant it would silently make a Hessian or a gradient penalty wrong.
     """
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
@@ -97,8 +97,8 @@ def no_derivative_twice() -> None:
 
 
 def no_forward_mode(**tensors: Tensor | None) -> None:
-    """Refuse tensors that carry a tangent: it would be lost without a word."""
-    if getattr(forward_ad, "_current_level", 0) < 0:  # nobody works in forward mode: to know it costs nothing
+    """Refuse tensors that carry a tangent, which would be lost silently."""
+    if getattr(forward_ad, "_current_level", 0) < 0:  # no forward mode is active: this check costs nothing
         return
     for name, tensor in tensors.items():
         if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
@@ -123,7 +123,7 @@ def rows_with_a_choice(name: str, z: Tensor, start: int = 0) -> None:
 
 
 def empty_row(name: str, row: int) -> ValueError:
-    """What is wrong with a row that rules every entry out."""
+    """The error for a row that rules every entry out."""
     return ValueError(f"{name} row {row} is all -inf: it rules every entry out")
 
 
@@ -138,8 +138,13 @@ def labels_in_vocabulary(labels: Tensor, vocab: int, start: int = 0) -> None:
 
 
 def label_outside(row: int, label: int, vocab: int) -> ValueError:
-    """What is wrong with a label outside ``[0, vocab)``."""
+    """The error for a label outside ``[0, vocab)``."""
     return ValueError(f"labels row {row} is {label}; it must be in [0, {vocab}) or ignore_index")
+
+
+def id_outside(row: int, vocab: int) -> ValueError:
+    """The error for a teacher that keeps an id outside ``[0, vocab)``."""
+    return ValueError(f"teacher row {row} keeps an id outside [0, {vocab})")
 
 
 def _kind(x: Tensor) -> str:

@@ -1,10 +1,11 @@
-"""Which backend is taken where several can run a call: a table, the first entry that fits.
+"""Which backend runs a call that several can run: a table whose first matching entry decides.
 
 Fastest first, where it was measured (``bench/results/``).  No GPU has measured the kernels for one yet: there
-Triton's go first, which are the same on every machine, and CUDA C++ runs when it is asked for by name.
+Triton's go first, which are the same on every machine, and CUDA C++ runs if it is named.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -13,26 +14,26 @@ ANY_NUMBER = (0, float("inf"))
 
 @dataclass(frozen=True)
 class Entry:
-    """For these calls, these backends, best first; what an entry does not say fits everything."""
+    """Backends for a set of calls, best first; a field that is left out matches every call."""
 
     device: str
     backends: tuple[str, ...]
     operators: tuple[str, ...] = ()
     dtypes: tuple[torch.dtype, ...] = ()
     least_capability: tuple[int, int] = (0, 0)
-    """Of a GPU."""
+    """Compute capability of a GPU."""
     rows: tuple[int, float] = ANY_NUMBER
     """``N``, from and up to."""
     columns: tuple[int, float] = ANY_NUMBER
     """``V``, from and up to."""
 
-    @property
+    @cached_property
     def any_shape(self) -> bool:
-        """Whether it says nothing of shapes."""
+        """Whether it matches every shape."""
         return self.rows == self.columns == ANY_NUMBER
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        """Whether calls on tensors of this shape, ``[..., V]``, are among its own."""
+        """Whether it matches calls on tensors of this shape, ``[..., V]``."""
         columns = shape[-1] if shape else 1
         rows = 1
         for size in shape[:-1]:
@@ -48,7 +49,7 @@ TABLE: tuple[Entry, ...] = (
 
 
 def entries(op: str, device: torch.device, dtype: torch.dtype | None) -> tuple[Entry, ...]:
-    """Those that calls of ``op`` on tensors of this device and dtype may fall under, the first first."""
+    """The entries that calls of ``op`` on tensors of this device and dtype may match, in order."""
     capability = (0, 0)
     if device.type == "cuda" and torch.cuda.is_available():
         capability = torch.cuda.get_device_capability(device)

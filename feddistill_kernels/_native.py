@@ -1,4 +1,4 @@
-"""The compiled module ``_C``, and what is known of it."""
+"""The compiled module ``_C``: loading it, and passing tensors to it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ def compiled() -> ModuleType | str:
 
 
 def library() -> ModuleType:
-    """The compiled module, where the caller knows that it is there."""
+    """The compiled module; the caller knows that it loads."""
     module = compiled()
     assert not isinstance(module, str), module
     return module
@@ -59,9 +59,9 @@ _LARGE = 1 << 23  # bytes: below, the allocator keeps what it gave anyway
 
 
 def empty_like(x: Tensor) -> Tensor:
-    """A contiguous tensor like ``x``; a large one on the CPU in memory that an earlier one gave back.
+    """A contiguous tensor like ``x``; a large one on the CPU reuses the memory of an earlier one.
 
-    What is given back stays mapped, for the system to take when it needs it (``csrc/cpu/pages.h``).
+    Freed memory stays mapped until the system needs it (``csrc/cpu/pages.h``).
     """
     module = compiled()
     if x.device.type != "cpu" or x.nbytes < _LARGE or isinstance(module, str) or not module.keeps_pages:
@@ -72,7 +72,7 @@ def empty_like(x: Tensor) -> Tensor:
 
 
 def drop_pages() -> None:
-    """Give the system at once what ``empty_like`` keeps."""
+    """Return the memory that ``empty_like`` keeps to the system now."""
     module = compiled()
     if not isinstance(module, str):
         module.drop_pages()

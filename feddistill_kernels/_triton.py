@@ -56,9 +56,9 @@ _launches: list[Launch] | None = None
 
 @contextmanager
 def recorded() -> Iterator[list[Launch]]:
-    """Note what would be launched inside the block, and launch nothing.
+    """Record the launches inside the block instead of running them.
 
-    What is compiled ahead of time is what the operators launch, not a second list of it.
+    So what is compiled ahead of time is what the operators launch, not a second list of it.
     """
     global _launches
     _launches = []
@@ -88,5 +88,5 @@ def processors(like: Tensor) -> int:
 
 
 def power_of_two(least: int) -> int:
-    """The first that is not less."""
+    """The first power of two that is not less than ``least``."""
     return 1 << max(0, least - 1).bit_length()

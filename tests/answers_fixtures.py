@@ -2,7 +2,8 @@
 
 import torch
 
-from feddistill.aggregation import Known, aggregate
+from feddistill.aggregation.answers import RoundContext
+from feddistill.aggregation.teacher import aggregate
 from feddistill_kernels import topk_compress
 
 CLIENTS, TEXTS, CLASSES = 7, 24, 11
@@ -28,7 +29,7 @@ def kept(answers, k=CLASSES):
 
 def combine(answers, rule, weights=None, **settings):
     """The teacher."""
-    settings.setdefault("known", Known(labels=labels_of(len(answers[0]))))
+    settings.setdefault("context", RoundContext(labels=labels_of(len(answers[0]))))
     answerers = [lambda start, stop, a=a: a[start:stop] for a in answers]
     return aggregate(answerers, len(answers[0]), rule, weights, **settings).teacher
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).parents[1]))  # bench/ is not installed; what is installed goes first
+sys.path.append(str(Path(__file__).parents[1]))  # for `import bench`; installed packages go first
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach a network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

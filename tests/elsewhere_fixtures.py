@@ -3,36 +3,38 @@
 import json
 from dataclasses import replace
 
-from feddistill import data, experiment
+from feddistill import data
 from feddistill.engines.remote import RemoteClient
 from feddistill.federation import protocol
-from feddistill.federation.protocol import Patience
-from feddistill.methods.learner import Engine
+from feddistill.federation.protocol import RetryPolicy
+from feddistill.runs import experiment
+from feddistill.tasks.session import Engine
 
 NAMES = ("client-0", "client-1", "client-2")
-PATIENCE = Patience(connect=0, reply=1, attempts=2)
+RETRY_POLICY = RetryPolicy(connect=0, reply=1, attempts=2)
 
 
 class Elsewhere:
     """Carries tasks to clients with folders of their own, as JSON and bytes; does what a network does."""
 
-    shares_run = False
-
     def __init__(self, state, files=None, names=NAMES):
         files = files or {}
         self.own = {name: RemoteClient(name, state, files.get(name)) for name in names}
         self.asked = []
-        self.fault = lambda task, name: None
+        self.fault = lambda instruction, name: None
         """What a client does instead of its work: a list of replies, or an exception."""
 
     def clients(self, wanted, wait):
         return [name for name in wanted if name in self.own]
 
-    def ask(self, task, clients, timeout):
-        assert sum(map(len, task.blobs.values())) <= protocol.PART
+    def tidy(self, number):
+        pass
+
+    def ask(self, instruction, clients, timeout):
+        assert sum(map(len, instruction.blobs.values())) <= protocol.PART
         for name in clients:
-            self.asked.append((task.kind, task.round, name))
-            sent = replace(task, content=json.loads(json.dumps(task.content)))
+            self.asked.append((instruction.kind, instruction.round, name))
+            sent = replace(instruction, content=json.loads(json.dumps(instruction.content)))
             instead = self.fault(sent, name)
             if instead is not None:
                 yield from instead
@@ -70,4 +72,4 @@ def decided(run):
 
 
 def run(config, out, transport, **options):
-    return experiment.run(config, out, engine=Engine(transport, "elsewhere", PATIENCE), **options)
+    return experiment.run(config, out, engine=Engine(transport, "elsewhere", RETRY_POLICY), **options)

@@ -24,7 +24,7 @@ from payload_fixtures import GOLDEN, NOW, SPECS, answers_to, equal, reseal
 
 from feddistill import payload
 from feddistill.errors import PayloadError
-from feddistill.payload import container, frames
+from feddistill.payload import container, zstd
 from feddistill.payload.admission import metadata_of
 from feddistill.payload.codecs import tensors_of
 
@@ -151,7 +151,7 @@ def values(dice, name, envelope, content, golden):
             case 2:
                 flat[here], flat[there] = flat[there], flat[here]
     if asked.compression == "zstd":
-        tensors = {"zstd": frames.compress(tensors)}
+        tensors = {"zstd": zstd.compress(tensors)}
     return reseal(container.pack(tensors, metadata_of(asked, "north", 0)), asked)
 
 
@@ -161,9 +161,9 @@ def frame(dice, name, envelope, content, golden):
     planes = b"".join(
         np.ascontiguousarray(plane).tobytes()
         for n, tensor in sorted(tensors_of(answers_to(asked)).items())
-        for plane in frames._planes(n, tensor)
+        for plane in zstd._planes(n, tensor)
     )
-    made = frames.compress(tensors_of(answers_to(asked))).tobytes()
+    made = zstd.compress(tensors_of(answers_to(asked))).tobytes()
     match dice.randrange(5):
         case 0:
             made = _bytes(dice, made, golden, 1)

@@ -45,7 +45,7 @@ def settings(name, models, student, /, *, task="causal_lm", sizes=(16, 6, 3, 4),
             **{part: {"size": size} for part, size in zip(parts, sizes, strict=True)},
             "partition": {"kind": "by_source"},
         },
-        "clients": {"models": models, "training": TRAINING, "answer_batch_size": batch},
+        "clients": {"models": models, "training": TRAINING, "eval_batch_size": batch},
         "student": {"model": student, "training": TRAINING},
         **changes,
     }

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from feddistill import keys, payload
-from feddistill.payload import envelope
+from feddistill import payload
+from feddistill.payload import envelope, keys
 from feddistill.payload.codecs import tensors_of
 from feddistill.payload.request import canonical_json
 from feddistill.types import RoundSpec

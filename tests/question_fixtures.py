@@ -70,12 +70,12 @@ def settings(path, /, sizes=(60, 24, 12, 12), labelled=6, **changes):
     data["proxy"]["labelled"] = labelled
     return {
         "name": "tiny-reading",
-        "task": "reading",
+        "task": "question_answering",
         "rounds": 2,
         "threads": 1,
         "precision": "fp32",
         "data": {"source": source(path), "partition": {"kind": "by_source"}, **data},
-        "clients": {"models": [BERT, DISTILBERT], "training": training, "answer_batch_size": 8},
+        "clients": {"models": [BERT, DISTILBERT], "training": training, "eval_batch_size": 8},
         "student": {"model": BERT, "training": training},
         **changes,
     }

@@ -8,26 +8,27 @@ import torch
 from language_fixtures import GPT2, tiny
 from test_models import CLASSES, scratch
 
-from feddistill import experiment, models
+from feddistill import models
 from feddistill.config import parse
 from feddistill.config.models import ModelConfig
 from feddistill.errors import ConfigError, ModelError
-from feddistill.methods.learner import Session
-from feddistill.methods.learners import learner_of
 from feddistill.models import adapters, causal
-from feddistill.progress import Quiet
-from feddistill.store import RunDirectory
+from feddistill.progress import NoProgress
+from feddistill.runs import experiment
+from feddistill.store.run_directory import RunDirectory
+from feddistill.tasks.choose import learner_of
+from feddistill.tasks.session import Session
 
 LORA = {"rank": 2, "alpha": 4}
 
 
 def trained_once(config, splits, model, run):
     """What a client's model was and what it is after its private texts, by name; and which were to train."""
-    session = Session(config, splits, run, Quiet())
+    session = Session(config, splits, run, NoProgress())
     learner = learner_of(session, model, "clients.models.0")
     before = {name: p.detach().clone() for name, p in learner.model.named_parameters()}
     texts = splits.private[0]
-    learner.fit(learner.lessons(texts), config.clients.training, seed=0)
+    learner.fit(learner.examples(texts), config.clients.training, seed=0)
     after = {name: p.detach() for name, p in learner.model.named_parameters()}
     return before, after, {name for name, p in learner.model.named_parameters() if p.requires_grad}
 

@@ -4,9 +4,11 @@ import pytest
 import torch
 from answers_fixtures import CLASSES, CLIENTS, TEXTS, combine, honest_answers, kept, labels_of
 
-from feddistill.aggregation import Known, aggregate, diagnose, weigh
-from feddistill.attacks import FreeRider, Sight
-from feddistill.rules import RULES, MeanProbs
+from feddistill.aggregation.answers import RoundContext
+from feddistill.aggregation.attacks import AttackContext, FreeRider
+from feddistill.aggregation.diagnostics import diagnose
+from feddistill.aggregation.rules import RULES, MeanProbs
+from feddistill.aggregation.teacher import aggregate, weigh
 from feddistill.types import UNLABELLED
 from feddistill_kernels import TopK
 
@@ -86,10 +88,10 @@ def test_vocabularies_must_agree(honest):
 def test_a_missing_id_counts_as_its_clients_own_tail():
     """One liar of eleven that alone names an id does not own it."""
     honest = TopK(torch.tensor([[0, 1]]).int(), torch.tensor([[-0.2, -2.0]]), torch.tensor([-3.0]), 1000)
-    liar = TopK(torch.tensor([[7, 8]]).int(), torch.tensor([[-0.01, -6.0]]), torch.tensor([-6.0]), 1000)
+    attacker = TopK(torch.tensor([[7, 8]]).int(), torch.tensor([[-0.01, -6.0]]), torch.tensor([-6.0]), 1000)
     everyone = [honest] * 10
-    median = combine([*everyone, liar], RULES["median"](), k=2).expand().exp()
-    mean = combine([*everyone, liar], MeanProbs(), k=2).expand().exp()
+    median = combine([*everyone, attacker], RULES["median"](), k=2).expand().exp()
+    mean = combine([*everyone, attacker], MeanProbs(), k=2).expand().exp()
     assert median[0, 7] < 1e-4
     assert mean[0, 7] < 1 / 11
 
@@ -130,7 +132,7 @@ def test_diagnostics_see_a_client_that_has_collapsed(honest, k):
 
 @pytest.mark.parametrize("k", [None, 4])
 def test_diagnostics_name_who_sends_what_another_sends(honest, k):
-    copied = FreeRider(noise=0.01)(Sight(honest[0], honest, teacher=honest[3]))
+    copied = FreeRider(noise=0.01)(AttackContext(honest[0], honest, teacher=honest[3]))
     answers = [copied, *honest[1:]]
     if k is not None:
         answers = kept(answers, k)
@@ -149,7 +151,7 @@ def test_without_labels_there_is_no_accuracy(honest):
 
 @pytest.mark.parametrize("kind", ["validation", "confidence", "verified"])
 def test_weights_of_compressed_answers_are_those_of_what_they_stand_for(kind, honest):
-    known = Known(labels=labels_of())
+    known = RoundContext(labels=labels_of())
     compressed = kept(honest, CLASSES)
     a = weigh(kind, readers(compressed), TEXTS, known)
     b = weigh(kind, readers([answer.expand() for answer in compressed]), TEXTS, known)

@@ -1,22 +1,29 @@
 """The benchmarks: what they compare, count, keep and refuse.  Nothing here asserts a time."""
 
+import ast
 import json
+import subprocess
+import sys
+import tomllib
+from fnmatch import fnmatch
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
 
-import feddistill
 import feddistill.cli
+from bench import machine
 from bench.__main__ import main
-from bench.baselines import FAMILIES
 from bench.cases import OPERATORS, Setup, aggregation, chosen, compression, linear, losses
 from bench.measure import check
+from bench.names import FAMILIES, FAMILY
 from bench.run import SCHEMA
 from bench.tables import README
 from bench.timing import Contender, DisagreementError, check_agreement, peak_extra_bytes
 
+ROOT = Path(__file__).parents[1]
 KINDS = ("forward_kl", "reverse_kl", "jsd", "forward_kl and labels", "forward_kl in place")
 
 TINY = {
@@ -77,6 +84,7 @@ def test_a_contender_that_computes_something_else_is_refused(given, line):
 
 def test_names_are_unique_and_every_operator_has_cases():
     names = [case.name for case in chosen(tuple(OPERATORS), "cpu")]
+    assert list(FAMILY) == list(OPERATORS)
     assert len(set(names)) == len(names)
     assert set(README) <= set(names)
     assert all(chosen((op,), "cpu") and chosen((op,), "cuda") for op in OPERATORS)
@@ -106,7 +114,8 @@ def test_memory_of_a_call_is_seen():
 
 def test_a_run_is_kept_drawn_and_held_against_the_bars(tmp_path):
     out = tmp_path / "result.json"
-    done = bench("coordinate_median", "--only", "C=5 n=1000", "--quick", "--out", out)
+    arguments = ["coordinate_median", "--only", "C=5 n=1000", "--quick", "--out", str(out)]
+    done = CliRunner().invoke(feddistill.cli.main, ["bench", *arguments])
     assert done.exit_code == 0, done.output
     assert "torch.median" in done.output
     found = json.loads(out.read_text())
@@ -187,11 +196,60 @@ def test_a_peer_that_is_absent_is_named(setup, monkeypatch):
     assert setup.skipped == {"byzfl": "not installed"}
 
 
-def test_without_the_tree_the_command_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(feddistill, "__file__", str(tmp_path / "feddistill" / "__init__.py"))
-    done = CliRunner().invoke(feddistill.cli.main, ["bench", "--quick"])
-    assert done.exit_code == 2
-    assert done.output == (
-        "feddistill: bench is not part of an installed feddistill; "
-        "run `python -m bench` in a clone of the repository\n"
+def installed():
+    """The files of bench/ that ``bench/__main__.py`` imports, found by reading the syntax trees."""
+    found, left = set(), [ROOT / "bench" / "__main__.py"]
+    while left:
+        path = left.pop()
+        if path in found:
+            continue
+        found.add(path)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                module = path.parents[node.level - 1].joinpath(*(node.module or "").split("."))
+                named = [module, *(module / alias.name for alias in node.names)]
+                files = [file for name in named for file in (name.with_suffix(".py"), name / "__init__.py")]
+                left += [file for file in files if file.is_file()]
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(installed()), ids=lambda path: path.stem)
+def test_what_is_installed_runs_without_the_tree(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    names = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not node.level]
+    names += [a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names]
+    assert not {name for name in names if name.split(".")[0] in ("bench", "feddistill")}
+
+
+def test_a_wheel_holds_what_the_command_imports_and_nothing_else():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["scikit-build"]
+    assert settings["wheel"]["packages"]["feddistill/bench"] == "bench"
+    patterns = [pattern for line in settings["wheel"]["exclude"] for pattern in (line, f"{line}/*")]
+    files = [path for path in (ROOT / "bench").rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    kept = {p for p in files if not any(fnmatch(f"feddistill/{p.relative_to(ROOT)}", x) for x in patterns)}
+    assert kept == installed()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "folder", "name"),
+    [
+        (["-m", "bench"], ROOT, "python -m bench"),
+        (["-m", "feddistill.bench"], "/", "python -m feddistill.bench"),
+        (["-m", "feddistill.cli", "bench"], "/", "feddistill bench"),
+    ],
+)
+def test_all_its_names_have_the_same_help(arguments, folder, name):
+    done = subprocess.run(
+        [sys.executable, *arguments, "--help"], cwd=folder, capture_output=True, text=True, check=False
     )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"Usage: {name} [OPTIONS] [OPERATOR]...\n")
+    assert set(OPERATORS) <= set(done.stdout.replace(",", "").replace(".", "").split())
+
+
+def test_the_commit_is_that_of_the_clone_and_of_no_repository_around_it(monkeypatch):
+    if machine._git("rev-parse", "HEAD") is None:
+        pytest.skip("this tree is no clone")
+    assert len(machine._commit()[0]) == 40
+    monkeypatch.setattr(machine, "ROOT", ROOT / "bench")
+    assert machine._commit() == (None, None)

@@ -11,20 +11,24 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from feddistill import black_box, experiment, report
 from feddistill import config as configuration
-from feddistill.black_box import Endpoint, classes, fitted, function, ranked
+from feddistill import report
+from feddistill.client.client import ClientGroup
 from feddistill.config import digest, parse
 from feddistill.config.models import CallableModel, EndpointModel
 from feddistill.engines.remote import RemoteClient
 from feddistill.errors import ConfigError, ModelError
-from feddistill.federation.protocol import Task
-from feddistill.methods.black_box import CALLED
-from feddistill.methods.client import Crew
-from feddistill.methods.feddistill import request
-from feddistill.methods.learner import Session
-from feddistill.progress import Quiet
-from feddistill.store import RunDirectory
+from feddistill.federation.protocol import Instruction
+from feddistill.progress import NoProgress
+from feddistill.runs import experiment, plan
+from feddistill.server.rounds import request
+from feddistill.store.run_directory import RunDirectory
+from feddistill.tasks.query_only import endpoint
+from feddistill.tasks.query_only.endpoint import Endpoint
+from feddistill.tasks.query_only.function import Function, classes, function
+from feddistill.tasks.query_only.learners import TRIAL_TOKENS
+from feddistill.tasks.query_only.predictions import fitted, ranked
+from feddistill.tasks.session import Session
 
 TOP = 64
 
@@ -38,7 +42,7 @@ class Speaker:
         self.asked = []
         self.strength = None
 
-    def say(self, ids, top):
+    def predict(self, ids, top):
         """Of each token of ``ids``: what should come next."""
         if self.strength is not None and len(self.asked) >= self.strength:
             raise ConnectionError("tired")
@@ -48,7 +52,7 @@ class Speaker:
         return found.indices, found.values
 
     def __call__(self, blocks):
-        said = (self.say(block, TOP) for block in blocks)
+        said = (self.predict(block, TOP) for block in blocks)
         return [(ids[:-1], log_probs[:-1]) for ids, log_probs in said]
 
 
@@ -96,7 +100,7 @@ class Server:
         return {"choices": choices[::-1]}  # servers need not keep the order
 
     def rows(self, prompt, top, echo):
-        ids, log_probs = self.speaker.say(prompt, top)
+        ids, log_probs = self.speaker.predict(prompt, top)
         rows = [
             {self.name(i): v for i, v in zip(row.tolist(), values.tolist(), strict=True)}
             for row, values in zip(ids, log_probs, strict=True)
@@ -109,7 +113,7 @@ class Server:
 
 @pytest.fixture
 def serve(speaker, monkeypatch):
-    monkeypatch.setattr(black_box, "PAUSE", 0.01)
+    monkeypatch.setattr(endpoint, "PAUSE", 0.01)
     servers = []
 
     def start(**more):
@@ -146,8 +150,8 @@ def served(folder, url, **more):
 def answers(folder, source, out, model):
     """What the first two architectures answer in the first round, before any training."""
     config = parse(settings(folder, source))
-    session = Session(config, experiment.check(config), RunDirectory.create(out, ""), Quiet())
-    spec, learner = request(session, 1, quorum=4, previous=""), Crew(session).learner(model)
+    session = Session(config, experiment.check(config), RunDirectory.create(out, ""), NoProgress())
+    spec, learner = request(session, 1, quorum=4, previous=""), ClientGroup(session).learner(model)
     found = learner.compressed(spec, 0, 3, spec.positions)
     session.run.close()
     return found
@@ -198,7 +202,7 @@ def test_an_endpoint_without_echo_is_asked_for_each_token(serve, speaker, tiny_c
     for echo in (True, False):
         server = serve(echo=echo)
         source = EndpointModel.model_validate(served(tiny_causal, server.url, echo=echo))
-        boxes.append(Endpoint(source, tokenizer, "m").ask([block, block[:3]], 16))
+        boxes.append(Endpoint(source, tokenizer, "m").query([block, block[:3]], 16))
     for (one, other), size in zip(zip(*boxes, strict=True), (len(block) - 1, 2), strict=True):
         assert len(one) == len(other) == size
         assert torch.equal(one.ids, other.ids)
@@ -234,18 +238,18 @@ def test_what_is_wrong_with_an_endpoint_is_said(fault, words, serve, speaker, ti
     server = serve(faults=fault)
     source = EndpointModel.model_validate(served(tiny_causal, server.url))
     with pytest.raises(ModelError, match=words) as caught:
-        Endpoint(source, speaker.tokenizer, "clients.models.1").ask([[1, 2, 3]], 4)
+        Endpoint(source, speaker.tokenizer, "clients.models.1").query([[1, 2, 3]], 4)
     assert str(caught.value).startswith(f"clients.models.1 ({server.url})")
 
 
 def test_an_endpoint_that_is_not_there_and_a_key_that_is_missing(speaker, tiny_causal, monkeypatch):
-    monkeypatch.setattr(black_box, "PAUSE", 0.01)
+    monkeypatch.setattr(endpoint, "PAUSE", 0.01)
     source = EndpointModel.model_validate(served(tiny_causal, "http://127.0.0.1:9/v1"))
     with pytest.raises(ModelError, match=r"cannot be reached: .*4 tries"):
-        Endpoint(source, speaker.tokenizer, "m").ask([[1, 2]], 4)
+        Endpoint(source, speaker.tokenizer, "m").query([[1, 2]], 4)
     nowhere = source.model_copy(update={"url": "http://[::1/v1"})
     with pytest.raises(ModelError, match="cannot be reached"):
-        Endpoint(nowhere, speaker.tokenizer, "m").ask([[1, 2]], 4)
+        Endpoint(nowhere, speaker.tokenizer, "m").query([[1, 2]], 4)
     secret = source.model_copy(update={"key_variable": "NOT_SET_ANYWHERE"})
     with pytest.raises(ModelError, match="NOT_SET_ANYWHERE is not set"):
         Endpoint(secret, speaker.tokenizer, "m")
@@ -262,7 +266,7 @@ def test_a_run_asks_everything_once_also_when_the_model_goes_away_meanwhile(spea
     blocks = [block for block in map(tuple, speaker.asked) if len(block) > black_box_trial(config)]
     assert len(blocks) > 20
     lost = len(blocks) - len(set(blocks))
-    assert lost < config.clients.answer_batch_size, (
+    assert lost < config.clients.eval_batch_size, (
         "what was said is kept: the batch that failed is asked again"
     )
     assert result["metrics"]["local_only"]
@@ -271,7 +275,7 @@ def test_a_run_asks_everything_once_also_when_the_model_goes_away_meanwhile(spea
 
 def black_box_trial(config):
     """The longest block of the trial before a run."""
-    return min(CALLED, config.student.model.max_tokens)
+    return min(TRIAL_TOKENS, config.student.model.max_tokens)
 
 
 def test_a_box_with_another_tokenizer_is_projected(speaker, tiny_causal, tmp_path):
@@ -295,7 +299,7 @@ def test_a_function_of_texts_is_a_classifier(tiny_settings, tmp_path, monkeypatc
     box = {"source": {"kind": "callable", "name": "classifier_of_mine:guess"}}
     clients = {**tiny_settings["clients"], "models": [*tiny_settings["clients"]["models"], box]}
     config = parse({**tiny_settings, "clients": clients, "baselines": ["local_only", "fedavg"]})
-    costs = experiment.plan(config)
+    costs = plan.plan(config)
     assert costs["flops"]["clients_train"] > 0
     result = experiment.run(config, tmp_path / "run")
     run = RunDirectory.open(tmp_path / "run")
@@ -308,7 +312,7 @@ def test_a_function_of_texts_is_a_classifier(tiny_settings, tmp_path, monkeypatc
     assert result["status"] == "complete"
     with pytest.raises(ModelError, match="2 texts and 10 classes"):
         classes(lambda texts: [[0.0]], ["a", "b"], 10, "m")
-    with pytest.raises(ModelError, match="add up to 10; log-probabilities are wanted"):
+    with pytest.raises(ModelError, match="add up to 10; log-probabilities are required"):
         classes(lambda texts: [[0.0] * 10], ["a"], 10, "m")
     with pytest.raises(ModelError, match="the function failed: division by zero"):
         classes(lambda texts: 1 / 0, ["a"], 10, "m")
@@ -366,7 +370,7 @@ def test_rows_are_put_in_order_and_filled_up_with_what_the_others_have():
 )
 def test_what_is_wrong_with_a_function_is_said(call, words):
     with pytest.raises(ModelError, match=words):
-        black_box.Called(call, 10, "m").ask([[1, 2, 3], [1, 2, 3]], 4)
+        Function(call, 10, "m").query([[1, 2, 3], [1, 2, 3]], 4)
 
 
 @pytest.mark.parametrize(
@@ -387,7 +391,7 @@ def test_a_function_that_cannot_be_had_is_named(name, words, speaker):
     [
         ({"student.model.source": {"kind": "callable", "name": "a:b"}}, "student.model.source.kind = call"),
         ({"baselines": ["fedmd"]}, "baselines: fedmd trains the clients' models, but clients.models.0"),
-        ({"clients.models.0.layers": [0]}, "is only asked: layers"),
+        ({"clients.models.0.layers": [0]}, "is query-only: layers"),
         ({"clients.models.0.source.name": "no colon"}, "clients.models.0.source.name"),
         ({"task": "causal_lm"}, "clients.models.0.source.tokenizer is missing"),
         (
@@ -412,7 +416,7 @@ def test_what_cannot_be_asked_of_a_black_box(changes, words):
 def test_a_server_may_not_name_code_for_an_institution_to_call(speaker, tiny_causal, tmp_path):
     config = experiment.resolve(parse(settings(tiny_causal, called(tiny_causal))))
     content = {"config": config.model_dump(mode="json"), "labels": [], "execution": "0" * 16}
-    task = Task("describe", digest(config)[:16], 0, content)
+    task = Instruction("describe", digest(config)[:16], 0, content)
     with pytest.raises(ConfigError, match="named by the institution's own file"):
         RemoteClient("1790-1860", tmp_path).handle(task)
 
@@ -423,7 +427,7 @@ def test_an_institution_names_its_own_black_box(tmp_path):
     box = {"source": {"kind": "callable", "name": "a:b", "tokenizer": {"kind": "trained"}}}
     file.write_text(json.dumps({"source": {"kind": "files", "path": "x.txt"}, "model": box}))
     own = RemoteClient("north", tmp_path, file)._with_own_model(config)
-    assert own.clients.models[0].black_box
+    assert own.clients.models[0].query_only
     del box["source"]["tokenizer"]
     file.write_text(json.dumps({"source": {"kind": "files", "path": "x.txt"}, "model": box}))
     with pytest.raises(ConfigError, match=r"own\.yaml: as clients\.models\.0 .*tokenizer is missing"):

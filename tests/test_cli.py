@@ -147,7 +147,7 @@ def test_a_run_from_the_first_command_to_the_last(tiny_file, tmp_path):
     damaged.write_bytes(damaged.read_bytes()[:-1])
     wrong = here("verify", out, "--quiet")
     assert wrong.exit_code == 1
-    assert wrong.stdout.splitlines() == ["WRONG round 1: the teacher is whole"]
+    assert wrong.stdout.splitlines() == ["WRONG round 1: the teacher is intact"]
 
     again = here("train", tiny_file, "--out", out)
     assert again.exit_code == 2

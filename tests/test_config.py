@@ -3,10 +3,10 @@
 import pytest
 import yaml
 
-from feddistill.attacks import ATTACKS
+from feddistill.aggregation.attacks import ATTACKS
+from feddistill.aggregation.rules import RULES
 from feddistill.config import digest, dump, load, parse
 from feddistill.errors import ConfigError
-from feddistill.rules import RULES
 
 
 def test_the_quickstart_survives_a_round_trip():
@@ -42,7 +42,10 @@ def test_the_digest_sees_every_setting():
         ),
         ("clients.evaluate=false", "baselines: local_only needs clients.evaluate, which is false"),
         ("aggregation.quorum=5", "aggregation.quorum = 5 exceeds the 4 clients"),
-        ("aggregation.mix=2", "aggregation.mix = 2 must be fewer than half of the 4 clients"),
+        (
+            "aggregation.nnm_byzantine=2",
+            "aggregation.nnm_byzantine = 2 must be fewer than half of the 4 clients",
+        ),
         (
             "aggregation.rule={kind: krum, byzantine: 1}",
             "aggregation.rule.byzantine = 1 needs at least 5 clients, there are 4",
@@ -54,7 +57,7 @@ def test_the_digest_sees_every_setting():
         ),
         ("aggregation.rule={kind: expguard, base: vote}", "aggregation.rule.base.kind = 'vote'"),
         ("simulate.attack=secondbest", "did you mean 'second_best'?"),
-        ("simulate.attack={kind: ipm, clients: 4}", "all 4 clients lie; at least one has to be honest"),
+        ("simulate.attack={kind: ipm, clients: 4}", "all 4 clients attack; at least one has to be honest"),
         ("simulate.attack={kind: ipm, clients: [client-7]}", "there is no client 'client-7'"),
         ("clients.models.0.hed=auto", "did you mean clients.models.0.head?"),
         ("clients.models.3.head=auto", "clients.models.3: needs an index from 0 to 0, got '3'"),
@@ -76,7 +79,7 @@ def test_a_wrong_setting_is_named_as_it_was_written(override, message):
 
 
 def test_draws_want_the_mean_of_probabilities():
-    assert load(None, ("payload.codec=sampled",)).payload.draws == 50
+    assert load(None, ("payload.codec=sampled",)).payload.samples == 50
     with pytest.raises(ConfigError, match=r"aggregation\.rule must be mean_probs, not median"):
         load(None, ("payload.codec=sampled", "aggregation.rule=median"))
 

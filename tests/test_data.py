@@ -293,16 +293,16 @@ def test_what_is_wrong_is_named(case, tmp_path):
 
 def test_who_is_absent_changes_nothing_for_the_others():
     whole = splits()
-    fewer = splits(absent=["client-1"])
+    fewer = splits(exclude_clients=["client-1"])
     assert [p.name for p in fewer.private] == [p.name for p in whole.private if p.name != "client-1"]
     assert fewer.places == tuple(place for place in whole.places if place != 1)
     for part in fewer.private:
         assert part.digest(labels=True) == whole.private[int(part.name[-1])].digest(labels=True)
     assert fewer.proxy.digest(labels=True) == whole.proxy.digest(labels=True)
-    with pytest.raises(ConfigError, match=r"data\.absent names client-99; the clients are client-0"):
-        splits(absent=["client-99"])
-    with pytest.raises(ConfigError, match=r"data\.absent names every client"):
-        splits(absent=[p.name for p in whole.private])
+    with pytest.raises(ConfigError, match=r"data\.exclude_clients names client-99; the clients are client-0"):
+        splits(exclude_clients=["client-99"])
+    with pytest.raises(ConfigError, match=r"data\.exclude_clients names every client"):
+        splits(exclude_clients=[p.name for p in whole.private])
 
 
 def test_a_part_without_any_source_is_a_wrong_setting():

@@ -13,7 +13,7 @@ pytest.importorskip("cryptography", reason="pip install 'feddistill[flower]'")
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from feddistill import deployment
+from feddistill.engines.flower import deployment
 from feddistill.errors import ConfigError
 
 HOSTS = {

@@ -1,18 +1,20 @@
 """What the documents say is so."""
 
+import importlib.util
 import re
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
 
+import click
 import pytest
 import torch
 import yaml
 
-from feddistill import study
-from feddistill.cli import COMMANDS
+from feddistill.cli import COMMANDS, main
 from feddistill.config import load, parse
+from feddistill.runs import study
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
@@ -38,6 +40,40 @@ def test_paths_in_the_pages_exist(page):
     )
     missing = {path for path in named if not (ROOT / path).exists()}
     assert not missing
+
+
+def test_committed_plots_are_those_that_pages_show():
+    shown = {
+        (page.parent / name).resolve()
+        for page in PAGES
+        for name in re.findall(r"\]\(([^)\s]+\.svg)\)", page.read_text())
+    }
+    assert shown == {path for name in ("docs", "bench") for path in (ROOT / name).rglob("*.svg")}
+
+
+def test_a_study_is_taken_with_the_plots_that_a_page_shows(tmp_path, monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location("build_tables", ROOT / "docs" / "build_tables.py")
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    page = tmp_path / "docs" / "studies" / "mine.md"
+    page.parent.mkdir(parents=True)
+    page.write_text("![Accuracy by round](../results/mine/rounds.svg)")
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    monkeypatch.setattr(tables, "RESULTS", tmp_path / "docs" / "results")
+    for name in ("mine", "other"):
+        folder = tmp_path / "runs" / name
+        (folder / "figures").mkdir(parents=True)
+        for file in ("figures/grid.svg", "figures/rounds.svg", "summary.csv", "runs.csv"):
+            (folder / file).write_text("x")
+        (folder / "study.yaml").write_text("base: /somewhere/examples/studies/../quickstart.yaml")
+    tables.take([str(tmp_path / "runs" / name) for name in ("mine", "other")])
+    taken = {str(path.relative_to(tables.RESULTS)) for path in tables.RESULTS.rglob("*.*")}
+    summaries = {
+        f"{name}/{file}" for name in ("mine", "other") for file in ("summary.csv", "runs.csv", "study.yaml")
+    }
+    assert taken == {"mine/rounds.svg", *summaries}
+    assert (tables.RESULTS / "mine" / "study.yaml").read_text() == "base: ../quickstart.yaml"
+    assert capsys.readouterr().out == "no page shows a plot of other: none was copied\n"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
@@ -90,6 +126,42 @@ def commands():
 def test_commands_in_the_pages_exist():
     assert commands()
     assert set(commands()) <= set(COMMANDS)
+
+
+def command_lines():
+    """``(command, options)`` of every command line in a code block or in backticks."""
+    text = "\n".join(page.read_text() for page in PAGES)
+    lines = re.findall(r"^ *(?:\$ )?feddistill (.+)$", text, flags=re.MULTILINE)
+    lines += re.findall(r"`feddistill ([a-z][^`]+)`", text)
+    for line in lines:
+        words = re.sub(r"\s+#.*|'[^']*'", " ", line).split()
+        yield words, {word.partition("=")[0] for word in words if word.startswith("--")}
+
+
+def test_options_in_the_pages_exist():
+    checked = 0
+    for words, options in command_lines():
+        command = main
+        while isinstance(command, click.Group) and words and not words[0].startswith("-"):
+            command = command.get_command(click.Context(command), words.pop(0))
+            assert command is not None, words
+        names = {name for parameter in command.params for name in parameter.opts} | {"--help", "--version"}
+        assert options <= names, (words, options - names)
+        checked += len(options)
+    assert checked > 50
+
+
+def test_the_tree_of_the_readme_is_that_of_the_package():
+    text = (ROOT / "README.md").read_text()
+    tree = text[text.index("## File structure") : text.index("## Documentation")]
+    inside = tree[tree.index("\nfeddistill/\n") : tree.index("\ncli/")]
+    named = set(re.findall(r"^  (\w+)/", inside, flags=re.MULTILINE)) | set(re.findall(r"\w+\.py", inside))
+    modules = {path.name for path in (ROOT / "feddistill").iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert named == modules - {"__init__.py", "__pycache__", "bench", "cli"}
+    tops = set(re.findall(r"^(\w+)/", tree, flags=re.MULTILINE))
+    tracked = subprocess.run(["git", "ls-files"], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert tops == {line.split("/")[0] for line in tracked.splitlines() if "/" in line} - {".ci"}
+    assert len(text.splitlines()) <= 150
 
 
 @pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda p: p.name)

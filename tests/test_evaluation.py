@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from feddistill.evaluation import classification
+from feddistill.metrics import classification
 
 
 @pytest.fixture

@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from feddistill import experiment, payload, training
+from feddistill import payload, training
 from feddistill.config import load, parse
 from feddistill.errors import ConfigError, FeddistillError, ModelError, RoundError, RunError
-from feddistill.store import RunDirectory
+from feddistill.runs import experiment
+from feddistill.store.run_directory import RunDirectory
 
 VARIES = {"seconds", "peak_memory_bytes", "environment"}
 
@@ -77,14 +78,17 @@ def test_another_seed_gives_another_run(finished, tiny_settings, tmp_path):
 KILLER = """
 import os, signal, sys
 from pathlib import Path
-from feddistill import aggregation, answering, experiment, training
+from feddistill import training
 from feddistill.config import load
+from feddistill.modelio import inference
+from feddistill.runs import experiment
+from feddistill.server import rounds
 
 phase, count = sys.argv[1], int(sys.argv[2])
 module, name = {{
     "specialist training": (training, "fit"),
-    "answering": (answering, "answer"),
-    "aggregation": (aggregation, "diagnose"),
+    "answering": (inference, "answer"),
+    "aggregation": (rounds, "diagnose"),
     "distillation": (training, "fit"),
 }}[phase]
 original, calls = getattr(module, name), 0
@@ -246,7 +250,7 @@ def test_the_last_teachers_are_replayed_in_as_many_steps(tiny_settings, tmp_path
         return fitted(model, lessons, *args, **more)
 
     monkeypatch.setattr(training, "fit", seen)
-    settings = {**tiny_settings, "rounds": 3, "baselines": [], "distill": {"replay": 1}}
+    settings = {**tiny_settings, "rounds": 3, "baselines": [], "distill": {"teacher_history": 1}}
     experiment.run(parse(settings), tmp_path / "run")
     rounds = tmp_path / "run" / "rounds"
     teachers = [load_file(rounds / f"00{n}" / "teacher.safetensors")["log_probs"] for n in (1, 2, 3)]
@@ -266,7 +270,7 @@ def test_top_k_answers_are_smaller_than_dense_ones_of_many_classes(tiny_settings
     "settings",
     [
         {"codec": "threshold", "k": 6, "epsilon": 0.05, "compression": "zstd"},
-        {"codec": "sampled", "draws": 5},
+        {"codec": "sampled", "samples": 5},
     ],
 )
 def test_every_codec_carries_a_run(settings, tiny_settings, tmp_path):
@@ -297,7 +301,7 @@ def test_every_weighting_runs(tiny_settings, tmp_path):
 def test_a_full_disk_is_one_clear_error(tiny_file, tmp_path):
     """A limit on file size stands for a full disk: writing a model's weights fails half-way."""
     code = (
-        "import resource, sys; from pathlib import Path; from feddistill import experiment; "
+        "import resource, sys; from pathlib import Path; from feddistill.runs import experiment; "
         "from feddistill.config import load; from feddistill.errors import RunError; "
         "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))\n"
         "try: experiment.run(load(Path(sys.argv[1])), Path(sys.argv[2]))\n"

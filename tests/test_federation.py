@@ -5,19 +5,22 @@ from dataclasses import replace
 
 import pytest
 import torch
-from elsewhere_fixtures import NAMES, PATIENCE, Elsewhere, decided, run
+from elsewhere_fixtures import NAMES, RETRY_POLICY, Elsewhere, decided, run
 from safetensors.torch import load, save
 
-from feddistill import data, experiment, payload
+from feddistill import data, payload
+from feddistill.client.in_process import LocalTransport
 from feddistill.config import parse
 from feddistill.engines.remote import RemoteClient
 from feddistill.errors import ConfigError, ModelError, RoundError
-from feddistill.federation.journal import EVENTS, METRICS
+from feddistill.federation.journal import EVENT_COUNTS
 from feddistill.federation.protocol import Reply
 from feddistill.methods.averaging import averaged
-from feddistill.methods.correspondence import task_of
-from feddistill.methods.learner import Average, Engine, Session
-from feddistill.store import RunDirectory
+from feddistill.runs import experiment
+from feddistill.server.clients import instruction_for
+from feddistill.store.layout import EVENTS
+from feddistill.store.run_directory import RunDirectory
+from feddistill.tasks.session import Average, Engine, Session
 from feddistill.types import Cost
 
 
@@ -94,8 +97,8 @@ def test_large_answers_travel_in_shards(shards, sharded, local, tmp_path):
 def test_shards_that_came_are_not_asked_for_again(shards, sharded, tmp_path):
     transport = Elsewhere(tmp_path / "state")
 
-    def die(task, name):
-        if task.kind == "answer" and name == "client-1" and task.content["shard"] == 2:
+    def die(instruction, name):
+        if instruction.kind == "answer" and name == "client-1" and instruction.content["shard"] == 2:
             raise KeyboardInterrupt
 
     transport.fault = die
@@ -111,22 +114,28 @@ def test_shards_that_came_are_not_asked_for_again(shards, sharded, tmp_path):
 @pytest.mark.parametrize("lacks", [1, 3])
 def test_a_client_that_does_not_send_every_shard_has_not_answered(lacks, brief_shards, tmp_path):
     transport = Elsewhere(tmp_path / "state")
-    transport.fault = lambda task, name: (
-        [] if name == "client-1" and task.kind == "answer" and task.content["shard"] == lacks else None
+    transport.fault = lambda instruction, name: (
+        []
+        if name == "client-1" and instruction.kind == "answer" and instruction.content["shard"] == lacks
+        else None
     )
     result = run(brief_shards, tmp_path / "run", transport)
     assert result["missing"] == {"1": ["client-1"]}
-    last = [task for task in transport.asked if task[0] == "answer" and task[2] == "client-1"]
-    assert len(last) == lacks + PATIENCE.attempts  # the shards behind it are not asked for
+    last = [
+        instruction
+        for instruction in transport.asked
+        if instruction[0] == "answer" and instruction[2] == "client-1"
+    ]
+    assert len(last) == lacks + RETRY_POLICY.attempts  # the shards behind it are not asked for
 
 
 def test_one_shard_that_is_refused_refuses_the_answer(brief_shards, tmp_path):
     transport = Elsewhere(tmp_path / "state")
 
-    def other(task, name):
-        if task.kind != "answer" or name != "client-1" or task.content["shard"] != 2:
+    def other(instruction, name):
+        if instruction.kind != "answer" or name != "client-1" or instruction.content["shard"] != 2:
             return None
-        swapped = transport.own[name].handle(replace(task, content=task.content | {"shard": 1}))
+        swapped = transport.own[name].handle(replace(instruction, content=instruction.content | {"shard": 1}))
         return [replace(swapped, content=swapped.content | {"shard": 2})]
 
     transport.fault = other
@@ -139,9 +148,9 @@ def test_one_shard_that_is_refused_refuses_the_answer(brief_shards, tmp_path):
 def test_an_answer_in_the_name_of_another_is_refused(brief, tmp_path):
     transport = Elsewhere(tmp_path / "state")
 
-    def other(task, name):
-        if task.kind == "answer" and name == "client-1":
-            return [replace(transport.own["client-2"].handle(task), client="client-1")]
+    def other(instruction, name):
+        if instruction.kind == "answer" and name == "client-1":
+            return [replace(transport.own["client-2"].handle(instruction), client="client-1")]
         return None
 
     transport.fault = other
@@ -154,8 +163,8 @@ def once(kind, name, *replies):
     """The first time that ``name`` is asked for ``kind`` something else comes back."""
     left = [replies]
 
-    def fault(task, asked):
-        return left.pop() if left and task.kind == kind and asked == name else None
+    def fault(instruction, asked):
+        return left.pop() if left and instruction.kind == kind and asked == name else None
 
     return fault
 
@@ -172,10 +181,10 @@ def test_who_fails_once_is_asked_again(kind, replies, brief, brief_local, tmp_pa
 def test_replies_that_come_twice_or_for_another_are_dropped(brief, brief_local, tmp_path):
     transport = Elsewhere(tmp_path / "state")
 
-    def twice(task, name):
-        if task.kind != "train":
+    def twice(instruction, name):
+        if instruction.kind != "train":
             return None
-        reply = transport.own[name].handle(task)
+        reply = transport.own[name].handle(instruction)
         return [reply, reply, Reply("nobody", {"test": {"accuracy": 2.0}})]
 
     transport.fault = twice
@@ -187,9 +196,9 @@ def test_replies_that_come_twice_or_for_another_are_dropped(brief, brief_local, 
 
 def test_a_round_goes_on_without_a_client_and_takes_it_back_in(config, tmp_path):
     transport = Elsewhere(tmp_path / "state")
-    transport.fault = lambda task, name: (
+    transport.fault = lambda instruction, name: (
         [Reply(name, error="MemoryError")]
-        if (task.kind, task.round, name) == ("train", 1, "client-2")
+        if (instruction.kind, instruction.round, name) == ("train", 1, "client-2")
         else None
     )
     result = run(config, tmp_path / "run", transport)
@@ -202,12 +211,12 @@ def test_a_round_goes_on_without_a_client_and_takes_it_back_in(config, tmp_path)
 
 def test_fewer_than_the_quorum_stop_the_run_where_it_goes_on(config, local, tmp_path):
     transport = Elsewhere(tmp_path / "state")
-    transport.fault = lambda task, name: (
-        [Reply(name, error="MemoryError")] if task.kind == "answer" and name != "client-0" else None
+    transport.fault = lambda instruction, name: (
+        [Reply(name, error="MemoryError")] if instruction.kind == "answer" and name != "client-0" else None
     )
     with pytest.raises(RoundError, match="round 1: 1 valid answers, quorum 2: client-1 did not answer"):
         run(config, tmp_path / "run", transport)
-    transport.fault, transport.asked = lambda task, name: None, []
+    transport.fault, transport.asked = lambda instruction, name: None, []
     run(config, tmp_path / "run", transport, resume=True)
     assert decided(tmp_path / "run") == decided(local)
     assert ("answer", 1, "client-0") not in transport.asked  # its answer was there
@@ -219,8 +228,8 @@ def test_fewer_than_the_quorum_stop_the_run_where_it_goes_on(config, local, tmp_
 def test_a_killed_coordinator_goes_on(kind, config, local, tmp_path):
     transport = Elsewhere(tmp_path / "state")
 
-    def die(task, name):
-        if task.kind == kind and name == "client-2":
+    def die(instruction, name):
+        if instruction.kind == kind and name == "client-2":
             raise KeyboardInterrupt
 
     transport.fault = die
@@ -240,10 +249,10 @@ def test_a_client_that_is_killed_has_not_lost_what_it_did(config, local, tmp_pat
         "feddistill.training.fit", lambda *args, **more: trained.append(1) or fit(*args, **more)
     )
 
-    def lost(task, name):
-        if task.kind == "train" and (task.round, name) not in seen:
-            seen.add((task.round, name))
-            transport.own[name].handle(task)
+    def lost(instruction, name):
+        if instruction.kind == "train" and (instruction.round, name) not in seen:
+            seen.add((instruction.round, name))
+            transport.own[name].handle(instruction)
             return []
         return None
 
@@ -266,18 +275,18 @@ def test_a_client_that_is_killed_has_not_lost_what_it_did(config, local, tmp_pat
 def test_a_client_that_does_not_fit_takes_no_part(told, what, brief, tmp_path):
     transport, said = Elsewhere(tmp_path / "state"), []
 
-    def other(task, name):
-        if task.kind != "describe" or name != "client-1":
+    def other(instruction, name):
+        if instruction.kind != "describe" or name != "client-1":
             return None
-        reply = transport.own[name].handle(task)
+        reply = transport.own[name].handle(instruction)
         return [replace(reply, content=reply.content | told)]
 
-    class Show(experiment.Quiet):
-        def say(self, line):
+    class Progress(experiment.NoProgress):
+        def log(self, line):
             said.append(line)
 
     transport.fault = other
-    result = run(brief, tmp_path / "run", transport, show=Show())
+    result = run(brief, tmp_path / "run", transport, progress=Progress())
     assert f"client-1 takes no part: another {what}" in said
     assert result["missing"] == {"1": ["client-1"]}
     assert not [ask for ask in transport.asked if ask[0] != "describe" and ask[2] == "client-1"]
@@ -296,10 +305,10 @@ def test_a_client_that_does_not_fit_takes_no_part(told, what, brief, tmp_path):
 def test_a_payload_that_is_refused_does_not_stop_the_round(change, refusal, brief, tmp_path):
     transport = Elsewhere(tmp_path / "state")
 
-    def other(task, name):
-        if task.kind != "answer" or name != "client-1":
+    def other(instruction, name):
+        if instruction.kind != "answer" or name != "client-1":
             return None
-        reply = transport.own[name].handle(task)
+        reply = transport.own[name].handle(instruction)
         content = change(reply.blobs["payload"])
         return [replace(reply, blobs=reply.blobs | {"payload": content})]
 
@@ -312,10 +321,10 @@ def test_a_payload_that_is_refused_does_not_stop_the_round(change, refusal, brie
 def test_a_client_that_sends_too_much_is_cut_off(brief, tmp_path):
     transport = Elsewhere(tmp_path / "state")
 
-    def endless(task, name):
-        if task.kind != "answer" or name != "client-1":
+    def endless(instruction, name):
+        if instruction.kind != "answer" or name != "client-1":
             return None
-        reply = transport.own[name].handle(task)
+        reply = transport.own[name].handle(instruction)
         return [replace(reply, blobs=dict.fromkeys(reply.blobs, b"\x00" * 10**7))]
 
     transport.fault = endless
@@ -330,9 +339,9 @@ def test_a_client_that_sends_too_much_is_cut_off(brief, tmp_path):
 @pytest.mark.parametrize("blobs", [{}, {"envelope": b"{}"}, {"payload": b"1"}])
 def test_a_reply_without_its_files_is_a_refusal(blobs, brief, tmp_path):
     transport = Elsewhere(tmp_path / "state")
-    transport.fault = lambda task, name: (
+    transport.fault = lambda instruction, name: (
         [Reply(name, {"shard": 0, "shards": 1}, blobs)]
-        if (task.kind, name) == ("answer", "client-1")
+        if (instruction.kind, name) == ("answer", "client-1")
         else None
     )
     result = run(brief, tmp_path / "run", transport)
@@ -348,8 +357,8 @@ def test_fedavg_goes_through_the_clients(config, tmp_path):
 
     def averager(session, number, weights):
         blobs = {"weights": save(dict(weights))}
-        task = replace(task_of(session, "average", number), blobs=blobs)
-        replies = [transport.own[name].handle(task) for name in NAMES]
+        instruction = replace(instruction_for(session, "average", number), blobs=blobs)
+        replies = [transport.own[name].handle(instruction) for name in NAMES]
         states = [load(reply.blobs["weights"]) for reply in replies]
         assert all(state.keys() == weights.keys() for state in states)
         sent = sum(4 * tensor.numel() for state in states for tensor in state.values())
@@ -357,7 +366,7 @@ def test_fedavg_goes_through_the_clients(config, tmp_path):
         cost = sum((Cost(**reply.content["cost"]) for reply in replies), Cost())
         return Average(average, sent, sent, cost, [])
 
-    engine = Engine(transport, "elsewhere", PATIENCE, averager)
+    engine = Engine(transport, "elsewhere", RETRY_POLICY, averager)
     there = experiment.run(config, tmp_path / "there", engine=engine)
     assert there["metrics"] == here["metrics"]
     assert there["bytes"] == here["bytes"]
@@ -367,11 +376,20 @@ def test_fedavg_goes_through_the_clients(config, tmp_path):
 
 def test_fedavg_takes_no_other_weights(config, tmp_path):
     directory = RunDirectory.create(tmp_path / "run", "")
-    session = Session(config, data.load(config.data, config.seed), directory, experiment.Quiet(), Engine())
-    task = replace(task_of(session, "average", 1), blobs={"weights": save({"x": torch.zeros(3)})})
+    session = Session(
+        config,
+        data.load(config.data, config.seed),
+        directory,
+        experiment.NoProgress(),
+        Engine(),
+        LocalTransport,
+    )
+    instruction = replace(
+        instruction_for(session, "average", 1), blobs={"weights": save({"x": torch.zeros(3)})}
+    )
     directory.close()
     with pytest.raises(ModelError, match="not the weights of the student's architecture"):
-        RemoteClient("client-0", tmp_path).handle(task)
+        RemoteClient("client-0", tmp_path).handle(instruction)
 
 
 def test_what_happened_is_written_down(config, tmp_path):
@@ -382,7 +400,7 @@ def test_what_happened_is_written_down(config, tmp_path):
     assert {event["event"] for event in events} == {"asked", "replied", "failed"}
     failed = next(event for event in events if event["event"] == "failed")
     assert (failed["client"], failed["why"], failed["round"]) == ("client-1", "OSError", 1)
-    metrics = (tmp_path / "run" / METRICS).read_text()
+    metrics = (tmp_path / "run" / EVENT_COUNTS).read_text()
     assert 'feddistill_tasks_total{client="client-1",task="train"} 3' in metrics
     assert 'feddistill_failures_total{client="client-1",task="train"} 1' in metrics
     assert "# TYPE feddistill_received_bytes_total counter" in metrics

@@ -5,8 +5,8 @@ import torch
 from test_models import CLASSES, SCRATCH, scratch
 
 from feddistill import models
-from feddistill.batches import pad
 from feddistill.config.models import ModelConfig
+from feddistill.modelio.padding import pad
 from feddistill.models import frozen
 
 TEXTS = (

@@ -47,7 +47,7 @@ def test_a_table_of_other_kernels_is_found_out(tmp_path):
     assert run.returncode == 1
     assert found is None
     assert f"{first['kernel']}: is not listed" in run.stderr
-    assert "another: is listed, and there is no such kernel" in run.stderr
+    assert "another: is listed, but does not exist" in run.stderr
 
 
 def test_the_committed_table_has_no_spill():

@@ -8,9 +8,9 @@ from shutil import which
 import pytest
 from click.testing import CliRunner
 
-from feddistill import keys
 from feddistill.cli.keys import keys as command
 from feddistill.errors import ConfigError, DataError
+from feddistill.payload import keys
 
 # RFC 8032, section 7.1, test 1
 SEED = bytes.fromhex("9d61b19deffd5a60ba844af492ec2cc44449c5697b326919703bac031cae7f60")

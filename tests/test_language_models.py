@@ -16,29 +16,32 @@ from safetensors.torch import load_file
 from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from feddistill import aggregation, experiment, payload, study
-from feddistill.blocks import pack
+from feddistill import payload
+from feddistill.aggregation.answers import RoundContext, abstentions, answered
+from feddistill.aggregation.rules import RULES
+from feddistill.aggregation.teacher import aggregate
 from feddistill.config import dump, parse
 from feddistill.config.models import ModelConfig, TrainedTokenizer
 from feddistill.config.training import DistillConfig
 from feddistill.errors import ConfigError, ModelError
-from feddistill.evaluation import language
-from feddistill.heads import head_of, hidden_states
-from feddistill.methods import wire
+from feddistill.federation import encoding
+from feddistill.metrics import language
+from feddistill.modelio.outputs import head_of, hidden_states
+from feddistill.modelio.packing import pack
 from feddistill.models import causal
 from feddistill.models.tokenizers import fingerprint, tokenizer_of
 from feddistill.report import studies
-from feddistill.rules import RULES
-from feddistill.tensorfile import TopKFile
+from feddistill.runs import experiment, plan, study
+from feddistill.store.logit_files import TopKFile
 from feddistill.training.blocks import (
-    NOT_TAUGHT,
+    NO_TEACHER,
     block_loss,
-    hardened,
-    lessons_of,
+    concatenate,
+    examples_of,
     repeated,
     rows_of,
-    some,
-    together,
+    select,
+    with_hard_targets,
 )
 from feddistill.types import NO_LABEL, RoundSpec, TextSet
 from feddistill_kernels import TopK, topk_compress
@@ -67,12 +70,12 @@ def test_every_token_is_predicted_once_by_the_tokens_before_it():
     assert [blocks.texts[r + 1] for r in range(4)] == [0, 0, 0, 0]
 
 
-def test_tokens_of_a_prompt_are_not_wanted():
+def test_tokens_of_a_prompt_are_not_learned():
     source = parse(tiny()).student.model.source
-    reader = causal.Reader(tokenizer_of(source, "s", ["some words and other words"]), answers_only=True)
+    reader = causal.TextReader(tokenizer_of(source, "s", ["some words and other words"]), answers_only=True)
     texts = TextSet("t", ("0", "1"), ("Q: é? A: no", "ab"), np.zeros(2, np.int64), (), None, (5, 0))
     blocks = reader.blocks(texts, 8)
-    said = [blocks.targets[(blocks.texts[1:] == t) & blocks.wanted] for t in (0, 1)]
+    said = [blocks.targets[(blocks.texts[1:] == t) & blocks.loss_mask] for t in (0, 1)]
     assert [reader.tokenizer.decode(part, skip_special_tokens=True) for part in said] == [" A: no", "ab"]
     assert reader.bytes(texts) == len(" A: no") + 2
 
@@ -111,14 +114,14 @@ def test_the_loss_is_that_of_dense_autograd(tied, kind):
     blocks = pack([list(range(1, 20)), [5, 6, 7]], end=0, length=9)
     asked = torch.arange(1, blocks.rows, 2)
     teacher = topk_compress(torch.randn(len(asked), 37), 37)  # all are kept: the same as a dense one
-    given = lessons_of(blocks, teacher, asked)
+    given = examples_of(blocks, teacher, asked)
     distill = DistillConfig(kind=kind, temperature=1.0, kd_weight=0.3)
     ids = torch.zeros(len(blocks), 9, dtype=torch.long)
     for b in range(len(blocks)):
         ids[b, : len(blocks[b])] = torch.from_numpy(blocks[b])
     places, rows = rows_of(given, range(len(blocks)), 9)
-    answers = given.taught[rows]
-    taught = answers != NOT_TAUGHT
+    answers = given.teacher_rows[rows]
+    taught = answers != NO_TEACHER
     hidden = hidden_states(model, ids).flatten(0, 1)[places]
     ours = block_loss(
         hidden, *head_of(model), given.labels[rows], teacher[answers[taught]], taught, distill, 37
@@ -142,37 +145,37 @@ def test_the_loss_is_that_of_dense_autograd(tied, kind):
         torch.testing.assert_close(found[name], p.grad, rtol=1e-3, atol=1e-6)
 
 
-def test_lessons_are_cut_joined_and_hardened():
+def test_examples_are_cut_joined_and_given_hard_targets():
     blocks = pack([list(range(1, 12))], end=0, length=5)
     asked = torch.tensor([1, 5, 9])
     ids = torch.tensor([[30, 31], [32, 33], [0, 1]], dtype=torch.int32)
     log_probs = torch.tensor([[0.2, 0.7], [0.6, 0.3], [0.0, 0.0]]).log()
     teacher = TopK(ids, log_probs, torch.tensor([0.1, 0.1, 1.0]).log(), 40)
-    given = lessons_of(blocks, teacher, asked)
-    hard = hardened(given)
+    given = examples_of(blocks, teacher, asked)
+    hard = with_hard_targets(given)
     assert hard.labels[1] == 31
     assert hard.labels[5] == 32
     assert hard.labels[9] == given.labels[9], "where the teacher has no opinion the label stays"
-    picked = some(given, [2, 0])
+    picked = select(given, [2, 0])
     assert picked.labels.tolist() == [*given.labels[8:].tolist(), *given.labels[:4].tolist()]
-    assert picked.taught.tolist()[1] == 2
-    own = lessons_of(pack([[7, 8]], end=0, length=5))
-    both = together(own, picked)
+    assert picked.teacher_rows.tolist()[1] == 2
+    own = examples_of(pack([[7, 8]], end=0, length=5))
+    both = concatenate(own, picked)
     assert both.labels.tolist() == [*own.labels.tolist(), *picked.labels.tolist()]
-    assert both.taught[: len(own.labels)].eq(NOT_TAUGHT).all()
+    assert both.teacher_rows[: len(own.labels)].eq(NO_TEACHER).all()
     assert NO_LABEL not in both.labels
 
 
 def test_blocks_are_repeated_with_the_next_teacher():
     blocks = pack([list(range(1, 12))], end=0, length=5)
     asked = torch.tensor([1, 5, 9])
-    given = lessons_of(blocks, topk_compress(torch.randn(6, 40), 2), asked)
+    given = examples_of(blocks, topk_compress(torch.randn(6, 40), 2), asked)
     twice = repeated(given, 2, len(asked))
     assert len(twice.tokens) == 2 * len(blocks)
-    again = some(twice, range(len(blocks), 2 * len(blocks)))
+    again = select(twice, range(len(blocks), 2 * len(blocks)))
     assert torch.equal(again.labels, given.labels)
-    assert again.taught[asked].tolist() == [3, 4, 5]
-    assert (again.taught != NOT_TAUGHT).sum() == 3
+    assert again.teacher_rows[asked].tolist() == [3, 4, 5]
+    assert (again.teacher_rows != NO_TEACHER).sum() == 3
 
 
 def test_a_compressed_teacher_on_disk_is_read_back(tmp_path):
@@ -202,9 +205,9 @@ def test_a_row_without_an_opinion_travels(codec):
     rows = topk_compress(torch.randn(6, 50), 4)
     rows.log_probs[2], rows.log_tail[2], rows.ids[2] = -math.inf, 0.0, torch.arange(4, dtype=torch.int32)
     spec = spec_of(6, codec)
-    sent = payload.encode(wire.compress_parts([rows], spec, 0), spec, "a")
-    found = wire.topk(payload.admit(payload.seal(sent, spec, "a"), sent, spec, set()))
-    assert aggregation.answered(found).tolist() == [True, True, False, True, True, True]
+    sent = payload.encode(encoding.compress_parts([rows], spec, 0), spec, "a")
+    found = encoding.topk(payload.admit(payload.seal(sent, spec, "a"), sent, spec, set()))
+    assert answered(found).tolist() == [True, True, False, True, True, True]
     assert found.log_tail[2] == 0
 
 
@@ -215,7 +218,7 @@ def test_who_has_no_opinion_is_not_there(kind):
     rule = RULES[kind].model_validate({"kind": kind})
     clients = [topk_compress(torch.randn(9, 50), 4) for _ in range(6)]
     everyone = rows_by(rule, clients)
-    nothing = aggregation.silent(9, 4, 50)
+    nothing = abstentions(9, 4, 50)
     fewer = [*clients]
     fewer[0] = TopK(
         *(
@@ -237,15 +240,15 @@ def test_who_has_no_opinion_is_not_there(kind):
     except ConfigError:
         enough = False
     if "whole" not in rule.needs():
-        assert aggregation.answered(alone).all() == enough
-    assert not aggregation.answered(rows_by(rule, [nothing] * 6)).any()
+        assert answered(alone).all() == enough
+    assert not answered(rows_by(rule, [nothing] * 6)).any()
 
 
 def rows_by(rule, clients):
     labels = torch.randint(0, 50, (9,), generator=torch.Generator().manual_seed(2))
-    known = aggregation.Known(names=tuple("abcdef"[: len(clients)]), labels=labels)
+    known = RoundContext(names=tuple("abcdef"[: len(clients)]), labels=labels)
     answerers = [lambda a, b, c=client: c[a:b] for client in clients]
-    return aggregation.aggregate(answerers, 9, rule, known=known, k=4).teacher
+    return aggregate(answerers, 9, rule, context=known, k=4).teacher
 
 
 def test_a_run_is_whole(finished):
@@ -285,13 +288,13 @@ def test_a_killed_run_resumes_to_the_same_numbers(finished, tmp_path):
     code = """
 import os, signal, sys
 from pathlib import Path
-from feddistill import experiment
+from feddistill.runs import experiment
 from feddistill.config import load
-from feddistill.methods import wire
-from feddistill.methods.client import Crew
-from feddistill.methods.learner import Session
-from feddistill.methods.translation import Side, Tally, needed, translate
-original, calls = wire.compress_parts, 0
+from feddistill.federation import encoding
+from feddistill.client.client import ClientGroup
+from feddistill.tasks.session import Session
+
+original, calls = encoding.compress_parts, 0
 def deadly(*args):
     global calls
     calls += 1
@@ -299,7 +302,7 @@ def deadly(*args):
     if calls == 7:  # round 2: four clients and the teacher have answered in round 1
         os.kill(os.getpid(), signal.SIGKILL)
     return found
-wire.compress_parts = deadly
+encoding.compress_parts = deadly
 experiment.run(load(Path(sys.argv[1])), Path(sys.argv[2]))
 """
     out = tmp_path / "run"
@@ -364,13 +367,13 @@ print(fingerprint(tokenizer_of(TrainedTokenizer(vocab_size=280), "s", texts)))
 
 @pytest.mark.parametrize("codec", ["threshold", "sampled"])
 def test_other_codecs_and_every_third_position(codec, tmp_path):
-    changes = {"payload": {"codec": codec}, "language": {"step": 3}, "rounds": 1, "baselines": []}
+    changes = {"payload": {"codec": codec}, "language": {"position_stride": 3}, "rounds": 1, "baselines": []}
     result = experiment.run(parse(tiny(**changes)), tmp_path / "run")
     spec = payload.parse_spec((tmp_path / "run/rounds/001/spec.json").read_bytes())
     config = parse(tiny(**changes))
     splits = experiment.check(config, build=False)
     rows = (
-        causal.Reader(tokenizer_of(config.student.model.source, "s", splits.proxy.texts))
+        causal.TextReader(tokenizer_of(config.student.model.source, "s", splits.proxy.texts))
         .blocks(splits.proxy, 48)
         .rows
     )
@@ -379,11 +382,11 @@ def test_other_codecs_and_every_third_position(codec, tmp_path):
 
 
 def test_what_a_run_would_cost_is_known_before():
-    found = experiment.plan(parse(tiny(baselines=["public_only"])))
+    found = plan.plan(parse(tiny(baselines=["public_only"])))
     config = parse(tiny())
     splits = experiment.check(config, build=False)
     source = config.student.model.source
-    reader = causal.Reader(tokenizer_of(source, "student.model", splits.proxy.texts))
+    reader = causal.TextReader(tokenizer_of(source, "student.model", splits.proxy.texts))
     assert found["rows"] == reader.blocks(splits.proxy, 48).rows
     assert found["bytes"]["codecs"]["topk k=16"]["a_row"] == pytest.approx(49, abs=2)
     assert found["bytes"]["federated_lora"]["upload"] > 0

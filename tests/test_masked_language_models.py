@@ -10,21 +10,22 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM
 
-from feddistill import experiment, release, report
-from feddistill.blocks import pack
+from feddistill import release, report
+from feddistill.client.client import ClientGroup
 from feddistill.config import parse
 from feddistill.config.models import ModelConfig
 from feddistill.config.training import DistillConfig
 from feddistill.errors import ConfigError, ModelError
-from feddistill.heads import masked_states
-from feddistill.methods.client import Crew
-from feddistill.methods.feddistill import request
-from feddistill.methods.learner import Session
+from feddistill.modelio.outputs import masked_states
+from feddistill.modelio.packing import pack
 from feddistill.models import causal
-from feddistill.progress import Quiet
-from feddistill.store import RunDirectory
-from feddistill.training.blocks import Hiding, lessons_of
-from feddistill.training.trainer import MaskedLoss
+from feddistill.progress import NoProgress
+from feddistill.runs import experiment
+from feddistill.server.rounds import request
+from feddistill.store.run_directory import RunDirectory
+from feddistill.tasks.session import Session
+from feddistill.training.blocks import Masking, examples_of
+from feddistill.training.losses import Batch, MaskedLoss
 from feddistill_kernels import topk_compress
 
 TOKENIZER = {"kind": "trained", "vocab_size": 300, "mask": True}
@@ -83,7 +84,7 @@ def test_a_model_that_does_not_look_ahead_is_refused():
 
 def test_a_tokenizer_without_a_mask_is_refused():
     plain = scratch("bert", {"kind": "trained", "vocab_size": 300}, **SMALL)
-    with pytest.raises(ModelError, match=r"student\.model: its tokenizer has no token that hides others"):
+    with pytest.raises(ModelError, match=r"student\.model: its tokenizer has no mask token"):
         causal.build(ModelConfig.model_validate(plain), 0, "student.model", ["some text"] * 3, masked=True)
 
 
@@ -99,7 +100,7 @@ def batch(blocks, which, length=16):
     for at, b in enumerate(which):
         ids[at, : len(blocks[b])] = torch.from_numpy(blocks[b])
         mask[at, : len(blocks[b])] = 1
-    return {"input_ids": ids, "attention_mask": mask.long(), "rows": torch.tensor(list(which))}
+    return Batch(ids, mask.long(), torch.tensor(list(which)))
 
 
 class Watching(torch.nn.Module):
@@ -121,8 +122,8 @@ def test_a_block_is_read_as_it_was_asked_and_otherwise(model):
     blocks = pack([list(range(5, 30)), [5, 6, 7, 8, 9]], end=2, length=10)
     asked = torch.tensor([1, 4, 12, 13])
     teacher = topk_compress(torch.randn(len(asked), 37), 37)
-    given = lessons_of(blocks, teacher, asked)
-    loss = MaskedLoss(given, DistillConfig(temperature=1.0), 37, False, Hiding(1, 0.5), seed=3)
+    given = examples_of(blocks, teacher, asked)
+    loss = MaskedLoss(given, DistillConfig(temperature=1.0), 37, False, Masking(1, 0.5), seed=3)
     watching, as_asked = Watching(model), []
     for _ in range(30):
         loss(watching, batch(blocks, range(len(blocks))))
@@ -140,12 +141,12 @@ def test_what_nobody_was_asked_is_learned_from_the_text(model, monkeypatch):
     blocks = pack([list(range(5, 30))], end=2, length=10)
     monkeypatch.setattr(torch, "rand", lambda *size, generator: torch.zeros(*size))
     inputs = batch(blocks, range(len(blocks)))
-    ours = MaskedLoss(lessons_of(blocks), None, 37, False, Hiding(1, 0.5), seed=0)(model, inputs)
-    shown = inputs["input_ids"].clone()
+    ours = MaskedLoss(examples_of(blocks), None, 37, False, Masking(1, 0.5), seed=0)(model, inputs)
+    shown = inputs.input_ids.clone()
     at = [(r // 9, r % 9 + 1) for r in range(blocks.rows)]
     for b, place in at:
         shown[b, place] = 1
-    p = model(input_ids=shown, attention_mask=inputs["attention_mask"]).logits.log_softmax(-1)
+    p = model(input_ids=shown, attention_mask=inputs.attention_mask).logits.log_softmax(-1)
     dense = functional.nll_loss(
         torch.stack([p[b, place] for b, place in at]), torch.from_numpy(blocks.targets)
     )
@@ -156,19 +157,21 @@ def test_where_all_is_asked_the_loss_is_exactly_that_of_dense_autograd(model, mo
     blocks = pack([list(range(5, 30))], end=2, length=10)
     asked = torch.arange(0, blocks.rows, 3)
     teacher = topk_compress(torch.randn(len(asked), 37), 37)
-    given = lessons_of(blocks, teacher, asked)
-    loss = MaskedLoss(given, DistillConfig(temperature=1.0, kd_weight=0.3), 37, False, Hiding(1, 0.5), seed=0)
+    given = examples_of(blocks, teacher, asked)
+    loss = MaskedLoss(
+        given, DistillConfig(temperature=1.0, kd_weight=0.3), 37, False, Masking(1, 0.5), seed=0
+    )
     monkeypatch.setattr(torch, "rand", lambda *size, generator: torch.zeros(*size))  # each as it was asked
     inputs = batch(blocks, range(len(blocks)))
     ours = loss(model, inputs)
     ours.backward()
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    shown = inputs["input_ids"].clone()
+    shown = inputs.input_ids.clone()
     at = [(int(r) // 9, int(r) % 9 + 1) for r in asked]
     for b, place in at:
         shown[b, place] = 1
-    p = model(input_ids=shown, attention_mask=inputs["attention_mask"]).logits.log_softmax(-1)
+    p = model(input_ids=shown, attention_mask=inputs.attention_mask).logits.log_softmax(-1)
     p = torch.stack([p[b, place] for b, place in at])
     q = teacher.expand()
     ce = functional.nll_loss(p, torch.from_numpy(blocks.targets)[asked], reduction="none")
@@ -183,14 +186,14 @@ def test_where_all_is_asked_the_loss_is_exactly_that_of_dense_autograd(model, mo
 
 def test_tokens_are_hidden_as_they_should_be(model):
     blocks = pack([torch.randint(5, 37, (3000,)).tolist()], end=2, length=16)
-    given = lessons_of(blocks)
-    loss, watching = MaskedLoss(given, None, 37, False, Hiding(1, 0.15), seed=1), Watching(model)
+    given = examples_of(blocks)
+    loss, watching = MaskedLoss(given, None, 37, False, Masking(1, 0.15), seed=1), Watching(model)
     hidden = other = total = 0
     for first in range(0, len(blocks) - 1, 20):
         which = list(range(first, min(first + 20, len(blocks) - 1)))
         inputs = batch(blocks, which)
         loss(watching, inputs)
-        shown, ids = watching.read.pop(), inputs["input_ids"]
+        shown, ids = watching.read.pop(), inputs.input_ids
         total += ids[:, 1:].numel()
         hidden += int((shown == 1).sum())
         other += int(((shown != ids) & (shown != 1)).sum())
@@ -230,13 +233,13 @@ def test_a_run_is_whole_and_can_be_evaluated_and_exported(finished, tmp_path, ca
 def test_answers_are_about_hidden_tokens(finished, tmp_path):
     """The answer of a shard is the same whatever its neighbours are, and is that of the whole model."""
     config = parse(settings())
-    session = Session(config, experiment.check(config), RunDirectory.create(tmp_path / "r", ""), Quiet())
-    learner, question = Crew(session).learner(0), session.question
+    session = Session(config, experiment.check(config), RunDirectory.create(tmp_path / "r", ""), NoProgress())
+    learner, question = ClientGroup(session).learner(0), session.query
     spec = request(session, 1, quorum=4, previous="")
     whole = learner.compressed(spec, 0, 0, spec.positions)
     middle = learner.compressed(spec, 0, 3, 9)
     assert np.array_equal(whole.ids[3:9], middle.ids)
-    share = spec.positions / int(question.blocks.wanted.sum())
+    share = spec.positions / int(question.blocks.loss_mask.sum())
     assert share == pytest.approx(0.15, abs=0.01)
     row = int(question.rows[0])
     block = row // (question.blocks.length - 1)
@@ -255,7 +258,7 @@ def test_answers_are_about_hidden_tokens(finished, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"language": {"step": 2}}, "language.step is for task = causal_lm"),
+        ({"language": {"position_stride": 2}}, "language.position_stride is for task = causal_lm"),
         ({"language": {"alignment": "mined"}}, "language.alignment is for task = causal_lm"),
         (
             {"aggregation": {"rule": "era"}},

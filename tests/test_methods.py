@@ -5,17 +5,22 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from feddistill import answering, experiment, payload
+from feddistill import payload
 from feddistill.config import parse
 from feddistill.config.training import DistillConfig
 from feddistill.errors import RunError
-from feddistill.methods import uploads, wire
+from feddistill.federation import answer_files, encoding
 from feddistill.methods.averaging import averaged
 from feddistill.methods.fedfed import sensitivity, share
-from feddistill.methods.learner import Learner, Session, labels_of
-from feddistill.progress import Quiet
-from feddistill.store import RunDirectory
-from feddistill.training import NO_LABEL, lesson_loss
+from feddistill.modelio import inference
+from feddistill.progress import NoProgress
+from feddistill.runs import experiment
+from feddistill.store.run_directory import RunDirectory
+from feddistill.tasks.choose import learner_of
+from feddistill.tasks.learner import labels_of
+from feddistill.tasks.session import Session
+from feddistill.training import example_loss
+from feddistill.types import NO_LABEL
 
 METHODS = ("centralized_distillation", "fedavg", "feddf", "fedlora", "fedmd", "fedmkt", "fedfed")
 
@@ -67,12 +72,12 @@ def test_fedmkt_asks_the_student_from_the_second_round_on(finished):
     run = RunDirectory.open(finished["out"]).within("baselines/fedmkt")
     try:
         places = [(f"rounds/002/payloads/{name}", specs) for name in specs.clients]
-        places.append(("rounds/002/before", wire.feedback_spec(specs)))
+        places.append(("rounds/002/before", encoding.feedback_spec(specs)))
         said = []
         for place, spec in places:
-            shelf = uploads.Shelf(run, place, spec)
-            shelf.admit()
-            said.append(uploads.answerer(wire.expand, shelf)(0, spec.positions))
+            stored = answer_files.StoredAnswer(run, place, spec)
+            stored.admit()
+            said.append(answer_files.answer_reader(encoding.expand, stored)(0, spec.positions))
         teacher = load_file(inner / "rounds/002/teacher.safetensors")["log_probs"]
     finally:
         run.close()
@@ -180,7 +185,7 @@ def test_fedfed_shares_the_tokens_that_matter(tiny_settings, tmp_path):
     config = settings(tiny_settings, fedfed={"share": 0.5, "noise": 0.0})
     splits = experiment.check(config)
     run = RunDirectory.create(tmp_path / "run", "")
-    learner = Learner(Session(config, splits, run, Quiet()), config.student.model, "student.model")
+    learner = learner_of(Session(config, splits, run, NoProgress()), config.student.model, "student.model")
     private = splits.private[0]
     tokens = learner.tokens(private)
     scores = sensitivity(learner, tokens, labels_of(private))
@@ -192,7 +197,7 @@ def test_fedfed_shares_the_tokens_that_matter(tiny_settings, tmp_path):
         for places in ([int(row.argmax()) for row in scores], [int(row.argmin()) for row in scores])
     )
     whole, without_most, without_least = (
-        answering.answer(learner.model, t, 10, pad_id=0, batch_size=64, bf16=False, meter=learner.meter)
+        inference.answer(learner.model, t, 10, pad_id=0, batch_size=64, bf16=False, meter=learner.meter)
         for t in (tokens, most, least)
     )
     assert (whole - without_most).abs().mean() > (whole - without_least).abs().mean()
@@ -218,7 +223,7 @@ def test_fedmds_loss_is_the_mean_absolute_difference_of_centred_scores():
     random = np.random.default_rng(0)
     student, teacher = (torch.from_numpy(random.normal(size=(4, 5))).float() for _ in range(2))
     nothing = torch.full((4,), NO_LABEL)
-    loss = lesson_loss(student + 3, nothing, teacher - 7, None, DistillConfig(kind="mae"))
+    loss = example_loss(student + 3, nothing, teacher - 7, None, DistillConfig(kind="mae"))
     a, b = (x.numpy().astype(np.float64) for x in (student, teacher))
     expected = np.abs(a - a.mean(1, keepdims=True) - b + b.mean(1, keepdims=True)).mean()
     assert loss.item() == pytest.approx(expected, rel=1e-5)

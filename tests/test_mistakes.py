@@ -8,10 +8,12 @@ import yaml
 from click.testing import CliRunner
 
 from feddistill import config as configuration
-from feddistill import data, deployment, experiment, revision, study
+from feddistill import data
 from feddistill.cli import main
 from feddistill.config import institution, parse
+from feddistill.engines.flower import deployment
 from feddistill.errors import ConfigError, DataError, ModelError, RunError
+from feddistill.runs import experiment, plan, rerun, study
 
 
 def cli(*arguments):
@@ -73,21 +75,21 @@ class TestStudies:
 
 
 def test_what_a_federation_costs_is_not_known_at_the_server(tiny_settings):
-    partition = {"kind": "at_clients", "names": ["north", "south"]}
+    partition = {"kind": "remote", "names": ["north", "south"]}
     raw = tiny_settings | {"baselines": [], "data": {**tiny_settings["data"], "partition": partition}}
     raw["data"].pop("private")
-    with pytest.raises(ConfigError, match="at_clients: what a run costs depends on texts that the clients"):
-        experiment.plan(parse(raw))
+    with pytest.raises(ConfigError, match="remote: cannot estimate the cost: it depends on the clients"):
+        plan.plan(parse(raw))
 
 
 def test_another_student_that_cannot_be_built_leaves_nothing_behind(tiny_settings, tmp_path):
     experiment.run(parse(tiny_settings | {"rounds": 1, "baselines": []}), tmp_path / "run")
     with pytest.raises(ModelError, match=r"student\.model\.layers names layer 9"):
-        revision.distill(tmp_path / "run", tmp_path / "again", ("student.model.layers=[9]",))
+        rerun.distill(tmp_path / "run", tmp_path / "again", ("student.model.layers=[9]",))
     assert not (tmp_path / "again").exists()
-    revision.distill(tmp_path / "run", tmp_path / "again", ("student.model.layers=[1]",))
+    rerun.distill(tmp_path / "run", tmp_path / "again", ("student.model.layers=[1]",))
     with pytest.raises(RunError, match="already exists; choose another --out"):
-        revision.distill(tmp_path / "run", tmp_path / "again")
+        rerun.distill(tmp_path / "run", tmp_path / "again")
 
 
 class TestTexts:
@@ -135,7 +137,7 @@ class TestTexts:
         test = question_fixtures.write(tmp_path / "test.jsonl", long)
         source = question_fixtures.source
         raw = {
-            "task": "reading",
+            "task": "question_answering",
             "rounds": 1,
             "data": {
                 "source": source(path),

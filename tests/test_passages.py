@@ -14,16 +14,16 @@ from transformers import BertConfig, BertForQuestionAnswering, PreTrainedTokeniz
 
 from feddistill.config.training import DistillConfig
 from feddistill.errors import ModelError
-from feddistill.methods.reading import of_characters
-from feddistill.passages import NOWHERE, likeliest, pages
-from feddistill.training.questions import (
-    QuestionLessons,
-    hardened,
-    places_of,
-    said_of_tokens,
-    together,
+from feddistill.modelio.passages import NOWHERE, likeliest, windows
+from feddistill.tasks.question_answering import of_characters
+from feddistill.training.losses import Batch, QuestionLoss
+from feddistill.training.spans import (
+    SpanExamples,
+    concatenate,
+    token_labels,
+    token_log_probs,
+    with_hard_targets,
 )
-from feddistill.training.trainer import QuestionLoss
 from feddistill.types import NO_LABEL
 from feddistill_kernels import TopK
 
@@ -91,38 +91,38 @@ def words(passage):
 @pytest.mark.parametrize("passage", [PASSAGE, *(row["context"] for row in ROWS[:3])])
 def test_any_words_of_a_passage_are_found_again_by_their_tokens(kind, passage):
     tokenizer = tokenizer_of(kind)
-    (page,) = pages(tokenizer, "Who?", passage, 256, "m")
-    assert page.passage.sum() > 5
+    (window,) = windows(tokenizer, "Who?", passage, 256, "m")
+    assert window.passage.sum() > 5
     for begin, _ in words(passage):
         for _, end in words(passage):
             if begin < end:
-                first, last = page.first(np.array([begin]))[0], page.last(np.array([end - 1]))[0]
-                assert page.starts[first] <= begin < page.ends[first]
-                assert page.starts[last] < end <= page.ends[last]
+                first, last = window.first(np.array([begin]))[0], window.last(np.array([end - 1]))[0]
+                assert window.starts[first] <= begin < window.ends[first]
+                assert window.starts[last] < end <= window.ends[last]
                 if kind != "metaspace":  # whose tokens may go on behind a word
-                    assert passage[page.starts[first] : page.ends[last]] == passage[begin:end]
+                    assert passage[window.starts[first] : window.ends[last]] == passage[begin:end]
 
 
 def test_every_character_of_a_word_belongs_to_a_token_that_holds_it(tokenizer):
-    (page,) = pages(tokenizer, "Who?", PASSAGE, 256, "m")
+    (window,) = windows(tokenizer, "Who?", PASSAGE, 256, "m")
     for place, letter in enumerate(PASSAGE):
-        first, last = page.first(np.array([place]))[0], page.last(np.array([place]))[0]
+        first, last = window.first(np.array([place]))[0], window.last(np.array([place]))[0]
         if not letter.isspace():
-            assert page.starts[first] <= place < page.ends[first]
-            assert page.starts[last] <= place < page.ends[last]
-    assert page.first(np.array([len(PASSAGE), -1])).tolist() == [NOWHERE, NOWHERE]
-    assert page.last(np.array([len(PASSAGE), -1])).tolist() == [NOWHERE, NOWHERE]
+            assert window.starts[first] <= place < window.ends[first]
+            assert window.starts[last] <= place < window.ends[last]
+    assert window.first(np.array([len(PASSAGE), -1])).tolist() == [NOWHERE, NOWHERE]
+    assert window.last(np.array([len(PASSAGE), -1])).tolist() == [NOWHERE, NOWHERE]
 
 
 def test_pages_cover_the_passage_and_overlap(tokenizer):
     passage = " ".join(row["context"] for row in ROWS[:10])
-    found = pages(tokenizer, "Where did Hugo go?", passage, 48, "m", overlap=6)
+    found = windows(tokenizer, "Where did Hugo go?", passage, 48, "m", overlap=6)
     assert len(found) > 3
-    for page in found:
-        assert len(page) <= 48
-        assert set(page.types) == {0, 1}
-    read = [{int(at) for at in page.starts[page.passage]} for page in found]
-    (whole,) = pages(tokenizer, "Where did Hugo go?", passage, 10_000, "m")
+    for window in found:
+        assert len(window) <= 48
+        assert set(window.types) == {0, 1}
+    read = [{int(at) for at in window.starts[window.passage]} for window in found]
+    (whole,) = windows(tokenizer, "Where did Hugo go?", passage, 10_000, "m")
     assert set.union(*read) == {int(at) for at in whole.starts[whole.passage]}
     for one, other in pairwise(read):
         assert one & other
@@ -130,43 +130,43 @@ def test_pages_cover_the_passage_and_overlap(tokenizer):
 
 def test_what_is_not_read_is_nowhere(tokenizer):
     passage = " ".join(row["context"] for row in ROWS[:10])
-    page = pages(tokenizer, "Who?", passage, 40, "m")[0]
-    end = int(page.ends.max())
-    assert page.first(np.array([end + 5, len(passage) - 1])).tolist() == [NOWHERE, NOWHERE]
-    labels = places_of([page, page, page], [((0, 4),), ((0, len(passage)),), None])
-    assert labels[0].tolist() == [page.first(np.array([0]))[0], page.last(np.array([3]))[0]]
+    window = windows(tokenizer, "Who?", passage, 40, "m")[0]
+    end = int(window.ends.max())
+    assert window.first(np.array([end + 5, len(passage) - 1])).tolist() == [NOWHERE, NOWHERE]
+    labels = token_labels([window, window, window], [((0, 4),), ((0, len(passage)),), None])
+    assert labels[0].tolist() == [window.first(np.array([0]))[0], window.last(np.array([3]))[0]]
     assert (labels[1:] == NO_LABEL).all()
 
 
 def test_the_likeliest_span_is_the_best_of_all(tokenizer):
-    (page,) = pages(tokenizer, "Who?", PASSAGE, 256, "m")
+    (window,) = windows(tokenizer, "Who?", PASSAGE, 256, "m")
     random = torch.Generator().manual_seed(0)
     for longest in (1, 3, 100):
-        start, end = torch.randn(2, len(page), generator=random)
+        start, end = torch.randn(2, len(window), generator=random)
         best = max(
             (float(start[i]) + float(end[j]), i, j)
-            for i in range(len(page))
-            for j in range(i, min(i + longest, len(page)))
-            if page.passage[i] and page.passage[j]
+            for i in range(len(window))
+            for j in range(i, min(i + longest, len(window)))
+            if window.passage[i] and window.passage[j]
         )
-        assert likeliest(start, end, page, longest) == pytest.approx(best, abs=1e-6)
+        assert likeliest(start, end, window, longest) == pytest.approx(best, abs=1e-6)
 
 
 def drawn(found, seed=0):
-    """Logits of pages as a model gives them."""
+    """Logits of windows as a model gives them."""
     random = torch.Generator().manual_seed(seed)
     return [
-        (2 * torch.randn(2, len(page), generator=random)).masked_fill(
-            ~torch.from_numpy(page.choices), -torch.inf
+        (2 * torch.randn(2, len(window), generator=random)).masked_fill(
+            ~torch.from_numpy(window.choices), -torch.inf
         )
-        for page in found
+        for window in found
     ]
 
 
 @pytest.mark.parametrize("unanswerable", [False, True])
 def test_what_is_said_of_characters_says_the_same_of_ones_own_tokens(tokenizer, unanswerable):
     found = [
-        pages(tokenizer, row["question"], row["context"], 128, "m", unanswerable=unanswerable)[0]
+        windows(tokenizer, row["question"], row["context"], 128, "m", unanswerable=unanswerable)[0]
         for row in ROWS[:6]
     ]
     logits = drawn(found)
@@ -175,14 +175,14 @@ def test_what_is_said_of_characters_says_the_same_of_ones_own_tokens(tokenizer, 
     total = said.log_probs.double().exp().sum(1) + said.log_tail.double().exp()
     torch.testing.assert_close(total, torch.ones(12, dtype=torch.double), rtol=0, atol=1e-6)
     assert bool(((said.ids == 0) & (said.log_probs > -torch.inf)).any(1).all()) == unanswerable
-    for number, (page, both) in enumerate(zip(found, logits, strict=True)):
-        mine = said_of_tokens(said[2 * number : 2 * number + 2], page).double().exp()
+    for number, (window, both) in enumerate(zip(found, logits, strict=True)):
+        mine = token_log_probs(said[2 * number : 2 * number + 2], window).double().exp()
         wanted = both.double().softmax(-1)
         # Bytes of one character are several tokens: what is said of them is said of the first or the last.
-        for side, edges in enumerate((page.starts, page.ends)):
-            places = np.unique(edges[page.passage])
+        for side, edges in enumerate((window.starts, window.ends)):
+            places = np.unique(edges[window.passage])
             for place in places:
-                same = torch.from_numpy((edges == place) & page.passage)
+                same = torch.from_numpy((edges == place) & window.passage)
                 assert float(mine[side][same].sum()) == pytest.approx(
                     float(wanted[side][same].sum()), abs=1e-6
                 )
@@ -190,13 +190,13 @@ def test_what_is_said_of_characters_says_the_same_of_ones_own_tokens(tokenizer, 
 
 def test_a_row_is_about_the_characters_at_the_edges():
     tokenizer = tokenizer_of("wordpiece")
-    (page,) = pages(tokenizer, "What?", "a blue hat", 64, "m", unanswerable=True)
-    logits = torch.full((2, len(page)), -torch.inf)
-    at = np.flatnonzero(page.passage)
+    (window,) = windows(tokenizer, "What?", "a blue hat", 64, "m", unanswerable=True)
+    logits = torch.full((2, len(window)), -torch.inf)
+    at = np.flatnonzero(window.passage)
     logits[:, at] = 0.0
     logits[0, at[0]], logits[1, at[-1]] = 3.0, 3.0
-    logits[0, page.none] = logits[1, page.none] = 1.0
-    said = of_characters([page], [logits], 3, 11)
+    logits[0, window.no_answer] = logits[1, window.no_answer] = 1.0
+    said = of_characters([window], [logits], 3, 11)
     assert said.ids[:, 0].tolist() == [1, 10]  # the first character, and the tenth
     assert said.ids[:, 1].tolist() == [0, 0]
     share = torch.exp(logits[0] - logits[0].logsumexp(0))
@@ -205,19 +205,19 @@ def test_a_row_is_about_the_characters_at_the_edges():
 
 def test_two_tokenizers_mean_the_same_words():
     """What one model is sure of, another is told."""
-    for giver, taker in [(a, b) for a in KINDS for b in KINDS if a != b]:
-        theirs, ours = tokenizer_of(giver), tokenizer_of(taker)
+    for sender, receiver in [(a, b) for a in KINDS for b in KINDS if a != b]:
+        theirs, ours = tokenizer_of(sender), tokenizer_of(receiver)
         for row in ROWS[:4]:
-            (page,) = pages(theirs, row["question"], row["context"], 128, "m")
-            (mine,) = pages(ours, row["question"], row["context"], 128, "m")
+            (window,) = windows(theirs, row["question"], row["context"], 128, "m")
+            (mine,) = windows(ours, row["question"], row["context"], 128, "m")
             start = row["answers"]["answer_start"][0]
             span = (start, start + len(row["answers"]["text"][0]))
-            logits = torch.zeros(2, len(page)).masked_fill(~torch.from_numpy(page.choices), -torch.inf)
-            (first, last) = places_of([page], [(span,)])[0].tolist()
+            logits = torch.zeros(2, len(window)).masked_fill(~torch.from_numpy(window.choices), -torch.inf)
+            (first, last) = token_labels([window], [(span,)])[0].tolist()
             logits[0, first] = logits[1, last] = 12.0
-            told = said_of_tokens(of_characters([page], [logits], 16, 200), mine)
-            meant = (int(page.starts[first]), int(page.ends[last]))  # the span, and what its tokens add
-            assert told.argmax(1).tolist() == places_of([mine], [(meant,)])[0].tolist()
+            told = token_log_probs(of_characters([window], [logits], 16, 200), mine)
+            meant = (int(window.starts[first]), int(window.ends[last]))  # the span, and what its tokens add
+            assert told.argmax(1).tolist() == token_labels([mine], [(meant,)])[0].tolist()
             words = row["context"][meant[0] : meant[1]]
             assert row["answers"]["text"][0] in words
             assert len(words) <= len(row["answers"]["text"][0]) + 1
@@ -226,35 +226,35 @@ def test_two_tokenizers_mean_the_same_words():
 
 def test_what_has_no_place_may_be_anywhere():
     tokenizer = tokenizer_of("wordpiece")
-    page = pages(tokenizer, "Who?", " ".join(row["context"] for row in ROWS[:10]), 40, "m")[0]
-    beyond = int(page.ends.max()) + 50
+    window = windows(tokenizer, "Who?", " ".join(row["context"] for row in ROWS[:10]), 40, "m")[0]
+    beyond = int(window.ends.max()) + 50
     rows = TopK(
         torch.tensor([[1, beyond], [4, beyond]], dtype=torch.int32),
         torch.tensor([[0.5, 0.3], [0.6, 0.4]]).log(),
         torch.tensor([0.2, 0.0]).log(),
         2000,
     )
-    said = said_of_tokens(rows, page).exp()
-    count = int(page.choices.sum())
-    first = int(page.first(np.array([0]))[0])
+    said = token_log_probs(rows, window).exp()
+    count = int(window.choices.sum())
+    first = int(window.first(np.array([0]))[0])
     assert float(said[0, first]) == pytest.approx(0.5 + 0.5 / count, abs=1e-6)
     assert float(said.sum(1).min()) == pytest.approx(1, abs=1e-5)
-    assert float(said[0][~torch.from_numpy(page.choices)].max()) == 0
+    assert float(said[0][~torch.from_numpy(window.choices)].max()) == 0
     nobody = TopK(rows.ids, torch.full((2, 2), -torch.inf), torch.zeros(2), 2000)
-    assert said_of_tokens(nobody, page).exp()[0, first] == pytest.approx(1 / count, abs=1e-6)
+    assert token_log_probs(nobody, window).exp()[0, first] == pytest.approx(1 / count, abs=1e-6)
 
 
 @pytest.fixture(scope="module")
 def batch():
     """Five questions of several lengths: taught and labelled, one of them, neither, and one that is cut."""
     tokenizer = tokenizer_of("wordpiece")
-    found = [pages(tokenizer, r["question"], r["context"], 96, "m", unanswerable=True)[0] for r in ROWS[:5]]
-    found[4] = pages(tokenizer, "Who?", ROWS[4]["context"], 32, "m", unanswerable=True)[0]
+    found = [windows(tokenizer, r["question"], r["context"], 96, "m", unanswerable=True)[0] for r in ROWS[:5]]
+    found[4] = windows(tokenizer, "Who?", ROWS[4]["context"], 32, "m", unanswerable=True)[0]
     spans = []
     for row in ROWS[:5]:
         start = row["answers"]["answer_start"][0]
         spans.append(((start, start + len(row["answers"]["text"][0])),))
-    labels = places_of(found, [spans[0], None, (), None, None])
+    labels = token_labels(found, [spans[0], None, (), None, None])
     teacher = of_characters(found[:3], drawn(found[:3], seed=1), 8, 200)
     torch.manual_seed(0)
     still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -265,18 +265,18 @@ def batch():
 def inputs_of(found):
     length = -(-max(map(len, found)) // 8) * 8
     ids, mask = torch.zeros(len(found), length, dtype=torch.long), torch.zeros(len(found), length)
-    for at, page in enumerate(found):
-        ids[at, : len(page)], mask[at, : len(page)] = torch.tensor(page.ids), 1
-    return {"input_ids": ids, "attention_mask": mask.long(), "rows": torch.arange(len(found))}
+    for at, window in enumerate(found):
+        ids[at, : len(window)], mask[at, : len(window)] = torch.tensor(window.ids), 1
+    return Batch(ids, mask.long(), torch.arange(len(found)))
 
 
-def log_probs_of(model, page):
+def log_probs_of(model, window):
     said = model(
-        input_ids=torch.tensor([page.ids]),
-        attention_mask=torch.ones(1, len(page), dtype=torch.long),
-        token_type_ids=torch.tensor([page.types]),
+        input_ids=torch.tensor([window.ids]),
+        attention_mask=torch.ones(1, len(window), dtype=torch.long),
+        token_type_ids=torch.tensor([window.types]),
     )
-    chosen = torch.from_numpy(page.choices)
+    chosen = torch.from_numpy(window.choices)
     return [x[0].masked_fill(~chosen, -1e30).log_softmax(0) for x in (said.start_logits, said.end_logits)]
 
 
@@ -284,20 +284,20 @@ def log_probs_of(model, page):
 def test_the_loss_is_the_mean_over_edges_of_what_the_formula_says(batch, kd_weight):
     found, labels, teacher, model = batch
     taught = torch.tensor([0, 1, 2, -1, -1])
-    lessons = QuestionLessons(found, labels, teacher, taught)
-    loss = QuestionLoss(lessons, DistillConfig(temperature=1.0, kd_weight=kd_weight), types=True)
+    examples = SpanExamples(found, labels, teacher, taught)
+    loss = QuestionLoss(examples, DistillConfig(temperature=1.0, kd_weight=kd_weight), types=True)
     model.zero_grad()
     ours = loss(model, inputs_of(found))
     ours.backward()
     mine = [p.grad.clone() for p in model.parameters() if p.grad is not None]
     model.zero_grad()
     total = 0.0
-    for row, page in enumerate(found):
-        for side, log_q in enumerate(log_probs_of(model, page)):
+    for row, window in enumerate(found):
+        for side, log_q in enumerate(log_probs_of(model, window)):
             label = int(labels[row, side])
             weight = 0.0 if taught[row] < 0 else (kd_weight if label != NO_LABEL else 1.0)
             if weight:
-                p = said_of_tokens(teacher[2 * row : 2 * row + 2], page)[side].exp()
+                p = token_log_probs(teacher[2 * row : 2 * row + 2], window)[side].exp()
                 keep = p > 0
                 total = total + weight * (p[keep] * (p[keep].log() - log_q[keep])).sum()
             if label != NO_LABEL:
@@ -314,24 +314,25 @@ def test_the_loss_is_the_mean_over_edges_of_what_the_formula_says(batch, kd_weig
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_tokens_that_can_be_no_edge_have_no_part_in_any_loss(batch, kind, temperature):
     found, labels, teacher, model = batch
-    lessons = QuestionLessons(found, labels, teacher, torch.tensor([0, 1, 2, -1, -1]))
+    examples = SpanExamples(found, labels, teacher, torch.tensor([0, 1, 2, -1, -1]))
     settings = DistillConfig(kind=kind, temperature=temperature)
-    loss = QuestionLoss(lessons, settings, types=True)
+    loss = QuestionLoss(examples, settings, types=True)
     model.zero_grad()
     one = loss(model, inputs_of(found))
     one.backward()
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     assert all(g.isfinite().all() for g in grads)
-    wider = inputs_of(found)  # padding changes nothing
-    wider = {key: functional.pad(x, (0, 16)) if x.ndim == 2 else x for key, x in wider.items()}
-    padded = QuestionLoss(lessons, settings, types=False)(model, wider)
-    plain = QuestionLoss(lessons, settings, types=False)(model, inputs_of(found))
+    narrow = inputs_of(found)
+    ids, mask = (functional.pad(x, (0, 16)) for x in (narrow.input_ids, narrow.attention_mask))
+    wider = Batch(ids, mask, narrow.rows)  # padding changes nothing
+    padded = QuestionLoss(examples, settings, types=False)(model, wider)
+    plain = QuestionLoss(examples, settings, types=False)(model, inputs_of(found))
     torch.testing.assert_close(padded, plain, rtol=1e-5, atol=1e-6)
 
 
 def test_questions_of_which_nothing_is_known_cost_nothing(batch):
     found, _, _, model = batch
-    nothing = QuestionLessons(found, torch.full((5, 2), NO_LABEL))
+    nothing = SpanExamples(found, torch.full((5, 2), NO_LABEL))
     loss = QuestionLoss(nothing, None, types=True)(model, inputs_of(found))
     assert loss.item() == 0
     loss.backward()
@@ -340,19 +341,19 @@ def test_questions_of_which_nothing_is_known_cost_nothing(batch):
 def test_a_hard_teacher_is_its_first_choice(batch):
     found, labels, teacher, _ = batch
     taught = torch.tensor([0, 1, 2, -1, -1])
-    made_ = hardened(QuestionLessons(found, labels, teacher, taught))
+    made_ = with_hard_targets(SpanExamples(found, labels, teacher, taught))
     assert made_.teacher is None
     for row in range(3):
-        said = said_of_tokens(teacher[2 * row : 2 * row + 2], found[row])
+        said = token_log_probs(teacher[2 * row : 2 * row + 2], found[row])
         assert made_.labels[row].tolist() == said.argmax(1).tolist()
     assert torch.equal(made_.labels[3:], labels[3:])
 
 
 def test_own_questions_and_taught_ones_are_one_lesson(batch):
     found, labels, teacher, _ = batch
-    own = QuestionLessons(found[:2], labels[:2])
-    both = together(own, QuestionLessons(found[2:], labels[2:], teacher, torch.tensor([2, 0, 1])))
-    assert both.taught.tolist() == [-1, -1, 2, 0, 1]
+    own = SpanExamples(found[:2], labels[:2])
+    both = concatenate(own, SpanExamples(found[2:], labels[2:], teacher, torch.tensor([2, 0, 1])))
+    assert both.teacher_rows.tolist() == [-1, -1, 2, 0, 1]
     assert len(both.tokens) == len(both.labels) == 5
     assert both.tokens[2] == found[2].ids
 
@@ -360,11 +361,11 @@ def test_own_questions_and_taught_ones_are_one_lesson(batch):
 def test_what_cannot_be_read_is_refused():
     tokenizer = tokenizer_of("wordpiece")
     with pytest.raises(ModelError, match=r"m reads 32 tokens; a question of .* leaves no room"):
-        pages(tokenizer, "who left what " * 10, "a hat", 32, "m")
-    with pytest.raises(ModelError, match="reads nothing of the passage"):
-        pages(tokenizer, "who?", "  \n", 32, "m")
+        windows(tokenizer, "who left what " * 10, "a hat", 32, "m")
+    with pytest.raises(ModelError, match="makes no tokens of the passage"):
+        windows(tokenizer, "who?", "  \n", 32, "m")
     copy = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     bare = PreTrainedTokenizerFast(tokenizer_object=copy, pad_token="[PAD]")
     bare.backend_tokenizer.post_processor = None
-    with pytest.raises(ModelError, match="no cls token, which says that there is no answer"):
-        pages(bare, "who?", "a hat", 32, "m", unanswerable=True)
+    with pytest.raises(ModelError, match="no cls token, which stands for"):
+        windows(bare, "who?", "a hat", 32, "m", unanswerable=True)

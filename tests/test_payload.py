@@ -130,10 +130,10 @@ def test_answers_to_another_request_are_our_own_bug(asked):
 
 
 def test_what_is_no_distribution_is_our_own_bug():
-    with pytest.raises(ValueError, match="row 1 is no distribution"):
+    with pytest.raises(ValueError, match="row 1 is not a distribution"):
         payload.quantise_dense(np.log(np.array([[0.5, 0.5], [0.5, 0.9]], np.float32)))
     for wrong in (np.nan, np.inf, 1000.0):
-        with pytest.raises(ValueError, match="row 0 is no distribution"):
+        with pytest.raises(ValueError, match="row 0 is not a distribution"):
             payload.quantise_dense(np.full((1, 2), wrong, np.float32))
 
 
@@ -395,7 +395,7 @@ def test_an_answer_may_be_used_until_it_expires():
         ({"k": 1001}, "k must be from 1 to vocab_size"),
         ({"positions": 0}, "positions must be from 1"),
         ({"codec": "sampled", "draws": 300, "k": 300}, "draws must be from 1 to 255"),
-        ({"codec": "sampled", "draws": 5}, "k must be draws, or vocab_size where that is less"),
+        ({"codec": "sampled", "draws": 5}, "k must be the lesser of draws and vocab_size"),
         ({"max_code": 256}, "max_code must be from 0 to 255"),
         ({"keys": (("north", "00"),)}, "the key of 'north' must be 64 hexadecimal digits"),
         ({"keys": (("north", "0" * 64), ("north", "1" * 64))}, "each client once"),

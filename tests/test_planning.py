@@ -2,8 +2,8 @@
 
 import pytest
 
-from feddistill import experiment
 from feddistill.config import parse
+from feddistill.runs import experiment, plan
 
 
 @pytest.mark.parametrize(
@@ -23,53 +23,53 @@ from feddistill.config import parse
                 "fedfed",
             ]
         },
-        {"payload": {"codec": "sampled", "draws": 9}, "baselines": []},
+        {"payload": {"codec": "sampled", "samples": 9}, "baselines": []},
     ],
     ids=str,
 )
 def test_bytes_operations_and_disk_are_foretold(change, tiny_settings, tmp_path):
     config = parse(tiny_settings | change)
-    plan = experiment.plan(config)
+    found = plan.plan(config)
     result = experiment.run(config, tmp_path / "run")
-    sent = plan["bytes"]
+    sent = found["bytes"]
     uplink = [sum(of_round["uplink"].values()) for of_round in result["bytes"]["by_round"]]
     assert sent["codecs"][sent["chosen"]]["all_rounds_and_clients"] == sum(uplink)
-    assert sent["proxy_download"] * plan["clients"] == result["bytes"]["proxy"]
+    assert sent["proxy_download"] * found["clients"] == result["bytes"]["proxy"]
     assert (
-        sent["fedavg"]["upload"] * plan["clients"] * plan["rounds"]
+        sent["fedavg"]["upload"] * found["clients"] * found["rounds"]
         == result["bytes"]["fedavg_uplink_same_rounds"]
     )
     for phase, operations in result["flops"].items():
         if operations:
-            assert plan["flops"][phase] == pytest.approx(operations, rel=0.05), phase
+            assert found["flops"][phase] == pytest.approx(operations, rel=0.05), phase
     weights = [path.stat().st_size for path in (tmp_path / "run").rglob("*.safetensors")]
-    assert plan["disk_bytes"]["total"] >= 0.9 * sum(weights)
+    assert found["disk_bytes"]["total"] >= 0.9 * sum(weights)
 
 
 def test_clients_cost_the_rounds_in_which_they_are_asked(tiny_settings, tmp_path):
     clients = {**tiny_settings["clients"], "per_round": 2}
     baselines = ["local_only", "fedavg", "feddf"]
     config = parse(tiny_settings | {"clients": clients, "rounds": 3, "baselines": baselines})
-    plan, result = experiment.plan(config), experiment.run(config, tmp_path / "run")
+    found, result = plan.plan(config), experiment.run(config, tmp_path / "run")
     uplink = [sum(of_round["uplink"].values()) for of_round in result["bytes"]["by_round"]]
-    assert plan["bytes"]["codecs"]["dense"]["all_rounds_and_clients"] == sum(uplink)
+    assert found["bytes"]["codecs"]["dense"]["all_rounds_and_clients"] == sum(uplink)
     assert any("client-1" not in row["uplink"] for row in result["bytes"]["by_round"])
     for phase in ("clients_train", "clients_answer", *(f"baseline_{name}" for name in baselines), "evaluate"):
-        assert plan["flops"][phase] == pytest.approx(result["flops"][phase], rel=0.05), phase
+        assert found["flops"][phase] == pytest.approx(result["flops"][phase], rel=0.05), phase
     for name in ("fedavg", "feddf"):
         assert result["bytes"]["baselines"][name]["uplink"] == result["bytes"]["fedavg_uplink_same_rounds"]
 
 
 def test_what_zstd_will_take_off_is_not_foretold(tiny_settings, tmp_path):
     config = parse(tiny_settings | {"payload": {"compression": "zstd"}, "baselines": [], "rounds": 1})
-    sent = experiment.plan(config)["bytes"]
+    sent = plan.plan(config)["bytes"]
     assert sent["chosen"] == "dense, zstd: at most"
     uplink = experiment.run(config, tmp_path / "run")["bytes"]["by_round"][0]["uplink"]
     assert all(size <= sent["codecs"][sent["chosen"]]["upload"] + 600 for size in uplink.values())
 
 
 def test_an_upload_breaks_even_where_it_is_as_large(tiny_settings):
-    sent = experiment.plan(parse(tiny_settings))["bytes"]
+    sent = plan.plan(parse(tiny_settings))["bytes"]
     a_row = sent["codecs"]["dense"]["a_row"]
     for other in ("fedavg", "federated_lora"):
         texts = sent["break_even_rows"][other]
@@ -79,5 +79,5 @@ def test_an_upload_breaks_even_where_it_is_as_large(tiny_settings):
 def test_nothing_is_written(tiny_settings, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
-    experiment.plan(parse(tiny_settings))
+    plan.plan(parse(tiny_settings))
     assert sorted(tmp_path.rglob("*")) == before

@@ -20,20 +20,21 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from feddistill import experiment, planning, squad, students
+from feddistill import metrics
 from feddistill.benchmarks import extraction
 from feddistill.cli import main
+from feddistill.client.client import ClientGroup
 from feddistill.config import parse
 from feddistill.config.data import FileSource, PresetSource
 from feddistill.data import benchmark
 from feddistill.data.sources import read
 from feddistill.errors import ConfigError, DataError, ModelError
-from feddistill.methods.client import Crew
-from feddistill.methods.feddistill import request
-from feddistill.methods.learner import Session
-from feddistill.passages import likeliest
-from feddistill.progress import Quiet
-from feddistill.store import RunDirectory
+from feddistill.modelio.passages import likeliest
+from feddistill.progress import NoProgress
+from feddistill.runs import experiment, plan, trained_models
+from feddistill.server.rounds import request
+from feddistill.store.run_directory import RunDirectory
+from feddistill.tasks.session import Session
 
 
 @pytest.fixture(scope="module")
@@ -63,12 +64,12 @@ def figures_of(*arguments):
 
 
 def session_of(config, where):
-    return Session(config, experiment.check(config), RunDirectory.create(where, ""), Quiet())
+    return Session(config, experiment.check(config), RunDirectory.create(where, ""), NoProgress())
 
 
 def test_clients_of_two_tokenizers_answer_and_a_student_learns(run):
     result = json.loads((run / "result.json").read_text())
-    assert result["task"] == "reading"
+    assert result["task"] == "question_answering"
     metrics = result["metrics"]
     for who in ("student", "public_only", "centralized", "fedavg"):
         assert 0 <= metrics[who]["exact_match"] <= metrics[who]["f1"] <= 1
@@ -93,21 +94,21 @@ def test_an_interrupted_run_goes_on_to_the_same_student(run, file, tmp_path):
     class Stopped(Exception):
         pass
 
-    class Stops(Quiet):
+    class Stops(NoProgress):
         def step(self, label):
             if label.startswith("round 2: aggregate"):
                 raise Stopped
             return super().step(label)
 
     with pytest.raises(Stopped):
-        experiment.run(settings, again, show=Stops())
+        experiment.run(settings, again, progress=Stops())
     resumed = experiment.run(settings, again, resume=True)
     assert resumed["metrics"] == whole["metrics"]
 
 
 def test_shards_of_an_answer_are_those_of_the_whole(file, tmp_path):
     session = session_of(parse(made.settings(file)), tmp_path / "r")
-    learner = Crew(session).learner(1)
+    learner = ClientGroup(session).learner(1)
     spec = request(session, 1, quorum=2, previous="")
     assert (spec.positions, spec.codec, spec.k) == (48, "topk", 16)
     passages = [session.splits.proxy.question(row)[1] for row in range(24)]
@@ -124,12 +125,12 @@ def test_the_server_is_told_no_answers_but_those_it_has(file, tmp_path):
     session = session_of(parse(made.settings(file, labelled=5)), tmp_path / "r")
     proxy = session.splits.proxy
     assert int(proxy.known.sum()) == 5
-    assert session.question.labels.shape == (48,)
-    known = (session.question.labels >= 0).view(24, 2)
+    assert session.query.labels.shape == (48,)
+    known = (session.query.labels >= 0).view(24, 2)
     assert known.all(1).sum() == 5
     assert torch.equal(known[:, 0], torch.from_numpy(proxy.known))
     for row in np.flatnonzero(proxy.known):
-        begin, end = session.question.labels[2 * row : 2 * row + 2].tolist()
+        begin, end = session.query.labels[2 * row : 2 * row + 2].tolist()
         _, passage = proxy.question(int(row))
         ((a, b),) = proxy.answers[row]
         assert passage[begin - 1 : end] == passage[a:b]
@@ -138,7 +139,7 @@ def test_the_server_is_told_no_answers_but_those_it_has(file, tmp_path):
 
 def test_a_plan_foretells_what_a_run_takes(run, file):
     settings = parse(made.settings(file, baselines=["public_only", "local_only", "centralized", "fedavg"]))
-    foretold = planning.plan(experiment.resolve(settings), experiment.check(settings))
+    foretold = plan.estimate(experiment.resolve(settings), experiment.check(settings))
     result = json.loads((run / "result.json").read_text())
     for phase, operations in result["flops"].items():
         if operations:
@@ -167,8 +168,8 @@ def test_every_way_to_learn_from_a_teacher_runs(tmp_path, target, unanswerable):
             "training": {"epochs": 1},
             "codistillation": {"target": target, "examples": 5},
         },
-        "reading": {"unanswerable": unanswerable},
-        "distill": {"replay": 1},
+        "question_answering": {"allow_no_answer": unanswerable},
+        "distill": {"teacher_history": 1},
         "payload": {"shard_mib": 0.0005},
         "aggregation": {"rule": {"kind": "mean_probs", "weights": "verified"}},
     }
@@ -197,7 +198,7 @@ def test_what_is_exported_answers_as_the_student_does(run, tmp_path, capsys):
     body = (folder / "README.md").read_text()
     assert "pipeline_tag: question-answering" in body
     assert "points at the answer" in body
-    student = students.load(run)
+    student = trained_models.load(run)
     theirs = AutoModelForQuestionAnswering.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     batch = tokenizer("What did Anna leave?", "Anna left a blue hat.", return_tensors="pt")
@@ -232,7 +233,7 @@ def test_a_run_is_evaluated_on_questions_of_ones_own(run, tmp_path):
     assert (found["f1"], found["exact_match"]) == (own["f1"], own["exact_match"])
     done = feddistill("evaluate", run, "--texts", given, "--text-column", "said")
     assert done.exit_code == 2
-    assert "no question_column is named" in done.stderr
+    assert "question_column names their column" in done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -298,9 +299,9 @@ def test_a_model_points_at_its_answers_in_windows(reader, tmp_path, version):
     long = " ".join([hub.PASSAGE] * 3)
     given = [by_hand(reader, question, hub.PASSAGE, hard=version == 2) for question, _ in rows]
     right = [golds for _, golds in rows]
-    wanted = squad.figures(given, right, no_answer=version == 2)
+    wanted = metrics.squad(given, right, no_answer=version == 2)
     assert {key: found[key] for key in wanted} == pytest.approx(wanted, abs=1e-5)
-    student = students.load(reader)
+    student = trained_models.load(reader)
     questions = [question for question, _ in rows]
     said = extraction.extract(
         student, questions, [long] * len(rows), lambda *_: None, unanswerable=version == 2
@@ -338,12 +339,12 @@ def test_answers_are_read_from_every_kind_of_file(tmp_path, ending):
 @pytest.mark.parametrize(
     ("answers", "words"),
     [
-        ({"text": ["hat"], "answer_start": [1]}, "row 0: its answer 'hat' does not stand at character 1"),
+        ({"text": ["hat"], "answer_start": [1]}, "row 0: its answer 'hat' is not at character 1"),
         ({"text": ["hat"], "answer_start": []}, "row 0 has 1 answers, and not as many answer_start"),
         ({"text": "hat", "answer_start": [7]}, "row 0: its answer 'h'|row 0 has"),
         ("hat", "row 0 has no 'answers' in SQuAD's form"),
-        ({"text": [" "], "answer_start": [1]}, "does not stand"),
-        ({"text": ["hat"], "answer_start": ["7"]}, "does not stand at character 7"),
+        ({"text": [" "], "answer_start": [1]}, "is not at character"),
+        ({"text": ["hat"], "answer_start": ["7"]}, "is not at character 7"),
     ],
 )
 def test_answers_that_are_not_there_are_refused(answers, words):
@@ -354,19 +355,22 @@ def test_answers_that_are_not_there_are_refused(answers, words):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"baselines": ["fedmd"]}, "baselines: fedmd is for classification, not for task = reading"),
+        (
+            {"baselines": ["fedmd"]},
+            "baselines: fedmd is for classification, not for task = question_answering",
+        ),
         ({"payload": {"codec": "dense"}}, "payload.codec = dense is for classification"),
         (
             {"aggregation": {"rule": {"kind": "mean_probs", "weights": "class_counts"}}},
-            "weights = class_counts is for classification, not for task = reading",
+            "weights = class_counts is for classification, not for task = question_answering",
         ),
         (
             {"student": {"model": {"freeze_embeddings": True, "freeze_layers": 1, "frozen_cache_mb": 9}}},
-            "student.model.frozen_cache_mb is not for task = reading",
+            "student.model.frozen_cache_mb is not for task = question_answering",
         ),
         (
             {"clients": {"models": [{"source": {"kind": "callable", "name": "a:b"}}]}},
-            "clients.models.0.source.kind = callable is not for task = reading",
+            "clients.models.0.source.kind = callable is not for task = question_answering",
         ),
         ({"simulate": {"attack": {"kind": "second_best", "clients": 1}}}, "simulate.attack is for classific"),
         (
@@ -383,11 +387,17 @@ def test_what_is_of_other_tasks_is_refused(changes, words):
 def test_questions_without_answers_need_a_setting(tmp_path):
     file = made.write(tmp_path / "all.jsonl", made.rows(60, unanswerable=True))
     config = parse(made.settings(file, sizes=(30, 12, 8, 8)))
-    with pytest.raises(ConfigError, match=r"has no answer, which reading\.unanswerable: true allows"):
+    with pytest.raises(
+        ConfigError, match=r"has no answer, which question_answering\.allow_no_answer: true allows"
+    ):
         experiment.run(config, tmp_path / "run")
     bare = {**made.BERT, "source": {**made.BERT["source"], "tokenizer": made.TRAINED}}
     clients = {"models": [bare]}
-    config = parse(made.settings(file, sizes=(30, 12, 8, 8), clients=clients, reading={"unanswerable": True}))
+    config = parse(
+        made.settings(
+            file, sizes=(30, 12, 8, 8), clients=clients, question_answering={"allow_no_answer": True}
+        )
+    )
     with pytest.raises(ModelError, match=r"clients\.models\.0: its tokenizer has no cls token"):
         experiment.run(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -396,13 +406,13 @@ def test_questions_without_answers_need_a_setting(tmp_path):
 def test_texts_that_are_no_questions_are_refused(file, tmp_path):
     raw = made.settings(file)
     plain = {**raw["data"]["source"], "question_column": None}
-    with pytest.raises(DataError, match=r"data\.source: task = reading asks of passages"):
+    with pytest.raises(DataError, match=r"data\.source: task = question_answering needs questions"):
         experiment.run(parse({**raw, "data": {**raw["data"], "source": plain}}), tmp_path / "run")
     other = {**raw["data"]["source"], "answers_column": "golds"}
     with pytest.raises(DataError, match=r"data\.source: has no column of answers; answers_column names it"):
         experiment.run(parse({**raw, "data": {**raw["data"], "source": other}}), tmp_path / "run")
     both = {**plain, "prompt_column": "a", "question_column": "b"}
-    with pytest.raises(ConfigError, match="prompt_column and question_column stand both before a text"):
+    with pytest.raises(ConfigError, match="set prompt_column or question_column, not both"):
         parse({**raw, "data": {**raw["data"], "source": both}})
 
 
@@ -413,18 +423,18 @@ def test_a_question_that_is_too_long_is_named(file, tmp_path):
         experiment.run(config, tmp_path / "run")
 
 
-def test_the_figures_are_those_of_the_spans(file, tmp_path):
+def test_the_metrics_are_those_of_the_spans(file, tmp_path):
     session = session_of(parse(made.settings(file)), tmp_path / "r")
-    learner = Crew(session).learner(0)
+    learner = ClientGroup(session).learner(0)
     test = session.splits.test
-    found = learner.figures(test)
+    found = learner.metrics(test)
     given, golds = [], []
-    for row, (page, logits) in enumerate(
-        zip(learner.pages(test), learner._logits(learner.pages(test), None), strict=True)
+    for row, (window, logits) in enumerate(
+        zip(learner.windows(test), learner._logits(learner.windows(test), None), strict=True)
     ):
-        _, first, last = likeliest(*logits, page, 30)
+        _, first, last = likeliest(*logits, window, 30)
         passage = test.question(row)[1]
-        given.append(passage[page.starts[first] : page.ends[last]])
+        given.append(passage[window.starts[first] : window.ends[last]])
         golds.append([passage[a:b] for a, b in test.answers[row]])
-    assert found["f1"] == pytest.approx(squad.figures(given, golds)["f1"] / 100, abs=1e-6)
+    assert found["f1"] == pytest.approx(metrics.squad(given, golds)["f1"] / 100, abs=1e-6)
     session.run.close()

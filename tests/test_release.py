@@ -11,13 +11,15 @@ import yaml
 from click.testing import CliRunner
 from language_fixtures import GPT2, LLAMA, tiny
 
-from feddistill import experiment, models, release, students
+from feddistill import models, release
 from feddistill.cli import main
 from feddistill.config import parse
+from feddistill.config.presets import PRESETS
 from feddistill.errors import ModelError, RunError
-from feddistill.evaluation import classification
+from feddistill.metrics import classification
 from feddistill.models import causal
-from feddistill.presets import PRESETS
+from feddistill.runs import experiment, trained_models
+from feddistill.store import layout
 
 TEXTS = ["a warm film and a bright scene", "a dull story", "noisy " * 40]
 
@@ -107,7 +109,7 @@ def card_of(folder):
 
 def logits_of_run(run):
     """By the run's own code: its model built anew, its weights put back."""
-    student = students.of_run(run)
+    student = trained_models.of_run(run)
     tokens = student.specialist.encode(tuple(TEXTS))
     with torch.no_grad():
         found = [student.model(input_ids=torch.tensor([ids])).logits[0] for ids in tokens]
@@ -188,7 +190,7 @@ def test_the_card_says_what_the_student_is_made_of(run, tmp_path):
 def test_clients_can_stay_unnamed(run, tmp_path):
     _, body = card_of(release.export(run, tmp_path / "student", anonymous=True))
     assert "client-0" not in body
-    assert "client 2 | not told |" in body
+    assert "client 2 | not reported |" in body
 
 
 def test_what_is_in_the_way_stays(run, tmp_path):
@@ -233,7 +235,7 @@ def test_without_a_network_the_export_is_there_and_one_line_says_so(run, tmp_pat
 def test_a_language_model_is_exported_as_transformers_generates(tiny_causal, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    student = students.of_folder(tiny_causal)
+    student = trained_models.of_folder(tiny_causal)
     student.model.config.use_cache = False  # as training leaves it
     release.write_model(student, tmp_path)
     model, tokenizer = (a.from_pretrained(tmp_path) for a in (AutoModelForCausalLM, AutoTokenizer))
@@ -244,14 +246,14 @@ def test_a_language_model_is_exported_as_transformers_generates(tiny_causal, tmp
         torch.testing.assert_close(model(ids).logits, student.model(ids).logits)
     written = model.generate(ids, max_new_tokens=5, do_sample=False)
     assert ids.shape[1] < written.shape[1] <= ids.shape[1] + 5
-    assert students.of_folder(tmp_path).max_tokens == student.max_tokens
+    assert trained_models.of_folder(tmp_path).max_tokens == student.max_tokens
 
 
 def test_figures_of_the_release_are_those_of_the_definition(run, glue):
     """The benchmark's figures are those of the run's own answers to the split's rows."""
     from feddistill import benchmarks
 
-    student = students.of_run(run)
+    student = trained_models.of_run(run)
     rows = hub.reviews(40, 1)
     tokens = student.specialist.encode(tuple(row["sentence"] for row in rows))
     with torch.no_grad():
@@ -348,7 +350,7 @@ def test_a_run_of_language_models_has_the_figures_of_its_export(
 def test_a_tokenizer_is_not_trained_on_other_texts(language_run, tmp_path):
     changed = tmp_path / "changed"
     shutil.copytree(language_run, changed)
-    digests = json.loads((changed / experiment.DIGESTS).read_text())
-    (changed / experiment.DIGESTS).write_text(json.dumps({**digests, "data.proxy": "0"}))
+    digests = json.loads((changed / layout.DIGESTS).read_text())
+    (changed / layout.DIGESTS).write_text(json.dumps({**digests, "data.proxy": "0"}))
     with pytest.raises(RunError, match=r"data\.proxy is not what .* the data have changed"):
         release.export(changed, tmp_path / "student")

@@ -6,7 +6,7 @@ import matplotlib
 import pytest
 
 from feddistill.data import Skew
-from feddistill.report import figures, skew_lines
+from feddistill.report import plots, skew_lines
 
 
 def skewed(clients, labels):
@@ -26,8 +26,8 @@ def skewed(clients, labels):
 
 
 def texts(skew):
-    with matplotlib.rc_context(rc=figures.STYLE):
-        return re.findall(r"<text[^>]*>([^<]*)</text>", figures._skew(skew))
+    with matplotlib.rc_context(rc=plots.STYLE):
+        return re.findall(r"<text[^>]*>([^<]*)</text>", plots._skew(skew))
 
 
 def test_few_say_each_number():
@@ -44,7 +44,7 @@ def test_many_stay_readable(clients, labels):
     skew = skewed(clients, labels)
     said = texts(skew)
     assert len(said) < 100
-    assert ("client-0 (" in " ".join(said)) == (clients <= figures.WRITTEN)
+    assert ("client-0 (" in " ".join(said)) == (clients <= plots.WRITTEN)
     assert all(len(line) < 200 for line in skew_lines(skew))
 
 

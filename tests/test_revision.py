@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 from safetensors.numpy import load_file
 
-from feddistill import experiment, payload, revision, verification
+from feddistill import payload
 from feddistill.config import parse
 from feddistill.errors import ConfigError, DataError, PayloadError, RunError
-from feddistill.methods.feddistill import LEDGER
+from feddistill.runs import experiment, rerun, verify
+from feddistill.store.layout import LEDGER
 
 
 def settings_of(tiny_settings, **changes):
@@ -50,37 +51,37 @@ def wrong(findings):
 
 def test_another_rule_is_what_a_run_with_that_rule_makes_of_these_answers(source, tmp_path):
     before = files(source)
-    decided = revision.aggregate(source, tmp_path / "median", ("aggregation.rule=median",))
+    decided = rerun.aggregate(source, tmp_path / "median", ("aggregation.rule=median",))
     assert files(source) == before
     assert [round_["round"] for round_ in decided] == [1, 2]
     assert all(round_["teacher"]["diagnostics"]["teacher_accuracy"] is not None for round_ in decided)
     assert teachers(tmp_path / "median") != teachers(source)
-    assert wrong(verification.run(tmp_path / "median", recompute=True)) == []
+    assert wrong(verify.run(tmp_path / "median", recompute=True)) == []
     same = tmp_path / "same"
-    revision.aggregate(source, same)
+    rerun.aggregate(source, same)
     assert teachers(same) == teachers(source)
 
 
 def test_a_run_decided_anew_goes_on_to_its_student(source, tmp_path):
     out = tmp_path / "median"
-    revision.aggregate(source, out, ("aggregation.rule=median",))
+    rerun.aggregate(source, out, ("aggregation.rule=median",))
     result = experiment.run(experiment.stored_config(out), out, resume=True)
     assert result["trust"]["rule"] == "median"
     assert [step["command"] for step in result["provenance"]["steps"]] == ["aggregate"]
-    student = revision.distill(out, tmp_path / "student")
+    student = rerun.distill(out, tmp_path / "student")
     assert student["metrics"]["student"] == result["metrics"]["student"]
     assert [step["command"] for step in student["provenance"]["steps"]] == ["aggregate", "distill"]
 
 
 def test_another_student_learns_from_the_same_teachers(source, tmp_path):
     out = tmp_path / "small"
-    result = revision.distill(source, out, ("student.model.layers=[0,1]",))
+    result = rerun.distill(source, out, ("student.model.layers=[0,1]",))
     assert teachers(out) == teachers(source)
     assert "public_only" not in result["metrics"]
     original = json.loads((source / "result.json").read_text())
     assert result["metrics"]["student"] != original["metrics"]["student"]
     assert result["metrics"]["clients"] == original["metrics"]["clients"]
-    assert wrong(verification.run(out)) == []
+    assert wrong(verify.run(out)) == []
 
 
 @pytest.mark.parametrize(("codistil", "keep"), [(True, "last"), (True, "all"), (False, "last")])
@@ -89,25 +90,25 @@ def test_forget_equals_a_run_that_never_had_the_client(codistil, keep, tiny_sett
     settings = settings_of(tiny_settings, clients=clients, keep_checkpoints=keep)
     settings["aggregation"] = {"rule": {"kind": "mean_probs", "weights": "class_counts"}, "quorum": 3}
     experiment.run(parse(settings), tmp_path / "source")
-    result = revision.forget(tmp_path / "source", tmp_path / "without", ["client-1"])
+    result = rerun.forget(tmp_path / "source", tmp_path / "without", ["client-1"])
 
-    settings["data"] = {**settings["data"], "absent": ["client-1"]}
+    settings["data"] = {**settings["data"], "exclude_clients": ["client-1"]}
     settings["aggregation"]["quorum"] = 2
     never = experiment.run(parse(settings), tmp_path / "never")
     assert teachers(tmp_path / "without") == teachers(tmp_path / "never")
     assert result["metrics"] == never["metrics"]
-    assert wrong(verification.run(tmp_path / "without", recompute=True)) == []
+    assert wrong(verify.run(tmp_path / "without", recompute=True)) == []
     kept = [str(path) for path in (tmp_path / "without").rglob("*") if "client-1" in path.name]
     assert kept == []
 
 
 def test_who_is_forgotten_must_be_there_and_leave_enough(source, tiny_settings, tmp_path):
     with pytest.raises(ConfigError, match="has no client-7; its clients are client-0, client-1, client-2"):
-        revision.forget(source, tmp_path / "out", ["client-7"])
+        rerun.forget(source, tmp_path / "out", ["client-7"])
     rule = {"rule": {"kind": "trimmed_mean", "trim": 1}}
     experiment.run(parse(settings_of(tiny_settings, aggregation=rule, baselines=[])), tmp_path / "trimmed")
     with pytest.raises(ConfigError, match="discards all 2 clients"):
-        revision.forget(tmp_path / "trimmed", tmp_path / "out", ["client-0"])
+        rerun.forget(tmp_path / "trimmed", tmp_path / "out", ["client-0"])
     assert not (tmp_path / "out").exists()
 
 
@@ -138,19 +139,19 @@ def refused(runs, tiny_settings, monkeypatch):
 
 def test_a_late_answer_is_merged(refused, tmp_path):
     source, late = refused
-    (decided, _) = revision.aggregate(source, tmp_path / "merged", late=[late])
+    (decided, _) = rerun.aggregate(source, tmp_path / "merged", late=[late])
     assert decided["refused"] == {}
     assert set(decided["ledger"]["payloads"]) == {"client-0", "client-1", "client-2"}
     said = json.loads((tmp_path / "merged" / "provenance.json").read_text())
     assert said["steps"][0]["late"] == ["client-1, round 1"]
-    assert wrong(verification.run(tmp_path / "merged", recompute=True)) == []
+    assert wrong(verify.run(tmp_path / "merged", recompute=True)) == []
     assert teachers(tmp_path / "merged")[0] != teachers(source)[0]
 
 
 def test_a_late_answer_passes_every_check(refused, tmp_path):
     source, late = refused
     for change, error in (
-        (lambda path: path.write_bytes(b"{}"), "is no envelope"),
+        (lambda path: path.write_bytes(b"{}"), "is not an envelope"),
         (lambda path: path.write_text(path.read_text().replace('"round":1', '"round":9')), "does not have"),
         (lambda path: path.write_text(path.read_text().replace("client-1", "client-9")), "UnknownClient"),
     ):
@@ -158,22 +159,22 @@ def test_a_late_answer_passes_every_check(refused, tmp_path):
         shutil.copy(late.with_suffix(".json"), tmp_path / "x.json")
         change(tmp_path / "x.json")
         with pytest.raises(PayloadError, match=error):
-            revision.aggregate(source, tmp_path / "out", late=[tmp_path / "x.safetensors"])
+            rerun.aggregate(source, tmp_path / "out", late=[tmp_path / "x.safetensors"])
     second = source / "rounds/001/payloads/client-0.safetensors"
     with pytest.raises(PayloadError, match="SecondSubmission"):
-        revision.aggregate(source, tmp_path / "out", late=[second])
+        rerun.aggregate(source, tmp_path / "out", late=[second])
     with pytest.raises(RunError, match=r"cannot read .*nothing.json"):
-        revision.aggregate(source, tmp_path / "out", late=[tmp_path / "nothing.safetensors"])
+        rerun.aggregate(source, tmp_path / "out", late=[tmp_path / "nothing.safetensors"])
     assert not (tmp_path / "out").exists()
 
 
 def test_only_what_comes_after_the_answers_can_be_changed(source, tmp_path):
-    with pytest.raises(ConfigError, match="rounds=1: only aggregation can be changed"):
-        revision.aggregate(source, tmp_path / "out", ("rounds=1",))
-    with pytest.raises(ConfigError, match="only student, distill, baselines can be changed"):
-        revision.distill(source, tmp_path / "out", ("aggregation.rule=median",))
+    with pytest.raises(ConfigError, match="rounds=1: this command can only change aggregation"):
+        rerun.aggregate(source, tmp_path / "out", ("rounds=1",))
+    with pytest.raises(ConfigError, match="this command can only change student, distill, baselines"):
+        rerun.distill(source, tmp_path / "out", ("aggregation.rule=median",))
     with pytest.raises(RunError, match="is not a run"):
-        revision.distill(tmp_path, tmp_path / "out")
+        rerun.distill(tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -181,11 +182,11 @@ def test_a_run_that_has_not_decided_everything_is_refused(source, tmp_path):
     shutil.copytree(source, tmp_path / "cut")
     (tmp_path / "cut/records/rounds/002/teacher.json").unlink()
     with pytest.raises(RunError, match="has no teacher of round 2 yet"):
-        revision.aggregate(tmp_path / "cut", tmp_path / "out")
+        rerun.aggregate(tmp_path / "cut", tmp_path / "out")
 
 
 def test_a_clean_run_verifies(source):
-    findings = list(verification.run(source, recompute=True))
+    findings = list(verify.run(source, recompute=True))
     assert wrong(findings) == []
     assert sum("client-" in finding.what for finding in findings) == 2 * 3
 
@@ -201,14 +202,14 @@ def damage(path):
     [
         ("rounds/001/payloads/client-0.safetensors", "client-0's payload is the one that was counted"),
         ("rounds/002/payloads/client-2.json", "round 2: client-2: "),
-        ("rounds/002/teacher.safetensors", "round 2: the teacher is whole"),
-        ("rounds/001/feedback.safetensors", "round 1: what clients were sent is whole"),
+        ("rounds/002/teacher.safetensors", "round 2: the teacher is intact"),
+        ("rounds/001/feedback.safetensors", "round 1: the feedback sent to clients is intact"),
     ],
 )
 def test_damage_is_found_where_it_is(name, what, source, tmp_path):
     shutil.copytree(source, tmp_path / "run")
     damage(tmp_path / "run" / name)
-    (found,) = wrong(verification.run(tmp_path / "run"))
+    (found,) = wrong(verify.run(tmp_path / "run"))
     assert what in found
 
 
@@ -217,20 +218,20 @@ def test_answers_in_shards_are_verified_decided_again_and_taken_late(source, tin
     out = tmp_path / "sharded"
     experiment.run(parse(settings), out)
     assert teachers(out) == teachers(source)
-    assert wrong(verification.run(out, recompute=True)) == []
+    assert wrong(verify.run(out, recompute=True)) == []
     mine = tmp_path / "mine"
     mine.mkdir()
     for file in (out / "rounds/001/payloads").glob("client-1.*"):
         shutil.copy(file, mine)
-    assert wrong(verification.kept(out, mine)) == []
+    assert wrong(verify.kept(out, mine)) == []
     damage(mine / "client-1.0002.safetensors")
-    assert "is the answer that was counted" in wrong(verification.kept(out, mine))[0]
+    assert "is the answer that was counted" in wrong(verify.kept(out, mine))[0]
 
     shards = sorted((out / "rounds/001/payloads").glob("client-1.*.safetensors"))
     assert len(shards) == 4
 
     damage(out / "rounds/002/payloads/client-2.0001.safetensors")
-    (found,) = wrong(verification.run(out))
+    (found,) = wrong(verify.run(out))
     assert "client-2's payload" in found
 
 
@@ -253,10 +254,10 @@ def test_a_late_answer_in_shards_has_all_of_them(tiny_settings, tmp_path, monkey
     monkeypatch.undo()
     late = sorted(good.glob("*.safetensors"))
     with pytest.raises(PayloadError, match="shard"):
-        revision.aggregate(source, tmp_path / "out", late=late[:3])
-    (decided,) = revision.aggregate(source, tmp_path / "out", late=late)
+        rerun.aggregate(source, tmp_path / "out", late=late[:3])
+    (decided,) = rerun.aggregate(source, tmp_path / "out", late=late)
     assert set(decided["ledger"]["payloads"]) == {"client-0", "client-1", "client-2"}
-    assert wrong(verification.run(tmp_path / "out", recompute=True)) == []
+    assert wrong(verify.run(tmp_path / "out", recompute=True)) == []
 
 
 def rewritten(source, out, change):
@@ -281,19 +282,19 @@ def test_a_past_that_was_rewritten_is_seen_by_who_kept_the_next_request(source, 
         del rounds[0]["payloads"]["client-1"]
 
     out = rewritten(source, tmp_path / "run", leave_out)
-    found = wrong(verification.run(out))
+    found = wrong(verify.run(out))
     assert any("the result names the ledger's head" in line for line in found)
-    assert any("round 2: the request is not what the ledger says" in line for line in found)
+    assert any("round 2: the request differs from the request in the ledger" in line for line in found)
     kept = tmp_path / "kept"
     for name in ("rounds/001", "rounds/002"):
         (kept / name).mkdir(parents=True)
         shutil.copy(source / name / "spec.json", kept / name)
         for end in (".json", ".safetensors"):
             shutil.copy(source / name / "payloads" / f"client-1{end}", kept / name)
-    assert wrong(verification.kept(source, kept)) == []
-    found = wrong(verification.kept(out / LEDGER, kept))
+    assert wrong(verify.kept(source, kept)) == []
+    found = wrong(verify.kept(out / LEDGER, kept))
     assert any("was left out: the ledger does not name client-1" in line for line in found)
-    assert any("is not what the ledger says that was asked" in line for line in found)
+    assert any("differs from the request in the ledger" in line for line in found)
 
 
 def test_a_ledger_that_is_none_is_refused(source, tmp_path):
@@ -302,12 +303,12 @@ def test_a_ledger_that_is_none_is_refused(source, tmp_path):
         "its head is not": {**good, "head": "00" * 32},
         "round 1 is missing": {**good, "rounds": good["rounds"][1:]},
         "round 2 follows": {**good, "rounds": [{**good["rounds"][0], "teacher": "x"}, good["rounds"][1]]},
-        "there are no rounds": {"head": "", "rounds": []},
+        "has no rounds": {"head": "", "rounds": []},
         "ledger:": {"head": "", "rounds": [{"round": "one"}]},
     }
     for message, content in broken.items():
         (tmp_path / LEDGER).write_text(json.dumps(content))
         with pytest.raises(DataError, match=message):
-            list(verification.kept(tmp_path / LEDGER, source))
+            list(verify.kept(tmp_path / LEDGER, source))
     with pytest.raises(RunError, match="neither a request"):
-        list(verification.kept(source, tmp_path))
+        list(verify.kept(source, tmp_path))

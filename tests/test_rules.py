@@ -16,15 +16,16 @@ from answers_fixtures import (
     total_variation,
 )
 
-from feddistill.aggregation import Known, aggregate
-from feddistill.attacks import LeastLikely, SecondBest, Sight
+from feddistill.aggregation.answers import RoundContext
+from feddistill.aggregation.attacks import AttackContext, LeastLikely, SecondBest
+from feddistill.aggregation.rules import RULES, MeanProbs
+from feddistill.aggregation.rules.block import dense
+from feddistill.aggregation.rules.distance import Cronus, Krum, MultiKrum
+from feddistill.aggregation.rules.means import Era, MeanLogits, PriorCorrected
+from feddistill.aggregation.rules.order import MeanAroundMedian, TrimmedMean
+from feddistill.aggregation.rules.remembered import ExpGuard
+from feddistill.aggregation.teacher import aggregate
 from feddistill.errors import ConfigError
-from feddistill.rules import RULES, MeanProbs
-from feddistill.rules.block import dense
-from feddistill.rules.distance import Cronus, Krum, MultiKrum
-from feddistill.rules.means import Era, MeanLogits, PriorCorrected
-from feddistill.rules.order import MeanAroundMedian, TrimmedMean
-from feddistill.rules.remembered import ExpGuard
 from feddistill.types import ClientDescription
 from feddistill_kernels import aggregate_topk
 
@@ -106,21 +107,21 @@ def test_the_same_bytes_for_any_number_of_threads(rule, mix):
 @pytest.mark.parametrize("attack", [LeastLikely(), SecondBest()], ids=lambda attack: attack.kind)
 def test_liars_up_to_the_promise_do_not_own_the_result(rule, attack):
     honest = honest_answers(spread=0.3)
-    liars = rule.tolerates(CLIENTS)
-    lie = attack(Sight(honest[0], honest[liars:]))
-    teacher = combine([lie] * liars + honest[liars:], rule)
-    mean = torch.stack(honest[liars:]).exp().mean(0).log()
-    farthest = torch.stack([total_variation(answer, mean) for answer in honest[liars:]]).amax(0)
-    if liars:
+    attackers = rule.tolerates(CLIENTS)
+    lie = attack(AttackContext(honest[0], honest[attackers:]))
+    teacher = combine([lie] * attackers + honest[attackers:], rule)
+    mean = torch.stack(honest[attackers:]).exp().mean(0).log()
+    farthest = torch.stack([total_variation(answer, mean) for answer in honest[attackers:]]).amax(0)
+    if attackers:
         assert total_variation(teacher, mean).mean() <= farthest.mean()
 
 
 def test_liars_up_to_the_promise_stay_inside_the_honest_range(rule, honest):
-    liars = rule.tolerates(CLIENTS) if rule.in_range else 0
+    attackers = rule.tolerates(CLIENTS) if rule.in_range else 0
     for lie in (-1e6, 0.0):
-        attacked = [torch.full_like(a, lie) if i < liars else a for i, a in enumerate(honest)]
-        answer, truth = rule.combine(dense(attacked), None), torch.stack(honest[liars:])
-        if liars:
+        attacked = [torch.full_like(a, lie) if i < attackers else a for i, a in enumerate(honest)]
+        answer, truth = rule.combine(dense(attacked), None), torch.stack(honest[attackers:])
+        if attackers:
             assert (answer >= truth.amin(0)).all()
             assert (answer <= truth.amax(0)).all()
 
@@ -146,7 +147,7 @@ def test_which_rules_promise_what():
         "cronus",
         "expguard",
     }
-    assert {name for name, rule in made.items() if rule.secure_sums()} == {
+    assert {name for name, rule in made.items() if rule.secure_sums} == {
         "mean_probs",
         "mean_logits",
         "era",
@@ -155,12 +156,12 @@ def test_which_rules_promise_what():
     }
 
 
-@pytest.mark.parametrize("liars", [1, 2, 3])
-def test_liars_move_the_mean_of_probabilities_by_their_share(honest, liars):
+@pytest.mark.parametrize("attackers", [1, 2, 3])
+def test_attackers_move_the_mean_of_probabilities_by_their_share(honest, attackers):
     lie = torch.full_like(honest[0], -40.0)
     lie[:, 3] = 0.0
-    before, after = combine(honest, MeanProbs()), combine([lie] * liars + honest[liars:], MeanProbs())
-    assert (total_variation(before, after) <= liars / CLIENTS + 1e-6).all()
+    before, after = combine(honest, MeanProbs()), combine([lie] * attackers + honest[attackers:], MeanProbs())
+    assert (total_variation(before, after) <= attackers / CLIENTS + 1e-6).all()
 
 
 def test_the_floor_bounds_a_veto(honest):
@@ -173,7 +174,7 @@ def test_the_floor_bounds_a_veto(honest):
 
 @pytest.mark.parametrize("kind", [MeanProbs, MeanLogits])
 def test_means_are_numpys(kind, honest):
-    from feddistill.weights import Weights
+    from feddistill.aggregation.client_weights import Weights
 
     weights = torch.rand(CLIENTS)
     stack, w = torch.stack(honest).double().numpy(), (weights / weights.sum()).double().numpy()
@@ -307,8 +308,8 @@ def test_a_student_that_knows_better_keeps_its_answer(honest, k):
     student[torch.arange(TEXTS), labels.clamp_min(0)] = 0.0
     student = student.log_softmax(-1)
     answers, own = (honest, student) if k is None else (kept(honest, k), kept([student], k)[0])
-    known = Known(labels=labels, student=lambda start, stop: own[start:stop])
-    teacher = combine(answers, RULES["min_ce"](), known=known)
+    known = RoundContext(labels=labels, student=lambda start, stop: own[start:stop])
+    teacher = combine(answers, RULES["min_ce"](), context=known)
     some = labels >= 0
     found = teacher if k is None else teacher.expand()
     torch.testing.assert_close(found[some].argmax(-1), labels[some])
@@ -335,9 +336,9 @@ def test_what_a_client_rarely_saw_is_taken_back():
     truth = torch.tensor([[0.5, 0.3, 0.2]])
     counts = [(79.0, 9.0, 9.0), (9.0, 79.0, 9.0)]
     answers = [(truth * (torch.tensor(c) + 1)).log().log_softmax(-1) for c in counts]
-    known = Known(descriptions=tuple(ClientDescription(str(i), None, c) for i, c in enumerate(counts)))
+    known = RoundContext(descriptions=tuple(ClientDescription(str(i), None, c) for i, c in enumerate(counts)))
     rule = PriorCorrected(strength=1.0, weights="uniform")
-    torch.testing.assert_close(combine(answers, rule, known=known).exp(), truth)
+    torch.testing.assert_close(combine(answers, rule, context=known).exp(), truth)
 
 
 class TestStacked:
@@ -356,7 +357,7 @@ class TestStacked:
             answers.append(scores.log_softmax(-1))
         labels = torch.where(torch.arange(self.TEXTS) < self.LABELLED, truth, -1)
         names = tuple("abcdef")
-        known = Known(names, tuple(ClientDescription(n, None, self.COUNTS) for n in names), labels)
+        known = RoundContext(names, tuple(ClientDescription(n, None, self.COUNTS) for n in names), labels)
         return answers, truth, known
 
     def right(self, teacher, truth):
@@ -366,9 +367,9 @@ class TestStacked:
     def test_half_of_the_clients_may_lie_alike(self, attack):
         answers, truth, known = self.world()
         honest = self.right(combine(answers[3:], RULES["mean_probs"]()), truth)
-        lies = [attack(Sight(own, answers[3:])) for own in answers[:3]]
+        lies = [attack(AttackContext(own, answers[3:])) for own in answers[:3]]
         said = [*lies, *answers[3:]]
-        assert self.right(combine(said, RULES["stacked"](), known=known), truth) > honest - 0.02
+        assert self.right(combine(said, RULES["stacked"](), context=known), truth) > honest - 0.02
         assert self.right(combine(said, RULES["mean_probs"]()), truth) < honest - 0.1
 
     def test_a_liars_own_knowledge_is_used(self):
@@ -379,7 +380,7 @@ class TestStacked:
             best = own.topk(2, dim=-1)
             swapped.append(own.scatter(-1, best.indices, best.values.flip(-1)))
         assert self.right(combine(swapped, RULES["mean_probs"]()), truth) < 0.6
-        assert self.right(combine(swapped, RULES["stacked"](), known=known), truth) > 0.75
+        assert self.right(combine(swapped, RULES["stacked"](), context=known), truth) > 0.75
 
     def test_it_is_the_least_of_a_penalised_cross_entropy(self):
         """The same fit by another optimiser, in torch."""
@@ -405,24 +406,24 @@ class TestStacked:
 
         optimiser.step(closure)
         wanted = scores().detach().log_softmax(-1).float()
-        torch.testing.assert_close(combine(answers, rule, known=known), wanted, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(combine(answers, rule, context=known), wanted, atol=1e-4, rtol=1e-4)
 
     def test_clients_may_come_in_any_order(self):
         answers, _, known = self.world()
         order = [3, 1, 5, 0, 2, 4]
-        moved = Known(
+        moved = RoundContext(
             tuple(known.names[i] for i in order), tuple(known.descriptions[i] for i in order), known.labels
         )
-        made = combine(answers, RULES["stacked"](), known=known)
-        again = combine([answers[i] for i in order], RULES["stacked"](), known=moved)
+        made = combine(answers, RULES["stacked"](), context=known)
+        again = combine([answers[i] for i in order], RULES["stacked"](), context=moved)
         torch.testing.assert_close(made, again, atol=1e-5, rtol=1e-5)
 
     def test_a_few_labels_are_enough_to_go_on_and_none_to_begin(self):
         answers, truth, known = self.world()
         few = torch.where(torch.arange(self.TEXTS) < 4, truth, -1)
         for labels in (few, torch.full_like(few, -1), None):
-            told = Known(known.names, known.descriptions, labels)
-            teacher = combine(answers, RULES["stacked"](), known=told)
+            told = RoundContext(known.names, known.descriptions, labels)
+            teacher = combine(answers, RULES["stacked"](), context=told)
             assert self.right(teacher, truth) > 0.9
             torch.testing.assert_close(teacher.exp().sum(-1), torch.ones(self.TEXTS))
 
@@ -435,11 +436,11 @@ def test_era_flattens_and_sharpens_by_its_temperature(honest):
 
 def test_a_liar_loses_its_weight_over_rounds_and_is_forgiven(honest):
     rule, names = ExpGuard(eta=5.0, decay=0.9, amnesty=2), tuple("abcdefg")
-    lie = LeastLikely()(Sight(honest[0], honest))
+    lie = LeastLikely()(AttackContext(honest[0], honest))
     memory, shares = {}, []
     for answers in ([lie, *honest[1:]],) * 3 + (honest,) * 8:
         answerers = [lambda start, stop, a=a: a[start:stop] for a in answers]
-        made = aggregate(answerers, TEXTS, rule, known=Known(names=names, memory=memory))
+        made = aggregate(answerers, TEXTS, rule, context=RoundContext(names=names, memory=memory))
         memory = made.memory
         shares.append(made.weights[0])
     assert shares[0] < 0.05 > shares[1] > shares[2]
@@ -448,7 +449,7 @@ def test_a_liar_loses_its_weight_over_rounds_and_is_forgiven(honest):
 
 
 def test_memory_is_kept_of_clients_that_stay_away(honest):
-    known = Known(names=tuple("abcdefg"), memory={"gone": {"log_weight": -3.0, "clean": 0.0}})
+    known = RoundContext(names=tuple("abcdefg"), memory={"gone": {"log_weight": -3.0, "clean": 0.0}})
     answerers = [lambda start, stop, a=a: a[start:stop] for a in honest]
-    made = aggregate(answerers, TEXTS, ExpGuard(), known=known)
+    made = aggregate(answerers, TEXTS, ExpGuard(), context=known)
     assert made.memory["gone"] == {"log_weight": -3.0, "clean": 0.0}

@@ -5,9 +5,12 @@ import json
 import pytest
 import yaml
 
-from feddistill import config, experiment, sharing, students, study
+from feddistill import config
 from feddistill.config import parse
-from feddistill.store import read_object
+from feddistill.runs import experiment, study, trained_models
+from feddistill.store.run_directory import read_object
+from feddistill.tasks import step_cache
+from feddistill.tasks.learner import Learner
 
 CHANGED = {
     "rounds": 2,
@@ -18,7 +21,7 @@ CHANGED = {
     "distill.kind": "jsd",
     "distill.temperature": 3,
     "distill.kd_weight": 0.9,
-    "distill.replay": 1,
+    "distill.teacher_history": 1,
     "clients.codistillation.examples": 10,
     "fedmd.digest_epochs": 2,
     "keep_checkpoints": "all",
@@ -79,19 +82,19 @@ def test_a_shared_step_does_not_depend_on_what_differs(beginning, more, whole, t
     experiment.run(changed, tmp_path / "other")
     assert done(tmp_path / "other", beginning) == done(whole / "alone", beginning)
     plain = settings(tiny_settings)
-    (independent,) = [names for start, names in sharing.INDEPENDENT.items() if start.startswith(beginning)]
-    assert sharing.key(changed, independent) == sharing.key(plain, independent)
+    (independent,) = [names for start, names in step_cache.INDEPENDENT.items() if start.startswith(beginning)]
+    assert step_cache.key(changed, independent) == step_cache.key(plain, independent)
 
 
 def test_what_is_there_is_taken_over(whole, tiny_settings, tmp_path, monkeypatch):
     fitted = []
-    fit = experiment.federation.Learner.fit
+    fit = Learner.fit
 
     def counted(learner, *args, **more):
         fitted.append(learner.name)
         return fit(learner, *args, **more)
 
-    monkeypatch.setattr(experiment.federation.Learner, "fit", counted)
+    monkeypatch.setattr(Learner, "fit", counted)
     other = settings(tiny_settings, **{"distill.temperature": 4})
     result = experiment.run(other, tmp_path / "taking", shared=whole / "shared")
     assert fitted == ["student.model"]
@@ -125,14 +128,14 @@ def test_a_damaged_step_is_not_taken_over(whole, tiny_settings, tmp_path):
 
 def test_a_study_may_leave_no_weights(whole, tiny_settings, tmp_path):
     run = tmp_path / "run"
-    kept = {"rounds": 2, "keep_checkpoints": "none", "distill.accept": "always"}
+    kept = {"rounds": 2, "keep_checkpoints": "none", "distill.rollback": False}
     result = experiment.run(settings(tiny_settings, **kept), run, shared=whole / "shared")
     assert result["status"] == "complete"
     for place in ("alone", "baselines", "rounds/*/specialists", "rounds/*/student.safetensors"):
         assert not list(run.glob(place)), place
     assert list(run.glob("rounds/002/payloads/*.safetensors"))
-    for ask in (experiment.evaluate, students.load):
-        with pytest.raises(experiment.RunError, match=r"left no weights: .* keep_checkpoints: none"):
+    for ask in (experiment.evaluate, trained_models.load):
+        with pytest.raises(experiment.RunError, match=r"has no stored weights: .* keep_checkpoints: none"):
             ask(run)
 
 

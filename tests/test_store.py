@@ -5,7 +5,7 @@ import errno
 import pytest
 
 from feddistill.errors import RunError
-from feddistill.store import RunDirectory
+from feddistill.store.run_directory import RunDirectory
 
 
 @pytest.fixture

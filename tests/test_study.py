@@ -8,10 +8,11 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 import yaml
 
-from feddistill import experiment, report, study
+from feddistill import report
+from feddistill.config.tasks import TASKS
 from feddistill.errors import ConfigError, RunError
 from feddistill.report import comparison, studies
-from feddistill.tasks import TASKS
+from feddistill.runs import experiment, study
 
 
 @pytest.fixture
@@ -59,7 +60,7 @@ def test_names_are_as_short_as_they_can_be(written):
     [
         ({"grid": {"data.partition.alhpa": [1]}}, r"did you mean data\.partition\.alpha"),
         ({"grid": {"rounds": [0]}}, r"cell rounds=0_seed=0: rounds: input should be greater"),
-        ({"sedes": [1]}, "sedes is not one; there are name, question"),
+        ({"sedes": [1]}, "sedes is not a setting; known: name, question"),
         ({"seeds": []}, "seeds: Tuple should have at least 1 item"),
         ({"grid": {"rounds": [1, 1]}}, "two cells are both called rounds=1_seed=0"),
         ({"base": "nowhere.yaml"}, r"cannot read .*nowhere\.yaml"),
@@ -188,7 +189,7 @@ def test_a_study_goes_on_after_a_cell_that_failed(swept, written, tmp_path, monk
     chosen = study.load(written, ("grid.data.partition.alpha=[0.5]",))
     monkeypatch.setattr(experiment, "run", failing)
     assert study.sweep(chosen, tmp_path / "out") == {"alpha=0.5_seed=1": "cut"}
-    assert "1 runs of these cells are not done" in studies.write(tmp_path / "out").read_text()
+    assert "1 runs of these cells are not complete" in studies.write(tmp_path / "out").read_text()
     monkeypatch.undo()
     assert study.sweep(chosen, tmp_path / "out") == {}
     result = "cells/alpha=0.5_seed=1/result.json"
@@ -201,7 +202,7 @@ def test_another_study_in_the_way_is_left_alone(swept, written, tmp_path):
         study.sweep(study.load(written, ("seeds=[7]",)), swept["out"])
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("mine")
-    with pytest.raises(RunError, match="is no study"):
+    with pytest.raises(RunError, match="is not a study"):
         study.sweep(swept["study"], tmp_path / "mine")
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from feddistill.tensorfile import Chained, TensorFile, TopKFile
+from feddistill.store.logit_files import Chained, TensorFile, TopKFile
 from feddistill_kernels import topk_compress
 
 

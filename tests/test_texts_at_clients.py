@@ -6,10 +6,11 @@ import shutil
 import pytest
 from elsewhere_fixtures import NAMES, Elsewhere, decided, institutions, run
 
-from feddistill import experiment, payload, revision
+from feddistill import payload
 from feddistill.config import parse
 from feddistill.errors import ConfigError, FeddistillError
-from feddistill.federation.protocol import Task
+from feddistill.federation.protocol import Instruction
+from feddistill.runs import experiment, rerun
 
 
 @pytest.fixture
@@ -27,7 +28,7 @@ class TestTextsAtClients:
     @pytest.fixture
     def apart(self, config):
         raw = config.model_dump(mode="json")
-        raw["data"]["partition"] = {"kind": "at_clients", "names": list(NAMES)}
+        raw["data"]["partition"] = {"kind": "remote", "names": list(NAMES)}
         raw["aggregation"] = {"rule": {"kind": "mean_probs", "weights": "class_counts"}}
         return parse(raw)
 
@@ -76,9 +77,9 @@ class TestTextsAtClients:
         run(apart, tmp_path / "run", Elsewhere(tmp_path / "state", files))
         shutil.rmtree(tmp_path / "state")
         shutil.rmtree(tmp_path / "institutions")
-        made = revision.aggregate(tmp_path / "run", tmp_path / "again", ("aggregation.rule=median",))
+        made = rerun.aggregate(tmp_path / "run", tmp_path / "again", ("aggregation.rule=median",))
         assert len(made) == 2
-        revision.distill(tmp_path / "run", tmp_path / "other", ("distill.temperature=1",))
+        rerun.distill(tmp_path / "run", tmp_path / "other", ("distill.temperature=1",))
 
     def test_a_late_answer_is_merged_and_a_missing_one_not_asked_for(self, apart, files, tmp_path):
         apart = parse(apart.model_dump(mode="json") | {"aggregation": {"quorum": 2}})
@@ -86,7 +87,7 @@ class TestTextsAtClients:
         transport.fault = lambda task, name: [] if (task.round, name) == (2, "client-2") else None
         run(apart, tmp_path / "run", transport)
         shutil.rmtree(tmp_path / "institutions")
-        (first, second) = revision.aggregate(tmp_path / "run", tmp_path / "again", ())
+        (first, second) = rerun.aggregate(tmp_path / "run", tmp_path / "again", ())
         assert [len(first["uploads"]), len(second["uploads"])] == [3, 2]
         # It answers after all, by whatever way.
         spec = payload.parse_spec((tmp_path / "run/rounds/002/spec.json").read_bytes())
@@ -95,19 +96,19 @@ class TestTextsAtClients:
         content = payload.encode(answers, spec, "client-2")
         (tmp_path / "late.safetensors").write_bytes(content)
         (tmp_path / "late.json").write_bytes(payload.seal(content, spec, "client-2"))
-        made = revision.aggregate(
+        made = rerun.aggregate(
             tmp_path / "run", tmp_path / "merged", (), late=[tmp_path / "late.safetensors"]
         )
         assert [len(made[0]["uploads"]), len(made[1]["uploads"])] == [3, 3]
-        with pytest.raises(ConfigError, match="its clients are elsewhere"):
-            revision.forget(tmp_path / "run", tmp_path / "without", ["client-0"])
+        with pytest.raises(ConfigError, match="its remote clients were trained on teachers that include"):
+            rerun.forget(tmp_path / "run", tmp_path / "without", ["client-0"])
 
     def test_the_page_of_a_run_says_what_is_not_known(self, apart, files, tmp_path):
         from feddistill import report
 
         run(apart, tmp_path / "run", Elsewhere(tmp_path / "state", files))
         page = report.write(tmp_path / "run").read_text()
-        assert "known at the clients alone" in page
+        assert "known only to the clients" in page
 
     @pytest.mark.parametrize(
         ("text", "error"),
@@ -124,7 +125,7 @@ class TestTextsAtClients:
         settings = experiment.resolve(apart)
         from feddistill.config import digest
 
-        task = Task(
+        task = Instruction(
             "describe",
             digest(settings)[:16],
             0,

@@ -9,14 +9,15 @@ import yaml
 from elsewhere_fixtures import NAMES, Elsewhere, institutions, run
 from safetensors.numpy import load
 
-from feddistill import keys, payload
+from feddistill import payload
 from feddistill.config import parse
 from feddistill.errors import ConfigError, RoundError, RunError
-from feddistill.methods import told
-from feddistill.methods.correspondence import task_of
-from feddistill.methods.learner import Session
-from feddistill.progress import Quiet
-from feddistill.store import RunDirectory
+from feddistill.payload import keys
+from feddistill.progress import NoProgress
+from feddistill.server import reports
+from feddistill.server.clients import instruction_for
+from feddistill.store.run_directory import RunDirectory
+from feddistill.tasks.session import Session
 from feddistill.types import Cost
 
 COUNTS = {"kind": "mean_probs", "weights": "class_counts"}
@@ -32,10 +33,10 @@ def brief(tiny_settings):
 def changed(transport, kind, change):
     """``client-1`` says something else to tasks of one kind."""
 
-    def fault(task, name):
-        if task.kind != kind or name != "client-1":
+    def fault(instruction, name):
+        if instruction.kind != kind or name != "client-1":
             return None
-        reply = transport.own[name].handle(task)
+        reply = transport.own[name].handle(instruction)
         return [replace(reply, content=change(reply.content))]
 
     return fault
@@ -60,13 +61,13 @@ OTHERWISE = {"client": "client-1", "examples": None, "class_counts": [1.0] * 10}
     ids=str,
 )
 def test_a_description_has_one_form(described):
-    assert told.description(OTHERWISE, "client-1", {"class_counts"}, 10) is not None
-    assert told.description(OTHERWISE | described, "client-1", {"class_counts"}, 10) is None
+    assert reports.description(OTHERWISE, "client-1", {"class_counts"}, 10) is not None
+    assert reports.description(OTHERWISE | described, "client-1", {"class_counts"}, 10) is None
 
 
 @pytest.mark.parametrize("said", [None, 5, [], "x", {}, {"examples": 3}])
 def test_what_is_no_description_is_none(said):
-    assert told.description(said, "client-1", set(), 10) is None
+    assert reports.description(said, "client-1", set(), 10) is None
 
 
 @pytest.mark.parametrize(
@@ -87,8 +88,8 @@ def test_what_is_no_description_is_none(said):
     ids=str,
 )
 def test_what_a_training_came_to_has_one_form(said):
-    assert told.training({"costs": {"train": COST}}, figures=True) == {"costs": {"train": COST}}
-    assert told.training(said, figures=True) is None
+    assert reports.training({"costs": {"train": COST}}, metrics=True) == {"costs": {"train": COST}}
+    assert reports.training(said, metrics=True) is None
 
 
 def test_who_describes_itself_otherwise_takes_no_part(brief, tmp_path):
@@ -115,12 +116,12 @@ def test_what_is_not_asked_for_is_not_kept():
         "loss": [1.0],
         "weights": "",
     }
-    assert told.training(said, figures=False) == {"costs": {"train": COST, "evaluate": COST}}
-    assert told.training(said, figures=True)["test"] == {"accuracy": 1.0}
-    own = told.description({"client": "a", "examples": 5, "class_counts": [1, 2]}, "a", {"size"}, 2)
+    assert reports.training(said, metrics=False) == {"costs": {"train": COST, "evaluate": COST}}
+    assert reports.training(said, metrics=True)["test"] == {"accuracy": 1.0}
+    own = reports.description({"client": "a", "examples": 5, "class_counts": [1, 2]}, "a", {"size"}, 2)
     assert (own.examples, own.class_counts) == (5, None)
-    assert told.description({"client": "a", "examples": 0}, "a", {"size"}, 2) is None
-    assert told.cost({"seconds": True}) == Cost()
+    assert reports.description({"client": "a", "examples": 0}, "a", {"size"}, 2) is None
+    assert reports.cost({"seconds": True}) == Cost()
 
 
 @pytest.fixture
@@ -131,7 +132,7 @@ def files(tiny_settings, tmp_path):
 
 def at_clients(brief, **partition):
     raw = brief.model_dump(mode="json")
-    raw["data"]["partition"] = {"kind": "at_clients", "names": list(NAMES), **partition}
+    raw["data"]["partition"] = {"kind": "remote", "names": list(NAMES), **partition}
     return parse(raw)
 
 
@@ -154,13 +155,13 @@ def test_a_new_run_answers_with_what_the_institution_has_now(brief, files, tmp_p
     assert [name for name in NAMES if first[name] != second[name]] == ["client-1"]
 
 
-def task(config, folder, kind="describe"):
+def instruction(config, folder, kind="describe"):
     directory = RunDirectory.create(folder, "")
     try:
         from feddistill import data
 
         splits = data.load(config.data, config.seed)
-        return task_of(Session(config, splits, directory, Quiet()), kind, 0)
+        return instruction_for(Session(config, splits, directory, NoProgress()), kind, 0)
     finally:
         directory.close()
 
@@ -168,7 +169,7 @@ def task(config, folder, kind="describe"):
 def test_a_run_goes_on_with_what_it_began_with(brief, files, tmp_path):
     config = at_clients(brief)
     client = Elsewhere(tmp_path / "state", files).own["client-0"]
-    asked = task(config, tmp_path / "run")
+    asked = instruction(config, tmp_path / "run")
     content = asked.content | {"part": 0, "parts": 1}
     client.handle(replace(asked, kind="publish", content=content, blobs={"part": b""}))
     assert client.handle(asked).content["description"]["class_counts"]
@@ -188,7 +189,7 @@ def test_a_run_goes_on_with_what_it_began_with(brief, files, tmp_path):
 
 @pytest.mark.parametrize("execution", ["", "../../elsewhere", "0" * 15, "0" * 17, "A" * 16])
 def test_where_a_client_keeps_its_work_is_not_the_servers_to_choose(execution, brief, files, tmp_path):
-    asked = task(at_clients(brief), tmp_path / "run")
+    asked = instruction(at_clients(brief), tmp_path / "run")
     asked = replace(asked, content=asked.content | {"execution": execution})
     with pytest.raises(ConfigError, match="is not 16 hexadecimal digits"):
         Elsewhere(tmp_path / "state", files).own["client-0"].handle(asked)
@@ -226,10 +227,10 @@ class TestKeys:
         false = files["client-1"].parent / "false.pem"
         keys.make(false)
 
-        def fault(task, name):
-            if (task.kind, name) != ("answer", "client-1"):
+        def fault(instruction, name):
+            if (instruction.kind, name) != ("answer", "client-1"):
                 return None
-            reply = transport.own[name].handle(task)
+            reply = transport.own[name].handle(instruction)
             envelope = json.loads(reply.blobs["envelope"])
             signed = envelope | {"signature": keys.load(false).sign(b"whatever")}
             raw = json.dumps(signed, sort_keys=True, separators=(",", ":")).encode()
@@ -241,7 +242,7 @@ class TestKeys:
         assert "signature" in result["refused"]["1"]["client-1"]
 
     def test_an_institution_without_its_key_says_so(self, brief, files, public, tmp_path):
-        asked = task(at_clients(brief, keys=public), tmp_path / "run")
+        asked = instruction(at_clients(brief, keys=public), tmp_path / "run")
         texts = "source: {kind: files, path: private.jsonl}\n"
         files["client-0"].write_text(texts)
         files["client-1"].write_text(f"{texts}key: other.pem\n")
@@ -270,7 +271,7 @@ def test_a_quorum_too_small_for_the_rule_is_refused(tiny_settings):
         {"rule": {"kind": "krum", "byzantine": 1}, "quorum": 4},
         {"rule": {"kind": "trimmed_mean", "trim": 2}, "quorum": 4},
         {"rule": {"kind": "cronus", "byzantine": 2}, "quorum": 3},
-        {"mix": 2, "quorum": 4},
+        {"nnm_byzantine": 2, "quorum": 4},
     ):
         with pytest.raises(ConfigError, match=r"aggregation\.quorum = \d is too few: aggregation\."):
             parse(raw | {"aggregation": aggregation})
@@ -282,7 +283,9 @@ def test_a_round_of_too_few_for_the_rule_stops_the_run(brief, tmp_path, monkeypa
         type(brief.aggregation), "fits", lambda self, clients: _too_few() if clients == 2 else None
     )
     transport = Elsewhere(tmp_path / "state")
-    transport.fault = lambda task, name: [] if (task.kind, name) == ("answer", "client-1") else None
+    transport.fault = lambda instruction, name: (
+        [] if (instruction.kind, name) == ("answer", "client-1") else None
+    )
     config = brief.model_copy(update={"aggregation": brief.aggregation.model_copy(update={"quorum": 1})})
     with pytest.raises(RoundError, match="round 1: 2 valid answers: too few for the rule"):
         run(config, tmp_path / "run", transport)

@@ -1,4 +1,4 @@
-"""Training: the loss is the formula, a batch's rows stay with their lessons, a seed decides the outcome."""
+"""Training: the loss is the formula, a batch's rows stay with their examples, a seed decides the outcome."""
 
 import pytest
 import torch
@@ -6,11 +6,12 @@ from torch.nn import functional
 
 from feddistill import models
 from feddistill.accounting import FlopMeter
-from feddistill.answering import answer
-from feddistill.batches import pad
 from feddistill.config.models import HubModel, ModelConfig
 from feddistill.config.training import DistillConfig, TrainingConfig
-from feddistill.training import NO_LABEL, Lessons, fit, lesson_loss, steps_of
+from feddistill.modelio.inference import answer
+from feddistill.modelio.padding import pad
+from feddistill.training import TextLoss, TrainingExamples, example_loss, fit, steps_of
+from feddistill.types import NO_LABEL
 
 ROWS, CLASSES = 6, 4
 
@@ -38,7 +39,7 @@ def test_the_loss_is_the_formula(kd_weight):
     labels = torch.tensor([0, NO_LABEL, 2, 3, NO_LABEL, 1])
     taught = torch.tensor([True, True, False, True, True, False])
     truth = textbook(logits, labels, teacher, taught, config)
-    got = lesson_loss(single, labels, teacher, taught, config)
+    got = example_loss(single, labels, teacher, taught, config)
     torch.testing.assert_close(got.double(), truth, rtol=1e-5, atol=1e-6)
     truth.backward()
     got.backward()
@@ -48,7 +49,7 @@ def test_the_loss_is_the_formula(kd_weight):
 def test_without_a_teacher_the_loss_is_cross_entropy():
     logits, labels = torch.randn(ROWS, CLASSES), torch.arange(ROWS) % CLASSES
     torch.testing.assert_close(
-        lesson_loss(logits, labels, None, None, None), functional.cross_entropy(logits, labels)
+        example_loss(logits, labels, None, None, None), functional.cross_entropy(logits, labels)
     )
 
 
@@ -66,12 +67,13 @@ TEXTS = tuple(
 LABELS = torch.arange(len(TEXTS)) // 3
 
 
-def train(specialist, lessons, seed=0, ema=0.0, **more):
+def train(specialist, examples, seed=0, ema=0.0, distill=None, **more):
     config = TrainingConfig(epochs=1, batch_size=4, learning_rate=1e-3, head_learning_rate=1e-2, ema=ema)
     return fit(
         specialist.model,
-        lessons,
+        examples,
         config,
+        loss=TextLoss(examples, distill),
         seed=seed,
         bf16=False,
         pad_id=specialist.pad_id,
@@ -94,15 +96,15 @@ def answers(specialist, batch_size=5):
 
 
 def test_a_model_learns_its_labels(specialist):
-    train(specialist, Lessons(specialist.encode(TEXTS), LABELS), steps=60)
+    train(specialist, TrainingExamples(specialist.encode(TEXTS), LABELS), steps=60)
     assert (answers(specialist).argmax(-1) == LABELS).float().mean() > 0.9
 
 
 def test_a_model_learns_its_teacher_and_each_text_its_own_row(specialist):
     nothing = torch.full((len(TEXTS),), NO_LABEL)
     teacher = (8.0 * functional.one_hot(LABELS, CLASSES)).log_softmax(-1)
-    lessons = Lessons(specialist.encode(TEXTS), nothing, teacher)
-    train(specialist, lessons, steps=60, distill=DistillConfig(temperature=1.0))
+    examples = TrainingExamples(specialist.encode(TEXTS), nothing, teacher)
+    train(specialist, examples, steps=60, distill=DistillConfig(temperature=1.0))
     assert (answers(specialist).argmax(-1) == LABELS).float().mean() > 0.9
 
 
@@ -110,7 +112,7 @@ def test_the_seed_decides_the_outcome(tiny_model):
     def outcome(seed):
         config = ModelConfig(source=HubModel(name=str(tiny_model)), max_tokens=16)
         built = models.build(config, CLASSES, 0, "m")
-        train(built, Lessons(built.encode(TEXTS), LABELS), seed=seed)
+        train(built, TrainingExamples(built.encode(TEXTS), LABELS), seed=seed)
         return answers(built)
 
     assert torch.equal(outcome(3), outcome(3))
@@ -126,10 +128,12 @@ def test_a_training_can_end_with_the_average_of_its_weights(tiny_model):
         specialist.model.eval()  # no dropout: steps do not depend on how many come after
         constant = {"schedule": "constant_with_warmup", "warmup_ratio": 0.0}
         settings = TrainingConfig(batch_size=4, learning_rate=1e-3, ema=ema, **constant)
+        examples = TrainingExamples(specialist.encode(TEXTS), LABELS)
         fit(
             specialist.model,
-            Lessons(specialist.encode(TEXTS), LABELS),
+            examples,
             settings,
+            loss=TextLoss(examples, None),
             seed=0,
             bf16=False,
             pad_id=specialist.pad_id,
@@ -167,7 +171,12 @@ def test_steps_are_counted_as_the_epochs_say():
 
 def test_every_step_is_told(specialist):
     seen = []
-    train(specialist, Lessons(specialist.encode(TEXTS), LABELS), steps=5, tick=lambda *a: seen.append(a))
+    train(
+        specialist,
+        TrainingExamples(specialist.encode(TEXTS), LABELS),
+        steps=5,
+        on_step=lambda *a: seen.append(a),
+    )
     assert seen == [(i, 5) for i in range(1, 6)]
 
 

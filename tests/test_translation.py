@@ -9,22 +9,23 @@ import torch
 from language_fixtures import GPT2, LLAMA, TOKENIZER, outcome, tiny
 from safetensors.numpy import load
 
-from feddistill import aggregation, experiment, payload
+from feddistill import payload
+from feddistill.aggregation.answers import answered, first_choice
+from feddistill.client.client import ClientGroup
 from feddistill.config import parse
 from feddistill.config.models import TrainedTokenizer
 from feddistill.errors import ConfigError, ModelError
-from feddistill.methods import wire
-from feddistill.methods.client import Crew
-from feddistill.methods.learner import Session
-from feddistill.methods.translation import Side, Tally, by_edit_distance, by_spans, needed, translate
+from feddistill.federation import encoding
 from feddistill.models import causal
 from feddistill.models.tokenizers import tokenizer_of
-from feddistill.progress import Quiet
-from feddistill.store import RunDirectory
-from feddistill.tensorfile import stacked
-from feddistill.training.blocks import NOT_TAUGHT
+from feddistill.progress import NoProgress
+from feddistill.runs import experiment
+from feddistill.store.run_directory import RunDirectory
+from feddistill.tasks.session import Session
+from feddistill.tasks.translation import Counts, Side, by_edit_distance, by_spans, overlapping, translate
+from feddistill.training.blocks import NO_TEACHER
 from feddistill.types import TextSet
-from feddistill_kernels import topk_compress
+from feddistill_kernels import TopK, topk_compress
 
 OTHER = {
     **LLAMA,
@@ -33,11 +34,11 @@ OTHER = {
 }
 
 
-class Said(Quiet):
+class Said(NoProgress):
     def __init__(self):
         self.lines = []
 
-    def say(self, line):
+    def log(self, line):
         self.lines.append(line)
 
 
@@ -46,7 +47,7 @@ def of_two_tokenizers(**changes):
     clients = {
         "models": [GPT2, OTHER],
         "training": language_fixtures.TRAINING,
-        "answer_batch_size": 16,
+        "eval_batch_size": 16,
         "evaluate": False,
     }
     return parse(tiny(clients=clients, baselines=[], **changes))
@@ -55,7 +56,7 @@ def of_two_tokenizers(**changes):
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory):
     out, said = tmp_path_factory.mktemp("mixed") / "run", Said()
-    return {"out": out, "result": experiment.run(of_two_tokenizers(), out, show=said), "said": said.lines}
+    return {"out": out, "result": experiment.run(of_two_tokenizers(), out, progress=said), "said": said.lines}
 
 
 def uploads_of(out):
@@ -75,8 +76,8 @@ def test_who_speaks_in_other_tokens_answers_in_the_students(mixed):
                 (out / f"rounds/00{number}/payloads/{name}{end}").read_bytes()
                 for end in (".json", ".safetensors")
             )
-            rows = wire.topk(payload.admit(envelope, content, spec, set()))
-            share = float(aggregation.answered(rows).double().mean())
+            rows = encoding.topk(payload.admit(envelope, content, spec, set()))
+            share = float(answered(rows).double().mean())
             if name not in told:
                 assert share == 1
                 continue
@@ -108,26 +109,26 @@ def test_who_speaks_in_other_tokens_learns_from_the_teacher(mixed):
     config = of_two_tokenizers()
     directory = RunDirectory.open(mixed["out"])
     try:
-        session = Session(config, experiment.check(config, build=False), directory, Quiet())
+        session = Session(config, experiment.check(config, build=False), directory, NoProgress())
         spec = payload.parse_spec(directory.read_bytes("rounds/001/spec.json"))
-        client = next(c for c in Crew(session).clients if c.name in mixed["result"]["projection"]["1"])
-        given, own = client._lessons(2, spec), client.learner.lessons(client.private)
+        client = next(c for c in ClientGroup(session).clients if c.name in mixed["result"]["projection"]["1"])
+        given, own = client._lessons(2, spec), client.learner.examples(client.private)
     finally:
         directory.close()
-    rows = given.taught[len(own.labels) :]
+    rows = given.teacher_rows[len(own.labels) :]
     blocks = client.learner.blocks(session.splits.proxy)
-    assert given.taught[: len(own.labels)].eq(NOT_TAUGHT).all()
+    assert given.teacher_rows[: len(own.labels)].eq(NO_TEACHER).all()
     assert len(rows) == blocks.rows
     assert torch.equal(given.labels[len(own.labels) :], torch.from_numpy(blocks.targets))
-    taught = rows[rows != NOT_TAUGHT]
+    taught = rows[rows != NO_TEACHER]
     assert 0.5 < len(taught) / len(rows) <= 1
     assert given.teacher.vocab_size == 340
-    assert aggregation.answered(given.teacher).all()
+    assert answered(given.teacher).all()
     assert (mass_of(given.teacher) - 1).abs().max() < 1e-5
 
 
 def test_a_run_of_two_tokenizers_resumes_to_the_same_payloads(mixed, tmp_path, monkeypatch):
-    original, calls = wire.compress_parts, []
+    original, calls = encoding.compress_parts, []
 
     def failing(*args):
         found = original(*args)
@@ -137,7 +138,7 @@ def test_a_run_of_two_tokenizers_resumes_to_the_same_payloads(mixed, tmp_path, m
         return found
 
     with monkeypatch.context() as patched:
-        patched.setattr(wire, "compress_parts", failing)
+        patched.setattr(encoding, "compress_parts", failing)
         with pytest.raises(KeyboardInterrupt):
             experiment.run(of_two_tokenizers(), tmp_path / "run")
     assert (tmp_path / "run/records/rounds/001/student.json").exists()
@@ -151,7 +152,7 @@ def mass_of(rows):
 
 
 def side_of(size, texts, length):
-    reader = causal.Reader(tokenizer_of(TrainedTokenizer(vocab_size=size), "s", texts.texts))
+    reader = causal.TextReader(tokenizer_of(TrainedTokenizer(vocab_size=size), "s", texts.texts))
     return Side(reader, texts, reader.blocks(texts, length), "s")
 
 
@@ -166,10 +167,10 @@ def test_projected_answers_of_the_same_tokenizer_are_the_direct_ones(step, tmp_p
     mine, theirs = (side_of(280, public_texts(), length) for length in (5, 9))
     rows = np.arange(theirs.blocks.rows)[step - 1 :: step]
     way = by_spans(theirs.vocabulary, mine.vocabulary, tmp_path)
-    assert np.array_equal(needed(rows, mine, theirs), rows)
-    logits, tally = torch.randn(len(rows), 280) * 4, Tally()
+    assert np.array_equal(overlapping(rows, mine, theirs), rows)
+    logits, tally = torch.randn(len(rows), 280) * 4, Counts()
     pieces = [topk_compress(part, 64, id_order=False) for part in logits.split(4)]
-    found = stacked(list(translate(pieces, rows, rows, theirs, mine, way, 5, tally)))
+    found = TopK.cat(list(translate(pieces, rows, rows, theirs, mine, way, 5, tally)))
     wanted = topk_compress(logits, 5, id_order=False)
     assert torch.equal(found.ids, wanted.ids)
     torch.testing.assert_close(found.log_probs, wanted.log_probs, rtol=1e-5, atol=1e-6)
@@ -177,10 +178,10 @@ def test_projected_answers_of_the_same_tokenizer_are_the_direct_ones(step, tmp_p
     assert (tally.rows, tally.answered) == (len(rows), len(rows))
 
 
-def a_way(alignment, giver, taker, folder):
+def a_way(alignment, sender, receiver, folder):
     if alignment == "mined":
-        return by_edit_distance(giver.vocabulary, taker.vocabulary)
-    return by_spans(giver.vocabulary, taker.vocabulary, folder)
+        return by_edit_distance(sender.vocabulary, receiver.vocabulary)
+    return by_spans(sender.vocabulary, receiver.vocabulary, folder)
 
 
 @pytest.mark.parametrize("alignment", ["spans", "mined"])
@@ -189,25 +190,25 @@ def test_what_is_projected_is_a_distribution(step, alignment, tmp_path):
     torch.manual_seed(0)
     mine, theirs = side_of(270, public_texts(), 9), side_of(290, public_texts(), 5)
     asked = np.arange(mine.blocks.rows)[step - 1 :: step]
-    rows, tally = needed(asked, mine, theirs), Tally()
+    rows, tally = overlapping(asked, mine, theirs), Counts()
     assert len(rows) <= theirs.blocks.rows
     assert (len(rows) == theirs.blocks.rows) == (step == 1)
     way = a_way(alignment, theirs, mine, tmp_path)
     logits = 6 * torch.nn.functional.one_hot(torch.from_numpy(theirs.blocks.targets[rows]), 290).float()
     said = topk_compress(logits + torch.rand(len(rows), 290), 64, id_order=False)
     pieces = [said[a : a + 2] for a in range(0, len(rows), 2)]
-    found = stacked(list(translate(pieces, rows, asked, theirs, mine, way, 5, tally)))
-    good = aggregation.answered(found)
+    found = TopK.cat(list(translate(pieces, rows, asked, theirs, mine, way, 5, tally)))
+    good = answered(found)
     assert len(found) == len(asked) == tally.rows
     assert (mass_of(found) - 1).abs().max() < 1e-6
     assert 0 < tally.record()["coverage"] < 1
     assert tally.answered == int(good.sum()) > len(asked) / 2
-    right = aggregation.answers.first_choice(found) == torch.from_numpy(mine.blocks.targets[asked])
+    right = first_choice(found) == torch.from_numpy(mine.blocks.targets[asked])
     assert right[good].double().mean() > 0.9, "who knows the text knows it in other tokens too"
 
 
 def test_who_cannot_be_projected_is_refused():
-    with pytest.raises(ConfigError, match=r"'sampled' cannot say .* tokenizer of clients\.models\.1 is not"):
+    with pytest.raises(ConfigError, match=r"'sampled' cannot mark .* tokenizer of clients\.models\.1 is not"):
         experiment.check(of_two_tokenizers(payload={"codec": "sampled"}))
     small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 16}
     source = {"kind": "scratch", "architecture": "bert", "tokenizer": TOKENIZER, "settings": small}

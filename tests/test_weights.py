@@ -5,22 +5,23 @@ import pytest
 import torch
 from answers_fixtures import combine, honest_answers, labels_of
 
-from feddistill.aggregation import Known, weigh
-from feddistill.attacks import LeastLikely, SecondBest, Sight
-from feddistill.rules import MeanProbs
+from feddistill.aggregation.answers import RoundContext
+from feddistill.aggregation.attacks import AttackContext, LeastLikely, SecondBest
+from feddistill.aggregation.client_weights import CAP, FLOOR, by_validation, mixture_weights, verified
+from feddistill.aggregation.rules import MeanProbs
+from feddistill.aggregation.teacher import weigh
 from feddistill.types import ClientDescription
-from feddistill.weights import CAP, FLOOR, by_validation, mixture_weights, verified
 
 
-def weights_of(kind, crew, answers):
-    known = Known(descriptions=tuple(crew))
+def weights_of(kind, group, answers):
+    known = RoundContext(descriptions=tuple(group))
     return weigh(kind, [lambda start, stop, a=a: a[start:stop] for a in answers], len(answers[0]), known)
 
 
 def test_class_counts_let_the_client_speak_that_knows_the_class():
     answers = [torch.tensor([[0.7, 0.2, 0.1]]).log(), torch.tensor([[0.1, 0.2, 0.7]]).log()]
-    crew = [ClientDescription("a", 10, (10.0, 0.0, 0.0)), ClientDescription("b", 30, (0.0, 30.0, 0.0))]
-    weights = weights_of("class_counts", crew, answers)
+    group = [ClientDescription("a", 10, (10.0, 0.0, 0.0)), ClientDescription("b", 30, (0.0, 30.0, 0.0))]
+    weights = weights_of("class_counts", group, answers)
     answer = combine(answers, MeanProbs(weights="class_counts"), weights).exp()
     expected = torch.tensor([[0.7, 0.2, 0.4]])  # the third class nobody has: both speak alike
     torch.testing.assert_close(answer, expected / expected.sum())
@@ -34,10 +35,10 @@ def test_a_class_whose_only_holder_is_gone_is_everybodys():
 
 
 def test_weights_by_size():
-    crew, answers = [ClientDescription("a", 10), ClientDescription("b", 30)], honest_answers(2)
-    assert weights_of("size", crew, answers).values.tolist() == [10.0, 30.0]
-    assert weights_of("size", crew, answers).mean_shares() == (0.25, 0.75)
-    assert weights_of("uniform", crew, answers) is None
+    group, answers = [ClientDescription("a", 10), ClientDescription("b", 30)], honest_answers(2)
+    assert weights_of("size", group, answers).values.tolist() == [10.0, 30.0]
+    assert weights_of("size", group, answers).mean_shares() == (0.25, 0.75)
+    assert weights_of("uniform", group, answers) is None
 
 
 def test_who_is_hardly_better_than_chance_has_no_weight():
@@ -49,9 +50,9 @@ def test_who_is_hardly_better_than_chance_has_no_weight():
 def test_confidence_weights_are_an_attack_vector():
     """What the documents warn of: whoever is sure owns the text."""
     honest = honest_answers()
-    lie = LeastLikely()(Sight(honest[0], honest))
+    lie = LeastLikely()(AttackContext(honest[0], honest))
     answers = [lie, *honest[1:]]
-    sure = weigh("confidence", [lambda start, stop, a=a: a[start:stop] for a in answers], 24, Known())
+    sure = weigh("confidence", [lambda start, stop, a=a: a[start:stop] for a in answers], 24, RoundContext())
     assert sure.mean_shares()[0] > 1.5 / 7
 
 
@@ -61,15 +62,15 @@ def test_verified_weights_silence_liars(attack):
     labels = torch.randint(11, (200,))
     truth = 3 * torch.nn.functional.one_hot(labels, 11)
     honest = [(truth + torch.randn(200, 11)).log_softmax(-1) for _ in range(10)]
-    lie = attack(Sight(honest[0], honest))
+    lie = attack(AttackContext(honest[0], honest))
     answers = [*[lie] * 4, *honest[4:]]
-    known = Known(labels=torch.where(torch.arange(200) < 100, labels, -1))
+    known = RoundContext(labels=torch.where(torch.arange(200) < 100, labels, -1))
     read = [lambda start, stop, a=a: a[start:stop] for a in answers]
     weights = weigh("verified", read, 200, known)
     assert max(weights.mean_shares()[:4]) == pytest.approx(FLOOR / 10, abs=1e-4)
     assert max(weights.mean_shares()) <= CAP / 10 + 1e-6
-    teacher = combine(answers, MeanProbs(weights="verified"), weights, known=known)
-    plain = combine(answers, MeanProbs(), known=known)
+    teacher = combine(answers, MeanProbs(weights="verified"), weights, context=known)
+    plain = combine(answers, MeanProbs(), context=known)
     right = [(t.argmax(-1) == labels)[100:].float().mean() for t in (teacher, plain)]
     assert right[0] > 0.9
     assert right[0] >= right[1]
@@ -120,9 +121,9 @@ def test_claims_have_to_be_shown():
     labels = torch.arange(60) % 3
     right = (4 * torch.nn.functional.one_hot(labels, 3)).float().log_softmax(-1)
     wrong = (4 * torch.nn.functional.one_hot((labels + 1) % 3, 3)).float().log_softmax(-1)
-    crew = tuple(ClientDescription(name, None, (20.0, 20.0, 20.0)) for name in "abcd")
+    group = tuple(ClientDescription(name, None, (20.0, 20.0, 20.0)) for name in "abcd")
     answers = [right, right, right, wrong]
-    known = Known(descriptions=crew, labels=labels)
+    known = RoundContext(descriptions=group, labels=labels)
     read = [lambda start, stop, a=a: a[start:stop] for a in answers]
     shares = weigh("verified_counts", read, 60, known).mean_shares()
     assert shares[3] == pytest.approx(FLOOR / 4, abs=1e-3)
@@ -131,5 +132,5 @@ def test_claims_have_to_be_shown():
 def test_labels_of_every_other_text_are_enough():
     answers = honest_answers()
     read = [lambda start, stop, a=a: a[start:stop] for a in answers]
-    shares = weigh("verified", read, 24, Known(labels=labels_of())).mean_shares()
+    shares = weigh("verified", read, 24, RoundContext(labels=labels_of())).mean_shares()
     assert sum(shares) == pytest.approx(1.0, abs=1e-5)

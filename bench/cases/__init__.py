@@ -1,13 +1,14 @@
-"""What is measured, by operator."""
+"""The cases that are measured, by operator."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
-from bench.cases.aggregation import aggregate_topk, coordinate_median, distance_rule, trimmed_mean
-from bench.cases.case import Case, Setup
-from bench.cases.compression import topk_compress
-from bench.cases.linear import linear_distillation_loss
-from bench.cases.losses import distillation_loss, softmax_divergence, topk_teacher
+from ..names import FAMILY
+from .aggregation import aggregate_topk, coordinate_median, distance_rule, trimmed_mean
+from .case import Case, Setup
+from .compression import topk_compress
+from .linear import linear_distillation_loss
+from .losses import distillation_loss, softmax_divergence, topk_teacher
 
 __all__ = ["FAMILY", "OPERATORS", "Case", "Setup", "chosen"]
 
@@ -24,23 +25,9 @@ OPERATORS: dict[str, tuple[Callable[[str], Iterator[Case]], ...]] = {
     "linear_distillation_loss": (linear_distillation_loss,),
 }
 
-FAMILY = {
-    "distillation_loss": "distillation",
-    "softmax_divergence": "distillation",
-    "topk_compress": "topk",
-    "coordinate_median": "order_statistics",
-    "trimmed_mean": "order_statistics",
-    "geometric_median": "distances",
-    "krum": "distances",
-    "nearest_neighbour_mixing": "distances",
-    "aggregate_topk": "aggregation",
-    "linear_distillation_loss": "linear_distillation",
-}
-"""The operator, as ``available_backends`` knows it, that stands behind a public name."""
-
 
 def chosen(ops: Sequence[str], device: str, only: str = "", quick: bool = False) -> list[Case]:
-    """Cases whose names hold a text, on a device; with ``quick`` the first and smallest of each operator."""
+    """Cases on a device whose names contain ``only``; with ``quick``, an operator's first and smallest."""
     found = []
     for op in ops:
         cases = [case for make in OPERATORS[op] for case in make(device) if only in case.name]

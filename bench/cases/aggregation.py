@@ -9,16 +9,17 @@ import torch
 from torch import Tensor
 
 import feddistill_kernels as fk
-from bench import baselines
-from bench.cases.case import DTYPES, FULL, HALF, Case, Setup, always, itemsize, more
-from bench.timing import Contender
 
-REFERENCE = 8192 * 128256  # of so many numbers, from 8 clients, what is written by hand sorts for seconds
+from .. import baselines
+from ..timing import Contender
+from .case import DTYPES, FULL, HALF, Case, Setup, always, itemsize, more
+
+REFERENCE = 8192 * 128256  # numbers per client: with 8 clients, a sort in plain PyTorch takes seconds
 _LONG = 1 << 22  # 17 MB a client in float32: five of them are more than a last-level cache holds
 
 
 def coordinate_median(device: str) -> Iterator[Case]:
-    """Each client is read, the result is written."""
+    """Counted bytes: every client is read, the result is written."""
     long = _LONG * more(device)
     if device == "cuda":
         yield _order_case("coordinate_median", HALF, 8, long, None, True, ("torch.median", "sort", "compile"))
@@ -34,7 +35,7 @@ def coordinate_median(device: str) -> Iterator[Case]:
 
 
 def trimmed_mean(device: str) -> Iterator[Case]:
-    """Each client is read, the result is written."""
+    """Counted bytes: every client is read, the result is written."""
     long = _LONG * more(device)
     if device == "cuda":
         yield _order_case("trimmed_mean", HALF, 8, long, 2, True)
@@ -97,13 +98,13 @@ def trimmed(
 
 
 def distance_rule(op: str, device: str) -> Iterator[Case]:
-    """Clients are read for their distances, and again for the result where rows do not stay in a cache."""
+    """Counted bytes: clients are read for the distances, and again for the result if rows leave the cache."""
     reads, writes = (1, 1) if op == "geometric_median" else (2, 8 if op == "nearest_neighbour_mixing" else 1)
     grid = list(product((FULL, HALF), ((1024 * more(device), 4096), (32 * more(device), 128256))))
     if device == "cuda":
         grid = [(HALF, (32 * more(device), 128256))]
         if op != "nearest_neighbour_mixing":
-            grid.insert(0, (HALF, (8192, 128256)))  # where what is written by hand takes more than there is
+            grid.insert(0, (HALF, (8192, 128256)))  # plain PyTorch runs out of memory here
     for dtype, (rows, width) in grid:
         counted = (reads * 8 + writes) * rows * width * itemsize(dtype)
         make = partial(distances, op, dtype, rows, width)
@@ -116,7 +117,7 @@ def distances(op: str, dtype: str, rows: int, width: int, setup: Setup) -> list[
     found = [Contender("ours", partial(getattr(fk, op), xs, *settings), value=_flat)]
     if "eager" in setup.compare:
         eager = partial(getattr(baselines, op), xs, *settings)
-        # Weiszfeld's iterations end where they may.
+        # Weiszfeld's iterations stop at different points.
         found.append(Contender("eager", eager, value=_flat, tolerance=1e-2))
     rules = {"krum": "Krum", "nearest_neighbour_mixing": "NNM"}
     return found + (_byzfl(setup, rules[op], xs, byzantine) if op in rules else [])
@@ -134,7 +135,7 @@ def _byzfl(setup: Setup, rule: str, xs: list[Tensor], setting: int | None = None
 
 
 def _clients(setup: Setup, dtype: str, count: int, *shape: int) -> list[Tensor]:
-    """Around one tensor, each with more noise than the one before; rows have mean 0."""
+    """One tensor plus noise that grows with the client's index; rows have mean 0."""
     generator = torch.Generator(setup.device).manual_seed(0)
     draw = partial(torch.randn, shape, generator=generator, device=setup.device)
     truth = draw()
@@ -147,8 +148,8 @@ def _clients(setup: Setup, dtype: str, count: int, *shape: int) -> list[Tensor]:
 
 
 def aggregate_topk(device: str) -> Iterator[Case]:
-    """Ids and log-probabilities of all clients are read, and as many are written at the most."""
-    count, rows, vocab, k = 10, 64 if device == "cpu" else 512, 128256, 64  # dense, they are gigabytes
+    """Counted bytes: ids and log-probabilities of all clients are read, at most as many are written."""
+    count, rows, vocab, k = 10, 64 if device == "cpu" else 512, 128256, 64  # gigabytes if dense
     for rule in ("median", "mean_probs"):
         shape, counted = {"C": count, "N": rows, "V": vocab, "K": k}, 2 * count * rows * k * 8
         make = partial(answers, rule, count, rows, vocab, k)

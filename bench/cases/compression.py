@@ -6,8 +6,10 @@ from functools import partial
 from torch import Tensor
 
 import feddistill_kernels as fk
-from bench import baselines
-from bench.cases.case import (
+
+from .. import baselines
+from ..timing import Contender
+from .case import (
     FULL,
     HALF,
     SMALL,
@@ -21,11 +23,10 @@ from bench.cases.case import (
     logits,
     written_by_hand,
 )
-from bench.timing import Contender
 
 
 def topk_compress(device: str) -> Iterator[Case]:
-    """The logits are read; what is written is not worth counting."""
+    """Counted bytes: the logits are read; the output is negligible."""
     headlines = headline_shapes(device)
     if device == "cuda":
         grid = [(HALF, shape, 64) for shape in (*headlines, *SMALL[2:])]

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 import feddistill_kernels as fk
-from bench import baselines
-from bench.cases.case import (
+
+from .. import baselines
+from ..timing import Contender
+from .case import (
     DTYPES,
     FULL,
     HALF,
@@ -23,11 +25,13 @@ from bench.cases.case import (
     with_gradient,
     written_by_hand,
 )
-from bench.timing import Contender
 
 
 def linear_distillation_loss(device: str) -> Iterator[Case]:
-    """Hidden states, weights and the teacher are read, two gradients are written; three products or four."""
+    """Counted bytes: hidden states, weights and teacher are read, two gradients written.
+
+    The limit is the time of the matrix products: three, or four with a teacher head.
+    """
     dtype, rows, width, vocab = FULL, 2048, 768, 50257
     teachers: tuple[str, ...] = ("logits", "TopK", "labels")
     if device == "cuda":
@@ -85,7 +89,7 @@ def linear(
     eager = partial(baselines.linear_loss, teacher=teacher, temperature=TEMPERATURE, labels=labels)
     if dtype == FULL:
         found += written_by_hand(setup, FULL, eager, (hidden, weight), with_gradient, list)
-    else:  # the products in the inputs' dtype, the loss in float32
+    else:  # products in the inputs' dtype, the loss in float32
         if "eager" in setup.compare:
             found.append(Contender("eager", with_gradient(eager), pair, list))
         if compiler and "compile" in setup.compare:

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 import feddistill_kernels as fk
-from bench import baselines
-from bench.cases.case import (
+
+from .. import baselines
+from ..timing import Contender
+from .case import (
     FULL,
     HALF,
     ROUGH,
@@ -28,15 +30,14 @@ from bench.cases.case import (
     with_gradient,
     written_by_hand,
 )
-from bench.timing import Contender
 
 
 def distillation_loss(device: str) -> Iterator[Case]:
-    """Forward and backward: s and t are read, the gradient is written."""
+    """Forward and backward; counted bytes: student and teacher logits are read, the gradient is written."""
     headlines = headline_shapes(device)
     tall, small, shapes = headlines[1], SMALL[2], (*headlines, *large_shapes(device), *SMALL)
     others = ("reverse_kl", "jsd", "forward_kl and labels", "forward_kl in place")
-    if device == "cuda":  # minutes, not tens: the reference shape in bfloat16, and small ones
+    if device == "cuda":  # fewer, to take minutes: the reference shape in bfloat16, and small ones
         grid = [("forward_kl", HALF, shape) for shape in (*headlines, (256, 32000), *SMALL)]
         grid += [("forward_kl", FULL, tall), *((variant, HALF, tall) for variant in others)]
     else:
@@ -54,7 +55,7 @@ def distillation_loss(device: str) -> Iterator[Case]:
 
 
 def topk_teacher(device: str) -> Iterator[Case]:
-    """Forward and backward against compressed answers: s is read, the gradient is written."""
+    """Forward and backward, teacher as TopK; counted bytes: student logits read, gradient written."""
     dtypes = (HALF,) if device == "cuda" else (FULL, HALF)
     for dtype, (rows, vocab) in product(dtypes, (*headline_shapes(device), SMALL[2], SMALL[4])):
         headline = (rows, vocab) == headline_shapes(device)[1]
@@ -64,7 +65,7 @@ def topk_teacher(device: str) -> Iterator[Case]:
 
 
 def softmax_divergence(device: str) -> Iterator[Case]:
-    """Forward alone: s and t are read."""
+    """Forward only; counted bytes: student and teacher logits are read."""
     dtypes = (HALF,) if device == "cuda" else (FULL, HALF)
     for dtype, (rows, vocab) in product(dtypes, (*headline_shapes(device), SMALL[2])):
         make = partial(divergence, dtype, rows, vocab)
@@ -89,11 +90,11 @@ def loss(variant: str, dtype: str, rows: int, vocab: int, compiler: bool, setup:
 
     fresh = (lambda: (student.clone(),)) if inplace else always(student)
     found = [Contender("ours", with_gradient(ours), fresh, list)]
-    narrow = kind != "jsd"  # in bfloat16 throughout, off by a quarter at V = 128256: not the same loss
+    narrow = kind != "jsd"  # all in bfloat16 it is off by a quarter at V = 128256: not the same loss
     found += written_by_hand(setup, dtype, eager, (student, teacher), with_gradient, list, compiler, narrow)
     peer = None if labelled else setup.peer("liger", lambda: baselines.liger(kind, TEMPERATURE, setup.device))
     if peer:
-        # As it is used: given log-probabilities in the inputs' dtype, but for JSD, which has no digits there.
+        # As in practice: log-probabilities in the inputs' dtype; float32 for JSD, which needs the digits.
         run = in_float32(peer) if kind == "jsd" and dtype != FULL else peer
         found.append(
             Contender("liger", with_gradient(run), always(student, teacher), list, tolerance=ROUGH.get(dtype))
@@ -107,7 +108,7 @@ def topk_loss(dtype: str, rows: int, vocab: int, k: int, compiler: bool, setup: 
     ours = with_gradient(partial(fk.distillation_loss, teacher=teacher, temperature=TEMPERATURE))
     found = [Contender("ours", ours, always(student), list)]
     eager = partial(baselines.topk_loss, teacher=teacher, temperature=TEMPERATURE)
-    # In bfloat16 throughout, off by a third at V = 128256: not the same loss.
+    # All in bfloat16 it is off by a third at V = 128256: not the same loss.
     found += written_by_hand(setup, dtype, eager, (student,), with_gradient, list, compiler, narrow=False)
     if "eager" in setup.compare:
         quick = partial(baselines.topk_loss_shortcut, teacher=teacher, temperature=TEMPERATURE)

@@ -1,5 +1,7 @@
 // Shares rows among threads.
 #include <memory>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "distillation_isa.h"
@@ -16,6 +18,9 @@ std::int64_t distillation_scratch(const Distillation& task) {
 }
 
 Refusal distillation_cpu(const Distillation& task, int threads, int set) {
+    if (!is_known(task.kind))
+        throw std::invalid_argument("distillation_cpu: no kind of divergence has number " +
+                                    std::to_string(static_cast<int>(task.kind)));
     constexpr std::int64_t kOperations = 4;  // an element's, in those of kWorthAThread
     threads = worth(task.rows * task.vocab * kOperations, threads);
     const std::int64_t scratch_size = distillation_scratch(task);

@@ -1,5 +1,7 @@
 #include "distillation_isa.h"
 
+#include <cstdlib>
+
 #include "kinds.h"
 #include "rows.h"
 
@@ -179,14 +181,12 @@ void hard_row(const Frame& frame, const Element<kDType>* s, std::int64_t n, Elem
 template <bool kCareful, class Run>
 double for_kind(Kind kind, const Run& run) {
     switch (kind) {
-        case Kind::forward_kl: return run.template operator()<ForwardKl, kCareful>();
-        case Kind::reverse_kl: return run.template operator()<ReverseKl, kCareful>();
-        case Kind::jsd: return run.template operator()<Jsd, kCareful>();
-        case Kind::tvd: return run.template operator()<Tvd, kCareful>();
-        case Kind::skew_forward_kl: return run.template operator()<SkewForwardKl, kCareful>();
-        case Kind::skew_reverse_kl: return run.template operator()<SkewReverseKl, kCareful>();
+#define FEDDISTILL_KIND(name) \
+    case Kind::name: return run.template operator()<Functions<Kind::name>, kCareful>();
+        FEDDISTILL_KINDS(FEDDISTILL_KIND)
+#undef FEDDISTILL_KIND
     }
-    return kNaN;
+    std::abort();  // distillation_cpu has checked the kind
 }
 
 // ---- One row

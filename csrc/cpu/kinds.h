@@ -1,5 +1,5 @@
 // A kind of divergence is two scalar functions, phi and psi, of p, q and d = log(q / p); see
-// feddistill_kernels/distillation/_kinds.py.  For files named *_isa.cpp.
+// feddistill_kernels/_kinds.py.  For files named *_isa.cpp.
 // kCareful: some log-probability of the row may be -inf, and d with it.
 #pragma once
 #include "../distillation.h"
@@ -56,7 +56,12 @@ FEDDISTILL_INLINE Mixture over_mixture(Floats d, float beta) {
 
 FEDDISTILL_INLINE Floats expm1(Floats x) { return x > 0.0f ? exp(x) - 1.0f : expm1_negative(x); }
 
-struct ForwardKl {
+// One specialisation for each kind of the table in distillation.h.
+template <Kind kKind>
+struct Functions;
+
+template <>
+struct Functions<Kind::forward_kl> {
     static constexpr bool kBalanced = true;  // psi adds to 0
     template <bool kCareful>
     FEDDISTILL_INLINE static Slope at(Floats p, Floats q, Floats d, float) {
@@ -64,7 +69,8 @@ struct ForwardKl {
     }
 };
 
-struct ReverseKl {
+template <>
+struct Functions<Kind::reverse_kl> {
     static constexpr bool kBalanced = false;
     template <bool kCareful>
     FEDDISTILL_INLINE static Slope at(Floats p, Floats q, Floats d, float) {
@@ -72,7 +78,8 @@ struct ReverseKl {
     }
 };
 
-struct Jsd {
+template <>
+struct Functions<Kind::jsd> {
     static constexpr bool kBalanced = false;
     template <bool kCareful>
     FEDDISTILL_INLINE static Slope at(Floats p, Floats q, Floats d, float beta) {
@@ -84,7 +91,8 @@ struct Jsd {
     }
 };
 
-struct Tvd {
+template <>
+struct Functions<Kind::tvd> {
     static constexpr bool kBalanced = false;
     template <bool kCareful>
     FEDDISTILL_INLINE static Slope at(Floats p, Floats q, Floats d, float) {
@@ -96,7 +104,8 @@ struct Tvd {
     }
 };
 
-struct SkewForwardKl {
+template <>
+struct Functions<Kind::skew_forward_kl> {
     static constexpr bool kBalanced = false;
     template <bool kCareful>
     FEDDISTILL_INLINE static Slope at(Floats p, Floats q, Floats d, float) {
@@ -106,7 +115,8 @@ struct SkewForwardKl {
     }
 };
 
-struct SkewReverseKl {
+template <>
+struct Functions<Kind::skew_reverse_kl> {
     static constexpr bool kBalanced = false;
     template <bool kCareful>
     FEDDISTILL_INLINE static Slope at(Floats p, Floats q, Floats d, float) {

@@ -35,8 +35,8 @@ struct Block {
     std::int64_t room = 0;
 };
 
-// The blocks that were given back last.  Whoever finds it in use goes to the system: nobody waits, and the child of
-// a fork is not stuck.
+// The blocks that were freed last.  A thread that finds the lock taken allocates from the system instead of waiting,
+// and so the child of a fork cannot deadlock.
 struct Kept {
     std::mutex mutex;
     std::array<Block, 2> blocks;
@@ -47,7 +47,7 @@ Kept& kept() {
     return *all;
 }
 
-// Of `room` bytes or at most a quarter more, or nothing.
+// A kept block of `room` bytes or at most a quarter more, or an empty one.
 Block take(std::int64_t room) {
     const std::unique_lock lock(kept().mutex, std::try_to_lock);
     if (!lock) return {};

@@ -8,9 +8,9 @@ namespace feddistill {
 // loss takes to fill them.
 void fresh(void* p, std::int64_t bytes);
 
-// Memory that is likely to be there already.  Given back, a block is kept for the next that asks for about as much, and
-// the system told that it may take the pages whenever it wants: a step of training after another writes its gradient
-// where the last one's was, and no page is faulted in.
+// Memory that is likely to be mapped already.  A freed block is kept for the next request of about its size, and the
+// system may reclaim its pages at any time: each training step writes its gradient where the last one's was, and no
+// page is faulted in.
 class Pages {
 public:
     // Whether the system can do that.

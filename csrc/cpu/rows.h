@@ -214,7 +214,7 @@ Normaliser normalise_row(const Element<kDType>* z, std::int64_t n, float factor)
     return normalise<kDType, kFinite>(n, factor, [z](std::int64_t j, std::int64_t) { return z + j; });
 }
 
-// Of all but the ids, ascending, as a sum of what is in it: 1 - theirs would have no digits where it is small.
+// The normaliser of all columns but the ascending ids, summed term by term: 1 - theirs has no digits if it is small.
 template <DType kDType>
 Normaliser normalise_others(const Element<kDType>* z, std::int64_t n, float factor, const std::int32_t* ids,
                             std::int64_t count, float* block) {

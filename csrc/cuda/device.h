@@ -186,7 +186,7 @@ __device__ inline T warp_sum(T x) {
     for (int mask = kWarp / 2; mask > 0; mask /= 2) x += warp_xor(x, mask);
     return x;
 }
-// Of numbers; NaN may get lost.
+// The maximum of numbers; NaN may get lost.
 template <typename T>
 __device__ inline T warp_max(T x) {
 #pragma unroll
@@ -197,7 +197,7 @@ __device__ inline T warp_max(T x) {
     return x;
 }
 
-// Of all threads of the block, whose count is a multiple of a warp's; every thread gets it.
+// Combines a value of each thread of the block, whose size is a multiple of a warp; every thread gets the result.
 template <typename T, typename Combine>
 __device__ inline T block_reduced(T x, Combine combine) {
     const int warps = static_cast<int>(blockDim.x) / kWarp;

@@ -32,7 +32,7 @@ struct Cut {
     std::int64_t pieces;
 };
 
-// Of a piece: products [C][C], then the rows' sums [C].
+// Numbers that a piece has: products [C][C], then the rows' sums [C].
 constexpr int numbers(int count) { return count * count + count; }
 
 template <int kWires>
@@ -66,7 +66,7 @@ __device__ void store_columns(Storage<kDType>* to, Columns<kWires> pack, std::in
             to[e] = storage_of_bits<kDType>(pack.word[e / kPerWord<kDType>] >> e % kPerWord<kDType> * 16);
 }
 
-// Of a row, of all clients.
+// Whether a row of every client begins at a whole vector.
 template <DType kDType, int kWires>
 __device__ bool is_aligned(const Given& given, std::int64_t row) {
     std::uintptr_t addresses = 0;
@@ -96,7 +96,7 @@ struct Middle {
         (step<I>(x), ...);
     }
 
-    // Of the first `count`.
+    // The middle of the first `count` values.
     __device__ static float of(const float (&values)[kWires], int count) {
         float x[kWires];
 #pragma unroll
@@ -360,7 +360,7 @@ class Geometry {
         return weight;
     }
 
-    // Of the Gram matrix and a vector.
+    // The thread's entry of the product of the Gram matrix and a vector.
     __device__ double times(double x) const {
         double sum = 0;
         for (int j = 0; j < count_; ++j) sum += g(mine(), j) * warp_broadcast(x, j);

@@ -131,7 +131,7 @@ class Row {
             plain = has_choice() && value >= kPlain && value < kInfinity;
         }
         if (kMode == Mode::forward && !plain && task_.gradient) {
-            // The last sweep, whose sum nobody waits for but the loss.
+            // The last sweep: only the loss needs its sum.
             value = slopes<Exact, true>(weight, 0, 0);
             own_sum(value);
         } else {
@@ -305,7 +305,7 @@ class Row {
         combine(mine, s.seen(), t.seen());
     }
 
-    // Of the threads, then of the blocks.
+    // Combines the statistics of the threads, then of the blocks.
     __device__ void combine(Statistics& mine, float s_seen, float t_seen) {
         float* const parts = block_scratch<float>();
         const int warp = static_cast<int>(threadIdx.x) / kWarp;
@@ -442,7 +442,7 @@ class Row {
         value = id_is_wrong_ ? kNaN : totals[0];
         psi = id_is_wrong_ ? kNaN : totals[1];
         if constexpr (!kDense) {
-            // Of an entry of the tail: dz = psi_tail r - p sum(psi) where r = p s_sum / rest
+            // An entry of the tail has dz = psi_tail r - p sum(psi) with r = p s_sum / rest
             const Statistics& x = row_statistics_;
             tail_slope = (x.rest == 0 ? 0 : totals[2] * (x.s_sum / x.rest)) - psi;
         }
@@ -564,7 +564,7 @@ class Row {
             if (task_.kd == 0) value = 0;
             task_.loss[row_] = weight * (task_.kd * value + task_.ce * cost);
         }
-        cluster_wait();  // until nobody reads this block's memory
+        cluster_wait();  // until no block reads this block's memory
     }
 
     const Task& task_;
@@ -602,7 +602,7 @@ void launch_rows(Task task, std::int64_t rows, void* stream) {
     };
     const int most = on.capability >= 90 ? 8 : 1, limit = on.shared_bytes - kScratchBytes;
     int cluster = 1;
-    // Of a multiprocessor's memory each block also has the scratch, and a kilobyte that is CUDA's.
+    // In a multiprocessor's memory each block also takes the scratch, and a kilobyte that CUDA reserves.
     const int share = (on.shared_bytes + 1024) / kBlocks - 1024 - kScratchBytes;
     while (cluster < most && bytes(cluster, true).first > share) cluster *= 2;
     while (cluster < most && rows * cluster * 2 <= on.processors && task.vocab / cluster >= 2 * kBig) cluster *= 2;
@@ -654,6 +654,9 @@ void launch_scale(const void* gradient, std::int64_t n, const float* factor, voi
 }  // namespace
 
 void distillation_cuda(const Distillation& task, void* stream) {
+    if (!is_known(task.kind))
+        throw std::invalid_argument("distillation_cuda: no kind of divergence has number " +
+                                    std::to_string(static_cast<int>(task.kind)));
     if (task.rows == 0) return;
     Kind kind = task.kind;
     if (kind == Kind::jsd && (task.beta == 0 || task.beta == 1))

@@ -1,5 +1,5 @@
 // A kind of divergence is two scalar functions, phi and psi, of p, q and d = log(q / p), which is 0 where both are:
-// see feddistill_kernels/distillation/_kinds.py, and csrc/cpu/kinds.h, which has the same polynomials.
+// see feddistill_kernels/_kinds.py, and csrc/cpu/kinds.h, which has the same polynomials.
 #pragma once
 #include "../distillation.h"
 #include "device.h"
@@ -143,16 +143,14 @@ struct Plain {
     __device__ static float over(float m) { return reciprocal(fmaxf(m, kTiny)); }
 };
 
-// Calls `use` with the functions of a kind that is known only when the kernel runs.
+// Calls `use` with the functions of a kind that is known only when the kernel runs; distillation_cuda has checked it.
 template <template <Kind> typename Functions, typename Use>
 __device__ inline void with_kind(Kind kind, Use use) {
     switch (kind) {
-        case Kind::forward_kl: return use(Functions<Kind::forward_kl>{});
-        case Kind::reverse_kl: return use(Functions<Kind::reverse_kl>{});
-        case Kind::jsd: return use(Functions<Kind::jsd>{});
-        case Kind::tvd: return use(Functions<Kind::tvd>{});
-        case Kind::skew_forward_kl: return use(Functions<Kind::skew_forward_kl>{});
-        case Kind::skew_reverse_kl: return use(Functions<Kind::skew_reverse_kl>{});
+#define FEDDISTILL_KIND(name) \
+    case Kind::name: return use(Functions<Kind::name>{});
+        FEDDISTILL_KINDS(FEDDISTILL_KIND)
+#undef FEDDISTILL_KIND
     }
 }
 

@@ -72,7 +72,7 @@ __device__ inline float reciprocal(float x) {
     return y;
 }
 
-// Of one float, or of two halves; NaN where either is.
+// Minimum and maximum of one float, or of two halves; NaN if either is.
 #define FEDDISTILL_EXTREME(name, instruction)                                            \
     __device__ inline unsigned name(unsigned a, unsigned b) {                            \
         unsigned y;                                                                      \
@@ -100,7 +100,7 @@ __device__ T* dynamic_shared() {
     extern __shared__ __align__(16) unsigned char bytes[];
     return reinterpret_cast<T*>(bytes);
 }
-// Of the block, for reductions; kScratchBytes of it.
+// The block's memory for reductions, kScratchBytes.
 constexpr int kScratchBytes = 1024;
 template <typename T>
 __device__ T* block_scratch() {
@@ -171,7 +171,7 @@ inline Machine machine() {
     return found;
 }
 
-// `grid` blocks in clusters of `cluster`, on `stream`; a cluster is asked for only where there is more than one.
+// `grid` blocks in clusters of `cluster`, on `stream`; a cluster attribute is set only if it has more than one.
 template <typename... P, typename... A>
 void launch_clusters(void (*kernel)(P...), int grid, int threads, int cluster, std::size_t shared, void* stream,
                      const A&... arguments) {

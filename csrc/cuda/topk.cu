@@ -41,7 +41,7 @@ class Row {
   public:
     static constexpr int kEach = kLanes<kDType>;         // logits to a pack
     static constexpr int kStep = kThreads * kPacks;                      // packs looked at together
-    // Of a float's bits those that a logit of this type may have.
+    // The bits of a float that a logit of this type can have set.
     static constexpr int kKeyBits = kDType == DType::f32 ? 32 : kDType == DType::f16 ? 19 : 16;
     static constexpr int kBlocks = kDType == DType::f32 ? 2 : 3;  // to an SM: so many registers are left to each
 
@@ -61,7 +61,7 @@ class Row {
   private:
     __device__ static int thread() { return static_cast<int>(threadIdx.x); }
 
-    // Of equal logits the lower id makes the larger word.  -0 is 0.
+    // Among equal logits the lower id makes the larger word.  -0 is 0.
     __device__ Word word_of(float x, int id) const {
         const unsigned bits = bits_of(x + 0.0f);
         const unsigned key = (bits ^ (bits >> 31 ? ~0u : 1u << 31)) >> (32 - kKeyBits);

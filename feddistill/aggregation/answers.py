@@ -1,4 +1,4 @@
-"""What clients answered, a few rows at a time: dense, as bytes, or compressed."""
+"""The clients' answers, a few rows at a time: dense, as byte codes, or compressed."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -7,55 +7,55 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from feddistill.rules.block import Block, dense, sparse
-from feddistill.rules.rule import Memory
+from feddistill.aggregation.client_weights import class_counts
+from feddistill.aggregation.rules.block import Block, dense, sparse
+from feddistill.aggregation.rules.rule import Memory
 from feddistill.types import ClientDescription
-from feddistill.weights import class_counts
 from feddistill_kernels import TopK
 
 CHUNK = 1 << 20
-"""Numbers worked on at once: what bounds the memory, whatever ``N`` is."""
+"""Numbers processed at once: it bounds the memory, whatever ``N`` is."""
 
 STEPS_PER_NAT = 12
-"""Of an answer in bytes: ``log p = -code / 12``."""
+"""A byte code means ``log p = -code / 12``."""
 
-Answerer = Callable[[int, int], Tensor | TopK]
-"""``(start, stop)`` to that client's answers to these rows: log-probabilities ``[n, V]``, their bytes
-(uint8), or ``TopK``."""
+AnswerReader = Callable[[int, int], Tensor | TopK]
+"""Reads a client's answers to the rows from ``start`` to ``stop``: log-probabilities ``[n, V]``, their byte
+codes (uint8), or ``TopK``."""
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
-    """What the server knows besides the answers."""
+class RoundContext:
+    """The inputs of an aggregation besides the answers."""
 
     names: tuple[str, ...] = ()
-    """Of the clients, in the order of their answers."""
+    """Names of the clients, in the order of their answers."""
     descriptions: tuple[ClientDescription, ...] = ()
-    """What each says of itself, in that order."""
+    """Their descriptions, in that order."""
     labels: Tensor | None = None
-    """``[N]`` true ids (labels, next tokens); negative where not known."""
+    """``[N]`` true ids (labels, next tokens); negative if unknown."""
     domains: Tensor | None = None
-    """``[N]`` small integers: where each row is from."""
-    student: Answerer | None = None
-    """What the student said before this round."""
+    """``[N]`` small integers: the domain of each row."""
+    student: AnswerReader | None = None
+    """The answers of the student before this round."""
     memory: Memory = field(default_factory=dict)
-    """What the rule remembers of former rounds."""
+    """What the rule keeps from earlier rounds."""
 
 
 @dataclass(frozen=True, slots=True)
-class Reader:
-    """``N`` rows of ``C`` clients."""
+class AnswerSet:
+    """The answers of ``C`` clients to ``N`` rows."""
 
-    clients: Sequence[Answerer]
+    clients: Sequence[AnswerReader]
     positions: int
-    known: Known = Known()
+    context: RoundContext = RoundContext()
     expand: bool = False
-    """Whether compressed answers are opened: where weights or priors differ by class."""
+    """True if compressed answers are expanded, because weights or priors differ by class."""
     mixing: Tensor | None = None
-    """``[C, C]`` shares of nearest-neighbour mixing."""
+    """``[C, C]`` shares of nearest-neighbour mixing, if any."""
 
     def shape(self) -> tuple[bool, int, int, int]:
-        """Whether answers are compressed, entries of the longest, ``V``, and columns of a block at most."""
+        """Whether answers are compressed, entries of the longest, ``V``, and the most columns of a block."""
         first = [client(0, 1) for client in self.clients]
         compressed = [isinstance(answer, TopK) for answer in first]
         if any(compressed) and not all(compressed):
@@ -69,76 +69,80 @@ class Reader:
         return all(compressed), max(kept), size, min(sum(kept), size) + 1 if union else size
 
     def parts(self, numbers: int) -> Iterator[tuple[int, int]]:
-        """``(start, stop)`` of chunks in which a client's row takes ``numbers`` numbers."""
+        """``(start, stop)`` of chunks, for rows that take ``numbers`` numbers per client."""
         step = max(1, CHUNK // (numbers * len(self.clients)))
         for start in range(0, self.positions, step):
             yield start, min(start + step, self.positions)
 
     def sample(self, rows: int) -> list[tuple[int, int]]:
-        """``(start, stop)`` of up to eight runs of rows, evenly spread, ``rows`` together at the most."""
+        """``(start, stop)`` of up to eight evenly spread runs of rows, at most ``rows`` in all."""
         room = max(1, CHUNK // (self.shape()[3] * len(self.clients)))
         run = min(self.positions, max(1, rows // 8), room)
         starts = sorted({i * (self.positions - run) // 7 for i in range(8)})
         return [(start, start + run) for start in starts]
 
     def blocks(self) -> Iterator[Block]:
-        """All rows that every client answers: who looks at whole payloads compares them on these."""
+        """All rows that every client answered: rules that need whole payloads compare them on these."""
         for start, stop in self.parts(self.shape()[3]):
             yield from self.common(start, stop)
 
     def common(self, start: int, stop: int) -> Iterator[Block]:
-        """Of some rows, those that every client answers, if there are any."""
-        for who, _, group in self.groups(start, stop):
-            if len(who) == len(self.clients):
+        """The rows from ``start`` to ``stop`` that every client answered, if any."""
+        for clients, _, group in self.groups(start, stop):
+            if len(clients) == len(self.clients):
                 yield group.block(0, group.positions)
 
-    def groups(self, start: int, stop: int) -> Iterator[tuple[list[int], Tensor, "Reader"]]:
-        """Some rows by who answers them: the clients' numbers, the rows' (from ``start`` on), and a reader of
-        these rows of these clients. Rows that nobody answers are in none of them."""
-        answers = [self.read(client, start, stop) for client in self.clients]
-        said = torch.stack([answered(answer) for answer in answers])  # [C, n]
-        kinds, which = said.unique(dim=1, return_inverse=True)
-        for number, kind in enumerate(kinds.T.flip(0)):  # first those that most have answered
-            who = kind.nonzero()[:, 0].tolist()
-            rows = (which == kinds.shape[1] - 1 - number).nonzero()[:, 0]
-            if who:
-                yield who, rows, self._of(who, rows, answers, start, stop)
+    def groups(self, start: int, stop: int) -> Iterator[tuple[list[int], Tensor, "AnswerSet"]]:
+        """Some rows, grouped by the clients that answered them.
 
-    def _of(
-        self, who: list[int], rows: Tensor, answers: list[Tensor | TopK], start: int, stop: int
-    ) -> "Reader":
-        chosen = [answers[client][rows] for client in who]
-        known, mixing = self.known, self.mixing
-        labels = None if known.labels is None else known.labels[start:stop][rows]
+        Yields:
+            Indices of the clients, indices of the rows (counted from ``start``), and the answers of these
+            clients to these rows. Rows without any answer are in no group.
+        """
+        answers = [self.read(client, start, stop) for client in self.clients]
+        has_answer = torch.stack([answered(answer) for answer in answers])  # [C, n]
+        patterns, which = has_answer.unique(dim=1, return_inverse=True)
+        for number, pattern in enumerate(patterns.T.flip(0)):  # the most complete first
+            clients = pattern.nonzero()[:, 0].tolist()
+            rows = (which == patterns.shape[1] - 1 - number).nonzero()[:, 0]
+            if clients:
+                yield clients, rows, self._subset(clients, rows, answers, start, stop)
+
+    def _subset(
+        self, clients: list[int], rows: Tensor, answers: list[Tensor | TopK], start: int, stop: int
+    ) -> "AnswerSet":
+        chosen = [answers[client][rows] for client in clients]
+        context, mixing = self.context, self.mixing
+        labels = None if context.labels is None else context.labels[start:stop][rows]
         student = None
-        if known.student is not None:
-            student = _held(self.read(known.student, start, stop)[rows])
-        descriptions = tuple(known.descriptions[client] for client in who) if known.descriptions else ()
+        if context.student is not None:
+            student = _in_memory(self.read(context.student, start, stop)[rows])
+        descriptions = tuple(context.descriptions[client] for client in clients if context.descriptions)
         if mixing is not None:
-            mixing = mixing[who][:, who]
+            mixing = mixing[clients][:, clients]
             mixing = mixing / mixing.sum(1, keepdim=True)
-        changed = replace(known, labels=labels, student=student, descriptions=descriptions)
-        return Reader([_held(answer) for answer in chosen], len(rows), changed, mixing=mixing)
+        context = replace(context, labels=labels, student=student, descriptions=descriptions)
+        return AnswerSet([_in_memory(answer) for answer in chosen], len(rows), context, mixing=mixing)
 
     def block(self, start: int, stop: int) -> Block:
-        """Some rows, mixed if that is asked for."""
+        """Some rows, with nearest-neighbour mixing if it is set."""
         answers = [self.read(client, start, stop) for client in self.clients]
-        known = self.known
-        student = self.read(known.student, start, stop) if known.student is not None else None
+        context = self.context
+        student = self.read(context.student, start, stop) if context.student is not None else None
         if isinstance(answers[0], TopK):
             assert student is None or isinstance(student, TopK), "the student answers as clients do"
             block = sparse([a for a in answers if isinstance(a, TopK)], student)
         else:
             assert not isinstance(student, TopK), "the student answers as clients do"
             block = replace(dense([a for a in answers if isinstance(a, Tensor)]), student=student)
-        if known.labels is not None:
-            block = replace(block, labels=known.labels[start:stop])
-        if block.ids is None and known.descriptions and known.descriptions[0].class_counts is not None:
-            counts = class_counts(known.descriptions, block.x.shape[-1]) + 1.0
+        if context.labels is not None:
+            block = replace(block, labels=context.labels[start:stop])
+        if block.ids is None and context.descriptions and context.descriptions[0].class_counts is not None:
+            counts = class_counts(context.descriptions, block.x.shape[-1]) + 1.0
             block = replace(block, priors=counts / counts.sum(1, keepdim=True))
         return block if self.mixing is None else block.mixed(self.mixing)
 
-    def read(self, client: Answerer, start: int, stop: int) -> Tensor | TopK:
+    def read(self, client: AnswerReader, start: int, stop: int) -> Tensor | TopK:
         """One client's log-probabilities or compressed answers."""
         answer = client(start, stop)
         if isinstance(answer, TopK):
@@ -146,48 +150,48 @@ class Reader:
         return decoded(answer) if answer.dtype == torch.uint8 else answer
 
 
-def _held(answer: Tensor | TopK) -> Answerer:
+def _in_memory(answer: Tensor | TopK) -> AnswerReader:
     return lambda start, stop: answer[start:stop]
 
 
 def answered(answer: Tensor | TopK) -> Tensor:
-    """``[n]``, which rows a client has an opinion on; see ``silent``."""
+    """``[n]``: True for rows that a client answered; see ``abstentions`` for the others."""
     if isinstance(answer, TopK):
         return (answer.log_probs > -math.inf).any(-1)
     return torch.ones(len(answer), dtype=torch.bool)
 
 
-def silent(rows: int, kept: int, vocab_size: int) -> TopK:
-    """Rows without an opinion: all mass is the tail's. No model can say that, as something is likeliest."""
+def abstentions(rows: int, kept: int, vocab_size: int) -> TopK:
+    """Rows that mean "abstained": all mass is in the tail, which no model's top-k answer can have."""
     ids = torch.arange(kept, dtype=torch.int32).repeat(rows, 1)
     return TopK(ids, torch.full((rows, kept), -math.inf), torch.zeros(rows), vocab_size)
 
 
 def decoded(codes: Tensor) -> Tensor:
-    """Bytes as log-probabilities, renormalised in float64."""
+    """Log-probabilities of byte codes, renormalised in float64."""
     return (codes.double() / -STEPS_PER_NAT).log_softmax(-1).float()
 
 
 def first_choice(answer: Tensor | TopK) -> Tensor:
-    """``[n]``, the likeliest id; of equally likely ones the first that stands there."""
+    """``[n]``, the likeliest id; the first of equally likely ones."""
     if isinstance(answer, TopK):
-        at = answer.log_probs.argmax(-1, keepdim=True)
-        return answer.ids.gather(1, at)[:, 0].long()
+        likeliest = answer.log_probs.argmax(-1, keepdim=True)
+        return answer.ids.gather(1, likeliest)[:, 0].long()
     choice: Tensor = answer.argmax(-1)
     return choice
 
 
-def at_labels(answer: Tensor | TopK, labels: Tensor) -> Tensor:
+def label_log_probs(answer: Tensor | TopK, labels: Tensor) -> Tensor:
     """``[n]`` log-probabilities of ``labels [n]``."""
     if not isinstance(answer, TopK):
         return answer.gather(1, labels[:, None])[:, 0]
-    found = answer.ids == labels[:, None]
-    kept = torch.where(found, answer.log_probs, -math.inf).amax(-1)
-    return torch.where(found.any(-1), kept, answer.missing_log_prob())
+    is_label = answer.ids == labels[:, None]
+    kept = torch.where(is_label, answer.log_probs, -math.inf).amax(-1)
+    return torch.where(is_label.any(-1), kept, answer.missing_log_prob())
 
 
 def entropy(answer: Tensor | TopK) -> Tensor:
-    """``[n]``, nats."""
+    """``[n]``, the entropy of each row in nats."""
     kept = answer.log_probs if isinstance(answer, TopK) else answer
     nats: Tensor = torch.special.entr(kept.exp()).sum(-1)
     if isinstance(answer, TopK):

@@ -1,4 +1,4 @@
-"""Clients with another tokenizer than the student's: their answers, said in the student's tokens."""
+"""Projection of predictions over a client's tokens to the tokens of the student's tokenizer."""
 
 from feddistill.alignment.baselines import mined_map, mined_project, uld_loss
 from feddistill.alignment.projection import THRESHOLD, project

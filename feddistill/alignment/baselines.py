@@ -1,4 +1,4 @@
-"""What others do about different tokenizers, to compare with: MinED and ULD."""
+"""Alignment methods of others, for comparison: MinED (FuseLLM, FedMKT) and ULD."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 
-from feddistill.alignment.rows import Projection, Said, collect, row_of_each
+from feddistill.alignment.rows import ProjectedMass, Projection, collect, row_of_each
 from feddistill.alignment.spans import Reading
 from feddistill.alignment.strings import Ints
 from feddistill.alignment.vocabulary import Vocabulary
@@ -28,44 +28,44 @@ def edit_distances(string: bytes, others: NDArray[np.uint8]) -> Ints:
         changed = row[:, :-1] + (letters != others[:, place, None])
         row += 1
         np.minimum(row[:, 1:], changed, out=row[:, 1:])
-        # An insertion costs one a step: a running minimum of what is left without the steps.
+        # An insertion costs one per step: subtract the steps, take the running minimum, add them again.
         row = np.minimum.accumulate(row - steps, axis=1) + steps
     return row[:, -1].astype(np.int64)
 
 
 def mined_map(client: Vocabulary, student: Vocabulary, ids: Sequence[int] | None = None) -> Ids:
-    """Each of the client's ids to the student's id of least edit distance in bytes, the lowest of several.
+    """Map each of the client's ids to the student's id of least edit distance in bytes; ties: the lowest.
 
-    FedMKT's vocabulary mapping (Fan et al. 2024, MinED).  Exact, but only lengths are compared that can be as
-    near as the best so far.  Minutes for all of two vocabularies of 50,000.
+    FedMKT's vocabulary mapping (Fan et al. 2024, MinED).  Exact; lengths that cannot be nearer than the best
+    so far are skipped.  Takes minutes for two vocabularies of 50,000.
 
     Args:
-        client: Of the model that answers.
-        student: Of the model that learns.
+        client: Vocabulary of the predicting model.
+        student: Vocabulary of the learning model.
         ids: Map only these; ``None``: all.
 
     Returns:
-        ``[V]``, -1 for ids that stand for no bytes or were not asked for.
+        ``[V]``, -1 for ids without bytes and ids outside ``ids``.
     """
-    found = np.full(len(client), NOWHERE, np.int32)
+    nearest = np.full(len(client), NOWHERE, np.int32)
     buckets = _by_length(student)
     for number in range(len(client)) if ids is None else ids:
         token = client.tokens[number]
         if token is None:
             continue
         exact = student.by_bytes.get(token)
-        found[number] = _nearest(token, buckets) if exact is None else exact
-    return found
+        nearest[number] = _nearest(token, buckets) if exact is None else exact
+    return nearest
 
 
 def _by_length(vocabulary: Vocabulary) -> dict[int, tuple[Ints, NDArray[np.uint8]]]:
     """Ids ``[n]`` and bytes ``[n, length]`` of each length."""
     strings = vocabulary.strings
-    found = {}
+    buckets = {}
     for length in np.unique(strings.lengths[strings.lengths > 0]).tolist():
         numbers = np.flatnonzero(strings.lengths == length)
-        found[length] = numbers, strings.flat[strings.starts[numbers][:, None] + np.arange(length)]
-    return found
+        buckets[length] = numbers, strings.flat[strings.starts[numbers][:, None] + np.arange(length)]
+    return buckets
 
 
 def _nearest(token: bytes, buckets: dict[int, tuple[Ints, NDArray[np.uint8]]]) -> int:
@@ -84,7 +84,7 @@ def _nearest(token: bytes, buckets: dict[int, tuple[Ints, NDArray[np.uint8]]]) -
 def align(client: Sequence[bytes], student: Sequence[bytes]) -> list[tuple[int, int]]:
     """The path of least total edit distance through two sequences of tokens (dynamic time warping).
 
-    FuseLLM (Wan et al. 2024) and FedMKT.  Time and memory in proportion to the product of the lengths.
+    FuseLLM (Wan et al. 2024) and FedMKT.  Time and memory are proportional to the product of the lengths.
 
     >>> align([b"utter", b"ly"], [b"utte", b"r", b"ly"])
     [(0, 0), (1, 1), (1, 2)]
@@ -98,8 +98,8 @@ def align(client: Sequence[bytes], student: Sequence[bytes]) -> list[tuple[int, 
         j = diagonal - i
         before = np.full((3, len(i)), np.iinfo(np.int32).max, np.int32)
         for n, (a, b) in enumerate(((i - 1, j - 1), (i - 1, j), (i, j - 1))):
-            there = (a >= 0) & (b >= 0)
-            before[n, there] = total[a[there], b[there]]
+            inside = (a >= 0) & (b >= 0)
+            before[n, inside] = total[a[inside], b[inside]]
         total[i, j] += before.min(0)
     row, column = rows - 1, columns - 1
     path = [(row, column)]
@@ -121,15 +121,15 @@ def _costs(client: Sequence[bytes], student: Sequence[bytes]) -> NDArray[np.int3
         letters = np.frombuffer(b"".join(ours[n] for n in where), np.uint8).reshape(len(where), length)
         groups.append((where, letters))
     known: dict[bytes, NDArray[np.int32]] = {}
-    found = np.empty((len(client), len(student)), np.int32)
+    costs = np.empty((len(client), len(student)), np.int32)
     for n, token in enumerate(client):
         if token not in known:
             row = np.empty(len(ours), np.int32)
             for where, letters in groups:
                 row[where] = edit_distances(token, letters)
             known[token] = row[columns]
-        found[n] = known[token]
-    return found
+        costs[n] = known[token]
+    return costs
 
 
 def mined_project(
@@ -143,25 +143,25 @@ def mined_project(
     k: int | None = None,
     vocab_size: int | None = None,
 ) -> Projection:
-    """FedMKT's projection: ``align``, then the map of each id; what does not fit says the text itself.
+    """FedMKT's projection: ``align`` the tokens, then map the ids; unmatched tokens get a one-hot row.
 
-    A token of the student that is aligned with one of the client's alone, which the map takes to it, has
-    that token's row with its ids mapped.  Every other one has the text's own token with probability one,
-    also where no row is about the client's.  Tokens that were added to a text have no row.
+    A student's token that is aligned with exactly one of the client's, which the map takes to it, gets that
+    token's row with its ids mapped.  Every other one gets a row with the text's own token at probability one,
+    also if no row predicts the client's token.  Tokens that the tokenizer adds to a text have no row.
 
     Args:
         answers: ``N`` rows over the client's vocabulary.
-        client: The text as the client read it.
+        client: The text as the client reads it.
         student: The same text as the student reads it.
         mapped: ``mined_map``.
         vocabularies: The client's and the student's.
-        predicted: ``[N]``, the client's token that each row is about; ``None`` where there is a row for
-            every one in order.
-        k: Entries that a row keeps; the client's by default.
-        vocab_size: Of the student's model where it is larger than its tokenizer's.
+        predicted: ``[N]``, the client's token that each row predicts; ``None`` if there is one row for each
+            token, in order.
+        k: Entries per row; the client's by default.
+        vocab_size: Of the student's model, if it is larger than its tokenizer's.
 
     Raises:
-        ValueError: Rows are about no token.
+        ValueError: Rows predict no token.
     """
     row_of = row_of_each(answers, client, predicted)
     theirs, ours = np.flatnonzero(~client.added), np.flatnonzero(~student.added)
@@ -170,37 +170,38 @@ def mined_project(
     partners: list[list[int]] = [[] for _ in ours]
     for i, j in align(their_tokens, our_tokens):
         partners[j].append(i)
-    token = np.array([theirs[found[0]] if len(found) == 1 else -1 for found in partners], np.int64)
+    token = np.array([theirs[one[0]] if len(one) == 1 else -1 for one in partners], np.int64)
     target = student.ids[ours].astype(np.int64)
     row = np.where(token >= 0, row_of[token], -1)
     fits = (row >= 0) & (mapped[client.ids[token]] == target)
     ids = answers.ids.cpu().numpy()
     mass = answers.log_probs.double().exp().cpu().numpy()
     rest = answers.log_tail.double().exp().cpu().numpy()
-    said = Said(ours, np.where(fits, 1 - rest[row], 1.0), np.where(fits, rest[row], 0.0))
-    where, other = np.flatnonzero(fits), np.flatnonzero(~fits)
-    there = np.minimum(ids[row[where]], len(mapped) - 1)
-    goes = np.where(ids[row[where]] < len(mapped), mapped[there], NOWHERE).astype(np.int64)
-    said.parts.append((np.repeat(where, ids.shape[1]), goes.ravel(), mass[row[where]].ravel()))
-    said.parts.append((other, target[other], np.ones(len(other))))
+    projected = ProjectedMass(ours, np.where(fits, 1 - rest[row], 1.0), np.where(fits, rest[row], 0.0))
+    index, other = np.flatnonzero(fits), np.flatnonzero(~fits)
+    known = np.minimum(ids[row[index]], len(mapped) - 1)
+    goes = np.where(ids[row[index]] < len(mapped), mapped[known], NOWHERE).astype(np.int64)
+    projected.parts.append((np.repeat(index, ids.shape[1]), goes.ravel(), mass[row[index]].ravel()))
+    projected.parts.append((other, target[other], np.ones(len(other))))
     size = len(vocabularies[1]) if vocab_size is None else vocab_size
-    return collect(said, len(student), ids.shape[1] if k is None else k, size, 0.0)
+    return collect(projected, len(student), ids.shape[1] if k is None else k, size, 0.0)
 
 
 def uld_loss(student_logits: Tensor, teacher: TopK) -> Tensor:
     """Universal logit distillation: the mean over rows of ``sum_i |p_(i) - q_(i)|``, probabilities sorted.
 
-    The Wasserstein distance of two distributions whose ids nobody has matched (Boizard et al. 2024).  It
-    knows how sure a teacher is, not of what.  Rows are compared in order: row ``n`` of both is about the
-    ``n``-th token of each tokenizer, wherever that stands in the text.
+    The Wasserstein distance of two distributions whose ids are not matched (Boizard et al. 2024): it compares
+    how certain teacher and student are, not of what.  Rows are compared in order: row ``n`` of each is about
+    the ``n``-th token of its own tokenizer, wherever that is in the text.
 
     Args:
         student_logits: Floating ``[N, V]``, with a gradient.
         teacher: ``N`` rows over any vocabulary; its tail is spread uniformly.
 
     Raises:
-        ValueError: The rows are not as many.
-        Memory: two float32 ``[N, max(V, teacher's)]``.
+        ValueError: The numbers of rows differ.
+
+    Memory: Two float32 ``[N, max(V, teacher's)]``.
 
     >>> logits = torch.tensor([[0.7, 0.3, 1e-9]]).log()
     >>> same = TopK(torch.tensor([[5, 9]], dtype=torch.int32), torch.tensor([[0.3, 0.7]]).log(),

@@ -1,4 +1,4 @@
-"""Strings that begin in a text and end in a token, and the student's pieces that they begin with."""
+"""First pieces, in the student's vocabulary, of strings that begin in a text and end in a token."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,33 +15,31 @@ class Joiner:
         self._text, self._tokens, self._student = text, client.strings, student
 
     def agree(self, begin: Ints, end: Ints, token: Ints, skip: Ints) -> NDArray[np.bool_]:
-        """``[E]``: whether the token from ``skip`` on, and the text from ``begin`` on, have the same bytes,
-        up to ``end`` or to where the token ends."""
+        """``[E]``: True if the token from ``skip`` on and the text from ``begin`` on have the same bytes
+        up to ``end`` or the token's end."""
         length = np.clip(np.minimum(end - begin, self._tokens.lengths[token] - skip), 0, None)
         zero = np.zeros_like(begin)
-        said = self._tokens.hash(token, skip, skip + length)
-        return np.asarray(said == self._text.hash(zero, begin, begin + length))
+        hashes = self._tokens.hash(token, skip, skip + length)
+        return np.asarray(hashes == self._text.hash(zero, begin, begin + length))
 
     def first_pieces(
         self, begin: Ints, end: Ints, lead: NDArray[np.bool_], token: Ints, skip: Ints
     ) -> NDArray[np.int64]:
         """``[E]``: the id of the whole string, else the longest that it begins with, else ``NOWHERE``."""
         stop = self._tokens.lengths[token]
-        found = self._ids(begin, end, lead, token, skip, stop)
+        ids = self._ids(begin, end, lead, token, skip, stop)
         longest = self._student.longest
         for length in range(min(int((stop - skip).max(initial=0)) - 1, longest), 0, -1):
-            rest = np.flatnonzero((found == NOWHERE) & (stop - skip > length))
+            rest = np.flatnonzero((ids == NOWHERE) & (stop - skip > length))
             if len(rest):
                 leave = skip[rest]
-                found[rest] = self._ids(
-                    begin[rest], end[rest], lead[rest], token[rest], leave, leave + length
-                )
+                ids[rest] = self._ids(begin[rest], end[rest], lead[rest], token[rest], leave, leave + length)
         for length in range(min(int((end - begin).max(initial=0)), longest), 0, -1):
-            rest = np.flatnonzero((found == NOWHERE) & (end - begin >= length))
+            rest = np.flatnonzero((ids == NOWHERE) & (end - begin >= length))
             if len(rest):
                 first, space, which, none = begin[rest], lead[rest], token[rest], skip[rest]
-                found[rest] = self._ids(first, first + length, space, which, none, none)
-        return found
+                ids[rest] = self._ids(first, first + length, space, which, none, none)
+        return ids
 
     def _ids(
         self, begin: Ints, end: Ints, lead: NDArray[np.bool_], token: Ints, skip: Ints, stop: Ints

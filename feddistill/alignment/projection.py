@@ -1,21 +1,20 @@
-"""A client's answers to a text, as answers about the student's tokens of that text.
+"""Project a client's predictions of a text to predictions of the student's tokens of the same text.
 
-Both tokenizers read the same bytes.  Let the student's token stand for bytes ``[o, e)``, ``a`` be the
-client's token that has byte ``o``, which begins at ``u <= o``, and ``b`` the one that has byte ``e - 1``.
-The student's row is what the client says of the bytes from ``o`` on, given all before ``o``:
+Both tokenizers read the same bytes.  Let the student's token cover bytes ``[o, e)``, let ``a`` be the
+client's token that contains byte ``o`` and begins at ``u <= o``, and ``b`` the one that contains byte
+``e - 1``.  The student's row is the client's distribution of the bytes from ``o`` on, given all before ``o``:
 
-1. ``u = o``: row ``a`` says it.  ``u < o``: only its tokens that begin with the bytes ``[u, o)`` agree with
-   what is given; they are conditioned on, and what is left of their bytes is said.  The whole tail of the
-   row, and the tokens that end before ``o`` or just there, may agree or not and go on in any way: all of
-   their mass stays in the norm, and goes to the tail.  So a client that knows little of a token says
-   little of its inner pieces.
-2. ``a < b``: by the chain rule the mass of token ``a`` itself is split further by row ``a + 1``, whose
-   tokens stand behind ``a``'s bytes, and so on to ``b``.
-3. Bytes go to the student's id that stands for them, else to the first piece of them: of one token by the
-   ``VocabularyMap``, of bytes joined in step 1 or 2 to the longest of the student's tokens that they begin
-   with.  The text's own token goes to the text's own piece.  What has no piece goes to the tail.
+1. If ``u = o``, it is row ``a``.  If ``u < o``, row ``a`` is conditioned on the bytes ``[u, o)``: tokens that
+   begin with them keep their remaining bytes.  The tail of the row, and tokens that end at or before ``o``,
+   may or may not agree with the text and may continue in any way: their mass stays in the norm and goes to
+   the tail.  So a client that is uncertain of a token leaves much mass in the tail of its inner pieces.
+2. If ``a < b``, by the chain rule the mass of token ``a`` itself is split further by row ``a + 1``, whose
+   tokens follow ``a``'s bytes, and so on to ``b``.
+3. Bytes are mapped to the student's id of the same bytes, or else to their first piece: for one token by the
+   ``VocabularyMap``, for bytes joined in step 1 or 2 to the longest of the student's tokens that they begin
+   with.  The token in the text is mapped to the piece in the text.  Bytes without a piece go to the tail.
 
-Mass is neither made nor lost: what is kept and the tail add up to one.
+Mass is conserved: the entries and the tail of a row add up to one.
 """
 
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 
 from feddistill.alignment.joined import Joiner
-from feddistill.alignment.rows import Floats, Projection, Said, collect, row_of_each
+from feddistill.alignment.rows import Floats, ProjectedMass, Projection, collect, row_of_each
 from feddistill.alignment.spans import Mask, Reading
 from feddistill.alignment.strings import Ints, Strings
 from feddistill.alignment.vocabulary import BYTES, METASPACE, WORDPIECE, is_word_character
@@ -46,30 +45,31 @@ def project(
     k: int | None = None,
     vocab_size: int | None = None,
 ) -> Projection:
-    """Project a client's answers about its tokens of a text to the student's tokens of the same text.
+    """Project a client's predictions of its tokens of a text to the student's tokens of the same text.
 
-    A row is about a token: what was said of it when only what stands before it had been read.  (A causal
-    model's output at a token is about the next one.)
+    A row predicts a token from all tokens before it.  (A causal model's output at a token predicts the next
+    one.)
 
     Args:
         answers: ``N`` rows over the client's vocabulary.
-        client: The text as the client read it; it may be cut short.
+        client: The text as the client reads it; it may be truncated.
         student: The same text as the student reads it.
-        mapped: Of the two vocabularies.
-        predicted: ``[N]``, the client's token that each row is about; ``None`` where there is a row for
-            every one in order.
-        threshold: In [0, 1]; rows that cover less are not answered.
-        k: Entries that a row keeps; the client's by default.
-        vocab_size: Of the student's model where it is larger than its tokenizer's.
+        mapped: The map of the two vocabularies.
+        predicted: ``[N]``, the client's token that each row predicts; ``None`` if there is one row for each
+            token, in order.
+        threshold: In [0, 1]; tokens whose coverage is smaller get no row.
+        k: Entries per row; the client's by default.
+        vocab_size: Of the student's model, if it is larger than its tokenizer's.
 
     Returns:
-        Rows of distinct ids, likeliest first.  A row with less than ``k`` ids is filled up with the lowest
-        others, each with an equal share of the tail, as a reader gives it to those that are not there.
-        With the same tokenizer, the same tokens and the same ``k``, the client's rows as they are.
+        Rows of distinct ids, likeliest first.  A row with fewer than ``k`` ids is filled with the lowest
+        others, each with an equal share of the tail, which is how missing ids are read anyway.  With the
+        same tokenizer, the same tokens and the same ``k``, the client's rows unchanged.
 
     Raises:
-        ValueError: Texts differ, rows are no distributions or about no token, or a size does not fit.
-        Memory: about 100 bytes for each of ``N k`` entries.
+        ValueError: Texts differ, rows are not distributions or predict no token, or a size does not fit.
+
+    Memory: About 100 bytes for each of ``N k`` entries.
     """
     row_of = row_of_each(answers, client, predicted)
     size = len(mapped.student) if vocab_size is None else vocab_size
@@ -83,27 +83,27 @@ def project(
     projector = _Projector(answers, client, student, mapped, row_of)
     for depth in range(int((projector.last - projector.first).max(initial=-1)) + 1):
         projector.descend(depth)
-    return collect(projector.said, len(student), kept, size, threshold)
+    return collect(projector.projected, len(student), kept, size, threshold)
 
 
 @dataclass(frozen=True, slots=True)
 class _Tokens:
-    """The ``m`` tokens of a reading that stand for text: each begins where the one before it ends."""
+    """The ``m`` tokens of a reading that cover text: each begins where the one before it ends."""
 
     index: Ints
-    """``[m]``, which tokens they are."""
+    """``[m]``, their indices in the reading."""
     ids: Ints
     starts: Ints
-    """``[m]``, with the white space before that no token reads."""
+    """``[m]`` first bytes, with the white space before a token that no token reads."""
     reads: Ints
-    """``[m]``, without it."""
+    """``[m]`` first bytes, without it."""
     ends: Ints
     bare: Mask
     faithful: Mask
 
     @staticmethod
     def of(reading: Reading, eos_id: int | None) -> "_Tokens":
-        """An end of the text stands for one byte behind it."""
+        """Select them; an end token covers one byte after the text."""
         ends, faithful = reading.ends.copy(), reading.faithful.copy()
         if len(reading) and reading.added[-1] and reading.ids[-1] == eos_id:
             ends[-1] = len(reading.text) + 1
@@ -144,7 +144,7 @@ def _check(
 
 
 class _Projector:
-    """The student's tokens that the client has a row for, ``P`` places, and what has been said of each."""
+    """Projects to the ``P`` tokens of the student that the client has a row for."""
 
     def __init__(self, answers: TopK, client: Reading, student: Reading, mapped: VocabularyMap, row_of: Ints):
         self.mapped, self.text = mapped, student.text
@@ -156,17 +156,18 @@ class _Projector:
         self.row: Ints = row_of[self.theirs.index]
         first = np.searchsorted(self.theirs.ends, ours.starts, side="right")
         last = np.searchsorted(self.theirs.ends, ours.ends, side="left")
-        there = np.flatnonzero(last < len(self.theirs.ends))
-        a = first[there]
-        there = there[(self.row[a] >= 0) & self.theirs.faithful[a]]
-        self.first, self.last = first[there], last[there]
-        self.begin, self.reads = ours.starts[there], ours.reads[there]
-        self.target, self.bare = ours.ids[there], ours.bare[there]
+        chosen = np.flatnonzero(last < len(self.theirs.ends))
+        a = first[chosen]
+        chosen = chosen[(self.row[a] >= 0) & self.theirs.faithful[a]]
+        self.first, self.last = first[chosen], last[chosen]
+        self.begin, self.reads = ours.starts[chosen], ours.reads[chosen]
+        self.target, self.bare = ours.ids[chosen], ours.bare[chosen]
         eos = self.target == (-1 if mapped.student.eos_id is None else mapped.student.eos_id)
         self.sure = eos | (mapped.student.strings.lengths[self.target] > 0)
-        """``[P]``, whose own piece is known: not where the student reads an unknown token."""
-        self.weight = np.ones(len(there))
-        self.said = Said(ours.index[there], 1 - self.tails[self.row[self.first]], np.zeros(len(there)))
+        """``[P]``, False if the student reads an unknown token, whose piece is not known."""
+        self.weight = np.ones(len(chosen))
+        kept = 1 - self.tails[self.row[self.first]]
+        self.projected = ProjectedMass(ours.index[chosen], kept, np.zeros(len(chosen)))
         self.joiner = Joiner(Strings([student.text]), mapped.client, mapped.student)
         self.in_word = (
             _ends_of_word_characters(student.text)
@@ -175,13 +176,13 @@ class _Projector:
         )
 
     def descend(self, depth: int) -> None:
-        """Say what the row of the client's token ``first + depth`` says, of the mass that has got there."""
+        """Distribute the mass that has reached the client's token ``first + depth`` by that token's row."""
         places = np.flatnonzero((self.weight > 0) & (self.first + depth <= self.last))
         token = self.first[places] + depth
-        dumb = (self.row[token] < 0) | ~self.theirs.faithful[token]
-        self.said.tail[places[dumb]] += self.weight[places[dumb]]
-        self.weight[places[dumb]] = 0
-        places, token = places[~dumb], token[~dumb]
+        lost = (self.row[token] < 0) | ~self.theirs.faithful[token]
+        self.projected.tail[places[lost]] += self.weight[places[lost]]
+        self.weight[places[lost]] = 0
+        places, token = places[~lost], token[~lost]
         row = self.row[token]
         ids, mass, rest = self.ids[row], self.probs[row].copy(), self.tails[row].copy()
         base, skip = self._cores(token, ids)
@@ -191,7 +192,7 @@ class _Projector:
         if inner.any():
             unknown[inner] = self._condition(begin, base, skip, ids, mass, rest, inner)
         mass *= self.weight[places, None]
-        self.said.tail[places] += rest * self.weight[places]
+        self.projected.tail[places] += rest * self.weight[places]
         target = self._targets(depth, places, token, ids, base, skip, unknown, mass)
         is_text = ids == self.theirs.ids[token][:, None]
         last = token == self.last[places]
@@ -200,11 +201,11 @@ class _Projector:
         self.weight[places] = np.where(last, 0.0, np.where(is_text, mass, 0.0).sum(1))
         mass[is_text & ~last[:, None]] = 0
         target[unknown] = NOWHERE
-        self.said.parts.append((np.repeat(places, ids.shape[1]), target.ravel(), mass.ravel()))
+        self.projected.parts.append((np.repeat(places, ids.shape[1]), target.ravel(), mass.ravel()))
 
     def _cores(self, token: Ints, ids: Ints) -> tuple[Ints, Ints]:
-        """``[A, k]``: where in the text a token's bytes would begin, and how many of them are a space that
-        the text has in its own way: as other white space, or not at all."""
+        """``[A, k]``: the byte of the text at which a token would begin, and how many of its first bytes are
+        a space that the text has as other white space or not at all."""
         client, theirs = self.mapped.client, self.theirs
         base = np.repeat(theirs.starts[token][:, None], ids.shape[1], axis=1)
         if client.kind == BYTES:
@@ -221,11 +222,15 @@ class _Projector:
     def _condition(
         self, begin: Ints, base: Ints, skip: Ints, ids: Ints, mass: Floats, rest: Floats, inner: Mask
     ) -> Mask:
-        """Divide inner rows of ``mass`` and ``rest`` by what may agree with the text before ``begin``; in
-        return, what agrees and ends there or sooner, so that it is not known how it goes on."""
-        which, lengths = self._known(ids[inner])
+        """Condition inner rows of ``mass`` and ``rest`` on the text before ``begin``, in place.
+
+        Returns:
+            True for tokens that agree with the text but end at or before ``begin``: how they continue is
+            unknown.
+        """
+        known, lengths = self._known(ids[inner])
         end = np.repeat(begin[inner], ids.shape[1], axis=1)
-        flat = [array.ravel() for array in (base[inner], end, which, skip[inner])]
+        flat = [array.ravel() for array in (base[inner], end, known, skip[inner])]
         first, stop, number, leave = flat
         before = np.clip(stop - first, 0, None)
         agree = self.joiner.agree(first, first + before, number, leave).reshape(end.shape) & (lengths > 0)
@@ -238,7 +243,7 @@ class _Projector:
         return np.asarray(short)
 
     def _known(self, ids: Ints) -> tuple[Ints, Ints]:
-        """Ids that the tokenizer has, and how many bytes they stand for; of others, none."""
+        """Ids clipped to those of the tokenizer, and their numbers of bytes; 0 for ids outside of it."""
         client = self.mapped.client
         which = np.minimum(ids, len(client) - 1)
         return which, np.where(ids < len(client), client.strings.lengths[which], 0)
@@ -260,7 +265,7 @@ class _Projector:
         whole = np.zeros(ids.shape, np.bool_)
         if depth == 0:
             gap = base - begin[:, None]
-            # One byte of white space that is skipped and read again: taken for a space.
+            # One byte of white space that is skipped and read again counts as a space.
             whole = (begin == self.theirs.starts[token])[:, None] & ((gap == 0) | (gap == skip))
             odd = self._odd_space(begin)
             whole &= ~((gap == 1) & odd[:, None])
@@ -277,19 +282,19 @@ class _Projector:
         starts_spaced = (end == first) & (leave == 0) & self.mapped.client.spaced[which]
         lead = blank | (bare & ~starts_spaced)
         first = np.where(blank, reads, first)
-        # An id without bytes adds none: what stands before it is said.
+        # An id without bytes adds nothing to the bytes before it.
         none = ids[rows, columns] >= len(self.mapped.client)
-        found = self.joiner.first_pieces(first, end, lead, which, np.where(lengths > 0, leave, 0))
-        target[rows, columns] = np.where(none, NOWHERE, found)
+        pieces = self.joiner.first_pieces(first, end, lead, which, np.where(lengths > 0, leave, 0))
+        target[rows, columns] = np.where(none, NOWHERE, pieces)
         return target
 
     def _odd_space(self, begin: Ints) -> Mask:
-        """Whether the byte there is no space."""
+        """True if the byte at ``begin`` is not a space."""
         text = np.frombuffer(self.text + b" ", np.uint8)
         return np.asarray(text[np.minimum(begin, len(self.text))] != ord(" "))
 
     def _mapped(self, places: Ints, ids: Ints, stripped: Mask) -> Ints:
-        """By the map of whole tokens: with their own space, without, or with one more."""
+        """Map whole tokens: with their own space, without it, or with one added."""
         mapped = self.mapped
         which = np.minimum(ids, len(mapped.client) - 1)
         if mapped.student.kind == BYTES:
@@ -298,19 +303,19 @@ class _Projector:
             lead = np.repeat(self.bare[places][:, None], ids.shape[1], axis=1)
         else:
             lead = ~(self.in_word[self.begin[places]][:, None] & mapped.client.word[which])
-        found = mapped.plain[which].astype(np.int64)
+        target = mapped.plain[which].astype(np.int64)
         if stripped.any():
-            found = np.where(stripped & ~lead, mapped.bare[which], found)
+            target = np.where(stripped & ~lead, mapped.bare[which], target)
         if lead.any():
-            found = np.where(lead & ~stripped, mapped.spaced[which], found)
-        return np.where(ids < len(mapped.client), found, NOWHERE)
+            target = np.where(lead & ~stripped, mapped.spaced[which], target)
+        return np.where(ids < len(mapped.client), target, NOWHERE)
 
 
 def _ends_of_word_characters(text: bytes) -> Mask:
-    """``[B + 2]``, whether a character that can go on a word ends before that byte."""
-    found = np.zeros(len(text) + 2, np.bool_)
+    """``[B + 2]``, True if a character inside a word ends before that byte."""
+    ends = np.zeros(len(text) + 2, np.bool_)
     place = 0
     for character in text.decode():
         place += len(character.encode())
-        found[place] = is_word_character(character)
-    return found
+        ends[place] = is_word_character(character)
+    return ends

@@ -1,4 +1,4 @@
-"""Which bytes of a text each token stands for."""
+"""The bytes of a text that each token covers."""
 
 from dataclasses import dataclass
 
@@ -13,29 +13,29 @@ Mask = NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """A text as a tokenizer reads it: ``n`` tokens."""
+    """A text as a tokenizer reads it, ``n`` tokens."""
 
     text: bytes
     ids: NDArray[np.int32]
     """``[n]``."""
     starts: Ints
-    """``[n]``, the first byte that a token reads. Tokens that stand for no text are empty."""
+    """``[n]``, the first byte of each token. Tokens without text are empty."""
     ends: Ints
-    """``[n]``, behind the last one; never falls. White space between an end and the next start is read by
-    no token."""
+    """``[n]``, one past the last byte; never decreases. White space between an end and the next start belongs
+    to no token."""
     bare: Mask
-    """``[n]``, whether the token's own bytes begin with a space that the text does not have there."""
+    """``[n]``, True if the token's own bytes begin with a space that is not in the text."""
     faithful: Mask
-    """``[n]``, whether its bytes are what the text says: not where letters lost case or accents, or are
-    unknown. A space too many or white space that is not read does not count."""
+    """``[n]``, True if the token's bytes are the text's: False if letters lost case or accents, or are
+    unknown. An extra space and skipped white space do not matter."""
     added: Mask
-    """``[n]``, what the tokenizer put around the text: beginning, end."""
+    """``[n]``, True for tokens that the tokenizer adds around the text."""
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def cut(self, tokens: int) -> "Reading":
-        """The first so many tokens, of the same text."""
+        """The reading with only the first ``tokens`` tokens."""
         part = slice(tokens)
         return Reading(
             self.text,
@@ -49,16 +49,16 @@ class Reading:
 
 
 def spans(vocabulary: Vocabulary, text: str, *, special_tokens: bool = True) -> Reading:
-    """Read a text, and say which bytes ``[start, end)`` of its UTF-8 each token stands for.
+    """Tokenize a text, and find the bytes ``[start, end)`` of its UTF-8 that each token covers.
 
-    Where the tokens' own bytes are the text, as with a tokenizer that loses nothing, the spans are their
-    lengths added up, so several tokens can share a character.  Where they are not (letters are changed,
-    unknown, or white space is dropped), the tokenizer's own offsets in characters say it.
+    If the tokens' own bytes are the text, as with a lossless tokenizer, spans follow from their lengths, so
+    that several tokens can share a character.  If not (letters are changed or unknown, or white space is
+    dropped), they follow from the tokenizer's offsets in characters.
 
     Args:
         vocabulary: Of the tokenizer.
-        text: Any.
-        special_tokens: Whether the tokenizer puts its beginning and end around the text.
+        text: Any text.
+        special_tokens: True to let the tokenizer add its tokens around the text.
 
     >>> from tokenizers import Tokenizer, models, pre_tokenizers
     >>> from transformers import PreTrainedTokenizerFast
@@ -90,16 +90,16 @@ def spans(vocabulary: Vocabulary, text: str, *, special_tokens: bool = True) -> 
 
 
 def _offsets(offsets: list[tuple[int, int]], text: str, lengths: Ints, added: Mask) -> tuple[Ints, Ints]:
-    """Offsets in characters to bytes; within a character by the tokens' lengths."""
+    """Convert offsets in characters to bytes; inside a character, the tokens' lengths decide."""
     points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
     sizes = 1 + (points >= 0x80).astype(np.int64) + (points >= 0x800) + (points >= 0x10000)
     bytes_before = np.concatenate([[0], np.cumsum(sizes)])
     pairs = np.array(offsets, np.int64).reshape(-1, 2)
     starts, ends = bytes_before[pairs[:, 0]], bytes_before[pairs[:, 1]]
-    # What stands around the text is where its neighbour ends or the text begins.
+    # An added token is empty and lies where the token before it ends.
     ends = np.maximum.accumulate(np.where(added, 0, ends))
     starts = np.where(added, ends, starts)
-    # Tokens that share a character overlap: a chain of them.
+    # Tokens that share a character form a chain.
     shared = np.concatenate([[False], (starts[1:] < ends[:-1]) & ~added[1:]])
     if shared.any():
         chain = np.cumsum(~shared) - 1
@@ -117,7 +117,7 @@ def _offsets(offsets: list[tuple[int, int]], text: str, lengths: Ints, added: Ma
 def _compare(
     vocabulary: Vocabulary, raw: bytes, ids: NDArray[np.int32], starts: Ints, ends: Ints
 ) -> tuple[Mask, Mask]:
-    """Which tokens have a space too many, and which are what the text says."""
+    """``bare`` and ``faithful`` of a reading."""
     text, zero = Strings([raw]), np.zeros(len(ids), np.int64)
     which = ids.astype(np.int64)
     lengths = vocabulary.strings.lengths[which]
@@ -131,6 +131,5 @@ def _compare(
         byte = np.frombuffer(raw + b"\0", np.uint8)[np.minimum(starts, len(raw))]
         bare = spaced & ((byte != ord(" ")) | (starts == ends))
         skip = bare.astype(np.int64)
-    said = vocabulary.strings.hash(which, skip, lengths)
-    read = text.hash(zero, starts, ends)
-    return bare, (lengths > 0) & (said == read) & (lengths - skip == ends - starts)
+    own, covered = vocabulary.strings.hash(which, skip, lengths), text.hash(zero, starts, ends)
+    return bare, (lengths > 0) & (own == covered) & (lengths - skip == ends - starts)

@@ -1,8 +1,8 @@
-"""Hashes of byte strings whose parts can be taken and joined, so that many strings are compared at once.
+"""Hashes of byte strings and of their parts and concatenations, to compare many strings at once.
 
 ``H(s) = sum_i R[s_i] B**i`` modulo ``2**64``, with ``R`` random and ``B`` odd: then ``H(xy) = H(x) +
 B**|x| H(y)``, and a part of a string is a difference of running sums times a power of ``1 / B``.  Two
-different strings of ordinary length have the same hash about once in ``2**64``; nobody gains by making two.
+different strings of ordinary length collide with probability about ``2**-64``; an attacker gains nothing.
 """
 
 from collections.abc import Sequence
@@ -27,17 +27,17 @@ def _powers(base: int, size: int) -> Hashes:
 
 
 def power(exponents: Ints) -> Hashes:
-    """``B**n`` of each."""
+    """``B**n`` for each exponent ``n``."""
     return _table(_BASE, exponents)[exponents]
 
 
 def _table(base: int, exponents: Ints) -> Hashes:
-    # Sizes are powers of two, so that few tables are made.
+    # Sizes are rounded to powers of two, so that few tables are cached.
     return _powers(base, 1 << int(exponents.max(initial=0) + 1).bit_length())
 
 
 class Strings:
-    """``V`` byte strings one after the other, and the hash of any part of any of them."""
+    """``V`` byte strings, and the hashes of any part of any of them."""
 
     def __init__(self, strings: Sequence[bytes]):
         self.flat = np.frombuffer(b"".join(strings), np.uint8)
@@ -48,22 +48,22 @@ class Strings:
         np.cumsum(_BYTE[self.flat] * power(place), out=self._sums[1:])
 
     def hash(self, which: Ints, start: Ints, stop: Ints) -> Hashes:
-        """Of bytes ``start`` to ``stop`` of each of these strings."""
+        """Hashes of bytes ``start`` to ``stop`` of the strings ``which``."""
         first = self.starts[which]
         difference = self._sums[first + stop] - self._sums[first + start]
         return np.asarray(difference * _table(_INVERSE, start)[start])
 
     def whole(self) -> Hashes:
-        """``[V]``, of each string."""
+        """``[V]``, the hash of each string."""
         which = np.arange(len(self.lengths))
         return self.hash(which, np.zeros_like(self.lengths), self.lengths)
 
     def first(self, default: int) -> NDArray[np.uint8]:
-        """``[V]``, the first byte of each string; ``default`` of an empty one."""
-        found = np.full(len(self.lengths), default, np.uint8)
-        some = self.lengths > 0
-        found[some] = self.flat[self.starts[some]]
-        return found
+        """``[V]``, the first byte of each string; ``default`` for an empty one."""
+        letters = np.full(len(self.lengths), default, np.uint8)
+        filled = self.lengths > 0
+        letters[filled] = self.flat[self.starts[filled]]
+        return letters
 
 
 SPACE: np.uint64 = _BYTE[ord(" ")]
@@ -71,7 +71,7 @@ SPACE: np.uint64 = _BYTE[ord(" ")]
 
 
 class Lookup:
-    """From a string's hash to its number; -1 where there is no such string."""
+    """Maps a string's hash to its number, or to -1 if there is no such string."""
 
     def __init__(self, hashes: Hashes, numbers: Ints):
         order = np.argsort(hashes)

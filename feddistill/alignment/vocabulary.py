@@ -1,4 +1,4 @@
-"""What the ids of a tokenizer stand for, as bytes, whatever way its family writes them."""
+"""The bytes that each id of a tokenizer stands for, in any family of tokenizers."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ _SEPARATOR = "\u2028"  # in no byte-level alphabet
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's characters for bytes: printable Latin-1 stands for itself, the others from U+0100 on."""
+    """GPT-2's characters for bytes: printable Latin-1 is itself, the others follow from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(b): b for b in printable} | {chr(0x100 + n): b for n, b in enumerate(others)}
@@ -37,12 +37,12 @@ class Vocabulary:
     """A fast tokenizer of Hugging Face, and the bytes of each of its ids.
 
     Args:
-        tokenizer: Byte-level BPE, WordPiece, or BPE or unigram in the manner of SentencePiece, with or
-            without byte fallback.
-        name: What errors call it.
+        tokenizer: Byte-level BPE, WordPiece, or BPE or unigram as in SentencePiece, with or without byte
+            fallback.
+        name: Its name in errors.
 
     Raises:
-        ModelError: It is no fast tokenizer, or of another family.
+        ModelError: It is not a fast tokenizer, or of another family.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str = "the tokenizer"):
@@ -51,7 +51,7 @@ class Vocabulary:
             raise ModelError(f"{name} ({type(tokenizer).__name__}) is no fast tokenizer: byte spans need one")
         state = tokenizer.backend_tokenizer.to_str()
         self._state: dict[str, Any] = json.loads(state)
-        # A copy: transformers leaves the truncation of its last call in its own.
+        # A copy, because transformers keeps the truncation of its last call in the original.
         self.backend = Tokenizer.from_str(state)
         self.backend.no_truncation()
         self.backend.no_padding()
@@ -59,7 +59,7 @@ class Vocabulary:
         self.kind = _kind(self._state, name)
         self.eos_id: int | None = tokenizer.eos_token_id
         self.fallback = bool(self.model_json.get("byte_fallback"))
-        """Whether ``<0xNN>`` stands for a byte."""
+        """True if ``<0xNN>`` stands for a byte."""
         self.special_ids: dict[str, int] = {
             token.content: number
             for number, token in self.backend.get_added_tokens_decoder().items()
@@ -83,36 +83,36 @@ class Vocabulary:
             names[number] = name
         plain = [name if name is not None else "" for name in names]
         if self.kind == BYTES:
-            found = _from_alphabet(plain)
+            contents = _from_alphabet(plain)
         elif self.kind == METASPACE:
-            found = [name.replace("▁", " ").encode() for name in plain]
+            contents = [name.replace("▁", " ").encode() for name in plain]
             if self.fallback:
                 for number, name in enumerate(plain):
                     if byte := _FALLBACK.fullmatch(name):
-                        found[number] = bytes([int(byte[1], 16)])
+                        contents[number] = bytes([int(byte[1], 16)])
         else:
             prefix = self.model_json["continuing_subword_prefix"]
-            found = [
+            contents = [
                 name.removeprefix(prefix).encode() if name.startswith(prefix) else f" {name}".encode()
                 for name in plain
             ]
             for number, name in enumerate(plain):
                 if _UNUSED.fullmatch(name):
-                    found[number] = None
+                    contents[number] = None
         for number, token in self.backend.get_added_tokens_decoder().items():
-            found[number] = token.content.encode()  # stands in a text as it is
+            contents[number] = token.content.encode()  # appears in a text unchanged
         for special in (*self.special_ids.values(), self.model_json.get("unk_id")):
             if special is not None:
-                found[special] = None
-        return [token or None if name else None for token, name in zip(found, names, strict=True)]
+                contents[special] = None
+        return [token or None if name else None for token, name in zip(contents, names, strict=True)]
 
     @cached_property
     def fingerprint(self) -> str:
-        """BLAKE2b-128, in hexadecimal, of all that decides which ids a text has and what they stand for.
+        """BLAKE2b-128, in hexadecimal, of all that the ids of a text and their bytes depend on.
 
-        The bytes of the ids in order; the model with its merges or scores, normalizer, pre-tokenizer, added
-        tokens, and what stands before and after a text.  Not names, padding or truncation, nor how a release
-        of ``tokenizers`` writes merges and settings that are off.
+        These are the bytes of all ids in order, the model with its merges or scores, normalizer,
+        pre-tokenizer, added tokens and post-processor.  Names, padding, truncation and the way in which a
+        release of ``tokenizers`` writes merges and disabled settings have no influence.
         """
         h = hashlib.blake2b(digest_size=16)
         for token in self.tokens:
@@ -128,33 +128,33 @@ class Vocabulary:
 
     @cached_property
     def by_bytes(self) -> dict[bytes, int]:
-        """The id of each byte string: one that is no byte fallback, else the lowest."""
-        found = {token: n for n, token in reversed(list(enumerate(self.tokens))) if token is not None}
+        """The id of each byte string; of several, the lowest that is not byte fallback."""
+        ids = {token: n for n, token in reversed(list(enumerate(self.tokens))) if token is not None}
         if self.fallback:
             for number, token in reversed(list(enumerate(self.tokens))):
                 if token is not None and not _FALLBACK.fullmatch(self.backend.id_to_token(number) or ""):
-                    found[token] = number
-        return found
+                    ids[token] = number
+        return ids
 
     @cached_property
     def strings(self) -> Strings:
-        """The bytes of each id, empty where it has none."""
+        """The bytes of each id; empty for special ids."""
         return Strings([token or b"" for token in self.tokens])
 
     @cached_property
     def lookup(self) -> Lookup:
-        """From the hash of bytes to the id that stands for them."""
+        """Maps the hash of bytes to the id that stands for them."""
         numbers = np.fromiter(self.by_bytes.values(), np.int64, len(self.by_bytes))
         return Lookup(self.strings.whole()[numbers], numbers)
 
     @cached_property
     def spaced(self) -> NDArray[np.bool_]:
-        """``[V]``, whose bytes begin with a space."""
+        """``[V]``, True if the id's bytes begin with a space."""
         return np.asarray(self.strings.first(0) == ord(" "))
 
     @cached_property
     def word(self) -> NDArray[np.bool_]:
-        """``[V]``, whose first character, a space apart, can go on a word: WordPiece would write ``##``."""
+        """``[V]``, True if the first character, after a space, can be inside a word (WordPiece's ``##``)."""
         return np.fromiter((_is_word(token) for token in self.tokens), np.bool_, len(self))
 
     @cached_property
@@ -164,24 +164,24 @@ class Vocabulary:
 
 
 def canonical_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes | None]:
-    """What each id stands for; ``None`` where it is special, unknown or unused.
+    """The bytes of each id; ``None`` for special, unknown and unused ids.
 
-    Byte-level alphabets are undone, ``▁`` is a space, ``<0xNN>`` with byte fallback a byte.  A WordPiece that
-    begins a word has the space before it, as everywhere else; one behind ``##`` has none.
+    Byte-level alphabets are decoded, ``▁`` is a space, ``<0xNN>`` with byte fallback a byte.  A WordPiece
+    that begins a word includes the space before it, as in the other families; one with ``##`` does not.
 
     Raises:
-        ModelError: See ``Vocabulary``.
+        ModelError: It is not a fast tokenizer, or of a family that is not supported.
     """
     return Vocabulary(tokenizer).tokens
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """``Vocabulary.fingerprint`` of a tokenizer: equal for equal ids of equal texts."""
+    """``Vocabulary.fingerprint`` of a tokenizer; equal if equal texts always get equal ids."""
     return Vocabulary(tokenizer).fingerprint
 
 
 def is_word_character(character: str) -> bool:
-    """Whether BERT's pre-tokenizer leaves it beside a letter: no space, punctuation or Chinese character."""
+    """True if BERT's pre-tokenizer leaves it in a word: no space, punctuation or Chinese character."""
     return character.isalnum() and not ("\u3400" <= character <= "\u9fff" or character >= "\U00020000")
 
 
@@ -192,17 +192,17 @@ def _is_word(token: bytes | None) -> bool:
 
 def _from_alphabet(names: list[str]) -> list[bytes | None]:
     translated = _SEPARATOR.join(names).translate(_TRANSLATION).split(_SEPARATOR)
-    if len(translated) != len(names):  # a token that has the separator, which is none of the alphabet
+    if len(translated) != len(names):  # a token contains the separator, which is not in the alphabet
         translated = [name.translate(_TRANSLATION) for name in names]
-    found: list[bytes | None] = []
+    contents: list[bytes | None] = []
     for name, text in zip(names, translated, strict=True):
         known = text.isascii() or all(letter in ALPHABET for letter in name)
-        found.append(text.encode("latin-1") if known else None)
-    return found
+        contents.append(text.encode("latin-1") if known else None)
+    return contents
 
 
 def _kind(state: Mapping[str, Any], name: str) -> str:
-    """The family, by what the tokenizer is made of."""
+    """The family of a tokenizer, from its components."""
     model = state["model"]
     parts = [part for key in ("pre_tokenizer", "normalizer", "decoder") for part in _parts(state.get(key))]
     types = {part["type"] for part in parts}
@@ -216,7 +216,7 @@ def _kind(state: Mapping[str, Any], name: str) -> str:
             return METASPACE
     raise ModelError(
         f"{name} is {model['type']} with {', '.join(sorted(types)) or 'nothing'} around it; only byte-level "
-        "BPE, WordPiece, and BPE or unigram with a space written as '▁' can be told in bytes"
+        "BPE, WordPiece, and BPE or unigram with a space written as '▁' can be converted to bytes"
     )
 
 
@@ -228,12 +228,12 @@ def _parts(part: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
 
 
 def _set(value: Any) -> Any:
-    """Without what is off or absent: releases write more or less of that."""
+    """Drop disabled and absent settings, which releases of ``tokenizers`` write differently."""
     if isinstance(value, dict):
         return {key: _set(inner) for key, inner in value.items() if inner is not None and inner is not False}
     return value
 
 
 def adds_space(vocabulary: Vocabulary) -> bool:
-    """Whether its pre-tokenizer puts a space before every text."""
+    """True if its pre-tokenizer puts a space before every text."""
     return any(part.get("add_prefix_space") for part in _parts(vocabulary._state.get("pre_tokenizer")))

@@ -1,4 +1,4 @@
-"""From each id of a client's vocabulary to one of the student's."""
+"""Map each id of a client's vocabulary to an id of the student's."""
 
 import hashlib
 import json
@@ -30,32 +30,32 @@ _ARRAYS = ("plain", "bare", "spaced", "exact")
 
 @dataclass(frozen=True, slots=True)
 class VocabularyMap:
-    """Where the mass of each of a client's ``V`` ids goes among the student's; ``NOWHERE``: to the tail."""
+    """The student's id that receives the mass of each of a client's ``V`` ids; ``NOWHERE`` for the tail."""
 
     client: Vocabulary
     student: Vocabulary
     plain: Ids
-    """``[V]``, of the id's bytes."""
+    """``[V]``, for the id's bytes."""
     bare: Ids
-    """``[V]``, of the bytes without the space that they begin with."""
+    """``[V]``, for the bytes without the space that they begin with."""
     spaced: Ids
-    """``[V]``, of the bytes with a space before them, if they have none."""
+    """``[V]``, for the bytes with a space before them, if they have none."""
     exact: NDArray[np.int32]
-    """``[V]``, 1 where ``plain`` is an id of the very same bytes or part in a text, else 0."""
+    """``[V]``, 1 if ``plain`` has the same bytes or is the same special token, else 0."""
     cache: str = "not asked"
-    """``hit``, ``built``, or why it was built anew."""
+    """``hit``, ``built``, or why it was rebuilt."""
     exact_seconds: float = 0.0
-    """To find the ids of the same bytes."""
+    """Time to find ids of the same bytes."""
     sparse_seconds: float = 0.0
-    """To cut what is left into the student's pieces."""
+    """Time to split the others into the student's pieces."""
 
     @property
     def identity(self) -> bool:
-        """Whether both tokenizers are the same."""
+        """True if both tokenizers are the same."""
         return self.client.fingerprint == self.student.fingerprint
 
     def coverage(self) -> dict[str, float]:
-        """Shares of the client's ids that stand for bytes: ``exact``, ``first_piece``, ``nowhere``."""
+        """Shares ``exact``, ``first_piece`` and ``nowhere`` of the client's ids that have bytes."""
         known = np.fromiter((token is not None for token in self.client.tokens), np.bool_, len(self.client))
         count = max(int(known.sum()), 1)
         exact = int((known & (self.exact > 0)).sum()) / count
@@ -66,17 +66,18 @@ class VocabularyMap:
 def map_vocabulary(client: Vocabulary, student: Vocabulary, folder: Path | None = None) -> VocabularyMap:
     """Map a client's vocabulary into the student's.
 
-    An id goes to the student's id of the same bytes.  One that has none goes to the first of the pieces into
-    which the student's tokenizer cuts its bytes: who is to say ``" colour"`` says ``" col"`` first.  Of the
-    special ids, those of the same name and the end of a text go to each other, an unknown one nowhere.
+    An id is mapped to the student's id of the same bytes.  If there is none, it is mapped to the first piece
+    into which the student's tokenizer splits its bytes: a model that predicts ``" colour"`` token by token
+    predicts ``" col"`` first.  Special ids are mapped to those of the same name, the end of a text to the end
+    of a text, and the unknown token nowhere.
 
     Args:
-        client: Of the model that answers.
-        student: Of the model that learns.
-        folder: Where maps are kept, by both fingerprints; ``None`` to build it anew.
+        client: Vocabulary of the predicting model.
+        student: Vocabulary of the learning model.
+        folder: Caches maps by both fingerprints; ``None``: no cache.
 
     Raises:
-        ModelError: What stands under this map's name in ``folder`` is the map of something else.
+        ModelError: The file with this map's name in ``folder`` is the map of other tokenizers.
     """
     if folder is None:
         return _build(client, student, "not asked")
@@ -84,10 +85,10 @@ def map_vocabulary(client: Vocabulary, student: Vocabulary, folder: Path | None 
     if not path.exists():
         made = _build(client, student, "built")
     else:
-        found = _load(path, client, student)
-        if isinstance(found, VocabularyMap):
-            return found
-        made = _build(client, student, f"built anew: {path} {found}")
+        loaded = _load(path, client, student)
+        if isinstance(loaded, VocabularyMap):
+            return loaded
+        made = _build(client, student, f"built anew: {path} {loaded}")
     folder.mkdir(parents=True, exist_ok=True)
     arrays = {name: getattr(made, name) for name in _ARRAYS}
     partial = path.with_suffix(f".{os.getpid()}.partial")
@@ -97,16 +98,16 @@ def map_vocabulary(client: Vocabulary, student: Vocabulary, folder: Path | None 
 
 
 def check_alignable(client: str, student: str, same_tokenizer: bool, name: str) -> None:
-    """Whether a client's answers can be about the student's tokens at all.
+    """Check that a client's predictions can be projected to the student's tokens.
 
     Args:
-        client: What its model does: ``causal``, or ``masked``.
-        student: Likewise.
-        same_tokenizer: Whether their fingerprints are equal.
-        name: Of the client.
+        client: Kind of the client's model, ``causal`` or ``masked``.
+        student: Kind of the student's model.
+        same_tokenizer: True if their fingerprints are equal.
+        name: The client's name in errors.
 
     Raises:
-        ModelError: They predict different things, or the chain rule cannot join what they predict.
+        ModelError: The kinds differ, or both are masked models with different tokenizers.
     """
     kinds = ("causal", "masked")
     for kind in (client, student):
@@ -114,12 +115,12 @@ def check_alignable(client: str, student: str, same_tokenizer: bool, name: str) 
             raise ValueError(f"a language model is {' or '.join(kinds)}, not {kind!r}")
     if client == "masked" and student == "causal":
         raise ModelError(
-            f"{name}: a masked language model sees what follows, so it cannot say what comes next to a "
+            f"{name}: a masked language model sees what follows, so it cannot predict the next token for a "
             "causal student; give it a causal model, or the student a masked one"
         )
     if client != student:
         raise ModelError(
-            f"{name}: a causal language model does not see what follows, so it cannot answer for a masked "
+            f"{name}: a causal language model does not see what follows, so it cannot predict for a masked "
             "student; give it a masked model, or the student a causal one"
         )
     if client == "masked" and not same_tokenizer:
@@ -163,11 +164,11 @@ def _special(client: Vocabulary, student: Vocabulary) -> list[tuple[int, int]]:
 
 
 def _variant(client: Vocabulary, student: Vocabulary, plain: Ids, *, lead: bool) -> Ids:
-    """The map of the same bytes without the space before them, or with one."""
-    found = plain.copy()
-    # A byte-level tokenizer never says a space that is not there, and never misses one.
+    """The map for the bytes without the space that they begin with, or with a space added."""
+    variant = plain.copy()
+    # A byte-level tokenizer neither adds nor drops a space.
     if (student if lead else client).kind == BYTES:
-        return found
+        return variant
     changed = [
         n
         for n, token in enumerate(client.tokens)
@@ -178,12 +179,12 @@ def _variant(client: Vocabulary, student: Vocabulary, plain: Ids, *, lead: bool)
     numbers = np.array([student.by_bytes.get(s, NOWHERE) for s in strings], np.int32)
     rest = np.flatnonzero(numbers == NOWHERE)
     numbers[rest] = first_pieces(student, [strings[i] for i in rest])
-    found[changed] = numbers
-    return found
+    variant[changed] = numbers
+    return variant
 
 
 def first_pieces(vocabulary: Vocabulary, strings: Sequence[bytes]) -> Ids:
-    """The id of the first piece that a tokenizer cuts each string into; ``NOWHERE`` where it cannot read it.
+    """The id of the first piece of each string; ``NOWHERE`` if the tokenizer cannot encode it.
 
     >>> import numpy
     >>> from tokenizers import Tokenizer, models, pre_tokenizers
@@ -195,23 +196,23 @@ def first_pieces(vocabulary: Vocabulary, strings: Sequence[bytes]) -> Ids:
     array([256], dtype=int32)
     """
     if vocabulary.kind == WORDPIECE:
-        found = [_first_word_piece(vocabulary, string) for string in strings]
+        ids = [_first_word_piece(vocabulary, string) for string in strings]
     else:
-        found = [_first_of_model(vocabulary, string) for string in strings]
+        ids = [_first_of_model(vocabulary, string) for string in strings]
         if vocabulary.kind == BYTES and not adds_space(vocabulary):
-            _as_in_a_text(vocabulary, strings, found)
-    return np.array(found, np.int32)
+            _as_in_a_text(vocabulary, strings, ids)
+    return np.array(ids, np.int32)
 
 
-def _as_in_a_text(vocabulary: Vocabulary, strings: Sequence[bytes], found: list[int]) -> None:
-    """With the whole tokenizer, which cuts at more places than its model, where a string is text."""
+def _as_in_a_text(vocabulary: Vocabulary, strings: Sequence[bytes], ids: list[int]) -> None:
+    """Re-encode strings that are valid text with the whole tokenizer, which splits more than its model."""
     texts = {n: text for n, string in enumerate(strings) if (text := _decoded(string)) is not None}
     encodings = vocabulary.backend.encode_batch_fast(list(texts.values()), add_special_tokens=False)
     for number, encoding in zip(texts, encodings, strict=True):
         first = encoding.ids[0] if encoding.ids else NOWHERE
         token = vocabulary.tokens[first] if first != NOWHERE else None
         if token is not None and strings[number].startswith(token):
-            found[number] = first
+            ids[number] = first
 
 
 def _first_of_model(vocabulary: Vocabulary, string: bytes) -> int:
@@ -220,7 +221,7 @@ def _first_of_model(vocabulary: Vocabulary, string: bytes) -> int:
     else:
         decoded = _decoded(string)
         text = None if decoded is None else decoded.replace(" ", "▁")
-    if text is None:  # part of a character: only byte fallback can say it
+    if text is None:  # part of a character: only byte fallback can encode it
         return vocabulary.by_bytes.get(string[:1], NOWHERE) if vocabulary.fallback else NOWHERE
     pieces = vocabulary.backend.model.tokenize(text)
     first = pieces[0].id if pieces else NOWHERE
@@ -228,7 +229,7 @@ def _first_of_model(vocabulary: Vocabulary, string: bytes) -> int:
 
 
 def _first_word_piece(vocabulary: Vocabulary, string: bytes) -> int:
-    """Longest match first, as WordPiece does it; after white space, of the pieces that begin a word."""
+    """Longest match first, as in WordPiece; after white space among the pieces that begin a word."""
     text = _decoded(string)
     if text is None:
         return NOWHERE
@@ -239,8 +240,8 @@ def _first_word_piece(vocabulary: Vocabulary, string: bytes) -> int:
     if not word:
         return NOWHERE
     for stop in range(min(len(raw), vocabulary.longest), raw.startswith(b" "), -1):
-        if (found := vocabulary.by_bytes.get(raw[:stop])) is not None:
-            return found
+        if (number := vocabulary.by_bytes.get(raw[:stop])) is not None:
+            return number
     return NOWHERE
 
 
@@ -263,10 +264,10 @@ def _digest(arrays: dict[str, Ids]) -> str:
 
 
 def _load(path: Path, client: Vocabulary, student: Vocabulary) -> VocabularyMap | str:
-    """The map that stands in a file, or what is wrong with it.
+    """The map in a file, or what is wrong with the file.
 
     Raises:
-        ModelError: The file is sound, and something else.
+        ModelError: The file is intact, but the map of other tokenizers.
     """
     start = time.perf_counter()
     try:

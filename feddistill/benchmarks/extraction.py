@@ -1,37 +1,42 @@
-"""Questions on a passage by a model that points at its answer."""
+"""Extractive question answering."""
 
 from collections.abc import Sequence
 
-from feddistill import answering
 from feddistill.accounting import FlopMeter
-from feddistill.batches import PAD_TO
-from feddistill.heads import takes_types
-from feddistill.passages import Page, likeliest, pages
-from feddistill.students import Student
-from feddistill.types import Tick
+from feddistill.modelio import inference
+from feddistill.modelio.outputs import takes_types
+from feddistill.modelio.padding import PAD_TO
+from feddistill.modelio.passages import QAWindow, likeliest, windows
+from feddistill.runs.trained_models import Student
+from feddistill.types import ProgressCallback
 
 ANSWER_TOKENS = 30
-"""Of a span at most, as in BERT's own script and transformers' ``run_qa.py``."""
+"""Maximum length of a span, as in BERT's script and transformers' ``run_qa.py``."""
 OVERLAP = 128
-"""Tokens of a passage that two pages share."""
+"""Tokens of a passage shared by consecutive windows."""
 
 
 def extract(
-    student: Student, questions: Sequence[str], passages: Sequence[str], tick: Tick, *, unanswerable: bool
+    student: Student,
+    questions: Sequence[str],
+    passages: Sequence[str],
+    on_step: ProgressCallback,
+    *,
+    unanswerable: bool,
 ) -> list[str]:
-    """The likeliest span of each passage, over as many pages as it takes.
+    """Predict the most likely span of each passage, over all of its windows.
 
-    With ``unanswerable`` (SQuAD 2.0) it is nothing where no span is as likely as that there is no answer:
-    whose score is the least of all pages, and whose threshold is 0.
+    With ``unanswerable`` (SQuAD 2.0), the prediction is empty if the no-answer score (the minimum over the
+    windows) exceeds the score of the best span; the threshold is 0.
 
     Raises:
-        ModelError: A question is too long, or ``unanswerable`` has no token to say it with.
+        ModelError: A question is too long, or the tokenizer has no token for ``unanswerable``.
     """
     length = student.max_tokens - student.max_tokens % PAD_TO
-    cut: list[Page] = []
+    cut: list[QAWindow] = []
     rows: list[int] = []
     for row, (question, passage) in enumerate(zip(questions, passages, strict=True)):
-        made = pages(
+        made = windows(
             student.tokenizer,
             question,
             passage,
@@ -42,7 +47,7 @@ def extract(
         )
         cut += made
         rows += [row] * len(made)
-    said = answering.answer_pages(
+    said = inference.answer_windows(
         student.model,
         cut,
         pad_id=student.specialist.pad_id,
@@ -50,16 +55,18 @@ def extract(
         batch_size=student.batch_size,
         bf16=student.bf16,
         meter=FlopMeter(student.model),
-        tick=tick,
+        on_step=on_step,
     )
     best = [(-float("inf"), "")] * len(questions)
     least = [float("inf")] * len(questions)
-    for row, page, (start, end) in zip(rows, cut, said, strict=True):
-        score, first, last = likeliest(start, end, page, ANSWER_TOKENS)
+    for row, window, (start, end) in zip(rows, cut, said, strict=True):
+        score, first, last = likeliest(start, end, window, ANSWER_TOKENS)
         if score > best[row][0]:
-            best[row] = score, passages[row][page.starts[first] : page.ends[last]]
+            best[row] = score, passages[row][window.starts[first] : window.ends[last]]
         if unanswerable:
-            least[row] = min(least[row], float(start[page.none].double() + end[page.none].double()))
+            least[row] = min(
+                least[row], float(start[window.no_answer].double() + end[window.no_answer].double())
+            )
     return [
         text if not unanswerable or score >= none else ""
         for (score, text), none in zip(best, least, strict=True)

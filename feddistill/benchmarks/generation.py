@@ -1,4 +1,4 @@
-"""Texts that a causal language model writes: prompts that fit, greedy search, where it stops."""
+"""Text generation with a causal language model: prompt truncation, greedy search, stop strings."""
 
 from collections.abc import Mapping, Sequence
 
@@ -7,15 +7,15 @@ from transformers import GenerationConfig
 
 from feddistill.benchmarks.likelihood import encode, prefix_of
 from feddistill.errors import ModelError
-from feddistill.students import Student
-from feddistill.types import Tick
+from feddistill.runs.trained_models import Student
+from feddistill.types import ProgressCallback
 
 
 def fitted(student: Student, template: str, row: Mapping[str, str], cut: str, room: int) -> str:
-    """A prompt of at most ``room`` tokens: where it is longer, the column ``cut`` loses its end.
+    """Format a prompt of at most ``room`` tokens, truncating the end of the column ``cut`` if necessary.
 
     Raises:
-        ModelError: It is too long without that column.
+        ModelError: The prompt is too long even with that column empty.
     """
     text = template.format(**row)
     if (over := len(encode(student, text)) - room) <= 0:
@@ -31,7 +31,7 @@ def fitted(student: Student, template: str, row: Mapping[str, str], cut: str, ro
         over = len(encode(student, text)) - room
     if over > 0:
         raise ModelError(
-            f"{student.name} has room for a prompt of {room} tokens; without its {cut} one has {room + over}"
+            f"{student.name} has room for a prompt of {room} tokens; one has {room + over} even without {cut}"
         )
     return text
 
@@ -42,12 +42,12 @@ def generate(
     *,
     new_tokens: int,
     stop: Sequence[str] = (),
-    tick: Tick | None = None,
+    on_step: ProgressCallback | None = None,
 ) -> list[str]:
-    """What the model writes behind each prompt, by greedy search.
+    """Continue each prompt by greedy search.
 
-    It ends with an end token, before the first of ``stop``, or after ``new_tokens`` tokens. Prompts of like
-    lengths are padded on the left and go together.
+    Generation ends at an end token, before the first of ``stop``, or after ``new_tokens`` tokens. Prompts are
+    batched by length and padded on the left.
     """
     tokenizer, size = student.tokenizer, student.batch_size
     found = [""] * len(prompts)
@@ -74,7 +74,7 @@ def generate(
             torch.inference_mode(),
             torch.autocast(student.device.type, torch.bfloat16, enabled=student.bf16),
         ):
-            written = student.model.generate(  # type: ignore[operator]  # transformers' models have it
+            written = student.model.generate(  # type: ignore[operator]  # transformers' models have generate
                 ids.to(student.device),
                 attention_mask=mask.to(student.device),
                 generation_config=settings,
@@ -83,15 +83,15 @@ def generate(
         for place, row in enumerate(rows):
             text = tokenizer.decode(written[place, longest:], skip_special_tokens=True)
             found[row] = before(text, stop).strip()
-        if tick is not None:
-            tick(start + len(rows), len(order))
+        if on_step is not None:
+            on_step(start + len(rows), len(order))
     return found
 
 
 def before(text: str, stop: Sequence[str]) -> str:
-    """What stands before the first of ``stop``.
+    """The part of a text before the first of ``stop``.
 
-    >>> before("Paris\\n\\nQuestion: what", ["\\n", "Question"])
+    >>> before("Paris\\n\\nQuestion: what", ["\\n", "ProxyQuery"])
     'Paris'
     """
     places = [place for mark in stop if (place := text.find(mark)) >= 0]

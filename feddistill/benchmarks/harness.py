@@ -1,36 +1,37 @@
-"""lm-evaluation-harness's tasks for a causal student (extra ``eval``; imported when it is asked for)."""
+"""lm-evaluation-harness's tasks for a causal student (extra ``eval``; imported on use)."""
 
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
+from feddistill.config.tasks import TASKS
 from feddistill.errors import ConfigError, DataError
-from feddistill.store import Json
-from feddistill.students import Student
+from feddistill.runs.trained_models import Student
+from feddistill.store.run_directory import Json
 
 
 def evaluate(
     student: Student, tasks: Sequence[str], *, limit: int | None = None, folder: Path | None = None
 ) -> Json:
-    """The figures that ``lm_eval.simple_evaluate`` gives.
+    """Evaluate with ``lm_eval.simple_evaluate``.
 
     Args:
         student: A causal language model.
-        tasks: Names that the harness knows: tasks, groups or tags.
+        tasks: Names of tasks, groups or tags of the harness.
         limit: Only the first examples of each task.
-        folder: Tasks of your own: YAML files in the harness's form.
+        folder: Folder with YAML files of custom tasks, in the harness's format.
 
     Returns:
         ``results`` by task, and the ``versions`` of harness and tasks.
 
     Raises:
-        ConfigError: The harness is not installed, does not know a task, or the model is of another kind.
-        DataError: A task's data cannot be had.
+        ConfigError: The harness is not installed, a task is unknown, or the model is not a causal one.
+        DataError: A task's data cannot be loaded.
     """
-    if student.task != "causal_lm":
+    if not TASKS[student.task].generates:
         raise ConfigError(
-            "--tasks: lm-evaluation-harness measures causal language models; "
-            f"{student.name} is one of {student.task}"
+            "--tasks: lm-evaluation-harness needs a causal language model; "
+            f"{student.name} is a model for {student.task}"
         )
     try:
         from lm_eval import __version__, simple_evaluate

@@ -1,4 +1,4 @@
-"""Log-likelihoods by a causal language model: of continuations, and of whole documents in windows."""
+"""Log-likelihoods by a causal language model, of continuations and of documents in sliding windows."""
 
 import inspect
 from collections.abc import Iterator, Sequence
@@ -9,49 +9,49 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from feddistill.batches import pad
 from feddistill.errors import ModelError
+from feddistill.modelio.padding import pad
 from feddistill.models.tokenizers import end_id
-from feddistill.students import Student
-from feddistill.types import Tick
+from feddistill.runs.trained_models import Student
+from feddistill.types import ProgressCallback
 
 ROWS = 2048
-"""Rows of logits that are held at once: 400 MB at a vocabulary of 50,000."""
+"""Maximum rows of logits in memory: 400 MB for a vocabulary of 50,000."""
 TOKENS = 8192
-"""Tokens of a forward pass."""
+"""Maximum tokens of a forward pass."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """Token ids, of which the last ``count`` are asked for; there is at least one before these."""
+    """Token ids, the last ``count`` of which are scored; at least one token precedes them."""
 
     ids: tuple[int, ...]
     count: int
 
 
 def log_likelihoods(
-    student: Student, asked: Sequence[Scored], tick: Tick | None = None
+    student: Student, scored: Sequence[Scored], on_step: ProgressCallback | None = None
 ) -> NDArray[np.float64]:
-    """``[N]`` natural log-probabilities of each sequence's last tokens, given those before them.
+    """Natural log-likelihood ``[N]`` of each sequence's scored tokens, given the tokens before them.
 
-    Only logits that are asked for are made, where the architecture can leave the others out.
+    Only the logits of scored positions are computed, if the architecture supports ``logits_to_keep``.
     """
-    found = np.zeros(len(asked))
+    found = np.zeros(len(scored))
     done = 0
-    for batch in _batches(asked):
-        part = [asked[place] for place in batch]
+    for batch in _batches(scored):
+        part = [scored[place] for place in batch]
         found[batch] = _sums(student, part).numpy()
         done += len(batch)
-        if tick is not None:
-            tick(done, len(asked))
+        if on_step is not None:
+            on_step(done, len(scored))
     return found
 
 
 def windows(tokens: Sequence[int], prefix: int, length: int, stride: int) -> Iterator[Scored]:
-    """A document cut so that every token is predicted once, from as much before it as fits.
+    """Split a document into overlapping windows that score every token once.
 
-    The first window has ``length - 1`` tokens behind the prefix. Each later one ends ``stride`` tokens
-    further and is asked for these alone, so that they see at least ``length - stride`` tokens.
+    The first window has ``length - 1`` tokens after the prefix. Each later one ends ``stride`` tokens further
+    and scores only these, with at least ``length - stride`` tokens of context.
 
     >>> [(w.ids, w.count) for w in windows([1, 2, 3, 4, 5, 6], 0, 4, 2)]
     [((0, 1, 2, 3), 3), ((2, 3, 4, 5), 2), ((3, 4, 5, 6), 1)]
@@ -65,13 +65,13 @@ def windows(tokens: Sequence[int], prefix: int, length: int, stride: int) -> Ite
 
 
 def prefix_of(student: Student) -> int:
-    """The token that stands before a document: what begins a text, or else what ends one."""
+    """The token before a document: the beginning-of-text token, or else the end-of-text token."""
     first = student.tokenizer.bos_token_id
     return end_id(student.tokenizer) if first is None else int(first)
 
 
 def encode(student: Student, text: str) -> list[int]:
-    """Tokens of a text that goes on: with what the tokenizer puts before it, without an end token."""
+    """Tokens of a text to be continued: with the tokenizer's prefix tokens, without an end token."""
     ids = [int(token) for token in student.tokenizer(text, verbose=False)["input_ids"]]
     while ids and ids[-1] in (student.tokenizer.eos_token_id, student.tokenizer.sep_token_id):
         ids.pop()
@@ -79,9 +79,9 @@ def encode(student: Student, text: str) -> list[int]:
 
 
 def continuation(student: Student, context: str, text: str) -> Scored:
-    """``text`` behind ``context``, encoded together: the tokens that the context alone does not have.
+    """Encode ``context + text``, scoring the tokens that follow the context.
 
-    Where both are longer than the model reads, the context loses its beginning.
+    If the sequence exceeds the model's maximum length, the beginning of the context is dropped.
     """
     before = encode(student, context)
     whole = encode(student, context + text)
@@ -95,12 +95,12 @@ def continuation(student: Student, context: str, text: str) -> Scored:
     return Scored(tuple(whole[-student.max_tokens :]), count)
 
 
-def _batches(asked: Sequence[Scored]) -> Iterator[list[int]]:
-    """Places in ``asked``, those of like lengths together, few enough that their logits fit."""
-    order = sorted(range(len(asked)), key=lambda place: (-len(asked[place].ids), asked[place].count))
+def _batches(scored: Sequence[Scored]) -> Iterator[list[int]]:
+    """Indices into ``scored``, batched by length within the limits ``ROWS`` and ``TOKENS``."""
+    order = sorted(range(len(scored)), key=lambda place: (-len(scored[place].ids), scored[place].count))
     batch: list[int] = []
     for place in order:
-        if batch and _too_many([asked[other] for other in (*batch, place)]):
+        if batch and _too_many([scored[other] for other in (*batch, place)]):
             yield batch
             batch = []
         batch.append(place)
@@ -110,8 +110,8 @@ def _batches(asked: Sequence[Scored]) -> Iterator[list[int]]:
 
 def _too_many(part: Sequence[Scored]) -> bool:
     longest = max(len(one.ids) for one in part)
-    asked = longest - min(len(one.ids) - one.count for one in part)  # positions that any of them asks for
-    return len(part) * asked > ROWS or len(part) * longest > TOKENS
+    positions = longest - min(len(one.ids) - one.count for one in part)  # scored in any sequence
+    return len(part) * positions > ROWS or len(part) * longest > TOKENS
 
 
 def _sums(student: Student, part: Sequence[Scored]) -> Tensor:
@@ -120,7 +120,7 @@ def _sums(student: Student, part: Sequence[Scored]) -> Tensor:
     counts = torch.tensor([one.count for one in part])
     last = int(lengths.max())
     ids, mask = ids[:, :last].to(student.device), mask[:, :last].to(student.device)
-    first = int((lengths - counts).min()) - 1  # the position that predicts the first token asked for
+    first = int((lengths - counts).min()) - 1  # the position that predicts the first scored token
     logits = _logits(student, ids, mask, first, last - 1).float()
     targets = ids[:, first + 1 : last]
     chosen = logits.gather(2, targets.unsqueeze(2)).squeeze(2) - logits.logsumexp(2)

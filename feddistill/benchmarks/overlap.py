@@ -1,4 +1,4 @@
-"""Summaries and answers beside those of people: ROUGE and BLEU, by the packages that define them."""
+"""Overlap with reference texts: ROUGE and BLEU, computed by rouge-score and sacrebleu."""
 
 from collections.abc import Sequence
 from statistics import fmean
@@ -20,7 +20,7 @@ def rouge(given: Sequence[str], right: Sequence[str]) -> dict[str, float]:
 
 
 def bleu(given: Sequence[str], right: Sequence[str]) -> dict[str, float | str]:
-    """Corpus BLEU from 0 to 100 and how it was taken (Papineni et al., 2002; package sacrebleu)."""
+    """Corpus BLEU from 0 to 100 and its signature (Papineni et al., 2002; package sacrebleu)."""
     try:
         from sacrebleu.metrics import BLEU
     except ImportError:
@@ -31,4 +31,4 @@ def bleu(given: Sequence[str], right: Sequence[str]) -> dict[str, float | str]:
 
 
 def _missing(package: str) -> ConfigError:
-    return ConfigError(f"summaries are measured by the package {package}: pip install 'feddistill[eval]'")
+    return ConfigError(f"summaries are evaluated with the package {package}: pip install 'feddistill[eval]'")

@@ -1,51 +1,51 @@
-"""Settings of the data: where texts come from, how they are divided."""
+"""Settings of the data: sources of texts, sizes of the sets, partition among clients."""
 
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from feddistill import presets
+from feddistill.config import presets
 from feddistill.errors import ConfigError
-from feddistill.setting import Setting
+from feddistill.settings_model import Setting
 
 
 class EmbeddedSource(Setting):
-    """A text set that is part of the package."""
+    """A text set that ships with the package."""
 
     kind: Literal["embedded"] = "embedded"
     name: Literal["wordnet_topics", "sotu_eras"] = "wordnet_topics"
 
 
 class Columns(Setting):
-    """Which column of a table is what."""
+    """Names of the columns of a table."""
 
     text_column: str = "text"
     label_column: str | None = "label"
     """``null`` for texts without labels."""
     source_column: str | None = None
-    """Where each text is from; what ``partition: {kind: by_source}`` divides by."""
+    """Origin of each text (a domain, an era, a hospital), for ``partition: {kind: by_source}``."""
     prompt_column: str | None = None
-    """Of ``causal_lm``: what stands before each text, and need not be learned (``language.positions``)."""
+    """Column with the prompt before each text (``causal_lm``); see ``language.completion_only``."""
     question_column: str | None = None
-    """Of ``reading``: what is asked of each text, which is the passage."""
+    """Column with the question about each text, which is then the passage (``question_answering``)."""
     answers_column: str = "answers"
-    """Of ``reading``, where there is one: the right answers in SQuAD's form, ``{text: [...], answer_start:
+    """Column with the answers (``question_answering``) in SQuAD's form, ``{text: [...], answer_start:
     [...]}``."""
 
     @model_validator(mode="after")
     def _one_before(self) -> Self:
         if self.prompt_column is not None and self.question_column is not None:
-            raise ConfigError("prompt_column and question_column stand both before a text: name one")
+            raise ConfigError("set prompt_column or question_column, not both")
         return self
 
 
 class FileSource(Columns):
-    """Local files: csv, tsv, jsonl, json, parquet, or txt (a text a line)."""
+    """Local files: csv, tsv, jsonl, json, parquet, or txt (one text per line)."""
 
     kind: Literal["files"] = "files"
     path: Path
-    """A file, or a folder of files of one format (read in the order of their names)."""
+    """A file, or a folder of files of one format, read in the order of their names."""
 
 
 class HubSource(Columns):
@@ -56,26 +56,26 @@ class HubSource(Columns):
     subset: str | None = None
     split: str = "train"
     revision: str | None = None
-    """A commit of the data set; without one, the hub's newest."""
+    """A commit of the data set; ``null`` for the newest."""
 
 
 class PresetSource(Setting):
-    """A benchmark by name (``docs/evaluation.md``): where it is and what its columns mean is known."""
+    """A benchmark by name (``docs/evaluation.md``), with known location and columns."""
 
     kind: Literal["preset"] = "preset"
     name: str
     split: str = "train"
-    """As the hub calls it. Labels of ``test`` splits may be hidden: their texts can be a public set."""
+    """Name on the hub. A ``test`` split may have no labels; its texts can still be the proxy set."""
     path: Path | None = None
-    """A local folder in the hub's layout; ``null`` for the hub."""
+    """A local folder in the hub's layout; ``null`` to load from the hub."""
     revision: str | None = None
-    """A commit of the data set; without one, the hub's newest."""
+    """A commit of the data set; ``null`` for the newest."""
 
     @model_validator(mode="after")
     def _exists(self) -> Self:
         preset = presets.find(self.name)
-        if preset.kind not in ("classification", "language", "reading"):
-            raise ConfigError(f"{self.name} has no texts to learn classes, language or answers from")
+        if preset.kind not in ("classification", "language", "question_answering"):
+            raise ConfigError(f"{self.name} has no texts to train on")
         if self.split not in preset.splits:
             raise ConfigError(f"{self.name} has no split {self.split!r}; it has {', '.join(preset.splits)}")
         return self
@@ -85,31 +85,31 @@ Source = Annotated[EmbeddedSource | FileSource | HubSource | PresetSource, Field
 
 
 class Part(Setting):
-    """One part of the data: from a source of its own, or carved from ``data.source``."""
+    """One set of texts: from its own source, or drawn from ``data.source``."""
 
     source: Source | None = None
-    """``null`` takes the part from ``data.source``."""
+    """``null`` to draw from ``data.source``."""
     size: int | None = Field(default=None, ge=1)
-    """Examples, drawn at random; ``null`` for all of an own source, or for all that the others leave of
-    ``data.source``."""
+    """Examples, drawn at random; ``null`` for all of its own source, or for all of ``data.source`` that the
+    other sets leave."""
 
 
 class ProxyPart(Part):
-    """The public texts that every client answers and the student learns from."""
+    """The public texts that every client predicts and the student learns from."""
 
     labelled: int = Field(default=0, ge=0)
-    """How many of them the server has labels for; the others' are thrown away as they are read."""
+    """Number of proxy texts whose labels the server has; other labels are dropped when the data are read."""
 
 
 class IidPartition(Setting):
-    """Every client draws from the same pool."""
+    """Every client has a random share of the pool."""
 
     kind: Literal["iid"] = "iid"
     clients: int = Field(default=4, ge=1)
 
 
 class DirichletPartition(Setting):
-    """Label skew: each class is divided over the clients by a Dirichlet draw.
+    """Label skew: each class is divided among the clients by a Dirichlet draw.
 
     Yurochkin et al., "Bayesian Nonparametric Federated Learning of Neural Networks", ICML 2019.
     """
@@ -117,44 +117,44 @@ class DirichletPartition(Setting):
     kind: Literal["dirichlet"] = "dirichlet"
     clients: int = Field(default=4, ge=1)
     alpha: float = Field(default=0.3, gt=0)
-    """Small is skewed: 0.1 leaves a client one or two classes, 100 is nearly IID."""
+    """Smaller is more skewed: 0.1 leaves a client one or two classes, 100 is nearly IID."""
     min_examples: int = Field(default=50, ge=1)
-    """Draw again until every client has this many."""
+    """Draw again until every client has this many examples."""
 
 
 class BySourcePartition(Setting):
-    """A client for each value of the source column: a domain, an era, a hospital."""
+    """One client for each value of the source column: a domain, an era, a hospital."""
 
     kind: Literal["by_source"] = "by_source"
 
 
 class QuantityPartition(Setting):
-    """The same mixture of classes, sizes from a Dirichlet draw."""
+    """Quantity skew: sizes from a Dirichlet draw, with the same distribution of classes."""
 
     kind: Literal["quantity"] = "quantity"
     clients: int = Field(default=4, ge=1)
     alpha: float = Field(default=0.5, gt=0)
     min_examples: int = Field(default=50, ge=1)
-    """Draw again until every client has this many."""
+    """Draw again until every client has this many examples."""
 
 
 class GivenPartition(Setting):
-    """Each client has files of its own; ``data.source`` is then not divided among clients."""
+    """Each client has its own source; ``data.source`` is not divided among clients."""
 
     kind: Literal["given"] = "given"
     sources: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")], Source] = Field(min_length=1)
     """Source by client name."""
 
 
-class AtClientsPartition(Setting):
-    """Each client reads its own texts, where it is; the server has none of them (``docs/deployment.md``)."""
+class RemotePartition(Setting):
+    """Each client reads its own texts on its own machine; the server has none (``docs/deployment.md``)."""
 
-    kind: Literal["at_clients"] = "at_clients"
+    kind: Literal["remote"] = "remote"
     names: tuple[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")], ...] = Field(min_length=1)
-    """Who takes part."""
+    """Names of the clients."""
     keys: dict[str, Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]] = Field(default_factory=dict)
-    """Public key by name (``feddistill keys``), of all clients or of none: what a client sends must then be
-    signed by it."""
+    """Public key by name (``feddistill keys``), for all clients or for none. With keys, uploads must be
+    signed."""
 
 
 Partition = Annotated[
@@ -163,7 +163,7 @@ Partition = Annotated[
     | BySourcePartition
     | QuantityPartition
     | GivenPartition
-    | AtClientsPartition,
+    | RemotePartition,
     Field(discriminator="kind"),
 ]
 
@@ -172,19 +172,18 @@ class DataConfig(Setting):
     """Private, proxy, validation and test texts."""
 
     source: Source | None = EmbeddedSource()
-    """Where every part comes from that names no source of its own."""
+    """Source of every set without its own source."""
     labels: tuple[str, ...] | None = Field(default=None, min_length=2)
-    """The classes in order; ``null`` for those of ``data.source``, or without one of the test set, sorted.
-    Of ``causal_lm``: topics or the like, if there are any, which ``dirichlet`` divides by."""
+    """The classes in order; ``null`` for those of ``data.source`` (without one, of the test set), sorted.
+    For ``causal_lm``: optional topics, by which ``dirichlet`` divides the texts."""
     private: Part = Part()
     proxy: ProxyPart = ProxyPart()
     validation: Part = Part()
     test: Part = Part()
     partition: Partition = DirichletPartition()
-    absent: tuple[str, ...] = ()
-    """Clients of the partition that take no part, as ``client-2``; the others' texts are the same as with
-    them."""
+    exclude_clients: tuple[str, ...] = ()
+    """Clients to exclude, e.g. ``client-2``. The others keep the texts they would have had."""
     histogram_epsilon: float | None = Field(default=None, gt=0)
-    """Laplace noise of scale ``1/epsilon`` on the class counts that clients report; ``null`` for none.
-    In a simulation the noise is drawn from the run's seed, which the server knows: it shows the effect on
-    the result and protects nobody."""
+    """Laplace noise of scale ``1/epsilon`` on the class counts that clients report; ``null`` for no noise.
+    For simulations: the noise comes from the run's seed, which the server knows, so that it shows the effect
+    on the result but gives no privacy."""

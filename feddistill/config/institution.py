@@ -1,4 +1,4 @@
-"""What an institution keeps to itself: its texts and, if it wants, a model of its own."""
+"""A client's own settings: its private texts, its model and its signing key."""
 
 from pathlib import Path
 
@@ -9,22 +9,22 @@ from feddistill.config import one_line
 from feddistill.config.data import FileSource, Source
 from feddistill.config.models import ModelConfig
 from feddistill.errors import ConfigError
-from feddistill.setting import Setting
+from feddistill.settings_model import Setting
 
 
 class Institution(Setting):
-    """The file that stands beside a client's SuperNode; it is read there and never travels."""
+    """Settings that a client's SuperNode reads from a local file and never sends."""
 
     source: Source
-    """Where the private texts are, with their labels."""
+    """The private texts, with their labels."""
     model: ModelConfig | None = None
-    """The specialist; ``null`` for the one that the server's configuration gives this client."""
+    """The specialist; ``null`` for this client's model in the server's configuration."""
     key: Path | None = None
-    """The private key that signs what is sent (``feddistill keys``), where the server asks for that."""
+    """The private key that signs uploads (``feddistill keys``), if the server requires signatures."""
 
 
 def load(path: Path) -> Institution:
-    """Read an institution's file; paths in it are relative to where it stands.
+    """Read an institution's file; paths in it are relative to its folder.
 
     Raises:
         ConfigError: It cannot be read, or a setting is unknown, missing or out of range.
@@ -36,12 +36,12 @@ def load(path: Path) -> Institution:
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     try:
-        found = Institution.model_validate(raw)
+        settings = Institution.model_validate(raw)
     except ValidationError as error:
         raise ConfigError(f"{path}: {one_line(error, raw)}") from None
-    if isinstance(found.source, FileSource):
-        source = found.source.model_copy(update={"path": path.parent / found.source.path})
-        found = found.model_copy(update={"source": source})
-    if found.key is not None:
-        found = found.model_copy(update={"key": path.parent / found.key})
-    return found
+    if isinstance(settings.source, FileSource):
+        source = settings.source.model_copy(update={"path": path.parent / settings.source.path})
+        settings = settings.model_copy(update={"source": source})
+    if settings.key is not None:
+        settings = settings.model_copy(update={"key": path.parent / settings.key})
+    return settings

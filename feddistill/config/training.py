@@ -1,14 +1,14 @@
-"""Settings of the training: the clients', the student's, and what joins them."""
+"""Settings of clients, payload, aggregation, distillation, student and simulated attacks."""
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 from pydantic import BeforeValidator, Field
 
-from feddistill.attacks import ATTACKS, Attack
+from feddistill.aggregation.attacks import ATTACKS, Attack
+from feddistill.aggregation.rules import RULES, MeanProbs, Rule
 from feddistill.config.models import ModelConfig
 from feddistill.errors import ConfigError
-from feddistill.rules import RULES, MeanProbs, Rule
-from feddistill.setting import Setting, named
+from feddistill.settings_model import Setting, named
 
 
 class TrainingConfig(Setting):
@@ -17,98 +17,99 @@ class TrainingConfig(Setting):
     epochs: float = Field(default=2.0, gt=0)
     batch_size: int = Field(default=16, ge=1)
     gradient_accumulation: int = Field(default=1, ge=1)
-    """Batches summed into one step."""
+    """Batches per optimiser step."""
     learning_rate: float = Field(default=1e-4, gt=0)
     head_learning_rate: float | None = Field(default=None, gt=0)
-    """For a head that starts from random weights; ``null`` for ``learning_rate``."""
+    """For a head with random weights; ``null`` for ``learning_rate``."""
     weight_decay: float = Field(default=0.01, ge=0)
     warmup_ratio: float = Field(default=0.06, ge=0, lt=1)
     schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
     max_grad_norm: float = Field(default=1.0, gt=0)
     ema: float = Field(default=0.0, ge=0, lt=1)
-    """Decay a step of an exponential average of the weights, which the training ends with; the first steps
-    decay faster. 0: the last weights."""
+    """Decay per step of an exponential moving average of the weights, which the training ends with; smaller
+    in the first steps. 0: the last weights."""
 
 
 class Codistillation(Setting):
-    """From the second round on, clients digest the last teacher together with their private texts."""
+    """From the second round on, clients learn from the last teacher and their private texts together."""
 
     enabled: bool = True
     epochs: float = Field(default=1.0, gt=0)
-    """Passes over private and proxy texts together, in each later round."""
+    """Epochs over private and proxy texts together, in each later round."""
     examples: int | None = Field(default=None, ge=1)
-    """Proxy texts (``causal_lm``: blocks) digested in a round, drawn at random; ``null`` for all of them."""
+    """Proxy texts (``causal_lm``: blocks) in a round, drawn at random; ``null`` for all."""
     target: Literal["hard", "soft"] = "hard"
-    """The teacher's first choice, or its whole distribution (``causal_lm``: the default)."""
+    """The teacher's likeliest class, or its whole distribution (default of all tasks but classification)."""
     head_learning_rate: float | None = Field(default=None, gt=0)
-    """As in ``training``, for the later rounds, when the head is no longer random."""
+    """As in ``training``, for later rounds, when the head is trained already."""
 
 
 class ClientsConfig(Setting):
-    """The clients: their specialist models and how these learn."""
+    """The clients: their specialist models and the training of these."""
 
     models: tuple[ModelConfig, ...] = Field(default=(ModelConfig(),), min_length=1)
-    """One for all, or several that are dealt out to the clients in turn."""
+    """One for all clients, or several that are assigned to the clients in turn."""
     training: TrainingConfig = TrainingConfig()
-    """Of the first round, on private texts alone."""
+    """In the first round, on private texts alone."""
     codistillation: Codistillation = Codistillation()
-    answer_batch_size: int = Field(default=128, ge=1)
-    """Texts (blocks) a forward pass when answering and evaluating."""
+    eval_batch_size: int = Field(default=128, ge=1)
+    """Texts (blocks) per forward pass in prediction and evaluation."""
     per_round: int | None = Field(default=None, ge=1)
-    """Clients that are asked in a round, drawn anew each time; ``null`` for all of them."""
+    """Clients per round, drawn anew each time; ``null`` for all."""
     evaluate: bool = True
-    """Whether a simulation evaluates the clients' models: a fifth of its time. ``local_only`` needs it."""
+    """True to evaluate the clients' models in a simulation: a fifth of its time. ``local_only`` needs it."""
 
 
 class PayloadConfig(Setting):
-    """How answers are compressed for the wire (``docs/payload.md``)."""
+    """Compression of predictions for the upload (``docs/payload.md``)."""
 
     codec: Literal["dense", "topk", "threshold", "sampled"] = "dense"
-    """``dense``: a byte for each of up to 256 classes (default of classification). ``topk``: ids and bytes of
-    the ``k`` likeliest (default of ``causal_lm``).
-    ``threshold``: of these, those of at least ``epsilon``. ``sampled``: ``draws`` random ids, for means."""
+    """``dense``: one byte for each of up to 256 classes (default of classification). ``topk``: ids and bytes
+    of the ``k`` likeliest (default of other tasks). ``threshold``: of these, those of at least ``epsilon``.
+    ``sampled``: ``samples`` random ids, for the rule ``mean_probs``."""
     k: int = Field(default=16, ge=1, le=4096)
-    """Entries a row of the ``topk`` codec, and at most of ``threshold``."""
+    """Entries per row of the codec ``topk``, and at most of ``threshold``."""
     epsilon: float = Field(default=0.001, gt=0, lt=1)
-    """Of ``threshold``: what is less likely joins the tail; rounded as probabilities are."""
-    draws: int = Field(default=50, ge=1, le=255)
-    """Of ``sampled``: ids drawn for each row, with replacement."""
+    """For ``threshold``: less likely ids join the tail; rounded as probabilities are."""
+    samples: int = Field(default=50, ge=1, le=255)
+    """For ``sampled``: ids drawn for each row, with replacement."""
     compression: Literal["none", "zstd"] = "none"
     """``zstd`` needs the package zstandard."""
     shard_mib: float = Field(default=8, gt=0, le=32)
-    """MiB of answers, before compression, that travel in one message; longer ones are cut."""
+    """MiB of predictions, before compression, per message; longer uploads are split."""
 
 
 if TYPE_CHECKING:
     AnyRule = Rule
     AnyAttack = Attack
-else:  # one of those in the table, told apart by its kind
+else:  # a union of the classes in the table, discriminated by kind
     AnyRule = Annotated[
         Union[tuple(RULES.values())],  # noqa: UP007  X | Y takes no tuple
         Field(discriminator="kind"),
         BeforeValidator(named),
     ]
     AnyAttack = Annotated[
-        Union[tuple(ATTACKS.values())],  # noqa: UP007  likewise
+        Union[tuple(ATTACKS.values())],  # noqa: UP007  as above
         Field(discriminator="kind"),
         BeforeValidator(named),
     ]
 
 
 class AggregationConfig(Setting):
-    """How the server makes one teacher of many answers."""
+    """How the server aggregates predictions into one teacher."""
 
     rule: AnyRule = MeanProbs()
     sharpen: float = Field(default=1.0, gt=0)
     """``q ~ q**sharpen`` after the rule (enhanced ERA): 1 leaves the teacher as it is."""
-    mix: int | None = Field(default=None, ge=0)
-    """Nearest-neighbour mixing before the rule: each client becomes the mean of the logits of those nearest
-    to it, all but so many (Allouah et al., AISTATS 2023). ``null`` does not mix."""
+    nnm_byzantine: int | None = Field(default=None, ge=0)
+    """Nearest-neighbour mixing before the rule, for this many Byzantine clients: each client's logits are
+    replaced by the mean of those nearest to it, all clients but this many (Allouah et al., AISTATS 2023).
+    ``null``: no mixing."""
     quorum: int | None = Field(default=None, ge=1)
-    """Valid answers a round needs; ``null`` for every client."""
+    """Valid uploads that a round needs; ``null`` for all clients."""
 
     def check(self, clients: int) -> None:
-        """Raise ``ConfigError`` where so few clients are too few, or so few of them as make a quorum."""
+        """Check that so many clients, and a quorum of them, suffice; else raise ``ConfigError``."""
         self.fits(clients)
         if self.quorum is None:
             return
@@ -120,11 +121,12 @@ class AggregationConfig(Setting):
             raise ConfigError(f"aggregation.quorum = {self.quorum} is too few: {error}") from None
 
     def fits(self, clients: int) -> None:
-        """Raise ``ConfigError`` where no teacher can be made of the answers of so few clients."""
+        """Check that the predictions of so many clients can be aggregated; else raise ``ConfigError``."""
         self.rule.check(clients)
-        if self.mix is not None and 2 * self.mix >= clients:
+        if self.nnm_byzantine is not None and 2 * self.nnm_byzantine >= clients:
             raise ConfigError(
-                f"aggregation.mix = {self.mix} must be fewer than half of the {clients} clients"
+                f"aggregation.nnm_byzantine = {self.nnm_byzantine} must be fewer than half of the "
+                f"{clients} clients"
             )
 
 
@@ -134,33 +136,33 @@ def _several(value: Any) -> Any:
 
 
 class LanguageConfig(Setting):
-    """Of the tasks ``causal_lm`` and ``masked_lm``."""
+    """Settings of the tasks ``causal_lm`` and ``masked_lm``."""
 
-    positions: Literal["every", "answer"] = "every"
-    """Tokens that are learned, answered and judged by: all, or those that are not of a prompt."""
-    step: int = Field(default=1, ge=1)
-    """Of these, every ``step``-th one of the proxy texts is answered; the others have their labels alone."""
-    masked: float = Field(default=0.15, gt=0, lt=1)
-    """Of ``masked_lm``, the share of the tokens that are hidden."""
+    completion_only: bool = False
+    """True to train on, predict and evaluate the completion's tokens alone, not the prompt's."""
+    position_stride: int = Field(default=1, ge=1)
+    """Predict every n-th of these tokens of the proxy texts; the others have their labels alone."""
+    mask_probability: float = Field(default=0.15, gt=0, lt=1)
+    """For ``masked_lm``: the share of tokens that are masked."""
     alignment: Literal["spans", "mined"] = "spans"
-    """How what is said in other tokens is said in the student's: by the bytes that tokens stand for, or, to
-    compare with, by edit distances as FedMKT does."""
+    """How predictions over another tokenizer's tokens are projected to the student's: by the byte spans of
+    tokens or, for comparison, by edit distances as in FedMKT."""
 
 
-class ReadingConfig(Setting):
-    """Of the task ``reading``."""
+class QuestionAnsweringConfig(Setting):
+    """Settings of the task ``question_answering``."""
 
-    unanswerable: bool = False
-    """Whether a question may have no answer in its passage, as in SQuAD 2.0. Tokenizers need a cls token."""
-    answer_tokens: int = Field(default=30, ge=1)
-    """Tokens of the longest answer that a model is asked for when it is evaluated."""
+    allow_no_answer: bool = False
+    """True if a question may have no answer in its passage (SQuAD 2.0). Tokenizers need a cls token."""
+    max_answer_tokens: int = Field(default=30, ge=1)
+    """Longest answer, in tokens, in evaluation."""
 
 
 class SimulateConfig(Setting):
-    """What goes wrong on purpose, to see what comes of it. Everything else runs as it would for real."""
+    """Simulated attacks. Everything else runs as without them."""
 
     attack: Annotated[tuple[AnyAttack, ...], BeforeValidator(_several)] = ()
-    """Clients that lie, ``{kind: second_best, clients: 2}``, or a list of such groups."""
+    """Byzantine clients, ``{kind: second_best, clients: 2}``, or a list of such groups."""
 
 
 class DistillConfig(Setting):
@@ -171,57 +173,22 @@ class DistillConfig(Setting):
     )
     """``mae``: mean absolute difference of centred logits, without a temperature (FedMD)."""
     beta: float = Field(default=0.5, ge=0, le=1)
-    """Of ``jsd``: 0 is forward, 1 reverse KL."""
+    """For ``jsd``: 0 is forward, 1 reverse KL."""
     temperature: float = Field(default=2.0, gt=0)
-    """Of ``causal_lm`` 1, as answers are compressed at that."""
+    """1 for all tasks but classification, because predictions are compressed at temperature 1."""
     kd_weight: float = Field(default=0.5, ge=0, le=1)
-    """Weight of the divergence where a proxy text has a label; where it has none the weight is 1. In
+    """Weight of the divergence for proxy texts with a label; for those without the weight is 1. In
     ``causal_lm`` the next token is the label."""
-    replay: int = Field(default=0, ge=0)
-    """Earlier rounds' teachers that the student learns from besides the newest, in as many steps."""
-    accept: Literal["improve", "always"] = "improve"
-    """Whether a round that makes the student worse on validation is rolled back before the next."""
-
-
-class FedAvgConfig(Setting):
-    """Of the baselines ``fedavg`` and ``feddf``, in which clients train the student's architecture."""
-
-    epochs: float | None = Field(default=None, gt=0)
-    """Of each client in each round; ``null`` for ``clients.training.epochs``."""
-    proximal: float = Field(default=0.0, ge=0)
-    """FedProx: weight of the squared distance from the round's first weights, halved."""
-
-
-class FedMdConfig(Setting):
-    """Of the baseline ``fedmd``."""
-
-    digest_epochs: float = Field(default=1.0, gt=0)
-    """Over the proxy texts, by the consensus, in each round."""
-    revisit_epochs: float = Field(default=1.0, gt=0)
-    """Over the private texts, in each round."""
-
-
-class FedLoraConfig(Setting):
-    """Of the baseline ``fedlora``."""
-
-    rank: int = Field(default=8, ge=1)
-    alpha: float = Field(default=16.0, gt=0)
-    """Adapters are scaled by ``alpha / rank``."""
-
-
-class FedFedConfig(Setting):
-    """Of the baseline ``fedfed``."""
-
-    share: float = Field(default=0.3, gt=0, le=1)
-    """Of each private text's tokens, the most sensitive ones, that all clients are given."""
-    noise: float = Field(default=0.1, ge=0, le=1)
-    """Share of these that are replaced by random tokens."""
+    teacher_history: int = Field(default=0, ge=0)
+    """Number of earlier rounds' teachers that the student also learns from, in the same number of steps."""
+    rollback: bool = True
+    """True to go back to the best student after a round that made it worse on validation."""
 
 
 class StudentConfig(Setting):
-    """The student: its model, and how it learns in each round."""
+    """The student: its model and its training."""
 
     model: ModelConfig = ModelConfig()
     training: TrainingConfig = TrainingConfig()
     later_head_learning_rate: float | None = Field(default=None, gt=0)
-    """``head_learning_rate`` of the later rounds, when the head is no longer random."""
+    """``head_learning_rate`` in later rounds, when the head is trained already."""

@@ -1,33 +1,33 @@
-"""Benchmarks as they are read: columns checked, templates filled, WikiText's lines made pages."""
+"""Read benchmarks: check columns, fill templates, join WikiText's lines, parse SQuAD's answers."""
 
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from feddistill.config.presets import Preset
 from feddistill.data import hub
 from feddistill.errors import DataError
-from feddistill.presets import Preset
 from feddistill.types import Span
 
 Columns = dict[str, list[Any]]
 
 PAGE = re.compile(r"\s*= [^=](.*[^=])? =\s*")
-"""A heading of the first order, as it stands in a line of its own."""
+"""A line with a heading of the first order."""
 
 
 def read(preset: Preset, split: str, path: Path | None, revision: str | None, name: str) -> Columns:
-    """The columns of a split that a benchmark is made of.
+    """Load the columns of a benchmark's split.
 
     Args:
         preset: The benchmark.
         split: One of its splits.
         path: A local folder in the hub's layout; ``None`` for the hub.
         revision: A commit of the hub's data set.
-        name: What errors call it.
+        name: Its name in errors.
 
     Raises:
-        DataError: It cannot be loaded (the message says how to name a local copy), or is something else.
+        DataError: It cannot be loaded (the message names the option for a local copy), or has other columns.
     """
     if path is not None and not path.is_dir():
         raise DataError(f"{name}: no such folder: {path}")
@@ -37,113 +37,113 @@ def read(preset: Preset, split: str, path: Path | None, revision: str | None, na
     except DataError as error:
         hint = "" if path else "; a local copy in the hub's layout is named by --path (in data.source: path)"
         raise DataError(f"{error}{hint}") from None
-    found = hub.columns(loaded)
-    wanted = (*preset.columns, *(() if preset.kind == "language" else (preset.label_column,)))
-    for column in wanted:
-        if column not in found:
+    columns = hub.columns(loaded)
+    names = (*preset.columns, *(() if preset.kind == "language" else (preset.label_column,)))
+    for column in names:
+        if column not in columns:
             raise DataError(f"{name}: {place} has no column {column!r}, which {preset.name} has")
-    if not found[wanted[0]]:
+    if not columns[names[0]]:
         raise DataError(f"{name}: {place} has no examples in {split}")
     for column in preset.columns:
-        for row, value in enumerate(found[column]):
+        for row, value in enumerate(columns[column]):
             if not isinstance(value, str):
                 raise DataError(f"{name}: row {row} of {place} has no text in {column!r}")
-    return found
+    return columns
 
 
 def texts(preset: Preset, columns: Columns) -> tuple[str, ...]:
-    """What a classifier reads, row by row."""
+    """A classifier's inputs, one per row."""
     return tuple(preset.text.format(**row) for row in rows(preset, columns))
 
 
 def rows(preset: Preset, columns: Columns) -> list[dict[str, str]]:
-    """The columns that the benchmark's templates name, row by row."""
+    """The values of the benchmark's templates, one mapping per row."""
     parts = [[value.strip() for value in columns[name]] for name in preset.columns]
     return [dict(zip(preset.columns, row, strict=True)) for row in zip(*parts, strict=True)]
 
 
 def labels(preset: Preset, columns: Columns, name: str) -> tuple[str, ...]:
-    """The labels by name; files hold numbers, or names.
+    """The names of the labels; files contain numbers or names.
 
     Raises:
-        DataError: A row has no label, or one that the benchmark does not know.
+        DataError: A row has no label, or one that the benchmark does not have.
     """
-    found = []
+    named = []
     for row, value in enumerate(columns[preset.label_column]):
         if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(preset.labels):
-            found.append(preset.labels[value])
+            named.append(preset.labels[value])
         elif value in preset.labels:
-            found.append(value)
+            named.append(value)
         elif value is None or value == -1:
             raise DataError(f"{name}: row {row} has no label")
         else:
             known = ", ".join(preset.labels)
             raise DataError(f"{name}: row {row} has label {value!r}, which is not one of {known}")
-    return tuple(found)
+    return tuple(named)
 
 
 def golds(columns: Columns, name: str) -> tuple[tuple[str, ...], ...]:
-    """SQuAD's answers to each question; none where it has no answer."""
-    found = []
+    """SQuAD's answers to each question; empty if it has no answer."""
+    answers = []
     for row, value in enumerate(columns["answers"]):
         given = value.get("text") if isinstance(value, Mapping) else None
         if not isinstance(given, Sequence) or not all(isinstance(text, str) for text in given):
             raise DataError(
                 f"{name}: row {row} has no 'answers' in SQuAD's form, lists of text and answer_start"
             )
-        found.append(tuple(given))
-    return tuple(found)
+        answers.append(tuple(given))
+    return tuple(answers)
 
 
 def answers(values: Sequence[Any], passages: Sequence[str], name: str) -> tuple[tuple[Span, ...], ...]:
     """SQuAD's answers as spans of their passages.
 
     Raises:
-        DataError: A row is not in SQuAD's form, or an answer does not stand where it says.
+        DataError: A row is not in SQuAD's form, or an answer is not at its ``answer_start``.
 
     >>> answers([{"text": ["cat"], "answer_start": [4]}], ["The cat sat."], "data.source")
     (((4, 7),),)
     """
-    found = []
+    spans = []
     texts = golds({"answers": [_listed(value) for value in values]}, name)
     for row, (right, passage) in enumerate(zip(texts, passages, strict=True)):
         starts = _listed(values[row]).get("answer_start")
         if not isinstance(starts, list) or len(starts) != len(right):
             raise DataError(f"{name}: row {row} has {len(right)} answers, and not as many answer_start")
         for text, start in zip(right, starts, strict=True):
-            stands = isinstance(start, int) and start >= 0 and passage[start : start + len(text)] == text
-            if not stands or not text.strip():
-                raise DataError(f"{name}: row {row}: its answer {text!r} does not stand at character {start}")
-        found.append(tuple((start, start + len(text)) for text, start in zip(right, starts, strict=True)))
-    return tuple(found)
+            present = isinstance(start, int) and start >= 0 and passage[start : start + len(text)] == text
+            if not present or not text.strip():
+                raise DataError(f"{name}: row {row}: its answer {text!r} is not at character {start}")
+        spans.append(tuple((start, start + len(text)) for text, start in zip(right, starts, strict=True)))
+    return tuple(spans)
 
 
 def _listed(value: Any) -> Any:
-    """With lists in the place of arrays, which parquet files give."""
+    """The mapping with lists instead of the arrays of parquet files."""
     if not isinstance(value, Mapping):
         return {}
     return {key: part.tolist() if hasattr(part, "tolist") else part for key, part in value.items()}
 
 
 def pages(lines: Sequence[str]) -> list[str]:
-    """Lines of WikiText, put together to the articles that they are.
+    """Join WikiText's lines to articles.
 
     An article begins with a heading of the first order between empty lines.
 
     >>> pages(["", " = One = \\n", "", " Text . \\n", " = = Part = = \\n", "", " = Two = \\n", ""])
     [' = One = \\n Text . \\n = = Part = = \\n', ' = Two = \\n']
     """
-    found: list[list[str]] = []
-    for place, line in enumerate(lines):
-        alone = all(not lines[at].strip() for at in (place - 1, place + 1) if 0 <= at < len(lines))
-        if not found or (alone and PAGE.fullmatch(line)):
-            found.append([])
-        found[-1].append(line if line.endswith("\n") or not line else line + "\n")
-    return [page for parts in found if (page := "".join(parts)).strip()]
+    articles: list[list[str]] = []
+    for index, line in enumerate(lines):
+        alone = all(not lines[near].strip() for near in (index - 1, index + 1) if 0 <= near < len(lines))
+        if not articles or (alone and PAGE.fullmatch(line)):
+            articles.append([])
+        articles[-1].append(line if line.endswith("\n") or not line else line + "\n")
+    return [page for parts in articles if (page := "".join(parts)).strip()]
 
 
 def detokenise(page: str) -> str:
-    """WikiText's tokens put back to text, as is usual: Megatron-LM's ``wikitext_detokenizer``.
+    """Convert WikiText's tokens back to text, as Megatron-LM's ``wikitext_detokenizer`` does.
 
     >>> detokenise(' = Title = \\n In 1 @,@ 024 cases ( or so ) , it \\'s " well @-@ known " . \\n')
     ' = Title =\\nIn 1,024 cases (or so), it\\'s "well-known".\\n'

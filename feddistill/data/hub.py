@@ -1,4 +1,4 @@
-"""Data sets in the layout of the Hugging Face hub: there, or in a local folder."""
+"""Data sets of the Hugging Face hub, or of a local folder in the same layout."""
 
 import tempfile
 from pathlib import Path
@@ -8,14 +8,14 @@ from feddistill.errors import DataError
 
 
 def load(place: str, subset: str | None, split: str, revision: str | None, name: str) -> Any:
-    """A split of a data set, as ``datasets.load_dataset`` gives it.
+    """Load a split of a data set with ``datasets.load_dataset``.
 
     Args:
-        place: A name of the hub, or a folder.
+        place: Name on the hub, or a folder.
         subset: The hub's "configuration".
-        split: As the data set calls it.
-        revision: A commit, or ``None`` for the newest.
-        name: What errors call it.
+        split: Name of the split.
+        revision: A commit; ``None`` for the newest.
+        name: Its name in errors.
 
     Raises:
         DataError: No network, no such data set, subset or split, or files that cannot be read.
@@ -27,8 +27,8 @@ def load(place: str, subset: str | None, split: str, revision: str | None, name:
     try:
         if not Path(place).is_dir():
             return datasets.load_dataset(place, subset, split=split, revision=revision)
-        # The cache knows a folder by its last name: another of that name, or a file that has changed, would
-        # give what was read before.
+        # The cache identifies a folder by its last name: another folder of that name, or a changed file,
+        # would give the old content.
         with tempfile.TemporaryDirectory() as cache:
             return datasets.load_dataset(
                 place, subset, split=split, revision=revision, cache_dir=cache, keep_in_memory=True
@@ -42,11 +42,11 @@ def load(place: str, subset: str | None, split: str, revision: str | None, name:
 
 
 def columns(loaded: Any) -> dict[str, list[Any]]:
-    """The columns as lists; classes by their names, ``None`` where one is not known."""
+    """The columns as lists; class labels as names, ``None`` for unknown ones."""
     import datasets
 
-    found = {key: list(loaded[key]) for key in loaded.column_names}
+    values = {key: list(loaded[key]) for key in loaded.column_names}
     for key, feature in loaded.features.items():
         if isinstance(feature, datasets.ClassLabel):
-            found[key] = [None if v is None or v < 0 else feature.int2str(v) for v in found[key]]
-    return found
+            values[key] = [None if v is None or v < 0 else feature.int2str(v) for v in values[key]]
+    return values

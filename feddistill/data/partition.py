@@ -1,4 +1,4 @@
-"""Divide a pool of private texts among clients, by flwr-datasets' partitioners."""
+"""Divide a pool of private texts among clients with flwr-datasets' partitioners."""
 
 import re
 import warnings
@@ -24,10 +24,10 @@ def partition(
     how: IidPartition | DirichletPartition | BySourcePartition | QuantityPartition,
     seed: int,
 ) -> tuple[TextSet, ...]:
-    """Every example of ``pool`` to exactly one client; clients are named in order.
+    """Assign every example of ``pool`` to exactly one client; clients are numbered in order.
 
     Raises:
-        DataError: Fewer examples than the clients need, or no source column to divide by.
+        DataError: There are fewer examples than the clients need, or no source column to divide by.
     """
     from datasets import Dataset
     from flwr_datasets import partitioner as flwr
@@ -57,7 +57,7 @@ def partition(
             divide = flwr.SizePartitioner(_sizes(len(pool), how, seed))
     divide.dataset = Dataset.from_dict(columns)
     try:
-        # flwr_datasets counts on stderr whatever it is told; min_examples says that a draw is repeated.
+        # flwr_datasets prints progress on stderr, and warns when min_examples makes it repeat a draw.
         with redirect_stderr(StringIO()), warnings.catch_warnings():
             warnings.filterwarnings(
                 "ignore", message="The specified min_partition_size", category=UserWarning
@@ -65,7 +65,7 @@ def partition(
             parts = [
                 np.sort(np.asarray(divide.load_partition(i)["row"])) for i in range(divide.num_partitions)
             ]
-    except ValueError as error:  # the Dirichlet draw gave up
+    except ValueError as error:  # no Dirichlet draw gave every client enough
         raise DataError(
             f"data.partition: no draw in ten gave each client {getattr(how, 'min_examples', 1)} of "
             f"{len(pool)} private examples; lower min_examples or clients, or raise alpha"

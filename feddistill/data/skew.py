@@ -1,4 +1,4 @@
-"""How different the clients' data are, in numbers."""
+"""Statistics of how much the clients' data differ."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from feddistill.types import Splits
 
 @dataclass(frozen=True, slots=True)
 class Skew:
-    """Label histograms of the clients and one number for how non-IID they are."""
+    """Label histograms of the clients, and how non-IID they are."""
 
     clients: tuple[str, ...]
     labels: tuple[str, ...]
@@ -18,22 +18,21 @@ class Skew:
     proxy_counts: tuple[int, ...]
     """Labelled proxy texts by label."""
     non_iid: float | None
-    """Mean total-variation distance of a client's label distribution from the pool's, weighted by
-    size: 0 is IID; near 1, clients share no label. ``None`` where the texts are at the clients, or have no
-    labels."""
+    """Mean total-variation distance of a client's label distribution from the pool's, weighted by size: 0 is
+    IID; near 1, clients share no label. ``None`` for remote clients and texts without labels."""
     size_ratio: float | None
-    """Largest client's examples over the smallest's."""
+    """Size of the largest client over that of the smallest."""
     proxy_examples: int
     test_examples: int
     validation_examples: int
     test_also_public: int
-    """Test texts that stand word for word in the proxy or private sets: contamination."""
+    """Test texts that are also in the proxy set or a private set (contamination)."""
     examples: tuple[int, ...] = ()
-    """Private texts by client, labelled or not; none at clients who keep them."""
+    """Private texts by client, labelled or not; 0 for remote clients."""
 
 
 def skew(splits: Splits) -> Skew:
-    """Measure the private sets of ``splits``."""
+    """Compute the statistics of ``splits``."""
     counts = np.stack([client.label_counts() for client in splits.private])  # [C, V]
     examples, sizes = [len(client) for client in splits.private], counts.sum(1)
     known = sizes.sum() > 0

@@ -1,4 +1,4 @@
-"""Read texts from wherever they are: the package, files, the hub. One form comes out."""
+"""Read texts from the package, files or the hub into one form, ``Table``."""
 
 import gzip
 import json
@@ -8,38 +8,38 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from feddistill import presets
+from feddistill.config import presets
 from feddistill.config.data import Columns, EmbeddedSource, FileSource, HubSource, PresetSource, Source
 from feddistill.data import benchmark, hub
 from feddistill.errors import DataError
 from feddistill.types import Span
 
 EMBEDDED_COLUMNS = {"wordnet_topics": ("label", None), "sotu_eras": ("era", "era")}
-"""Columns of the embedded sets that hold the label and the source."""
+"""Label and source columns of the embedded sets."""
 
 READABLE = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".txt")
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Texts as they were read: labels are names, nothing is divided yet."""
+    """Texts as they are read: labels are names, and nothing is split yet."""
 
     ids: tuple[str, ...]
     texts: tuple[str, ...]
     labels: tuple[str, ...] | None
     sources: tuple[str, ...] | None
     starts: tuple[int, ...] | None = None
-    """Of each text, the character behind its prompt."""
+    """First character of each text after its prompt or question."""
     unlabelled: str = "has no label column"
-    """What is said where labels are needed and there are none."""
+    """The error if labels are needed and there are none."""
     questions: bool = False
-    """Whether what stands before each text is a question."""
+    """True if the prompts are questions."""
     answers: tuple[tuple[Span, ...], ...] | None = None
-    """Of each question, the right answers."""
+    """The right answers to each question."""
 
 
 def read(source: Source, name: str) -> Table:
-    """Read ``source``; ``name`` is what errors call it, as ``data.test.source``.
+    """Read ``source``; ``name``, as ``data.test.source``, is its name in errors.
 
     Raises:
         DataError: Missing file or data set, missing column, unreadable or empty text, no examples.
@@ -71,26 +71,28 @@ def _files(source: FileSource, name: str) -> Table:
     except OSError as error:
         raise DataError(f"{name}: cannot read {path}: {error.strerror}") from None
     if inside is not None:
-        found = [p for p in inside if p.suffix.lower() in READABLE]
-        if len({p.suffix.lower() for p in found}) > 1:
-            raise DataError(f"{name}: {path} mixes formats ({', '.join(p.name for p in found[:5])})")
-        if not found:
+        paths = [p for p in inside if p.suffix.lower() in READABLE]
+        if len({p.suffix.lower() for p in paths}) > 1:
+            raise DataError(f"{name}: {path} mixes formats ({', '.join(p.name for p in paths[:5])})")
+        if not paths:
             raise DataError(f"{name}: {path} holds no file that ends in {', '.join(READABLE)}")
     elif exists:
-        found = [path]
+        paths = [path]
     else:
         raise DataError(f"{name}: no such file or folder: {path}")
     columns: dict[str, list[Any]] = {}
-    for index, file in enumerate(found):
+    for index, file in enumerate(paths):
         part = _one_file(file, source, name)
         if index and set(part) != set(columns):
             raise DataError(
-                f"{name}: {file} has columns {sorted(part)}, {found[0].name} has {sorted(columns)}"
+                f"{name}: {file} has columns {sorted(part)}, {paths[0].name} has {sorted(columns)}"
             )
         for key, values in part.items():
             columns.setdefault(key, []).extend(values)
-    wanted = source if found[0].suffix.lower() != ".txt" else source.model_copy(update={"label_column": None})
-    return _table(columns, wanted, name, path.stem)
+    settings = (
+        source if paths[0].suffix.lower() != ".txt" else source.model_copy(update={"label_column": None})
+    )
+    return _table(columns, settings, name, path.stem)
 
 
 def _one_file(file: Path, source: FileSource, name: str) -> dict[str, list[Any]]:
@@ -116,7 +118,7 @@ def _json(line: str, row: int) -> Any:
 
 
 def _objects(rows: list[Any]) -> dict[str, list[Any]]:
-    """Columns of JSON objects; what an object lacks is ``None``."""
+    """Columns of JSON objects; missing keys are ``None``."""
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             raise ValueError(f"row {number} is no object")
@@ -135,7 +137,9 @@ def _frame(file: Path, name: str) -> dict[str, list[Any]]:
                 frame = pandas.read_csv(
                     file, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8"
                 )
-                if not isinstance(frame.index, pandas.RangeIndex):  # pandas makes the first field an index
+                if not isinstance(
+                    frame.index, pandas.RangeIndex
+                ):  # pandas takes the first field for an index
                     raise ValueError("rows have more fields than the header; quote texts that hold commas")
             case ".json":
                 frame = pandas.DataFrame(json.loads(file.read_text(encoding="utf-8")))
@@ -149,7 +153,7 @@ def _frame(file: Path, name: str) -> dict[str, list[Any]]:
 
 
 def _lines(file: Path) -> list[str]:
-    # Not splitlines: a form feed or U+2028 inside a text does not end it.
+    # Not splitlines, which also splits at form feeds and U+2028.
     return [line for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
 
 
@@ -161,7 +165,7 @@ def _hub(source: HubSource, name: str) -> Table:
 def _preset(source: PresetSource, name: str) -> Table:
     preset = presets.find(source.name)
     rows = benchmark.read(preset, source.split, source.path, source.revision, name)
-    if preset.kind == "reading":
+    if preset.kind == "question_answering":
         columns = Columns(
             text_column="context", label_column=None, source_column="title", question_column="question"
         )
@@ -180,7 +184,7 @@ def _preset(source: PresetSource, name: str) -> Table:
 
 
 def _is_torn(text: str) -> bool:
-    """Whether it has surrogates that no encoding can write, as escaped JSON may."""
+    """True if the text has lone surrogates, which escaped JSON may contain and UTF-8 cannot encode."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -188,8 +192,8 @@ def _is_torn(text: str) -> bool:
     return False
 
 
-def _table(columns: Mapping[str, Sequence[Any]], wanted: Columns, name: str, stem: str) -> Table:
-    """Pick and check the columns; every example must be whole."""
+def _table(columns: Mapping[str, Sequence[Any]], settings: Columns, name: str, stem: str) -> Table:
+    """Select and check the columns; every example must be complete."""
 
     def column(setting: str, key: str | None) -> tuple[str, ...] | None:
         if key is None:
@@ -208,24 +212,24 @@ def _table(columns: Mapping[str, Sequence[Any]], wanted: Columns, name: str, ste
                 raise DataError(f"{name}: row {row} has half a character (a lone surrogate) in {key!r}")
         return tuple(str(value) for value in columns[key])
 
-    texts = column("text_column", wanted.text_column)
+    texts = column("text_column", settings.text_column)
     assert texts is not None
     if not texts:
         raise DataError(f"{name}: no examples")
-    prompts = column("prompt_column", wanted.prompt_column)
-    questions = column("question_column", wanted.question_column)
+    prompts = column("prompt_column", settings.prompt_column)
+    questions = column("question_column", settings.question_column)
     answers = None
     if questions is not None:
         prompts = tuple(f"{question.strip()}\n" for question in questions)
-        if wanted.answers_column in columns:
-            answers = benchmark.answers(columns[wanted.answers_column], texts, name)
+        if settings.answers_column in columns:
+            answers = benchmark.answers(columns[settings.answers_column], texts, name)
     if prompts is not None:
         texts = tuple(prompt + text for prompt, text in zip(prompts, texts, strict=True))
     return Table(
         ids=tuple(f"{stem}/{row}" for row in range(len(texts))),
         texts=texts,
-        labels=column("label_column", wanted.label_column),
-        sources=column("source_column", wanted.source_column),
+        labels=column("label_column", settings.label_column),
+        sources=column("source_column", settings.source_column),
         starts=None if prompts is None else tuple(map(len, prompts)),
         questions=questions is not None,
         answers=answers,

@@ -1,4 +1,4 @@
-"""A client in a process of its own, that may be started for each task anew: all it knows is on its disk."""
+"""A client in its own process, which may be restarted for each instruction: all its state is on disk."""
 
 import json
 import re
@@ -8,23 +8,22 @@ from pathlib import Path
 import numpy as np
 
 from feddistill import config as configuration
-from feddistill import data, experiment, keys
+from feddistill import data
+from feddistill.client.client import Client, ClientGroup
+from feddistill.client.handler import Handler, receive
 from feddistill.config import Config, institution
-from feddistill.config.data import AtClientsPartition
+from feddistill.config.data import RemotePartition
 from feddistill.errors import ConfigError, DataError, RunError
-from feddistill.federation.protocol import Reply, Task
-from feddistill.keys import PrivateKey
-from feddistill.methods.agent import Agent, receive
-from feddistill.methods.client import Client, Crew
-from feddistill.methods.learner import Session
-from feddistill.progress import Quiet
-from feddistill.store import CONFIG, RunDirectory
+from feddistill.federation.protocol import Instruction, Reply
+from feddistill.payload import keys
+from feddistill.payload.keys import PrivateKey
+from feddistill.progress import NoProgress
+from feddistill.runs import experiment
+from feddistill.store.layout import CONFIG, INPUTS, PROXY
+from feddistill.store.run_directory import RunDirectory
+from feddistill.tasks.session import Session
 from feddistill.types import UNLABELLED, Splits, TextSet
 
-PROXY = "proxy.jsonl"
-"""The proxy texts as the server sent them."""
-OWN = "own.json"
-"""Hashes of this client's texts, and its model."""
 EXECUTION = re.compile(r"[0-9a-f]{16}")
 
 
@@ -34,41 +33,40 @@ class RemoteClient:
 
     name: str
     state: Path
-    """A folder of its own, where everything is kept that a later task needs."""
+    """Its own folder, which holds everything that a later instruction needs."""
     file: Path | None = None
-    """Its ``Institution``; ``None`` in a simulation, where every process knows all texts and takes its own
-    ones."""
+    """Its ``Institution`` file; ``None`` in a simulation, where each process selects its own texts."""
     simulated: bool = False
-    """Whether server and client are one user's: only then may the server's settings name code to call, or
-    an address to ask."""
+    """True if server and client belong to one user: only then may the server's settings name code to call
+    or an address to query."""
 
-    def handle(self, task: Task) -> Reply:
-        """Do what the server asks.
+    def handle(self, instruction: Instruction) -> Reply:
+        """Carry out an instruction.
 
         Raises:
             FeddistillError: It cannot.
         """
-        config = configuration.parse(task.content["config"])
-        if configuration.digest(config)[:16] != task.run:
-            raise ConfigError(f"run {task.run} is not that of the settings that came with it")
-        run = self._directory(config, task.run, str(task.content["execution"]))
+        config = configuration.parse_stored(instruction.content["config"])
+        if configuration.digest(config)[:16] != instruction.run:
+            raise ConfigError(f"run {instruction.run} is not that of the settings that came with it")
+        run = self._directory(config, instruction.run, str(instruction.content["execution"]))
         try:
-            if task.kind == "publish":
-                receive(run, PROXY, task)
+            if instruction.kind == "publish":
+                receive(run, PROXY, instruction)
                 return Reply(self.name)
             experiment.prepare(config)
-            splits = self._splits(config, tuple(task.content["labels"]), run)
+            splits = self._splits(config, tuple(instruction.content["labels"]), run)
             if splits is None:
                 return Reply(self.name, {"proxy": None})
             own = self._with_own_model(config)
             self._unchanged(run, splits, own)
-            session = Session(own, splits, run, Quiet())
-            return Agent(self._client(session)).handle(task)
+            session = Session(own, splits, run, NoProgress())
+            return Handler(self._client(session)).handle(instruction)
         finally:
             run.close()
 
     def _directory(self, config: Config, run: str, execution: str) -> RunDirectory:
-        """Where this client keeps what it has done in this run, and in no other of the same settings."""
+        """The client's folder for this execution of the run, not shared with a run of the same settings."""
         if not EXECUTION.fullmatch(execution):
             raise ConfigError(f"execution {execution[:80]!a} of run {run} is not 16 hexadecimal digits")
         folder = self.state / self.name / f"{run}-{execution}"
@@ -77,8 +75,8 @@ class RemoteClient:
         return RunDirectory.create(folder, configuration.dump(config))
 
     def _splits(self, config: Config, labels: tuple[str, ...], run: RunDirectory) -> Splits | None:
-        """What this client may see; ``None`` where the proxy texts have still to be sent."""
-        if not isinstance(config.data.partition, AtClientsPartition):
+        """The texts that this client may read; ``None`` if the proxy texts have not been sent yet."""
+        if not isinstance(config.data.partition, RemotePartition):
             whole = data.load(config.data, config.seed, config.task)
             places = [place for place, own in enumerate(whole.private) if own.name == self.name]
             if not places:
@@ -112,7 +110,7 @@ class RemoteClient:
     def _with_own_model(self, config: Config) -> Config:
         own = None if self.file is None else institution.load(self.file).model
         if own is None:
-            if not self.simulated and any(model.black_box for model in config.clients.models):
+            if not self.simulated and any(model.query_only for model in config.clients.models):
                 raise ConfigError(
                     f"{self.name}: a model of kind callable or endpoint is named by the institution's own "
                     "file (model:), not by the server"
@@ -125,23 +123,23 @@ class RemoteClient:
             raise ConfigError(f"{self.file}: as clients.models.0 of this run: {error}") from None
 
     def _unchanged(self, run: RunDirectory, splits: Splits, config: Config) -> None:
-        """Refuse to go on with other texts or another model than this run began with."""
+        """Check that texts and model are those that the run started with."""
         models = json.dumps([model.model_dump(mode="json") for model in config.clients.models])
         now = {"texts": splits.private[0].digest(labels=True), "models": models}
-        if not run.path(OWN).exists():
-            run.write_json(OWN, now)
-        before = run.read_json(OWN)
+        if not run.path(INPUTS).exists():
+            run.write_json(INPUTS, now)
+        before = run.read_json(INPUTS)
         changed = " and ".join(what for what in now if before.get(what) != now[what])
         if changed:
             raise RunError(f"{self.name}: its {changed} have changed since this run began; start a new one")
 
     def _client(self, session: Session) -> Client:
-        (client,) = Crew(session).clients
+        (client,) = ClientGroup(session).clients
         client.key = self._key(session.config)
         return client
 
     def _key(self, config: Config) -> PrivateKey | None:
-        """What signs for this client, where the run enrolled keys."""
+        """The client's signing key, if the run has enrolled keys."""
         enrolled = getattr(config.data.partition, "keys", {}).get(self.name)
         if enrolled is None:
             return None

@@ -1,9 +1,9 @@
-"""A federation without a network: who asks whom for what, whatever carries it.
+"""The protocol between server and clients, independent of the engine that carries it.
 
-The server asks (``Task``), clients answer (``Reply``), an engine carries both (``Transport``). Nothing here
-knows Flower; nothing that travels is pickled.
+The server sends an ``Instruction``, clients answer with a ``Reply``, an engine carries both (``Transport``).
+Nothing here knows Flower; nothing that travels is pickled.
 """
 
-from feddistill.federation.protocol import Reply, Task, Transport
+from feddistill.federation.protocol import Instruction, Reply, Transport
 
-__all__ = ["Reply", "Task", "Transport"]
+__all__ = ["Instruction", "Reply", "Transport"]

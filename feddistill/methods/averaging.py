@@ -1,6 +1,6 @@
-"""Federated averaging of the student's weights: what ``fedavg`` and ``feddf`` have in common."""
+"""Federated averaging of the student's weights, shared by the methods that average weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 
 import torch
@@ -9,14 +9,21 @@ from torch import Tensor
 
 from feddistill import models, training
 from feddistill.accounting import measure
-from feddistill.methods.learner import Averager, Learner, Session, later
-from feddistill.methods.learners import learner_of
-from feddistill.store import Json
-from feddistill.training import Lessons
+from feddistill.client.local_update import trained_by
+from feddistill.methods.job import Job, evaluation, rounds_asked
+from feddistill.modelio.padding import Tokens
+from feddistill.store import layout
+from feddistill.store.records import StepRecord
+from feddistill.store.run_directory import Json
+from feddistill.tasks.choose import learner_of
+from feddistill.tasks.learner import Learner
+from feddistill.tasks.session import Averager, Session
+from feddistill.training import Examples
 from feddistill.types import Cost, TextSet
 
 Server = Callable[[Learner, int, str, list[str]], Json]
-"""``(learner, round, averaged weights, clients' weights)`` to a record that takes the average's place."""
+"""Server step: ``(learner, round, averaged weights, clients' weights)`` to a record that replaces the
+average."""
 
 
 def rounds(
@@ -25,35 +32,35 @@ def rounds(
     server: Server | None = None,
     *,
     learner: Learner | None = None,
-    lessons: Callable[[TextSet], Lessons] | None = None,
+    lessons: Callable[[TextSet], Examples] | None = None,
     averager: Averager | None = None,
 ) -> list[Json]:
-    """Every round each client trains the student's architecture from the last average, on its own texts.
+    """Run rounds in which each client trains the student's architecture from the last average on its texts.
 
-    The average is weighted by the clients' numbers of texts. Clients take ``fedavg.epochs`` a round; those
-    that are asked in a round are the federation's.
+    The average is weighted by the clients' numbers of texts. Clients train ``fedavg.epochs`` per round; each
+    round samples the same clients as the federation.
 
     Args:
-        session: What the method works with.
-        name: Of the method.
-        server: What the server does with the average.
-        learner: The student's architecture, or what takes its place.
-        lessons: What a client learns; its private texts by default.
-        averager: Where the clients are elsewhere: has them train, and averages what comes back.
+        session: Data, configuration and run directory.
+        name: Name of the method.
+        server: Server step applied to the average; ``None`` to use the average as it is.
+        learner: Model to average; the student's architecture by default.
+        lessons: Training examples of a client; from its private texts by default.
+        averager: For remote clients: trains at the clients and averages their weights.
     """
     if learner is None:
         learner = learner_of(session, session.config.student.model, "student.model")
-    taught = lessons or learner.lessons
+    taught = lessons or learner.examples
     records: list[Json] = []
     for number in range(1, session.config.rounds + 1):
-        step = f"baselines/{name}/{number:03d}"
+        step = layout.baseline(name, number)
         if (record := session.run.done(step, verify=False)) is None:
-            start = records[-1]["weights"] if records else None
+            start = StepRecord.from_json(records[-1]).file if records else None
             if averager is None:
                 record = _round(session, learner, name, number, start, server, taught)
             else:
                 record = _round_elsewhere(session, learner, name, number, start, averager)
-            session.run.remove(f"{step}/clients")
+            session.run.remove(layout.baseline(name, number, "clients"))
         records.append(record)
     return records
 
@@ -76,47 +83,18 @@ def averaged(states: list[dict[str, Tensor]], examples: list[int]) -> dict[str, 
     return {name: mean(name) for name in states[0]}
 
 
-def trained_by(
-    session: Session,
-    learner: Learner,
-    name: str,
-    number: int,
-    start: str | None,
-    private: TextSet,
-    taught: Callable[[TextSet], Lessons],
-) -> Json:
-    """A client's part of round ``number``, from the weights in file ``start``; the record of the step."""
-    config = session.config
-    settings = config.clients.training
-    if config.fedavg.epochs is not None:
-        settings = settings.model_copy(update={"epochs": config.fedavg.epochs})
-    if number > 1:
-        settings = later(settings, None, config.clients.codistillation.head_learning_rate)
-    lessons = taught(private)
-    return learner.step(
-        f"baselines/{name}/{number:03d}/clients/{private.name}",
-        f"{name}: round {number}: {private.name} learns",
-        start,
-        lambda: lessons,
-        settings,
-        steps=training.steps_of(settings, len(lessons.tokens)),
-        proximal=config.fedavg.proximal,
-        evaluate=False,
-    )
-
-
 def _round_elsewhere(
     session: Session, learner: Learner, name: str, number: int, start: str | None, averager: Averager
 ) -> Json:
-    run, step = session.run, f"baselines/{name}/{number:03d}"
+    run, step = session.run, layout.baseline(name, number)
     if start is None:
         learner.reset()
     else:
         learner.restore(start)
-    with session.show.step(f"{name}: round {number}: clients learn"), measure() as waiting:
+    with session.progress.step(f"{name}: round {number}: clients learn"), measure() as waiting:
         average = averager(session, number, models.trained(learner.model))
         learner.model.load_state_dict(dict(average.weights), strict=False)
-        weights = f"{step}.safetensors"
+        weights = layout.tensors(step)
         run.write(weights, lambda path: models.save(learner.model, path))
     figures, evaluated = learner.measured(f"{name}: round {number}")
     trained = Cost(average.cost.seconds, average.cost.flops, waiting.cost.peak_memory_bytes)
@@ -137,27 +115,48 @@ def _round(
     number: int,
     start: str | None,
     server: Server | None,
-    taught: Callable[[TextSet], Lessons],
+    taught: Callable[[TextSet], Examples],
 ) -> Json:
-    run, step = session.run, f"baselines/{name}/{number:03d}"
-    asked = session.asked(number)
+    run, step = session.run, layout.baseline(name, number)
+    asked = session.round_clients(number)
     clients = [private for private in session.splits.private if private.name in asked]
     trained = [trained_by(session, learner, name, number, start, private, taught) for private in clients]
-    files = [record["weights"] for record in trained]
-    cost = sum((Cost(**record["costs"]["train"]) for record in trained), Cost())
+    steps = [StepRecord.from_json(record) for record in trained]
+    files = [step_.file for step_ in steps]
+    cost = sum((step_.training for step_ in steps), Cost())
     with measure() as averaging:
         states = [load_file(run.path(file)) for file in files]
         models.take(learner.model, averaged(states, [len(private) for private in clients]))
-        weights = f"{step}.safetensors"
+        weights = layout.tensors(step)
         run.write(weights, lambda path: models.save(learner.model, path))
     content: Json = {"weights": weights, "costs": {}}
     if server is None:
-        figures, evaluated = learner.measured(f"{name}: round {number}")
-        content |= {**figures, "costs": {"evaluate": asdict(evaluated)}}
+        metrics, evaluated = learner.measured(f"{name}: round {number}")
+        content |= metrics
+        costs = {"evaluate": evaluated}
     else:
         content |= server(learner, number, weights, files)
-        cost += Cost(**content["costs"].get("train", {}))
-    content["costs"]["train"] = asdict(cost + averaging.cost)
+        distilled = StepRecord.from_json(content)
+        weights, costs = distilled.file, dict(distilled.costs)
+        cost += costs.get("train", Cost())
+    costs |= {"train": cost + averaging.cost}
     sent = 4 * models.trained_count(learner.model) * len(clients)
-    content["bytes"] = {"uplink": sent, "downlink": sent}
-    return run.commit(step, content, [content["weights"]])
+    content |= {
+        "costs": {what: asdict(spent) for what, spent in costs.items()},
+        "bytes": {"uplink": sent, "downlink": sent},
+    }
+    return run.commit(step, content, [weights])
+
+
+def averaging_jobs(
+    session: Session, name: str, learner: Learner, shared: Sequence[Tokens] = ()
+) -> Iterator[Job]:
+    """Jobs of ``rounds``; ``shared`` are texts that every client trains on in addition to its own."""
+    config, phase = session.config, f"baseline_{name}"
+    settings = config.clients.training
+    if config.fedavg.epochs is not None:
+        settings = settings.model_copy(update={"epochs": config.fedavg.epochs})
+    for private, turns in zip(session.splits.private, rounds_asked(session), strict=True):
+        texts = [*learner.tokens(private), *shared]
+        yield Job(phase, learner, texts, settings, training.steps_of(settings, len(texts)), len(turns))
+    yield from evaluation(session, learner, config.rounds)

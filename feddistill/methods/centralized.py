@@ -1,20 +1,29 @@
-"""Baseline: the student on all private texts in one place, which nobody could do. An upper bound."""
+"""Baseline: the student trained on the pooled private texts of all clients. An upper bound."""
+
+from collections.abc import Iterator
 
 import numpy as np
 
-from feddistill.methods.learner import Session
-from feddistill.methods.learners import student_rounds
-from feddistill.store import Json
+from feddistill.methods.job import Job
+from feddistill.methods.student_alone import student_jobs, student_rounds
+from feddistill.store.run_directory import Json
+from feddistill.tasks.learner import Learner
+from feddistill.tasks.session import Session
 from feddistill.types import TextSet
 
 
 def run(session: Session) -> Json:
-    """The student's steps, on the pool of the clients' labelled texts."""
+    """Train the student on the pool of the clients' labelled texts."""
     return {"rounds": student_rounds(session, "centralized", pool(session.splits.private))}
 
 
+def plan(session: Session, learners: list[Learner], student: Learner) -> Iterator[Job]:
+    """Jobs of ``run``, for the cost estimate."""
+    return student_jobs(session, "centralized", student, pool(session.splits.private))
+
+
 def pool(sets: tuple[TextSet, ...]) -> TextSet:
-    """All clients' texts as one set."""
+    """Concatenate the texts of all clients into one set."""
     return TextSet(
         name="all private texts",
         ids=tuple(f"{s.name}/{i}" for s in sets for i in s.ids),

@@ -1,9 +1,11 @@
 """Baseline: FedMD (Li and Wang, "FedMD: Heterogenous Federated Learning via Model Distillation", 2019).
 
-Clients of any architecture learn the labelled public texts, then their own; in each round they send scores of
-the public texts, digest the mean of all scores, and revisit their own texts. There is no student.
+Clients of any architecture train on the labelled public texts, then on their own; in each round they send
+scores of the public texts, train on the mean of all scores (digest), and train on their own texts again
+(revisit). There is no student.
 """
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 
@@ -12,38 +14,48 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from feddistill import training
 from feddistill.accounting import measure
+from feddistill.client.client import Client, ClientGroup
 from feddistill.config.training import DistillConfig
-from feddistill.methods.client import Client, Crew
-from feddistill.methods.learner import Session, later, lessons_of
-from feddistill.store import Json
-from feddistill.training import NO_LABEL, Lessons
-from feddistill.types import UNLABELLED, Cost
+from feddistill.methods.job import Job, client_texts, evaluation
+from feddistill.store import layout
+from feddistill.store.records import StepRecord
+from feddistill.store.run_directory import Json
+from feddistill.tasks.learner import Learner, examples_of, later
+from feddistill.tasks.session import Session
+from feddistill.training import TrainingExamples
+from feddistill.types import NO_LABEL, UNLABELLED, Cost
 
 DIGEST = DistillConfig(kind="mae", kd_weight=1.0)
 FLOAT = 4
-"""Bytes of a score, as FedMD sends them."""
+"""Bytes of a score in an upload."""
 
 
 def run(session: Session) -> Json:
-    """As many rounds as the federation has; the result is the clients' own models."""
-    crew = Crew(session)
-    clients: dict[str, list[Json]] = {client.name: [] for client in crew.clients}
-    pretrained = {client.name: _pretrain(session, client) for client in crew.clients}
+    """Run as many rounds as the federation has; the result is the clients' models."""
+    group = ClientGroup(session)
+    clients: dict[str, list[Json]] = {client.name: [] for client in group.clients}
+    pretrained = {client.name: _pretrain(session, client) for client in group.clients}
     for number in range(1, session.config.rounds + 1):
-        consensus, costs = _consensus(session, crew, number)
-        for client in crew.clients:
+        consensus, costs = _consensus(session, group, number)
+        for client in group.clients:
             record = _digest(session, client, number, consensus)
             first = {"pretrain": pretrained[client.name]} if number == 1 else {}
-            costs_of = {**record["costs"], "answer": costs[client.name], **first}
+            spent = StepRecord.from_json(record).costs
+            costs_of = {
+                **{what: asdict(cost) for what, cost in spent.items()},
+                "answer": costs[client.name],
+                **first,
+            }
             clients[client.name].append({**record, "costs": costs_of})
     rows, classes = len(session.splits.proxy), len(session.splits.label_names)
-    sent = FLOAT * rows * classes * len(crew.clients)
+    sent = FLOAT * rows * classes * len(group.clients)
     return {"clients": clients, "bytes": {"uplink": sent, "downlink": sent}}
 
 
 def _pretrain(session: Session, client: Client) -> Json:
-    """Public texts that have labels, then private ones: FedMD's transfer learning; returns its cost."""
+    """Train on labelled public texts, then on private ones (FedMD's transfer learning); returns the cost."""
     proxy = session.splits.proxy
     known = np.flatnonzero(proxy.labels != UNLABELLED)
     sets = {"private": client.private}
@@ -52,61 +64,62 @@ def _pretrain(session: Session, client: Client) -> Json:
     start, cost = None, Cost()
     for what, texts in sets.items():
         record = client.learner.step(
-            f"baselines/fedmd/000/{what}/{client.name}",
+            layout.baseline("fedmd", 0, what, client.name),
             f"fedmd: {client.name} learns {what} texts",
             start,
-            partial(lessons_of, client.learner, texts),
+            partial(examples_of, client.learner, texts),
             session.config.clients.training,
             evaluate=False,
         )
-        start = record["weights"]
-        cost += Cost(**record["costs"]["train"])
+        step = StepRecord.from_json(record)
+        start = step.weights
+        cost += step.training
     return asdict(cost)
 
 
 def _last(number: int, client: Client) -> str:
-    """The weights that a client has before round ``number``."""
+    """The file with a client's weights before round ``number``."""
     what = "private" if number == 1 else "revisit"
-    return f"baselines/fedmd/{number - 1:03d}/{what}/{client.name}.safetensors"
+    return layout.tensors(layout.baseline("fedmd", number - 1, what, client.name))
 
 
-def _consensus(session: Session, crew: Crew, number: int) -> tuple[str, dict[str, Json]]:
-    """The mean of the clients' scores, as a file, and what answering took of each."""
-    run, name = session.run, f"baselines/fedmd/{number:03d}/consensus"
+def _consensus(session: Session, group: ClientGroup, number: int) -> tuple[str, dict[str, Json]]:
+    """The file with the mean of the clients' scores, and each client's cost of answering."""
+    run, name = session.run, layout.baseline("fedmd", number, "consensus")
     if (record := run.done(name)) is None:
         scores: list[Tensor] = []
         costs: dict[str, Json] = {}
-        for client in crew.clients:
+        for client in group.clients:
             learner = client.learner
             learner.restore(_last(number, client))
             before = learner.meter.flops
             with (
-                session.show.step(f"fedmd: round {number}: {client.name} answers") as tick,
+                session.progress.step(f"fedmd: round {number}: {client.name} answers") as on_step,
                 measure() as cost,
             ):
-                said = learner.answer(session.splits.proxy, tick)
+                answered = learner.answer(session.splits.proxy, on_step)
                 cost.flops = learner.meter.flops - before
-            scores.append(said - said.mean(-1, keepdim=True))
+            scores.append(answered - answered.mean(-1, keepdim=True))
             costs[client.name] = asdict(cost.cost)
-        run.write_bytes(f"{name}.safetensors", save({"scores": torch.stack(scores).mean(0)}))
-        record = run.commit(name, {"file": f"{name}.safetensors", "costs": costs}, [f"{name}.safetensors"])
+        run.write_bytes(layout.tensors(name), save({"scores": torch.stack(scores).mean(0)}))
+        record = run.commit(name, {"file": layout.tensors(name), "costs": costs}, [layout.tensors(name)])
     return record["file"], record["costs"]
 
 
 def _digest(session: Session, client: Client, number: int, consensus: str) -> Json:
-    """A client learns the consensus, then its own texts again; the record is that of both."""
+    """Train a client on the consensus, then on its own texts; the record has the cost of both."""
     settings, learner, proxy = session.config.fedmd, client.learner, session.splits.proxy
     head = session.config.clients.codistillation.head_learning_rate
     training = session.config.clients.training
 
-    def lessons() -> Lessons:
+    def lessons() -> TrainingExamples:
         scores = load_file(session.run.path(consensus))["scores"]
         nothing = torch.full((len(proxy),), NO_LABEL)
-        return Lessons(learner.tokens(proxy), nothing, scores)
+        return TrainingExamples(learner.tokens(proxy), nothing, scores)
 
-    step = f"baselines/fedmd/{number:03d}"
+    layout.baseline("fedmd", number)
     digested = learner.step(
-        f"{step}/digest/{client.name}",
+        layout.baseline("fedmd", number, "digest", client.name),
         f"fedmd: round {number}: {client.name} digests",
         _last(number, client),
         lessons,
@@ -115,11 +128,34 @@ def _digest(session: Session, client: Client, number: int, consensus: str) -> Js
         evaluate=False,
     )
     record = learner.step(
-        f"{step}/revisit/{client.name}",
+        layout.baseline("fedmd", number, "revisit", client.name),
         f"fedmd: round {number}: {client.name} revisits its own texts",
-        digested["weights"],
-        partial(lessons_of, learner, client.private),
+        StepRecord.from_json(digested).weights,
+        partial(examples_of, learner, client.private),
         later(training, settings.revisit_epochs, head),
     )
-    cost = Cost(**digested["costs"]["train"]) + Cost(**record["costs"]["train"])
-    return {**record, "costs": {**record["costs"], "train": asdict(cost)}}
+    revisited = StepRecord.from_json(record)
+    cost = StepRecord.from_json(digested).training + revisited.training
+    costs = {what: asdict(spent) for what, spent in {**revisited.costs, "train": cost}.items()}
+    return {**record, "costs": costs}
+
+
+def plan(session: Session, learners: list[Learner], student: Learner) -> Iterator[Job]:
+    """Jobs of ``run``, for the cost estimate."""
+    known = session.splits.proxy.select(np.flatnonzero(session.splits.proxy.known), "labelled")
+    config, rounds, phase = session.config, session.config.rounds, "baseline_fedmd"
+    settings = config.clients.training
+
+    def steps(epochs: float, examples: int) -> int:
+        return training.steps_of(settings.model_copy(update={"epochs": epochs}), examples)
+
+    for learner, own in client_texts(session, learners):
+        proxy, public = learner.tokens(session.splits.proxy), learner.tokens(known)
+        for texts in (public, own):
+            if len(texts):
+                yield Job(phase, learner, texts, settings, steps(settings.epochs, len(texts)))
+        yield Job(phase, learner, proxy, times=rounds)
+        digested = steps(config.fedmd.digest_epochs, len(proxy))
+        yield Job(phase, learner, proxy, settings, digested, rounds)
+        yield Job(phase, learner, own, settings, steps(config.fedmd.revisit_epochs, len(own)), rounds)
+        yield from evaluation(session, learner, rounds)

@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA: Hu et al., ICLR 2022) on the attention's projections, peft's."""
+"""Low-rank adapters (LoRA: Hu et al., ICLR 2022) on the attention's projections, by peft."""
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -9,43 +9,43 @@ from feddistill.errors import ConfigError, ModelError
 
 
 def adapt(model: nn.Module, config: ModelConfig, name: str, *, head: bool) -> None:
-    """Put the adapters of ``config.lora``, if any, into the layers that are not frozen; see ``add``."""
+    """Add the adapters of ``config.lora``, if any, to the layers that are not frozen; see ``add``."""
     if config.lora is not None:
         rank, alpha = config.lora.rank, config.lora.alpha
         add(model, rank, alpha, name, f"{name}.lora", head=head, first=config.freeze_layers)
 
 
 def add(
-    model: nn.Module, rank: int, alpha: float, name: str, wanted: str, *, head: bool, first: int = 0
+    model: nn.Module, rank: int, alpha: float, name: str, setting: str, *, head: bool, first: int = 0
 ) -> None:
-    """Put adapters on the projections, in place, and freeze all but them and, with ``head``, the head.
+    """Add adapters to the projections, in place, and freeze all but them and, with ``head``, the head.
 
     Args:
-        model: As ``models.build`` or ``causal.build`` makes it.
-        rank: Of the two factors.
-        alpha: What they are scaled by is ``alpha / rank``.
-        name: The setting of the model, and ``wanted`` the one that asks for adapters: what errors name.
-        wanted: See there.
-        head: Whether the head is trained whole, as one that starts from random weights must be.
-        first: Layers below this one have none.
+        model: As built by ``models.build`` or ``causal.build``.
+        rank: Rank of the two factors.
+        alpha: Adapters are scaled by ``alpha / rank``.
+        name: The setting of the model, for errors.
+        setting: The setting that requires adapters, for errors.
+        head: True to train the head whole, as one with random weights must be.
+        first: Layers below this one get no adapters.
 
     Raises:
         ConfigError: peft is not installed.
-        ModelError: The model has no projections by a name that is known, or none in those layers.
+        ModelError: The model has no projections with a known name, or none in those layers.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
-        raise ConfigError(f"{wanted} needs the package peft: pip install 'feddistill[lora]'") from None
+        raise ConfigError(f"{setting} needs the package peft: pip install 'feddistill[lora]'") from None
     leaves = {path.rsplit(".", 1)[-1] for path, _ in model.named_modules()}
     targets = sorted(leaves & set(models.PROJECTIONS))
     if not targets:
         known = ", ".join(models.PROJECTIONS)
-        raise ModelError(f"{name} has none of the projections that {wanted} adapts: {known}")
+        raise ModelError(f"{name} has none of the projections that {setting} adapts: {known}")
     heads = models.head_parameters(model) if head else set()
     layers = list(range(first, models.depth(model, name))) if first else None
     if layers == []:
-        raise ModelError(f"{name}: {wanted} adapts nothing: all its layers are frozen")
+        raise ModelError(f"{name}: {setting} adapts nothing: all its layers are frozen")
     settings = LoraConfig(
         r=rank,
         lora_alpha=alpha,

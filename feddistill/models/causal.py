@@ -1,4 +1,4 @@
-"""Language models, causal and masked, and how texts become the blocks that they read."""
+"""Causal and masked language models, and the packing of texts into blocks for them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,51 +7,51 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedTokenizerBase
 
-from feddistill.blocks import Blocks, pack
 from feddistill.config.models import ModelConfig
 from feddistill.errors import ModelError
-from feddistill.heads import head_of, hidden_states, masked_states
+from feddistill.modelio.outputs import head_of, hidden_states, masked_states
+from feddistill.modelio.packing import PackedTexts, pack
 from feddistill.models import cut, loaded, reads
 from feddistill.models.tokenizers import end_id, mask_id, tokenizer_of
 from feddistill.types import TextSet
 
 
 class LooksAheadError(ModelError):
-    """A model sees the tokens that it is to predict: it is a masked one."""
+    """A model attends to the tokens that it should predict: it is a masked one."""
 
 
 class LooksBackError(ModelError):
-    """A model does not see what follows: it is a causal one."""
+    """A model does not attend to later tokens: it is a causal one."""
 
 
 @dataclass(frozen=True, slots=True)
-class Reader:
-    """A tokenizer, and how it makes blocks of texts."""
+class TextReader:
+    """Packs texts into blocks with a tokenizer."""
 
     tokenizer: PreTrainedTokenizerBase
     answers_only: bool = False
-    """Whether tokens of a prompt are not wanted."""
+    """True to leave tokens of prompts out of losses and metrics."""
 
     @property
     def vocab_size(self) -> int:
         """``V``; a model's head may have more rows, which are padding."""
         return len(self.tokenizer)
 
-    def blocks(self, texts: TextSet, length: int) -> Blocks:
-        """All of ``texts``, in blocks of ``length`` tokens."""
+    def blocks(self, texts: TextSet, length: int) -> PackedTexts:
+        """Pack all of ``texts`` into blocks of ``length`` tokens."""
         encoded = self.tokenizer(
             list(texts.texts), add_special_tokens=False, return_offsets_mapping=self.answers_only
         )
-        wanted = None
+        loss_mask = None
         if self.answers_only and texts.starts is not None:
-            wanted = [
+            loss_mask = [
                 [first >= start for first, _ in offsets]
-                for offsets, start in zip(encoded["offset_mapping"], texts.starts, strict=True)
+                for offsets, start in zip(encoded.offset_mapping, texts.starts, strict=True)
             ]
-        return pack(encoded["input_ids"], end_id(self.tokenizer), length, wanted)
+        return pack(encoded.input_ids, end_id(self.tokenizer), length, loss_mask)
 
     def bytes(self, texts: TextSet) -> int:
-        """Of what is wanted of ``texts``, in UTF-8: what bits per byte are counted over."""
+        """Bytes of the texts in UTF-8, without prompts if these are left out; for bits per byte."""
         if not self.answers_only or texts.starts is None:
             return sum(len(text.encode()) for text in texts.texts)
         return sum(len(t[start:].encode()) for t, start in zip(texts.texts, texts.starts, strict=True))
@@ -59,16 +59,21 @@ class Reader:
 
 @dataclass(frozen=True, slots=True)
 class Causal:
-    """A model with what it reads by."""
+    """A language model with its reader."""
 
     model: nn.Module
-    reader: Reader
+    reader: TextReader
     max_tokens: int
 
     @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The reader's tokenizer."""
+        return self.reader.tokenizer
+
+    @property
     def pad_id(self) -> int:
-        """What stands behind a block that is shorter than others; no token of it sees that."""
-        return int(self.reader.tokenizer.pad_token_id)
+        """Fills blocks that are shorter than others in a batch; no token of the block attends to it."""
+        return int(self.tokenizer.pad_token_id)
 
 
 def build(
@@ -80,11 +85,11 @@ def build(
     answers_only: bool = False,
     masked: bool = False,
 ) -> Causal:
-    """The model as it is before any training: as ``models.build``.
+    """The model before any training; arguments as for ``models.build``.
 
     Raises:
-        ModelError: Also for a model that looks ahead or, where it is to be ``masked``, does not; and for one
-            whose head is not linear.
+        ModelError: As ``models.build``; or the model attends to later tokens or, if it should be ``masked``,
+            does not; or its head is not linear.
     """
     tokenizer = tokenizer_of(config.source, name, public)
     if masked:
@@ -97,11 +102,11 @@ def build(
     reads(model, tokenizer, config.max_tokens, name)
     check = _is_masked if masked else _is_causal
     check(model, len(tokenizer), name)
-    return Causal(model, Reader(tokenizer, answers_only), config.max_tokens)
+    return Causal(model, TextReader(tokenizer, answers_only), config.max_tokens)
 
 
 def _is_causal(model: nn.Module, vocab_size: int, name: str) -> None:
-    """Two texts that differ in their last token, which nothing before it may see."""
+    """Check, with two texts that differ in their last token, that nothing before it depends on it."""
     ids = _two_texts(vocab_size)
     model.eval()
     with torch.inference_mode():
@@ -113,7 +118,7 @@ def _is_causal(model: nn.Module, vocab_size: int, name: str) -> None:
 
 
 def _is_masked(model: nn.Module, vocab_size: int, name: str) -> None:
-    """Two texts that differ in their last token, which what is before it must see."""
+    """Check, with two texts that differ in their last token, that what is before it depends on it."""
     ids = _two_texts(vocab_size)
     model.eval()
     with torch.inference_mode():
@@ -134,7 +139,7 @@ def _two_texts(vocab_size: int) -> Tensor:
 
 
 def _is_linear(model: nn.Module, states: Tensor, logits: Tensor, vocab_size: int, name: str) -> None:
-    """Whether logits are a product of the head with ``states``."""
+    """Check that the logits are the head's product with ``states``."""
     weight, bias = head_of(model)
     if len(weight) < vocab_size:
         raise ModelError(f"{name}: the head has {len(weight)} rows, the tokenizer {vocab_size} tokens")

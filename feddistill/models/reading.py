@@ -1,5 +1,6 @@
-"""Models that point at the answer to a question in a passage."""
+"""Models for extractive question answering."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -7,11 +8,11 @@ from torch import nn
 from transformers import AutoModelForQuestionAnswering, PreTrainedTokenizerBase
 
 from feddistill.config.models import ModelConfig
-from feddistill.config.training import ReadingConfig
-from feddistill.heads import takes_types
+from feddistill.config.training import QuestionAnsweringConfig
+from feddistill.modelio.outputs import takes_types
+from feddistill.modelio.passages import QAWindow, windows
 from feddistill.models import cut, loaded, reads
 from feddistill.models.tokenizers import tokenizer_of
-from feddistill.passages import Page, pages
 from feddistill.types import TextSet
 
 
@@ -24,22 +25,22 @@ class PassageReader:
     max_tokens: int
     name: str
     unanswerable: bool
-    """Whether it may say that there is no answer."""
+    """True if it may predict that there is no answer."""
 
     @property
     def pad_id(self) -> int:
-        """What shorter pages of a batch are filled with."""
+        """Fills windows that are shorter than others in a batch."""
         return int(self.tokenizer.pad_token_id)
 
     @property
     def types(self) -> bool:
-        """Whether the model reads types of tokens."""
+        """True if the model reads token types."""
         return takes_types(self.model)
 
-    def pages(self, texts: TextSet) -> list[Page]:
-        """A page of each text; what of a passage is behind ``max_tokens`` is not read."""
+    def windows(self, texts: TextSet) -> list[QAWindow]:
+        """A window of each text; passages are truncated at ``max_tokens``."""
         return [
-            pages(
+            windows(
                 self.tokenizer,
                 *texts.question(row),
                 self.max_tokens,
@@ -51,15 +52,12 @@ class PassageReader:
 
 
 def build(
-    config: ModelConfig, reading: ReadingConfig, seed: int, name: str, public: tuple[str, ...] = ()
+    config: ModelConfig, reading: QuestionAnsweringConfig, seed: int, name: str, public: Sequence[str] = ()
 ) -> PassageReader:
-    """The model as it is before any training; what is random in it is drawn from ``seed``.
-
-    ``name`` is the setting that errors name, as ``student.model``; ``public`` are the proxy texts, for a
-    tokenizer that is trained on them.
+    """The model before any training; arguments as for ``models.build``.
 
     Raises:
-        ModelError: It cannot be had, cut, or made to read.
+        ModelError: It cannot be loaded, cut, or made to read its tokenizer's texts.
     """
     tokenizer = tokenizer_of(config.source, name, public)
     with torch.random.fork_rng(devices=[]):
@@ -67,4 +65,4 @@ def build(
         model = loaded(config, AutoModelForQuestionAnswering, {}, tokenizer, name)
     cut(model, config, name)
     reads(model, tokenizer, config.max_tokens, name)
-    return PassageReader(model, tokenizer, config.max_tokens, name, reading.unanswerable)
+    return PassageReader(model, tokenizer, config.max_tokens, name, reading.allow_no_answer)

@@ -1,4 +1,4 @@
-"""Tokenizers: of a model, or trained on the texts that everybody has."""
+"""Tokenizers: of a model, or trained on the proxy texts."""
 
 import hashlib
 import json
@@ -8,9 +8,9 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from feddistill.config.models import BlackBoxModel, ModelSource, ScratchModel, TrainedTokenizer
+from feddistill.config.models import ModelSource, QueryOnlyModel, ScratchModel, TrainedTokenizer
 from feddistill.errors import ModelError
-from feddistill.models.places import first_line, gguf_of, location
+from feddistill.models.sources import first_line, gguf_of, location
 
 END, PAD, MASK = "<|end|>", "<|pad|>", "<|mask|>"
 
@@ -23,13 +23,13 @@ def tokenizer_of(
     Args:
         source: Of the model, or of the tokenizer itself.
         name: The setting that errors name, as ``student.model``.
-        public: The proxy texts, on which a ``trained`` one is trained.
+        public: The proxy texts, on which a ``trained`` tokenizer is trained.
 
     Raises:
-        ModelError: It cannot be had.
+        ModelError: It cannot be loaded.
     """
-    while isinstance(source, ScratchModel | BlackBoxModel):
-        assert source.tokenizer is not None, "the configuration has one where it is asked for"
+    while isinstance(source, ScratchModel | QueryOnlyModel):
+        assert source.tokenizer is not None, "checked with the configuration"
         source = source.tokenizer
     if isinstance(source, TrainedTokenizer):
         return _fast(_trained(source.vocab_size, source.mask, tuple(public)), source.mask)
@@ -50,31 +50,37 @@ def tokenizer_of(
 
 
 def end_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Of the token that ends a text; of tokenizers without one (BERT's) the separator."""
+    """Id of the token that ends a text; for tokenizers without one (BERT's), of the separator."""
     for token in (tokenizer.eos_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id):
         if token is not None:
             return int(token)
     raise ModelError("the tokenizer has no token that could end a text")
 
 
+def without_token_types(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make a tokenizer return no token types, which GPT-2 would add to its input and Llama refuse."""
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names
+
+
 def mask_id(tokenizer: PreTrainedTokenizerBase, name: str) -> int:
-    """Of the token that hides others.
+    """Id of the mask token.
 
     Raises:
-        ModelError: There is none.
+        ModelError: The tokenizer has none.
     """
     if tokenizer.mask_token_id is None:
-        raise ModelError(f"{name}: its tokenizer has no token that hides others, as task = masked_lm needs")
+        raise ModelError(f"{name}: its tokenizer has no mask token, which task = masked_lm needs")
     return int(tokenizer.mask_token_id)
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of what decides into which ids a text is cut: equal ones cut alike."""
+    """Hash of all that the ids of a text depend on: equal if texts are tokenized alike."""
     tokens: Any = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     how = ""
     if tokenizer.is_fast:
         whole = json.loads(tokenizer.backend_tokenizer.to_str())
-        for key in ("truncation", "padding", "post_processor"):  # of a call, not of the tokenizer
+        for key in ("truncation", "padding", "post_processor"):  # set by calls, not part of the tokenizer
             whole.pop(key, None)
         how = json.dumps(whole, sort_keys=True)
     return hashlib.blake2b(json.dumps([tokens, how]).encode(), digest_size=16).hexdigest()
@@ -82,7 +88,7 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 @lru_cache(maxsize=8)
 def _trained(vocab_size: int, mask: bool, texts: tuple[str, ...]) -> str:
-    """As JSON: whoever asks gets a tokenizer of its own."""
+    """The tokenizer as JSON, from which each caller makes its own copy."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     if not texts:

@@ -1,7 +1,7 @@
 """Payload format v1: a client's answers as bytes that a server can check (``docs/payload.md``).
 
-``quantise_*`` make an answer of log-probabilities, ``encode`` and ``seal`` the two things that travel,
-``admit`` takes them in or refuses them; nothing that ``admit`` returns is anything but well-formed.
+``quantise_*`` turn log-probabilities into answers, ``encode`` and ``seal`` write the payload and its
+envelope, ``admit`` checks both and returns the answers or raises a ``Refusal``.
 """
 
 from feddistill.payload.admission import admit, bound, encode, read, reread
@@ -10,20 +10,20 @@ from feddistill.payload.answers import (
     Dense,
     Ranked,
     Sampled,
+    abstained,
+    concatenate,
     expand,
-    joined,
     max_code_of,
     quantise_dense,
     quantise_sampled,
     quantise_threshold,
     quantise_topk,
-    silent,
     unigram_spread,
 )
 from feddistill.payload.envelope import ENVELOPE_LIMIT, VERSION, Envelope, digest, seal
 from feddistill.payload.ledger import Entry, parse_entries
 from feddistill.payload.request import canonical, fingerprint, parse_spec, spec_digest
-from feddistill.payload.shards import cut, digest_of, pieces, rows_of, shards
+from feddistill.payload.shards import digest_of, ranges, rows_of, shards, split
 
 __all__ = [
     "ENVELOPE_LIMIT",
@@ -34,30 +34,30 @@ __all__ = [
     "Envelope",
     "Ranked",
     "Sampled",
+    "abstained",
     "admit",
     "bound",
     "canonical",
-    "cut",
+    "concatenate",
     "digest",
     "digest_of",
     "encode",
     "expand",
     "fingerprint",
-    "joined",
     "max_code_of",
     "parse_entries",
     "parse_spec",
-    "pieces",
     "quantise_dense",
     "quantise_sampled",
     "quantise_threshold",
     "quantise_topk",
+    "ranges",
     "read",
     "reread",
     "rows_of",
     "seal",
     "shards",
-    "silent",
     "spec_digest",
+    "split",
     "unigram_spread",
 ]

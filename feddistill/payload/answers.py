@@ -1,7 +1,7 @@
-"""A model's answers as bytes: a log-probability is one unsigned byte, ``log p = -code / 12``.
+"""A model's answers as byte codes: a log-probability is one unsigned byte, ``log p = -code / 12``.
 
-Codes preserve order, so order statistics can be taken on them, and integers are neither NaN nor Inf.
-The error is at most 1/24 nat; beyond 21.25 nats (``code = 255``) a probability counts as ``e**-21.25``.
+Codes preserve order, so that order statistics can be computed on them, and are never NaN or infinite. The
+error is at most 1/24 nat; beyond 21.25 nats (``code = 255``) a probability counts as ``e**-21.25``.
 Shapes: ``T`` texts or positions, ``V`` classes or vocabulary, ``k`` entries kept a row.
 """
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 STEPS_PER_NAT = 12
 CODES = 256
 FLOOR = CODES - 1
-"""The code of everything that is too unlikely for another one."""
+"""The code of all smaller probabilities."""
 
 Codes = NDArray[np.uint8]
 Ids = NDArray[np.uint16] | NDArray[np.int32]
@@ -25,7 +25,7 @@ _P: NDArray[np.float64] = np.exp(_LOG_P)
 
 @dataclass(frozen=True, slots=True)
 class Dense:
-    """A byte for each class."""
+    """Codes of all classes."""
 
     codes: Codes
     """``[T, V]``."""
@@ -42,15 +42,15 @@ class Dense:
 
     @property
     def k(self) -> int:
-        """``V``: nothing is left out."""
+        """``V``: all classes are kept."""
         return self.vocab_size
 
     def rows(self, start: int, stop: int) -> "Dense":
-        """Some of the answers."""
+        """The rows from ``start`` to ``stop``."""
         return Dense(self.codes[start:stop])
 
     def mass(self) -> NDArray[np.float64]:
-        """``[T]`` sum of the probabilities as they are written: near 1, but for rounding."""
+        """``[T]``, the sum of the encoded probabilities: 1 up to rounding."""
         total: NDArray[np.float64] = _P[self.codes].sum(1)
         return total
 
@@ -61,28 +61,28 @@ class Dense:
 
 @dataclass(frozen=True, slots=True)
 class Ranked:
-    """The likeliest ids, likeliest first, their bytes, and a byte for the mass of all others.
+    """The likeliest ids in rank order, their codes, and the code of the mass of all other ids.
 
-    A row keeps ``k`` ids, or as many as ``lengths`` says: then the lowest ids that it does not keep fill it
-    up. So the ids of a row are distinct in any case.
+    A row keeps ``k`` ids, or the number in ``lengths``: then it is padded with the lowest ids that it does
+    not keep. The ids of a row are therefore always distinct.
     """
 
     stored: Ids
-    """``[T, k]`` ids, in two bytes each where the vocabulary allows it."""
+    """``[T, k]`` ids, in two bytes each if the vocabulary is small enough."""
     codes: Codes
-    """``[T, k]``, not decreasing along a row; ``FLOOR`` behind its length."""
+    """``[T, k]``, not decreasing along a row; ``FLOOR`` in the padding."""
     tail: Codes
     """``[T]``."""
     vocab_size: int
     lengths: NDArray[np.uint16] | None = None
-    """``[T]`` ids that a row keeps, from 1 to ``k``; ``None`` where all keep ``k``."""
+    """``[T]``, the number of ids that a row keeps, from 1 to ``k``; ``None`` if all rows keep ``k``."""
 
     def __len__(self) -> int:
         return len(self.stored)
 
     @property
     def codec(self) -> str:
-        """Which codec writes such answers."""
+        """The codec of these answers."""
         return "topk" if self.lengths is None else "threshold"
 
     @property
@@ -92,27 +92,27 @@ class Ranked:
 
     @property
     def ids(self) -> NDArray[np.int32]:
-        """``[T, k]``, widened: take some ``rows`` first where memory matters."""
+        """``[T, k]`` as int32: a copy, unless the ids are stored so."""
         return self.stored.astype(np.int32, copy=False)
 
     def rows(self, start: int, stop: int) -> "Ranked":
-        """Some of the answers."""
+        """The rows from ``start`` to ``stop``."""
         part = slice(start, stop)
         lengths = None if self.lengths is None else self.lengths[part]
         return Ranked(self.stored[part], self.codes[part], self.tail[part], self.vocab_size, lengths)
 
     def kept(self) -> NDArray[np.bool_] | None:
-        """``[T, k]``, which entries a row keeps; ``None`` where all are."""
+        """``[T, k]``, True for entries that are not padding; ``None`` if none is."""
         return None if self.lengths is None else np.arange(self.k) < self.lengths[:, None]
 
     def whole(self) -> NDArray[np.bool_]:
-        """``[T]``, which rows keep every id: then there are no others."""
+        """``[T]``, True for rows that keep all ``V`` ids, and so have no tail."""
         if self.lengths is None:
             return np.full(len(self), self.k == self.vocab_size)
         return np.asarray(self.lengths == self.vocab_size)
 
     def mass(self) -> NDArray[np.float64]:
-        """``[T]`` sum of the probabilities as they are written, tail included."""
+        """``[T]``, the sum of the encoded probabilities, tail included."""
         kept = self.kept()
         probs = _P[self.codes] if kept is None else np.where(kept, _P[self.codes], 0.0)
         return np.asarray(probs.sum(1) + np.where(self.whole(), 0.0, _P[self.tail]))
@@ -120,8 +120,8 @@ class Ranked:
     def log_probs(self) -> tuple[LogProbs, LogProbs]:
         """``[T, k]`` of the ids and ``[T]`` of all others together, renormalised in float64.
 
-        Ids that fill a row up have what each of the others has where they are all alike, and the others the
-        rest: who reads rows of ``k`` ids and spreads the tail uniformly reads the same distribution.
+        Ids in the padding get an equal share of the tail, and the tail the rest: with the tail spread
+        uniformly this is the same distribution.
         """
         kept, whole, norm = self.kept(), self.whole(), np.log(self.mass())
         log_probs = _LOG_P[self.codes] - norm[:, None]
@@ -136,13 +136,13 @@ class Ranked:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """How often each of some ids was drawn: ``q = count / draws`` has the mean ``p``, so means stay unbiased.
+    """Counts of sampled ids: ``q = count / draws`` is an unbiased estimate of ``p``.
 
-    What was not drawn is zero here and now, and not on average: only means of such answers are meaningful.
+    An id that was not drawn has ``q = 0``, so that only means of such answers are meaningful.
     """
 
     stored: Ids
-    """``[T, k]``, ascending; the lowest ids that were not drawn fill a row up."""
+    """``[T, k]``, ascending; padded with the lowest ids that were not drawn."""
     counts: NDArray[np.uint8]
     """``[T, k]``."""
     draws: int
@@ -155,21 +155,21 @@ class Sampled:
 
     @property
     def k(self) -> int:
-        """Ids a row, drawn or not."""
+        """Ids per row, with the padding."""
         return int(self.stored.shape[1])
 
     @property
     def ids(self) -> NDArray[np.int32]:
-        """``[T, k]``, widened: take some ``rows`` first where memory matters."""
+        """``[T, k]`` as int32: a copy, unless the ids are stored so."""
         return self.stored.astype(np.int32, copy=False)
 
     def rows(self, start: int, stop: int) -> "Sampled":
-        """Some of the answers."""
+        """The rows from ``start`` to ``stop``."""
         part = slice(start, stop)
         return Sampled(self.stored[part], self.counts[part], self.draws, self.vocab_size)
 
     def mass(self) -> NDArray[np.float64]:
-        """``[T]`` of ones, exactly."""
+        """``[T]``, all exactly 1."""
         return np.asarray(self.counts.sum(1, dtype=np.int64) / self.draws)
 
     def log_probs(self) -> tuple[LogProbs, LogProbs]:
@@ -182,8 +182,8 @@ class Sampled:
 Answers = Dense | Ranked | Sampled
 
 
-def joined(parts: Sequence[Answers]) -> Answers:
-    """Answers of one codec, one after the other."""
+def concatenate(parts: Sequence[Answers]) -> Answers:
+    """The rows of all parts, which have one codec; a single part is not copied."""
     first = parts[0]
     if len(parts) == 1:
         return first
@@ -192,16 +192,16 @@ def joined(parts: Sequence[Answers]) -> Answers:
         for field in fields(first)
         if isinstance(getattr(first, field.name), np.ndarray)
     }
-    return replace(first, **arrays)  # type: ignore[arg-type]  # of one class, all of them
+    return replace(first, **arrays)  # type: ignore[arg-type]  # all parts have the class of the first
 
 
 def expand(answers: Answers, spread: NDArray[np.float64] | None = None) -> LogProbs:
-    """Log-probabilities ``[T, V]``: a missing id has a share of its row's tail, never zero unless drawn so.
+    """Log-probabilities ``[T, V]``: a missing id gets a share of the row's tail.
 
     Args:
-        answers: Of any codec.
-        spread: ``[V]``, positive: the shares are in proportion to it, as ``unigram_spread`` makes it;
-            ``None`` for equal ones.
+        answers: Answers of any codec.
+        spread: ``[V]``, positive; the shares are in proportion to it (see ``unigram_spread``). ``None`` for
+            equal shares.
     """
     if isinstance(answers, Dense):
         return answers.log_probs()
@@ -214,20 +214,20 @@ def expand(answers: Answers, spread: NDArray[np.float64] | None = None) -> LogPr
     else:
         entries = answers.kept()
         listed = spread[ids] if entries is None else np.where(entries, spread[ids], 0.0)
-        rest = np.maximum(spread.sum() - listed.sum(1), np.finfo(np.float64).tiny)  # 0 where all are kept
+        rest = np.maximum(spread.sum() - listed.sum(1), np.finfo(np.float64).tiny)  # 0 if all are kept
         norm = np.log(answers.mass())
         log_tail = np.where(answers.whole(), -np.inf, _LOG_P[answers.tail] - norm)
         dense = np.asarray((log_tail - np.log(rest))[:, None] + np.log(spread), np.float32)
-        if entries is not None:  # ids that fill a row up are missing ones
+        if entries is not None:  # padding counts as missing
             kept = np.where(entries, kept, np.take_along_axis(dense, ids, 1))
     np.put_along_axis(dense, ids, kept, 1)
     return np.asarray(dense, np.float32)
 
 
-def silent(answers: "Ranked | Sampled") -> NDArray[np.bool_]:
-    """``[T]``, rows without an opinion: even the likeliest id is as unlikely as a byte can say.
+def abstained(answers: "Ranked | Sampled") -> NDArray[np.bool_]:
+    """``[T]``, True for rows that mean "abstained": even the likeliest id has the code ``FLOOR``.
 
-    Of ``V`` ids the likeliest has a probability of at least ``1 / V``, so no model says that of itself.
+    A model's likeliest id has a probability of at least ``1 / V``, so that no other row has this code.
     """
     if isinstance(answers, Sampled):
         return np.zeros(len(answers), np.bool_)
@@ -235,10 +235,10 @@ def silent(answers: "Ranked | Sampled") -> NDArray[np.bool_]:
 
 
 def unigram_spread(counts: NDArray[np.int64]) -> NDArray[np.float64]:
-    """``[V]`` by which a tail is spread: the square root of how often each token stands in the public texts.
+    """``[V]`` weights for spreading a tail: square roots of the token counts in the public texts, plus 0.1.
 
-    Everybody who has the public texts has it, so it costs nothing to send. The likeliest tokens are the ones
-    that are kept, and the rest is flatter than the whole: hence the root. A tenth is added to each count.
+    Server and clients have the public texts, so that nothing is sent. The root makes the weights flatter, as
+    the tail is, which lacks the likeliest tokens.
 
     >>> unigram_spread(np.array([90, 0, 10])).round(2)
     array([9.49, 0.32, 3.18])
@@ -247,10 +247,10 @@ def unigram_spread(counts: NDArray[np.int64]) -> NDArray[np.float64]:
 
 
 def quantise_dense(log_probs: LogProbs) -> Dense:
-    """``[T, V]`` log-probabilities to bytes; ``-inf`` is as unlikely as a byte can say.
+    """Encode log-probabilities ``[T, V]``; ``-inf`` gets the code ``FLOOR``.
 
     Raises:
-        ValueError: A row is no distribution.
+        ValueError: A row does not sum to 1.
 
     >>> quantise_dense(np.log(np.array([[0.5, 0.25, 0.25]], np.float32))).codes
     array([[ 8, 17, 17]], dtype=uint8)
@@ -260,12 +260,12 @@ def quantise_dense(log_probs: LogProbs) -> Dense:
 
 
 def quantise_topk(ids: NDArray[np.int32], log_probs: LogProbs, log_tail: LogProbs, vocab_size: int) -> Ranked:
-    """Ids ``[T, k]`` in any order, their log-probabilities and the tail's ``[T]`` to bytes in rank order.
+    """Encode ids ``[T, k]``, in any order, their log-probabilities and the tail's ``[T]``.
 
-    Where bytes are equal the lower id comes first, so the same answer has the same bytes everywhere.
+    The result is in rank order, with ids of equal codes ascending, so that equal answers have equal bytes.
 
     Raises:
-        ValueError: A row is no distribution, or an id is not below ``vocab_size`` or stands twice in it.
+        ValueError: A row does not sum to 1, or an id is not below ``vocab_size`` or occurs twice in a row.
     """
     _check_ids(ids, vocab_size)
     _check_mass(_probability(log_probs).sum(1) + _probability(log_tail))
@@ -283,10 +283,10 @@ def quantise_topk(ids: NDArray[np.int32], log_probs: LogProbs, log_tail: LogProb
 def quantise_threshold(
     ids: NDArray[np.int32], log_probs: LogProbs, log_tail: LogProbs, vocab_size: int, max_code: int
 ) -> Ranked:
-    """As ``quantise_topk``, but entries of codes above ``max_code`` join the tail; the likeliest one stays.
+    """As ``quantise_topk``, but entries with codes above ``max_code``, except the first, join the tail.
 
     Raises:
-        ValueError: As ``quantise_topk``.
+        ValueError: As for ``quantise_topk``.
 
     >>> row = np.log(np.array([[0.6, 0.3, 0.06]], np.float32)), np.log(np.array([0.04], np.float32))
     >>> kept = quantise_threshold(np.array([[7, 8, 9]], np.int32), *row, 100, max_code_of(0.1))
@@ -297,7 +297,7 @@ def quantise_threshold(
     full = quantise_topk(ids, log_probs, log_tail, vocab_size)
     lengths = np.maximum((full.codes <= max_code).sum(1), 1).astype(np.uint16)
     kept = np.arange(full.k) < lengths[:, None]
-    # The tail is summed from what is in it: which entries these are, their order by codes has said.
+    # The tail is summed anew, over the entries that the order by codes puts behind the kept ones.
     order = np.lexsort((ids, _code(log_probs)), axis=1)
     dropped = np.where(kept, 0.0, np.take_along_axis(_probability(log_probs), order, 1)).sum(1)
     with np.errstate(divide="ignore"):
@@ -312,11 +312,11 @@ def quantise_threshold(
 
 
 def quantise_sampled(ids: NDArray[np.int32], log_probs: LogProbs, draws: int, vocab_size: int) -> Sampled:
-    """What ``topk_sample`` drew, ids ``[T, k]`` in any order and ``log(count / draws)``, to counts.
+    """Encode the result of ``topk_sample``: ids ``[T, k]`` in any order and ``log(count / draws)``.
 
     Raises:
-        ValueError: A row's counts are no integers that add up to ``draws``, or the ids that were not drawn
-            are not the lowest ones.
+        ValueError: The counts of a row are not integers with sum ``draws``, or the padding is not the lowest
+            ids that were not drawn.
     """
     _check_ids(ids, vocab_size)
     exact = _probability(log_probs) * draws
@@ -333,7 +333,7 @@ def quantise_sampled(ids: NDArray[np.int32], log_probs: LogProbs, draws: int, vo
 
 
 def max_code_of(epsilon: float) -> int:
-    """The largest code that a probability of ``epsilon`` or more has.
+    """The largest code of probabilities of at least ``epsilon``.
 
     >>> max_code_of(0.001)
     83
@@ -342,9 +342,9 @@ def max_code_of(epsilon: float) -> int:
 
 
 def fill_ids(ids: Ids, kept: NDArray[np.bool_]) -> NDArray[np.int32]:
-    """``[T, k]``: behind the kept ids, the lowest that are not among them, ascending; 0 elsewhere.
+    """The padding ``[T, k]``: the lowest ids that are not kept, ascending; 0 in the place of kept ids.
 
-    A row lacks at most ``k`` of the ids below ``k``, so these are enough.
+    It needs ids below ``k`` only.
     """
     rows, k = ids.shape
     free = np.ones((rows, k), np.bool_)
@@ -364,7 +364,7 @@ def _code(log_probs: LogProbs | NDArray[np.float64]) -> Codes:
 
 
 def _probability(log_probs: LogProbs) -> NDArray[np.float64]:
-    with np.errstate(over="ignore"):  # infinite, and so no distribution
+    with np.errstate(over="ignore"):  # infinite: its sum is not 1
         return np.asarray(np.exp(log_probs.astype(np.float64)), np.float64)
 
 
@@ -379,4 +379,4 @@ def _check_ids(ids: NDArray[np.int32], vocab_size: int) -> None:
 def _check_mass(mass: NDArray[np.float64]) -> None:
     wrong = np.flatnonzero(~(np.abs(mass - 1) < 1e-3))
     if len(wrong):
-        raise ValueError(f"row {wrong[0]} is no distribution: its probabilities add up to {mass[wrong[0]]}")
+        raise ValueError(f"row {wrong[0]} is not a distribution: its probabilities sum to {mass[wrong[0]]}")

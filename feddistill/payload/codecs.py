@@ -1,4 +1,4 @@
-"""What each codec puts into a payload, and what must hold of it."""
+"""The tensors of each codec, and the checks of their values."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,12 +12,13 @@ from feddistill.payload.answers import CODES, FLOOR, Answers, Dense, Ranked, Sam
 from feddistill.types import RoundSpec
 
 WIDE = 2**16
-"""A vocabulary above this needs a third byte an id."""
+"""Larger vocabularies need a third byte per id."""
 LARGEST = 2**24
-"""The largest vocabulary that three bytes an id can name."""
+"""The largest vocabulary: three bytes per id."""
 MASS = (0.9, 1.1)
+"""Range of the sum of a row's encoded probabilities."""
 BLOCK = 1 << 18
-"""Entries checked at a time: the copies that the checks make stay below 10 MiB, whatever arrives."""
+"""Entries checked at a time: temporary copies stay below 10 MiB, whatever arrives."""
 
 Tensors = dict[str, NDArray[Any]]
 U8, U16 = np.dtype("uint8"), np.dtype("<u2")
@@ -27,7 +28,7 @@ COMPRESSIONS = ("none", "zstd")
 
 
 def check_request(spec: RoundSpec) -> None:
-    """Raise ``DataError`` for a request that no answer could meet."""
+    """Raise ``DataError`` for a request that no answer could satisfy."""
     required: dict[str, tuple[bool, str]] = {
         "codec": (spec.codec in CODECS, f"one of {', '.join(CODECS)}"),
         "compression": (spec.compression in COMPRESSIONS, f"one of {', '.join(COMPRESSIONS)}"),
@@ -38,47 +39,46 @@ def check_request(spec: RoundSpec) -> None:
         "shard_rows": (0 <= spec.shard_rows < spec.positions, "0 or fewer than positions"),
     }
     if spec.codec == "dense":
-        required["k"] = (spec.k == spec.vocab_size, f"{spec.vocab_size}, as there are classes")
+        required |= {"k": (spec.k == spec.vocab_size, f"{spec.vocab_size}, the number of classes")}
     if spec.codec == "sampled":
-        required["draws"] = (1 <= spec.draws < CODES, f"from 1 to {CODES - 1}")
-        required["k"] = (
-            spec.k == min(spec.draws, spec.vocab_size),
-            "draws, or vocab_size where that is less",
-        )
+        required |= {
+            "draws": (1 <= spec.draws < CODES, f"from 1 to {CODES - 1}"),
+            "k": (spec.k == min(spec.draws, spec.vocab_size), "the lesser of draws and vocab_size"),
+        }
     for name, (holds, words) in required.items():
         if not holds:
             raise DataError(f"request: {name} must be {words}, got {getattr(spec, name)!a}")
 
 
 def layout(spec: RoundSpec) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
-    """The tensors of an answer to ``spec`` by name, in the order of their names."""
+    """Types and shapes of the tensors of an answer to ``spec``, sorted by name."""
     rows, k = spec.positions, spec.k
     if spec.codec == "dense":
         return {"dense": (U8, (rows, spec.vocab_size))}
-    wanted: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {"idx": (U16, (rows, k))}
+    tensors: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {"idx": (U16, (rows, k))}
     if spec.vocab_size > WIDE:
-        wanted["idx_hi"] = (U8, (rows, k))
+        tensors |= {"idx_hi": (U8, (rows, k))}
     if spec.codec == "sampled":
-        wanted["cnt"] = (U8, (rows, k))
+        tensors |= {"cnt": (U8, (rows, k))}
     else:
-        wanted |= {"val": (U8, (rows, k)), "tail": (U8, (rows,))}
+        tensors |= {"val": (U8, (rows, k)), "tail": (U8, (rows,))}
     if spec.codec == "threshold":
-        wanted["n"] = (U16, (rows,))
-    return dict(sorted(wanted.items()))
+        tensors |= {"n": (U16, (rows,))}
+    return dict(sorted(tensors.items()))
 
 
 def row_bytes(spec: RoundSpec) -> int:
-    """Bytes of one answer, before compression."""
+    """Bytes of one row, before compression."""
     return sum(dtype.itemsize * int(np.prod(shape[1:])) for dtype, shape in layout(spec).values())
 
 
 def tensors_of(answers: Answers) -> Tensors:
-    """Answers as the tensors that ``layout`` names."""
+    """The tensors of answers, named as in ``layout``."""
     if isinstance(answers, Dense):
         return {"dense": answers.codes}
     tensors: Tensors = {"idx": (answers.stored & 0xFFFF).astype(U16)}
     if answers.vocab_size > WIDE:
-        tensors["idx_hi"] = (answers.stored.astype(np.int32) >> 16).astype(U8)
+        tensors |= {"idx_hi": (answers.stored.astype(np.int32) >> 16).astype(U8)}
     if isinstance(answers, Sampled):
         return tensors | {"cnt": answers.counts}
     tensors |= {"val": answers.codes, "tail": answers.tail}
@@ -86,29 +86,53 @@ def tensors_of(answers: Answers) -> Tensors:
 
 
 def answers_of(tensors: Tensors, spec: RoundSpec) -> Answers:
-    """Tensors of the right types and shapes as answers, not yet checked; views where that is possible."""
-    if spec.codec == "dense":
-        return Dense(tensors["dense"])
-    ids: NDArray[Any] = tensors["idx"]
-    if "idx_hi" in tensors:
-        high: NDArray[Any] = tensors["idx_hi"].astype(np.int32)
-        high <<= 16
-        high |= ids
-        ids = high
-    if spec.codec == "sampled":
-        return Sampled(ids, tensors["cnt"], spec.draws, spec.vocab_size)
-    return Ranked(ids, tensors["val"], tensors["tail"], spec.vocab_size, tensors.get("n"))
+    """Answers from tensors of the right types and shapes, as views if possible; values are not checked."""
+    match spec.codec:
+        case "dense":
+            return Dense(*tensors.values())
+        case "sampled":
+            return _sampled(spec, **tensors)
+        case _:
+            return _ranked(spec, **tensors)
+
+
+def _sampled(
+    spec: RoundSpec, *, idx: NDArray[Any], cnt: NDArray[Any], idx_hi: NDArray[Any] | None = None
+) -> Sampled:
+    return Sampled(_ids(idx, idx_hi), cnt, spec.draws, spec.vocab_size)
+
+
+def _ranked(
+    spec: RoundSpec,
+    *,
+    idx: NDArray[Any],
+    val: NDArray[Any],
+    tail: NDArray[Any],
+    idx_hi: NDArray[Any] | None = None,
+    n: NDArray[Any] | None = None,
+) -> Ranked:
+    return Ranked(_ids(idx, idx_hi), val, tail, spec.vocab_size, n)
+
+
+def _ids(low: NDArray[Any], high: NDArray[Any] | None) -> NDArray[Any]:
+    """Ids from their low 16 bits and, in large vocabularies, their third byte."""
+    if high is None:
+        return low
+    ids: NDArray[Any] = high.astype(np.int32)
+    ids <<= 16
+    ids |= low
+    return ids
 
 
 @dataclass(frozen=True, slots=True)
 class Checks:
-    """Everything that must hold of the values, one block of rows at a time."""
+    """The checks of the values, block by block of rows."""
 
     spec: RoundSpec
     client: str
 
     def __call__(self, answers: Answers) -> None:
-        """Raise the refusal for the first block with something wrong in it."""
+        """Raise the refusal for the first invalid block."""
         step = max(1, BLOCK // answers.k)
         for start in range(0, len(answers), step):
             block = answers.rows(start, start + step)
@@ -123,43 +147,43 @@ class Checks:
         self._range(ids)
         if block.lengths is not None:
             outside = np.logical_or(block.lengths < 1, block.lengths > block.k)
-            self._no(outside, refusals.WrongLength, "n", f"from 1 to {block.k}", block.lengths, start)
+            self._refuse(outside, refusals.WrongLength, "n", f"from 1 to {block.k}", block.lengths, start)
         ordered = np.sort(ids, axis=1)
         repeated = (ordered[:, 1:] == ordered[:, :-1]).any(1)
-        self._no(repeated, refusals.IdRepeated, "idx", "distinct in each row", "a repetition", start)
+        self._refuse(repeated, refusals.IdRepeated, "idx", "distinct in each row", "a repetition", start)
         kept = block.kept()
         if kept is not None:
             filled = np.where(kept, 0, ids) == fill_ids(block.stored, kept)
             wrong = ~np.logical_and(filled, np.logical_or(kept, block.codes == FLOOR)).all(1)
             required = f"the lowest other ids with code {FLOOR} behind the row's length"
-            self._no(wrong, refusals.WrongPadding, "idx and val", required, "others", start)
+            self._refuse(wrong, refusals.WrongPadding, "idx and val", required, "others", start)
             faint = np.logical_and(kept, block.codes > self.spec.max_code)[:, 1:].any(1)
             required = f"at most {self.spec.max_code} behind a row's first"
-            self._no(faint, refusals.BelowThreshold, "val", required, "a larger one", start)
+            self._refuse(faint, refusals.BelowThreshold, "val", required, "a larger one", start)
         wrong = (block.codes[:, 1:] < block.codes[:, :-1]).any(1)
-        self._no(wrong, refusals.NotInOrder, "val", "in rank order", "another order", start)
+        self._refuse(wrong, refusals.NotInOrder, "val", "in rank order", "another order", start)
         tied = np.logical_and(block.codes[:, 1:] == block.codes[:, :-1], ids[:, 1:] < ids[:, :-1])
         if kept is not None:
             tied &= kept[:, 1:]
         required = "ascending where values are equal"
-        self._no(tied.any(1), refusals.NotInOrder, "idx", required, "another order", start)
+        self._refuse(tied.any(1), refusals.NotInOrder, "idx", required, "another order", start)
         wrong = np.logical_and(block.whole(), block.tail != FLOOR)
         required = f"{FLOOR} where every id is kept"
-        self._no(wrong, refusals.WrongPadding, "tail", required, block.tail, start)
+        self._refuse(wrong, refusals.WrongPadding, "tail", required, block.tail, start)
 
     def _sampled(self, block: Sampled, start: int) -> None:
         ids = block.ids
         self._range(ids)
         repeated = (ids[:, 1:] == ids[:, :-1]).any(1)
-        self._no(repeated, refusals.IdRepeated, "idx", "distinct in each row", "a repetition", start)
+        self._refuse(repeated, refusals.IdRepeated, "idx", "distinct in each row", "a repetition", start)
         wrong = (ids[:, 1:] < ids[:, :-1]).any(1)
-        self._no(wrong, refusals.NotInOrder, "idx", "ascending", "another order", start)
-        # Ids ascend: where id i stands at place i, all below it are in the row too.
+        self._refuse(wrong, refusals.NotInOrder, "idx", "ascending", "another order", start)
+        # Ids ascend: if id i is at index i, the row contains all ids below it too.
         wrong = np.logical_and(block.counts == 0, ids != np.arange(block.k)).any(1)
         required = "the lowest others where nothing was drawn"
-        self._no(wrong, refusals.WrongPadding, "idx", required, "others", start)
+        self._refuse(wrong, refusals.WrongPadding, "idx", required, "others", start)
         draws = block.counts.sum(1, dtype=np.int64)
-        self._no(draws != block.draws, refusals.WrongDraws, "sum of cnt", str(block.draws), draws, start)
+        self._refuse(draws != block.draws, refusals.WrongDraws, "sum of cnt", str(block.draws), draws, start)
 
     def _range(self, ids: NDArray[np.int32]) -> None:
         if (largest := int(ids.max())) >= self.spec.vocab_size:
@@ -169,9 +193,9 @@ class Checks:
     def _mass(self, block: Answers, start: int) -> None:
         mass = block.mass()
         wrong = np.logical_or(mass < MASS[0], mass > MASS[1])
-        self._no(wrong, refusals.WrongMass, "sum of probabilities", f"within {list(MASS)}", mass, start)
+        self._refuse(wrong, refusals.WrongMass, "sum of probabilities", f"within {list(MASS)}", mass, start)
 
-    def _no(
+    def _refuse(
         self,
         wrong: Any,
         kind: type[refusals.Refusal],
@@ -180,7 +204,7 @@ class Checks:
         given: NDArray[Any] | str,
         start: int,
     ) -> None:
-        """Refuse the first row that is wrong, if there is one."""
+        """Refuse the first of the ``wrong`` rows, if there is one."""
         if wrong.any():
             row = int(wrong.argmax())
             value = given if isinstance(given, str) else _shown(given[row])

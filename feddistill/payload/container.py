@@ -1,12 +1,14 @@
-"""The safetensors container, written to the byte and read with suspicion.
+"""The safetensors container, written deterministically and checked strictly on reading.
 
-The safetensors library writes metadata in no fixed order and accepts duplicate keys; so a file is written
-and checked here. What is written is valid safetensors.
+The safetensors library writes metadata in no fixed order and accepts duplicate keys. Files written here are
+valid safetensors, with one encoding per content.
 """
 
 import json
+import math
 import struct
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,18 +16,30 @@ from numpy.typing import NDArray
 
 HEADER_LIMIT = 16 * 1024
 DTYPES: dict[str, np.dtype[Any]] = {"U8": np.dtype("uint8"), "U16": np.dtype("<u2")}
+FIELDS = ("dtype", "shape", "data_offsets")
 
 
 class Malformed(Exception):
-    """Not a well-formed container. ``reason`` is one of the keys of ``admission.REASONS``."""
+    """The bytes are not a well-formed container. ``reason`` is a key of ``admission.REASONS``."""
 
     def __init__(self, reason: str, field: str, required: object, given: object):
         super().__init__(f"{field} must be {required}, got {given}")
         self.reason, self.field, self.required, self.given = reason, field, required, given
 
 
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """The header's entry of a tensor, checked by itself."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: list[int]
+    start: int
+    stop: int
+
+
 def pack(tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> bytes:
-    """Unsigned tensors and string metadata to one file; equal arguments give equal bytes."""
+    """Write unsigned tensors and string metadata; equal arguments give equal bytes."""
     arrays = [np.ascontiguousarray(tensors[name]) for name in sorted(tensors)]
     return head(tensors, metadata) + b"".join(
         array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes() for array in arrays
@@ -33,7 +47,7 @@ def pack(tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> by
 
 
 def head(tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> bytes:
-    """Everything before the tensors' bytes: the one header that says this."""
+    """The canonical header: everything before the tensors' bytes."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0
     for name in sorted(tensors):
@@ -50,13 +64,13 @@ def head(tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> by
 
 
 def unpack(content: bytes | memoryview) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
-    """Tensors and metadata of a file, views of ``content``.
+    """Read tensors, which are views of ``content``, and metadata.
 
-    Whether the header is the one that ``head`` writes is not looked at: a reader compares it at the end, so
-    that whatever else is wrong is named first.
+    The header is not compared with that of ``head``: the caller does so last, so that other errors are
+    reported first.
 
     Raises:
-        Malformed: It is no safetensors file of unsigned integers, or says something twice or ambiguously.
+        Malformed: The bytes are not a safetensors file of unsigned integers, or are ambiguous.
     """
     if len(content) < 8:
         raise Malformed("truncated", "file", "at least 8 bytes", len(content))
@@ -67,24 +81,25 @@ def unpack(content: bytes | memoryview) -> tuple[dict[str, NDArray[Any]], dict[s
         raise Malformed("truncated", "header", f"{size} bytes", len(content) - 8)
     raw = bytes(content[8 : 8 + size])
     header = parse_object(raw, "header")
-    if raw[:1] != b"{":  # the library asks for this
+    if raw[:1] != b"{":  # as the library requires
         raise Malformed("malformed header", "header", "a JSON object without space before it", raw[:1])
     metadata = header.pop("__metadata__", None)
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise Malformed("malformed header", "__metadata__", "an object of strings", metadata)
     data = memoryview(content)[8 + size :]
     tensors, end = {}, 0
-    for name, entry in sorted(header.items(), key=lambda item: _start(*item)):
-        tensors[name], end = _tensor(name, entry, data, end)
+    entries = [_entry(name, fields) for name, fields in header.items()]
+    for entry in sorted(entries, key=lambda entry: entry.start):
+        tensors[entry.name], end = _tensor(entry, data, end)
     if end < len(data):
         raise Malformed("extra bytes", "file", f"{8 + size + end} bytes", len(content))
     return tensors, metadata
 
 
 def parse_object(raw: bytes, field: str) -> dict[str, Any]:
-    """JSON of an object without a repeated key, a float or a number that is no number."""
+    """Read a JSON object; duplicate keys, floats and NaN are errors."""
     try:
-        found = json.loads(
+        parsed = json.loads(
             raw.decode("utf-8"),
             object_pairs_hook=_no_duplicates,
             parse_float=_no_number,
@@ -92,18 +107,18 @@ def parse_object(raw: bytes, field: str) -> dict[str, Any]:
         )
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         raise Malformed("malformed header", field, "a JSON object", str(error)) from None
-    if not isinstance(found, dict):
-        raise Malformed("malformed header", field, "a JSON object", type(found).__name__)
-    return found
+    if not isinstance(parsed, dict):
+        raise Malformed("malformed header", field, "a JSON object", type(parsed).__name__)
+    return parsed
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    unique: dict[str, Any] = {}
     for key, value in pairs:
-        if key in found:
-            raise ValueError(f"key {key!r} stands twice")
-        found[key] = value
-    return found
+        if key in unique:
+            raise ValueError(f"duplicate key {key!r}")
+        unique[key] = value
+    return unique
 
 
 def _no_number(text: str) -> Any:
@@ -114,31 +129,30 @@ def _is_size(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**48
 
 
-def _start(name: str, entry: object) -> int:
-    """Where a tensor's bytes begin; everything about the entry is checked on the way."""
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise Malformed("malformed header", f"tensor {name!r}", "dtype, shape and data_offsets", entry)
-    shape, offsets = entry["shape"], entry["data_offsets"]
-    if entry["dtype"] not in list(DTYPES):
-        raise Malformed("wrong shape", f"tensor {name!r}, dtype", " or ".join(DTYPES), entry["dtype"])
+def _entry(name: str, fields: object) -> Entry:
+    """Check the header's entry of a tensor, as far as that is possible without the other tensors."""
+    if not isinstance(fields, dict) or set(fields) != set(FIELDS):
+        raise Malformed("malformed header", f"tensor {name!r}", "dtype, shape and data_offsets", fields)
+    dtype, shape, offsets = (fields[field] for field in FIELDS)
+    if dtype not in list(DTYPES):
+        raise Malformed("wrong shape", f"tensor {name!r}, dtype", " or ".join(DTYPES), dtype)
     if not isinstance(shape, list) or not 1 <= len(shape) <= 2 or not all(map(_is_size, shape)):
         raise Malformed("wrong shape", f"tensor {name!r}, shape", "one or two sizes", shape)
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
         raise Malformed("malformed header", f"tensor {name!r}, data_offsets", "two offsets", offsets)
-    return int(offsets[0])
+    return Entry(name, DTYPES[dtype], shape, *offsets)
 
 
-def _tensor(name: str, entry: dict[str, Any], data: memoryview, end: int) -> tuple[NDArray[Any], int]:
-    """The tensor that must begin where the one before ended."""
-    dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
-    start, stop = entry["data_offsets"]
-    count = shape[0] * (shape[1] if len(shape) == 2 else 1)
+def _tensor(entry: Entry, data: memoryview, end: int) -> tuple[NDArray[Any], int]:
+    """The tensor of an entry, which must start at ``end``, and its own end."""
+    tensor, count, size = f"tensor {entry.name!r}", math.prod(entry.shape), entry.stop - entry.start
     if count == 0:
-        raise Malformed("wrong tensors", f"tensor {name!r}, shape", "not empty", shape)
-    if start != end:
-        raise Malformed("wrong tensors", f"tensor {name!r}, data_offsets", f"from {end} on", [start, stop])
-    if stop - start != count * dtype.itemsize:
-        raise Malformed("wrong tensors", f"tensor {name!r}, bytes", count * dtype.itemsize, stop - start)
-    if stop > len(data):
-        raise Malformed("truncated", f"tensor {name!r}", f"bytes up to {stop}", len(data))
-    return np.frombuffer(data[start:stop], dtype).reshape(shape), stop
+        raise Malformed("wrong tensors", f"{tensor}, shape", "not empty", entry.shape)
+    if entry.start != end:
+        offsets = [entry.start, entry.stop]
+        raise Malformed("wrong tensors", f"{tensor}, data_offsets", f"from {end} on", offsets)
+    if size != count * entry.dtype.itemsize:
+        raise Malformed("wrong tensors", f"{tensor}, bytes", count * entry.dtype.itemsize, size)
+    if entry.stop > len(data):
+        raise Malformed("truncated", tensor, f"bytes up to {entry.stop}", len(data))
+    return np.frombuffer(data[entry.start : entry.stop], entry.dtype).reshape(entry.shape), entry.stop

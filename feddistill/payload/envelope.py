@@ -1,13 +1,13 @@
-"""Who sends what, for which round: the small JSON object beside a payload that vouches for its bytes."""
+"""The envelope: a small JSON object beside a payload with its sender, round, hash and signature."""
 
 import hashlib
 import re
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from feddistill.keys import SIGNATURE, PrivateKey, verify
 from feddistill.payload import refusals
 from feddistill.payload.container import Malformed, parse_object
+from feddistill.payload.keys import SIGNATURE, PrivateKey, verify
 from feddistill.payload.request import canonical_json
 from feddistill.types import RoundSpec
 
@@ -16,12 +16,12 @@ VERSION = "1"
 ENVELOPE_LIMIT = 4096
 CLIENT_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 DOMAIN = b"feddistill-envelope-1\n"
-"""Stands before what is signed, so that no signature made for anything else fits an envelope."""
+"""Prefix of the signed bytes, so that no signature made for another purpose fits an envelope."""
 
 
 @dataclass(frozen=True, slots=True)
 class Envelope:
-    """The fields on the wire, by their names there."""
+    """The fields, named as on the wire."""
 
     format: str
     version: str
@@ -29,29 +29,28 @@ class Envelope:
     round: int
     client: str
     sequence: int
-    """Which shard, from 0."""
+    """The shard, from 0."""
     size: int
-    """Of the payload, in bytes."""
+    """Size of the payload in bytes."""
     blake2b: str
-    """Of the payload: 256 bits in hexadecimal."""
+    """Hash of the payload: 256 bits in hexadecimal."""
     expires: int | None
-    """Seconds since 1970 (UTC) after which nobody may use it; ``None`` in a round without a deadline."""
+    """Seconds since 1970 (UTC), the last time to admit it; ``None`` in a round without a deadline."""
     signature: str | None
     """Ed25519 in hexadecimal; ``None`` in a round without keys."""
 
     def to_json(self) -> bytes:
-        """The only bytes that say this."""
+        """The canonical JSON."""
         return canonical_json(asdict(self))
 
     def signed(self) -> bytes:
-        """What is signed: everything but the signature, and what it is that is signed."""
-        said = asdict(self)
-        del said["signature"]
-        return DOMAIN + canonical_json(said)
+        """The bytes to sign: a domain prefix and every field but the signature."""
+        signed = {name: value for name, value in asdict(self).items() if name != "signature"}
+        return DOMAIN + canonical_json(signed)
 
 
 def digest(content: bytes | memoryview) -> str:
-    """The hash by which an envelope knows its payload."""
+    """The hash of a payload in its envelope."""
     return hashlib.blake2b(content, digest_size=32).hexdigest()
 
 
@@ -64,19 +63,18 @@ def seal(
     key: PrivateKey | None = None,
     expires: int | None = None,
 ) -> bytes:
-    """The envelope of a payload: who sends what, for which round, and the hash of its bytes.
+    """Make the envelope of a payload, signed if the round has keys.
 
     Args:
-        content: What ``encode`` made.
+        content: The payload, from ``encode``.
         spec: The request that it answers.
-        client: Who answers.
-        sequence: Which shard.
-        key: The client's, where the round enrolled keys.
-        expires: When the answer may no longer be used; by default at the round's deadline.
+        client: Name of the client.
+        sequence: The shard.
+        key: The client's private key, needed if the round enrolled keys.
+        expires: Time after which the answer must not be admitted; default: the round's deadline.
 
     Raises:
-        ValueError: ``key`` is not the one that the round enrolled, or ``expires`` is given in a round
-            without a deadline.
+        ValueError: ``key`` is not the enrolled one, or ``expires`` is given in a round without a deadline.
     """
     if spec.deadline is None and expires is not None:
         raise ValueError("expires needs a round with a deadline")
@@ -94,24 +92,24 @@ def seal(
 
 
 def parse_envelope(raw: bytes, spec: RoundSpec, sequence: int, now: int | None) -> Envelope:
-    """The envelope, if it is well-formed, its client's, and for this round.
+    """Read and check an envelope for shard ``sequence`` of ``spec`` at time ``now``.
 
-    Until the client is known to be enrolled there is no name to use: messages say ``?``.
+    Errors name the client as ``?`` until it is known to be enrolled.
 
     Raises:
-        Refusal: It is not.
+        Refusal: The envelope is malformed, not its client's, or not for this round.
     """
     if len(raw) > ENVELOPE_LIMIT:
         given, required = f"{len(raw)} bytes", f"at most {ENVELOPE_LIMIT} bytes"
         raise refusals.MalformedEnvelope("?", spec.round, "envelope", required, given)
     try:
-        found = parse_object(bytes(raw), "envelope")
+        parsed = parse_object(bytes(raw), "envelope")
     except Malformed as error:
         raise refusals.MalformedEnvelope("?", spec.round, "envelope", error.required, error.given) from None
-    if not _has_the_fields(found):
+    if not _has_the_fields(parsed):
         names = sorted(field.name for field in fields(Envelope))
-        raise refusals.MalformedEnvelope("?", spec.round, "envelope", f"an object of {names}", found)
-    envelope = Envelope(**found)
+        raise refusals.MalformedEnvelope("?", spec.round, "envelope", f"an object of {names}", parsed)
+    envelope = Envelope(**parsed)
     if envelope.to_json() != raw:
         raise refusals.MalformedEnvelope("?", spec.round, "envelope", "canonical JSON", "another form of it")
     _check_client(envelope.client, spec)
@@ -125,11 +123,11 @@ def parse_envelope(raw: bytes, spec: RoundSpec, sequence: int, now: int | None) 
     return envelope
 
 
-def _has_the_fields(found: dict[str, Any]) -> bool:
+def _has_the_fields(parsed: dict[str, Any]) -> bool:
     kinds: dict[str, tuple[type, ...]] = {field.name: (str,) for field in fields(Envelope)}
     kinds |= dict.fromkeys(("round", "sequence", "size"), (int,))
     kinds |= {"expires": (int, type(None)), "signature": (str, type(None))}
-    return set(found) == set(kinds) and all(type(found[key]) in kind for key, kind in kinds.items())
+    return set(parsed) == set(kinds) and all(type(parsed[key]) in kind for key, kind in kinds.items())
 
 
 def _same(envelope: Envelope, spec: RoundSpec, key: str, value: object, kind: type[refusals.Refusal]) -> None:
@@ -148,7 +146,7 @@ def _check_client(client: str, spec: RoundSpec) -> None:
 def _check_signature(envelope: Envelope, spec: RoundSpec) -> None:
     client, signature, field = envelope.client, envelope.signature, "envelope, signature"
     if not spec.keys:
-        if signature is not None:  # nothing would check it, and nobody should think that something did
+        if signature is not None:  # it could not be checked
             required = "null: this round enrolled no keys"
             raise refusals.BadSignature(client, spec.round, field, required, signature)
         return

@@ -1,4 +1,4 @@
-"""Why a payload is refused: one class for each reason, so that a server can count them."""
+"""The reasons for refusing a payload: one class each, so that a server can count them."""
 
 import reprlib
 
@@ -6,7 +6,7 @@ from feddistill.errors import PayloadError
 
 
 class Refusal(PayloadError):
-    """A payload was refused; names client, round, field, what was required and what was given."""
+    """A payload was refused; the message has client, round, field, the required and the given value."""
 
     def __init__(self, client: str, round_: int, field: str, required: object, given: object):
         self.client, self.round, self.field = client, round_, _short(field)
@@ -22,23 +22,23 @@ class TooLarge(Refusal):
 
 
 class MalformedEnvelope(Refusal):
-    """The envelope is not the JSON object that it must be."""
+    """The envelope is not canonical JSON with the required fields."""
 
 
 class UnknownClient(Refusal):
-    """The client's name is not a name, or the round does not know it."""
+    """The client's name is invalid or not enrolled in the round."""
 
 
 class MissingSignature(Refusal):
-    """The round enrolled keys, and the envelope is not signed."""
+    """The round enrolled keys, but the envelope is not signed."""
 
 
 class BadSignature(Refusal):
-    """The envelope is not signed with the key that the round enrolled for its client."""
+    """The envelope is not signed with the key that is enrolled for its client."""
 
 
 class Expired(Refusal):
-    """The envelope may not be used any more."""
+    """The envelope has expired."""
 
 
 class WrongRun(Refusal):
@@ -46,7 +46,7 @@ class WrongRun(Refusal):
 
 
 class WrongRound(Refusal):
-    """Made for another round of this run: late, or replayed."""
+    """Made for another round of this run: late or replayed."""
 
 
 class SecondSubmission(Refusal):
@@ -54,55 +54,55 @@ class SecondSubmission(Refusal):
 
 
 class DigestMismatch(Refusal):
-    """The bytes are not those that the envelope vouches for."""
+    """The hash of the bytes is not that of the envelope."""
 
 
 class Truncated(Refusal):
-    """Fewer bytes than the file says that it has."""
+    """Fewer bytes than declared."""
 
 
 class ExtraBytes(Refusal):
-    """More bytes than the file says that it has."""
+    """More bytes than declared."""
 
 
 class HeaderTooLarge(Refusal):
-    """The header is over its limit."""
+    """The header is larger than its limit."""
 
 
 class MalformedHeader(Refusal):
-    """The header is not the JSON object that it must be, or names something twice."""
+    """The header is not a JSON object of the required form, or has a duplicate key."""
 
 
 class WrongTensors(Refusal):
-    """A tensor is missing or unknown, empty, overlaps another or leaves a gap."""
+    """A tensor is missing, unknown or empty, overlaps another or leaves a gap."""
 
 
 class WrongShape(Refusal):
-    """A tensor has another type or shape than the round asks for."""
+    """A tensor has another type or shape than the request."""
 
 
 class MalformedFrame(Refusal):
-    """What should be a zstd frame is none, is several, or asks for more than a reader has to give."""
+    """The content is not exactly one zstd frame, or needs more than the limits of the format."""
 
 
 class WrongContentSize(Refusal):
-    """A zstd frame declares, or holds, another size than the round asks for: a bomb, for one."""
+    """A zstd frame declares or has another content size than the request, e.g. a decompression bomb."""
 
 
 class NotCanonical(Refusal):
-    """The file says what it should in other bytes than the one encoding's."""
+    """Valid content in another than its canonical encoding."""
 
 
 class WrongMetadata(Refusal):
-    """A metadata field is missing, unknown or not what the round asks for."""
+    """A metadata field is missing, unknown or differs from the request."""
 
 
 class WrongVocabulary(WrongMetadata):
-    """Answers over other classes or another tokenizer."""
+    """Answers over other classes, or with another tokenizer."""
 
 
 class WrongQuestion(WrongMetadata):
-    """Answers to another proxy set, or to a request that was changed on the way."""
+    """Answers to another proxy set or a modified request."""
 
 
 class WrongNonce(WrongMetadata):
@@ -114,35 +114,35 @@ class IdOutOfRange(Refusal):
 
 
 class IdRepeated(Refusal):
-    """An id stands twice in a row."""
+    """A row contains an id twice."""
 
 
 class NotInOrder(Refusal):
-    """Values are not in rank order, likeliest first."""
+    """Ids or codes are not in the required order."""
 
 
 class WrongLength(Refusal):
-    """A row keeps no id, or more than there is room for."""
+    """A row keeps no id, or more than ``k``."""
 
 
 class BelowThreshold(Refusal):
-    """A row keeps an id that is less likely than the round asks for."""
+    """A row keeps an id with a code above the request's ``max_code``."""
 
 
 class WrongPadding(Refusal):
-    """What fills a row up is not what the format says."""
+    """The padding of a row is not that of the format."""
 
 
 class WrongDraws(Refusal):
-    """A row's counts do not add up to the draws."""
+    """The counts of a row do not sum to the draws."""
 
 
 class WrongMass(Refusal):
-    """A row's probabilities do not add up to one."""
+    """The probabilities of a row do not sum to one."""
 
 
 def _short(value: object, limit: int = 120) -> str:
-    """What came from outside is shown escaped and cut; ``reprlib`` bounds depth and size before that."""
+    """A given value, escaped and truncated; ``reprlib`` bounds depth and size before that."""
     text = value if isinstance(value, str) else _SHOWN.repr(value)
     text = text.encode("unicode_escape").decode("ascii")
     return text if len(text) <= limit else text[: limit - 3] + "..."

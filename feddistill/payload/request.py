@@ -1,4 +1,4 @@
-"""What a server asks, as the bytes that everyone hashes alike."""
+"""The request of a round as canonical bytes, whose hash is the same everywhere."""
 
 import hashlib
 import json
@@ -8,36 +8,41 @@ from dataclasses import asdict
 from pydantic import TypeAdapter, ValidationError
 
 from feddistill.errors import DataError
-from feddistill.keys import PUBLIC_KEY
 from feddistill.payload.codecs import check_request
+from feddistill.payload.keys import PUBLIC_KEY
 from feddistill.types import ClientDescription, RoundSpec
 
 
 def canonical_json(value: object) -> bytes:
-    """The one JSON form of a value: sorted keys, no spaces, ASCII."""
+    """The canonical JSON of a value: sorted keys, no spaces, ASCII."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode("ascii")
 
 
 def canonical(value: RoundSpec | ClientDescription) -> bytes:
-    """A request, or what a client says of itself, as canonical JSON."""
-    said = asdict(value)
-    if not said.get("shard_rows", True):  # of answers in one piece nothing is said
-        del said["shard_rows"]
-    return canonical_json(said)
+    """A request or a client's description as canonical JSON."""
+    fields = asdict(value)
+    if isinstance(value, RoundSpec) and not value.shard_rows:  # a request for one payload has no such field
+        fields.pop("shard_rows")
+    return canonical_json(fields)
+
+
+def first_error(error: ValidationError, whole: str) -> str:
+    """The field and message of the first error; ``whole`` names the value if no field is to blame."""
+    first = error.errors(include_url=False)[0]
+    field = ".".join(map(str, first["loc"])) or whole
+    return f"{field[:60]!a}: {first['msg'][:120]}"
 
 
 def parse_spec(raw: bytes) -> RoundSpec:
-    """The request that ``canonical`` wrote.
+    """Read a request that ``canonical`` wrote.
 
     Raises:
-        DataError: It is anything else, or no answer could meet it; equal requests must have equal digests.
+        DataError: The bytes are not the canonical JSON of a request, or no answer could satisfy it.
     """
     try:
         spec = TypeAdapter(RoundSpec).validate_json(raw, strict=True)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(map(str, first["loc"])) or "request"
-        raise DataError(f"{place[:60]!a}: {first['msg'][:120]}: not the JSON of a request") from None
+        raise DataError(f"{first_error(error, 'request')}: not the JSON of a request") from None
     if canonical(spec) != raw:
         raise DataError("request must be canonical JSON: sorted keys, no spaces, ASCII, no other fields")
     check_request(spec)
@@ -50,7 +55,7 @@ def parse_spec(raw: bytes) -> RoundSpec:
 
 
 def spec_digest(spec: RoundSpec) -> str:
-    """Hash of a request; an answer names it, so it answers this request and no other."""
+    """Hash of a request; an answer contains it, so that it cannot be used for another request."""
     return hashlib.blake2b(canonical(spec), digest_size=16).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""The model card: what the student was made of, by whom, how good it is, and what is not promised."""
+"""The model card: origin, training data, clients, metrics and limitations of a student."""
 
 from importlib.metadata import version
 from importlib.resources import files
@@ -7,38 +7,32 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
-from feddistill import presets
-from feddistill.config import Config
+from feddistill.config import Config, presets
 from feddistill.config.data import EmbeddedSource, FileSource, GivenPartition, HubSource, PresetSource, Source
-from feddistill.config.models import BlackBoxModel, HubModel, ModelConfig, PackageModel, TrainedTokenizer
+from feddistill.config.methods import row_labels
+from feddistill.config.models import HubModel, ModelConfig, PackageModel, QueryOnlyModel, TrainedTokenizer
+from feddistill.config.tasks import TASKS
 from feddistill.models import MeanPoolClassifier
-from feddistill.report import NAMES, metric_rows, size
-from feddistill.store import Json
-from feddistill.students import Student
-from feddistill.tasks import TASKS
+from feddistill.report import metric_rows, size
+from feddistill.runs.trained_models import Student
+from feddistill.store.run_directory import Json
 
-PIPELINES = {
-    "classification": "text-classification",
-    "causal_lm": "text-generation",
-    "masked_lm": "fill-mask",
-    "reading": "question-answering",
-}
 EMBEDDED = {
     "wordnet_topics": ("definitions of WordNet 3.0 (Princeton University)", "WordNet 3.0 licence"),
     "sotu_eras": ("State of the Union addresses, 1790 to 2021", "public domain"),
 }
-"""What the embedded sets are, and their licences."""
+"""Description and licence of each embedded data set."""
 
 
 def text(student: Student, config: Config, facts: Json, licence: str, *, anonymous: bool) -> str:
-    """The card: the hub's metadata in YAML, then Markdown.
+    """Render the model card: the hub's metadata in YAML, then Markdown.
 
     Args:
-        student: What is released.
+        student: The exported model.
         config: The run's configuration.
         facts: ``result`` (as ``result.json``), ``clients`` and ``examples`` by client.
-        licence: As the hub names it.
-        anonymous: Say how many clients there were, and neither who they are nor what they have.
+        licence: The student's licence, by its name on the hub.
+        anonymous: Give only the number of clients, without names and numbers of examples.
     """
     result = facts["result"]
     own = result["metrics"]["student"]
@@ -61,9 +55,9 @@ def text(student: Student, config: Config, facts: Json, licence: str, *, anonymo
         origin=_origin(config.student.model),
         sources=_sources(config),
         clients=clients,
-        elsewhere=config.data.partition.kind == "at_clients",
+        elsewhere=config.data.partition.kind == "remote",
         titles=list(shown.values()),
-        rows=[(NAMES[who], [_cell(m.get(key)) for key in shown]) for who, m in metric_rows(result)],
+        rows=[(row_labels()[who], [_cell(m.get(key)) for key in shown]) for who, m in metric_rows(result)],
         weights=config.aggregation.rule.weighting(),
         size=size,
         version=version("feddistill"),
@@ -74,7 +68,7 @@ def _metadata(student: Student, config: Config, own: Json, licence: str) -> Mode
     source = config.student.model.source
     hubs = [given.name for given in _given(config) if isinstance(given, HubSource)]
     hubs += [presets.find(given.name).hub for given in _given(config) if isinstance(given, PresetSource)]
-    pipeline = PIPELINES[student.task]
+    pipeline = TASKS[student.task].pipeline
     return ModelCardData(
         license=licence,
         library_name="sentence-transformers"
@@ -99,7 +93,7 @@ def _metadata(student: Student, config: Config, own: Json, licence: str) -> Mode
 
 
 def _of_hub(name: str) -> bool:
-    """Whether a name is one of the hub, not a folder: whose path is nobody's business."""
+    """True if a name is a repository on the hub, not a local folder; local paths are not published."""
     return not name.startswith((".", "/", "~")) and name.count("/") <= 1 and not Path(name).exists()
 
 
@@ -111,7 +105,7 @@ def _given(config: Config) -> list[Source]:
 
 
 def _sources(config: Config) -> list[tuple[str, str, str]]:
-    """Which texts, of what, under which licence."""
+    """Part, description and licence of each set of texts."""
     data = config.data
     parts = ("private", "proxy", "validation", "test")
     found = []
@@ -120,7 +114,7 @@ def _sources(config: Config) -> list[tuple[str, str, str]]:
         if part == "private" and isinstance(data.partition, GivenPartition):
             kinds = sorted({_described(given)[0] for given in data.partition.sources.values()})
             found.append((part, "; ".join(kinds), "the clients'"))
-        elif part == "private" and data.partition.kind == "at_clients":
+        elif part == "private" and data.partition.kind == "remote":
             found.append((part, "the clients' own, never seen by the server", "the clients'"))
         elif source is not None:
             found.append((part, *_described(source)))
@@ -144,7 +138,7 @@ def _described(source: Source) -> tuple[str, str]:
 
 
 def _specialists(config: Config, facts: Json) -> list[str]:
-    """What each client's specialist is, as far as the configuration says."""
+    """Description of each client's model, from the configuration."""
     models = config.clients.models
     names = facts["clients"]
     places = [_place(name, index) for index, name in enumerate(names)]
@@ -152,7 +146,7 @@ def _specialists(config: Config, facts: Json) -> list[str]:
 
 
 def _place(name: str, index: int) -> int:
-    """Where a client stands in the partition: absent ones are counted, and named by number."""
+    """Index of a client in the partition, from the number in its name; excluded clients keep theirs."""
     number = name.removeprefix("client-")
     return int(number) if number.isdigit() else index
 
@@ -163,8 +157,8 @@ def _origin(model: ModelConfig) -> str:
         of = source.name if _of_hub(source.name) else "a local model"
     elif isinstance(source, PackageModel):
         of = f"{source.package}/{source.path}"
-    elif isinstance(source, BlackBoxModel):
-        of = "a model that was only asked"
+    elif isinstance(source, QueryOnlyModel):
+        of = "a query-only model"
     else:
         of = f"{source.architecture} from random weights"
         if isinstance(source.tokenizer, TrainedTokenizer):

@@ -1,4 +1,4 @@
-"""Several runs side by side: their figures, what they cost, and in which settings they differ."""
+"""Comparison of runs: metrics, costs and the settings in which they differ."""
 
 import json
 from collections.abc import Iterable
@@ -6,34 +6,37 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from feddistill import config as configuration
-from feddistill.report import NAMES, metric_rows, task_of
-from feddistill.store import CONFIG, RESULT, Json, read_object
+from feddistill.config.methods import row_labels
+from feddistill.report import metric_rows, task_of
+from feddistill.report.result import Result
+from feddistill.store.layout import CONFIG, RESULT
+from feddistill.store.run_directory import Json, read_object
 
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """One of several runs."""
+    """A run in a comparison."""
 
     run: str
     settings: Json
-    """By dotted name, those that are not the same in all of the runs; missing ones are ``None``."""
+    """Settings that differ between the runs, by dotted name; ``None`` if missing."""
     figure: str
-    """Which one is compared."""
+    """Name of the compared metric."""
     figures: dict[str, float]
-    """On the test set, by whose it is."""
+    """Metric on the test set, by row label (student or baseline)."""
     uplink: int
-    """Bytes that all clients sent in all rounds."""
+    """Bytes uploaded by all clients in all rounds."""
     seconds: float
 
 
 def side_by_side(runs: Iterable[Path]) -> list[Compared]:
-    """Read complete runs.
+    """Read and compare complete runs.
 
     Raises:
-        RunError: One has no result.
+        RunError: A run has no result.
     """
     found = [
-        (str(run), read_object(run / RESULT), configuration.load(run / CONFIG).model_dump(mode="json"))
+        (str(run), read_object(run / RESULT), configuration.load_stored(run / CONFIG).model_dump(mode="json"))
         for run in runs
     ]
     settings = [_leaves(config) for _, _, config in found]
@@ -44,9 +47,9 @@ def side_by_side(runs: Iterable[Path]) -> list[Compared]:
             name,
             {key: one.get(key) for key in differ},
             task_of(result).words,
-            {NAMES[who]: figures[task_of(result).decides] for who, figures in metric_rows(result)},
-            result["bytes"]["uplink"],
-            result["seconds"]["total"],
+            {row_labels()[who]: figures[task_of(result).decides] for who, figures in metric_rows(result)},
+            Result.from_json(result).bytes.uplink,
+            Result.from_json(result).total_seconds,
         )
         for (name, result, _), one in zip(found, settings, strict=True)
     ]

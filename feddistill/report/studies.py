@@ -1,4 +1,4 @@
-"""The report of a study: mean and standard deviation over seeds, drawn and in tables to take along."""
+"""The report of a study: mean and standard deviation over seeds, as plots and tables."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,25 +11,29 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from feddistill.config.methods import FEDERATED, METHODS, row_labels
+from feddistill.config.tasks import Task
 from feddistill.errors import RunError
-from feddistill.report import NAMES, as_csv, metric_rows, rendered, size, task_of
-from feddistill.report.figures import STYLE, figure
-from feddistill.store import Json
-from feddistill.study import CELLS, STUDY, Cell, collect, groups
-from feddistill.tasks import Task
+from feddistill.report import as_csv, metric_rows, rendered, size, task_of
+from feddistill.report.plots import STYLE, figure
+from feddistill.report.result import Result
+from feddistill.runs.study import CELLS, STUDY, Cell, collect, groups
+from feddistill.store import layout
+from feddistill.store.records import Traffic
+from feddistill.store.run_directory import Json
 
 PAGE = "study.html"
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999", "#F0E442")
 MANY = 10
-"""Values of an axis from which lines tell less than a heat map."""
+"""Maximum number of lines in a plot; a heat map is drawn above it."""
 
 
 def write(out: Path) -> Path:
-    """Write the report of a study into its folder: page, figures, CSV, LaTeX; returns the page.
+    """Write the report of a study into its folder: page, plots, CSV, LaTeX; returns the page.
 
     Raises:
-        RunError: No run of it is done.
+        RunError: No run of the study is complete.
     """
     study, found = collect(out)
     task = _task(found)
@@ -51,10 +55,11 @@ def write(out: Path) -> Path:
     (out / "table.tex").write_text(latex(summary, task), encoding="utf-8")
     steady = robustness(summary, task)
     drawn = draw([(labels, results) for labels, results in groups(found)])
-    (out / "figures").mkdir(exist_ok=True)
     for name, drawing in drawn.items():
-        (out / "figures" / f"{name}.svg").write_text(drawing.svg, encoding="utf-8")
-        (out / "figures" / f"{name}.png").write_bytes(drawing.png)
+        plot = out / layout.plot(name)
+        plot.parent.mkdir(exist_ok=True)
+        plot.write_text(drawing.svg, encoding="utf-8")
+        plot.with_suffix(".png").write_bytes(drawing.png)
     path = out / PAGE
     total = len(study.seeds) * len(list(groups(found)))
     path.write_text(
@@ -64,12 +69,12 @@ def write(out: Path) -> Path:
             task=task,
             summary=summary,
             robustness=steady,
-            names=NAMES,
+            names=row_labels(),
             figures={name: drawing.svg for name, drawing in drawn.items()},
             done=len(found),
             total=total,
             cells=[(cell.name, f"{CELLS}/{cell.name}") for cell, _ in found],
-            environment=found[0][1]["environment"],
+            environment=Result.from_json(found[0][1]).environment,
             source=(out / STUDY).read_text(encoding="utf-8"),
             size=size,
         ),
@@ -79,45 +84,51 @@ def write(out: Path) -> Path:
 
 
 def _task(found: Sequence[tuple[Cell, Json]]) -> Task:
-    """Of all runs: they are one table."""
+    """The task of all runs; raises if they differ."""
     tasks = {task_of(result).decides: task_of(result) for _, result in found}
     if len(tasks) > 1:
-        raise RunError(f"a study has one task, but its runs are judged by {' and by '.join(sorted(tasks))}")
+        raise RunError(
+            f"a study must have one task; the metrics of its runs are {' and '.join(sorted(tasks))}"
+        )
     return next(iter(tasks.values()))
 
 
 def _costs(result: Json, who: str) -> Json:
-    """What it took to get there: bytes up, floating-point operations."""
+    """Uploaded bytes and floating-point operations of a row."""
+    typed = Result.from_json(result)
     if who == "student":
-        ours = sum(f for name, f in result["flops"].items() if not name.startswith("baseline_"))
-        return {"uplink": result["bytes"]["uplink"], "flops": ours - result["flops"].get("evaluate", 0)}
+        ours = sum(f for name, f in typed.flops.items() if not name.startswith("baseline_"))
+        return {"uplink": typed.bytes.uplink, "flops": ours - typed.flops.get("evaluate", 0)}
     name = who.removesuffix("_mean").removesuffix("_best")
-    sent, phase = result["bytes"]["baselines"].get(name, {}).get("uplink"), f"baseline_{name}"
-    own, shared = result["flops"].get(phase), result.get("flops_shared", {}).get(phase, 0)
-    return {"uplink": sent, "flops": None if own is None else own + shared}
+    traffic, phase = typed.bytes.baselines.get(name), f"baseline_{name}"
+    own, shared = typed.flops.get(phase), typed.flops_shared.get(phase, 0)
+    return {
+        "uplink": None if traffic is None else traffic.uplink,
+        "flops": None if own is None else own + shared,
+    }
 
 
 def _reached(result: Json, who: str, target: float | None) -> Json:
-    """The first round in which a method was as good as ``target`` on validation; what was sent by then."""
+    """The first round in which a method reached ``target`` on validation, and its uploaded bytes."""
     if target is None:
         return {}
-    task = task_of(result)
-    there = [row for row in result["by_round"] if row["series"] == who]
-    rounds = [row["round"] for row in there if task.reaches(row[f"validation_{task.decides}"], target)]
+    typed = Result.from_json(result)
+    curve = typed.curve(who)
+    rounds = [point.round for point in curve if typed.judged_by.reaches(point.validation, target)]
     if not rounds:
         return {"target_round": None, "target_bytes": None}
     if who == "student":
-        sent = sum(sum(entry["uplink"].values()) for entry in result["bytes"]["by_round"][: rounds[0]])
-        return {"target_round": rounds[0], "target_bytes": sent + result["bytes"]["descriptions"]}
-    whole = result["bytes"]["baselines"].get(who, {}).get("uplink", 0)
-    last = max(row["round"] for row in result["by_round"] if row["series"] == who)
+        sent = sum(sum(entry.uplink.values()) for entry in typed.bytes.by_round[: rounds[0]])
+        return {"target_round": rounds[0], "target_bytes": sent + typed.bytes.descriptions}
+    whole = typed.bytes.baselines.get(who, Traffic()).uplink
+    last = max(point.round for point in curve)
     return {"target_round": rounds[0], "target_bytes": whole * rounds[0] // last}
 
 
 def _summary(labels: Mapping[str, Any], results: Sequence[Json], target: float | None = None) -> list[Json]:
     """A row for each method: mean and sample standard deviation over seeds.
 
-    A target counts as reached where every seed has reached it: the mean of their rounds, and of their bytes.
+    A target is reached if every seed reached it; rounds and bytes are means over the seeds.
     """
     rows = []
     for who, _ in metric_rows(results[0]):
@@ -140,8 +151,10 @@ def _summary(labels: Mapping[str, Any], results: Sequence[Json], target: float |
 
 
 def robustness(summary: Sequence[Json], task: Task) -> list[Json]:
-    """How far what decides swings over the first axis of the study: where it is least, where most, and by
-    how much; the student's for each value of the other axes. Nothing where there is one value only.
+    """Minimum, maximum and range of the primary metric over the first axis of the study.
+
+    One row per method or, with several axes, one for the student per value of the other axes. Empty if the
+    first axis has a single value.
     """
     axes = _labels(summary)
     if not axes:
@@ -150,7 +163,7 @@ def robustness(summary: Sequence[Json], task: Task) -> list[Json]:
     found: dict[str, list[Json]] = {}
     for row in summary:
         if not rest or row["who"] == "student":
-            who = NAMES[row["who"]] if not rest else ", ".join(_said(row[key]) for key in rest)
+            who = row_labels()[row["who"]] if not rest else ", ".join(_shown(row[key]) for key in rest)
             found.setdefault(who, []).append(row)
     rows = []
     for who, of in found.items():
@@ -159,17 +172,17 @@ def robustness(summary: Sequence[Json], task: Task) -> list[Json]:
             {
                 "who": who,
                 "least": low[task.decides],
-                "least_at": _said(low[first]),
+                "least_at": _shown(low[first]),
                 "most": high[task.decides],
-                "most_at": _said(high[first]),
+                "most_at": _shown(high[first]),
                 "spread": round(high[task.decides] - low[task.decides], 6),
             }
         )
-    return rows if len({_said(row[first]) for row in summary}) > 1 else []
+    return rows if len({_shown(row[first]) for row in summary}) > 1 else []
 
 
 def latex(summary: Sequence[Json], task: Task) -> str:
-    """A ``tabular`` of the figure that decides, one row for each cell and method."""
+    """LaTeX ``tabular`` of the primary metric, one row per cell and method."""
     digits = 1 if task.percent else 3
     labels = [key for key in summary[0] if key in _labels(summary)]
     head = " & ".join([*map(_tex, labels), "method", _tex(task.words), "uplink"])
@@ -178,7 +191,7 @@ def latex(summary: Sequence[Json], task: Task) -> str:
         std = row[f"{task.decides}_std"]
         spread = "" if std is None else rf" $\pm$ {task.read({task.decides: std}):.{digits}f}"
         sent = "--" if row["uplink"] is None else size(row["uplink"])
-        cells = [*(_tex(_said(row[key])) for key in labels), _tex(NAMES[row["who"]])]
+        cells = [*(_tex(_shown(row[key])) for key in labels), _tex(row_labels()[row["who"]])]
         lines.append(" & ".join([*cells, f"{task.read(row):.{digits}f}{spread}", sent]) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
 
@@ -203,7 +216,7 @@ def _tex(text: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Drawing:
-    """One figure."""
+    """A plot as SVG and PNG."""
 
     svg: str
     png: bytes
@@ -219,8 +232,8 @@ def _figure(width: float, height: float, into: list[Drawing]) -> Iterator[Axes]:
 
 
 def draw(found: Sequence[tuple[Mapping[str, Any], list[Json]]]) -> dict[str, Drawing]:
-    """Name to figure: the figure that decides over the grid, by round, and against what it costs."""
-    with matplotlib.rc_context(rc=STYLE):  # type: ignore[arg-type]  # its keys are literals there
+    """Draw the primary metric by round, against costs and over the grid; name to plot."""
+    with matplotlib.rc_context(rc=STYLE):  # type: ignore[arg-type]  # typed as a Literal
         drawn = {"rounds": _by_round(found), "bytes": _against(found, "uplink", "MB up, all rounds", 1e6)}
         drawn["flops"] = _against(found, "flops", "TFLOP", 1e12)
         axes = list(found[0][0])
@@ -239,19 +252,19 @@ def _style(index: int) -> dict[str, Any]:
 
 
 def _grid(found: Sequence[tuple[Mapping[str, Any], list[Json]]], axes: list[str]) -> Drawing:
-    """What decides over the first axis; a line for each method or, of several axes, for each other value."""
+    """Plot the primary metric over the first axis; a line per method or per value of the other axes."""
     first, rest = axes[0], axes[1:]
     task = task_of(found[0][1][0])
-    values = list(dict.fromkeys(_said(labels[first]) for labels, _ in found))
+    values = list(dict.fromkeys(_shown(labels[first]) for labels, _ in found))
     lines: dict[str, dict[str, tuple[float, float]]] = {}
     for labels, results in found:
-        here = _said(labels[first])
+        here = _shown(labels[first])
         if rest:
-            name = ", ".join(_said(labels[key]) for key in rest)
+            name = ", ".join(_shown(labels[key]) for key in rest)
             lines.setdefault(name, {})[here] = _mean(results, "student")
         else:
             for who, _ in metric_rows(results[0]):
-                lines.setdefault(NAMES[who], {})[here] = _mean(results, who)
+                lines.setdefault(row_labels()[who], {})[here] = _mean(results, who)
     into: list[Drawing] = []
     if not rest and not all(isinstance(labels[first], int | float) for labels, _ in found):
         return _bars(lines, values, task)
@@ -267,22 +280,22 @@ def _grid(found: Sequence[tuple[Mapping[str, Any], list[Json]]], axes: list[str]
     return into[0]
 
 
-def _said(value: Any) -> str:
-    """A value of an axis, as a person would say it: a group of settings without its braces."""
+def _shown(value: Any) -> str:
+    """Format a value of an axis for display: a group of settings without braces."""
     if isinstance(value, Mapping):
         kind = [str(value["kind"])] if "kind" in value else []
-        return ", ".join([*kind, *(f"{key} {_said(v)}" for key, v in value.items() if key != "kind")])
+        return ", ".join([*kind, *(f"{key} {_shown(v)}" for key, v in value.items() if key != "kind")])
     return str(value)
 
 
 def _bars(lines: Mapping[str, Mapping[str, tuple[float, float]]], values: list[str], task: Task) -> Drawing:
-    """A bar a value, the student's; what other methods have stands as a mark on it."""
+    """Plot a bar per value for the student, and a marker for each other method."""
     into: list[Drawing] = []
     with _figure(8, 1.4 + 0.42 * len(values), into) as plot:
         for index, (name, points) in enumerate(lines.items()):
             places = [values.index(value) for value in points]
             means, spreads = zip(*points.values(), strict=True)
-            if name == NAMES["student"]:
+            if name == METHODS[FEDERATED].label:
                 ends = {"capsize": 3, "linewidth": 1.2}
                 plot.barh(
                     places, means, xerr=spreads, height=0.6, color="#A6CEE3", edgecolor="black",
@@ -294,7 +307,7 @@ def _bars(lines: Mapping[str, Mapping[str, tuple[float, float]]], values: list[s
                     plot.annotate(text, (0, place), va="center", fontsize=8, **inside)
             else:
                 plot.plot(means, places, linestyle="none", label=name, **_style(index))
-        plot.set_xlim(left=0)  # a bar's length is what it says
+        plot.set_xlim(left=0)  # bars start at zero
         plot.margins(x=0.12)
         plot.set_yticks(range(len(values)), values)
         plot.invert_yaxis()
@@ -308,9 +321,9 @@ def _lines(plot: Axes, lines: Mapping[str, Mapping[str, tuple[float, float]]], v
     for index, (name, points) in enumerate(lines.items()):
         places = [values.index(value) for value in points]
         means, spreads = zip(*points.values(), strict=True)
-        # Colours come again after nine lines: those are broken then.
+        # Colours repeat after nine lines; the later lines are dashed.
         looks = {**_style(index), "linestyle": "-" if index < len(COLOURS) else "--"}
-        wide = 2.6 if name == NAMES["student"] else 1.2
+        wide = 2.6 if name == METHODS[FEDERATED].label else 1.2
         plot.errorbar(places, means, yerr=spreads, label=name, capsize=3, linewidth=wide, **looks)
     plot.set_xticks(range(len(values)), values)
     plot.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
@@ -335,17 +348,17 @@ def _heat(
 
 
 def _by_round(found: Sequence[tuple[Mapping[str, Any], list[Json]]]) -> Drawing:
-    """The student's figure after each round, a line a cell; other methods' where there is one cell."""
+    """Plot the student's metric by round, a line per cell; with one cell, also the other methods'."""
     task = task_of(found[0][1][0])
     lines: dict[str, dict[int, list[float]]] = {}
     for labels, results in found:
         cell = ", ".join(f"{key} {value}" for key, value in labels.items())
         for result in results:
-            for row in result["by_round"]:
-                if row["series"] == "student" or (len(found) == 1 and row["series"] in NAMES):
-                    name = NAMES[row["series"]] if len(found) == 1 else cell
-                    value = task.read({task.decides: row[f"test_{task.decides}"]})
-                    lines.setdefault(name, {}).setdefault(row["round"], []).append(value)
+            for point in Result.from_json(result).points:
+                if point.series == "student" or (len(found) == 1 and point.series in row_labels()):
+                    name = row_labels()[point.series] if len(found) == 1 else cell
+                    value = task.read({task.decides: point.test})
+                    lines.setdefault(name, {}).setdefault(point.round, []).append(value)
     into: list[Drawing] = []
     with _figure(8, 4.2, into) as plot:
         for index, (name, points) in enumerate(lines.items()):
@@ -363,7 +376,7 @@ def _by_round(found: Sequence[tuple[Mapping[str, Any], list[Json]]]) -> Drawing:
 def _against(
     found: Sequence[tuple[Mapping[str, Any], list[Json]]], cost: str, unit: str, scale: float
 ) -> Drawing:
-    """What decides against a cost on a logarithmic axis: a mark for each method, a point for each cell."""
+    """Plot the primary metric against a cost (log axis): a marker per method, a point per cell."""
     task = task_of(found[0][1][0])
     points: dict[str, list[tuple[float, float]]] = {}
     for labels, results in found:
@@ -374,7 +387,7 @@ def _against(
     with _figure(8, 4.2, into) as plot:
         for index, (who, places) in enumerate(points.items()):
             across, up = zip(*places, strict=True)
-            plot.scatter(across, up, label=NAMES[who], s=36, alpha=0.85, **_style(index))
+            plot.scatter(across, up, label=row_labels()[who], s=36, alpha=0.85, **_style(index))
         plot.set_xscale("log")
         plot.set_xlabel(f"{unit} (logarithmic)")
         plot.set_ylabel(task.axis)

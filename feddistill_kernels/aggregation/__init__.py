@@ -1,4 +1,4 @@
-"""Many clients' compressed answers to one, without opening them."""
+"""Aggregation of many clients' compressed answers to one, without expanding them."""
 
 import math
 from collections.abc import Sequence
@@ -66,15 +66,15 @@ def aggregate_topk(
         d_cc' = sum_nv (x_cnv - mean_u x_cnu - x_c'nv + mean_u x_c'nu)^2
 
     Answers that rule different ids out (``-inf``) are infinitely far apart; those that rule out the same are
-    centred and compared on the others.  A client with NaN is infinitely far from everybody.
+    centred and compared on the others.  A client with NaN is infinitely far from all others.
 
     ``mix`` puts nearest-neighbour mixing before the rule: each client becomes, renormalised, the mean of the
     log-probabilities of the ``C - mix`` clients of least ``d_cc'``, itself one of them (Allouah et al.,
     "Fixing by Mixing: A Recipe for Optimal Byzantine ML under Heterogeneity", AISTATS 2023).
 
-    An id that nobody kept gets the same y as any other such id, so this is exactly the rule on
-    ``[client.expand() for client in clients]``, while it works on the ids that somebody kept and one more
-    that stands for all others.
+    All ids that no client kept get the same y, so this is exactly the rule on
+    ``[client.expand() for client in clients]``, computed on the ids that a client kept and one more that
+    represents all others.
 
     Args:
         clients: ``C`` answers to the same ``N`` rows over the same vocabulary; ``K`` may differ.  No
@@ -85,17 +85,18 @@ def aggregate_topk(
         trim: Clients left out at either end, ``0 <= 2 trim < C``; ``trimmed_mean``, which needs it.
         keep: Clients that count, in [1, C]; ``mean_around_median``, which needs it, and ``krum``, where it is
             1 if ``None``, and at most ``C - byzantine``.
-        byzantine: Clients that may lie, ``2 byzantine + 3 <= C``; ``krum``, which needs it.
+        byzantine: Clients that may be Byzantine, ``2 byzantine + 3 <= C``; ``krum``, which needs it.
         tolerance: ``geometric_median`` ends for a row when no ``a_c`` moves by more; 1e-6 if ``None``.
         max_iterations: It ends after as many steps in any case; 64 if ``None``.
-        mix: Clients that may lie, ``0 <= 2 mix < C``: mix clients first, before any rule.  ``None`` does not.
+        mix: Clients that may be Byzantine, ``0 <= 2 mix < C``: mixes clients before the rule.  ``None`` for
+            no mixing.
         k: Keep the ``k`` likeliest entries of the result (equal ones by ascending id) and move the others
             into the tail.  ``None`` keeps them all.
         backend: ``"reference"``, ``"native"`` or ``"triton"``; ``None`` takes the best for the device.
 
     Returns:
         ``TopK`` with ascending ids and ``min(C K, V)`` entries a row, ``k`` at the most; float32 (float64
-        where a client's is).  Rows whose clients agree on ids are filled up with the lowest ids that nobody
+        if a client's is).  Rows whose clients agree on ids are filled up with the lowest ids that no client
         kept, at their tail value: it is the same distribution.  NaN of a client is NaN in its row only;
         where distances choose (``krum``, ``mix``), nowhere if others are chosen.
 
@@ -174,7 +175,7 @@ def _check_names(rule: str, given: dict[str, Any]) -> None:
 
 
 def _settings(rule: str, count: int, given: dict[str, Any]) -> Settings:
-    """Of those that are not ``None``, within their ranges for ``count`` clients."""
+    """``Settings`` of the values that are not ``None``; require their ranges for ``count`` clients."""
     settings = Settings(rule, **{name: value for name, value in given.items() if value is not None})
     half = (count - 1) // 2
     for name in ("trim", "mix"):

@@ -1,6 +1,6 @@
 """Aggregation of compressed answers as it reads on paper.
 
-``W = min(sum of K, V)`` ids a row are enough: the ids that somebody kept, filled up with others.  All others
+``W = min(sum of K, V)`` ids a row are enough: the ids that a client kept, filled up with others.  All others
 have one value, the rule's on the clients' tail values, so they are one more column, which stands for
 ``V - W`` ids: ``W + 1`` in all.
 """
@@ -14,8 +14,7 @@ from torch import Tensor
 
 from feddistill_kernels._check import rows_with_a_choice
 from feddistill_kernels.aggregation._rules import Settings
-from feddistill_kernels.around_median._reference import around_median
-from feddistill_kernels.order_statistics._reference import trimmed
+from feddistill_kernels.order_statistics._reference import around_median, trimmed
 from feddistill_kernels.topk._reference import largest, union
 
 CHUNK = 1 << 22
@@ -129,7 +128,7 @@ def _answers(
 
 
 def _look_up(wanted: Tensor, ids: Tensor, log_probs: Tensor, missing: Tensor) -> Tensor:
-    """One client's log-probabilities at ``wanted [n, W]``, and in column W that of an id nobody kept."""
+    """One client's log-probabilities at ``wanted [n, W]``, and in column W that of an id not kept."""
     ids, order = ids.sort(-1)
     log_probs = log_probs.gather(-1, order)
     at = torch.searchsorted(ids, wanted).clamp_(max=ids.shape[1] - 1)

@@ -1,6 +1,6 @@
-"""Aggregation of compressed answers in Triton: a table of what is said of which id, and a rule on it.
+"""Aggregation of compressed answers in Triton: a table of log-probabilities by id, and a rule on it.
 
-Where no id is left a row is NaN: to say more would be a host sync.
+A row in which no id is left is NaN: an error message would need a host sync.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,10 +18,10 @@ __all__ = ["aggregate", "cannot", "missing"]
 
 MOST_CLIENTS = 64
 MOST_ENTRIES = 4096
-"""Of all clients, a row: they are sorted in registers."""
+"""Most kept entries of all clients in a row: they are sorted in registers."""
 
 CELLS = 2048
-"""Of the table, worked on at once."""
+"""Columns of the table worked on at once."""
 TABLE = 1 << 26
 """Bytes of the table at once, at the most."""
 
@@ -30,7 +30,7 @@ _RULES = {"median": "trimmed_mean", "krum": "mean_logits"}
 
 
 def cannot(device_type: str, clients: int, entries: int) -> str | None:
-    """Why it cannot do this; ``None`` where it can."""
+    """Why it cannot run this call; ``None`` if it can."""
     if clients > MOST_CLIENTS:
         return f"it takes at most {MOST_CLIENTS} clients, got {clients}"
     if entries > MOST_ENTRIES:

@@ -1,7 +1,7 @@
-"""From the clients' entries to a table of all that they say of the ids that somebody kept, and on to a rule.
+"""Kernels that write the clients' entries to a table by id, and apply a rule to its columns.
 
-``table [N, W + 1, C]`` holds a row's W ids, ascending: those that somebody kept, filled up with the lowest
-others; and at W what the clients say of each id that is not there.
+``table [N, W + 1, C]`` holds the clients' log-probabilities of a row's W ids, ascending: those that a client
+kept, filled up with the lowest others; and at W those of each id that is not in the table.
 """
 
 import triton
@@ -47,7 +47,7 @@ def spread(
     before = tl.gather(id, tl.maximum(entry - 1, 0), 0)
     first = (real & ((entry == 0) | (id != before))).to(tl.int32)
     filled = tl.maximum(width - tl.sum(first, 0), 0)
-    # Ids 0, 1, 2, ... fill up, but for those that somebody kept: these stand at themselves, or at the end.
+    # Ids 0, 1, 2, ... fill up, but for those that a client kept: these are at their own place, or at the end.
     place = tl.minimum(id, tl.cumsum(first, 0) - 1 + filled)
     place = tl.minimum(tl.maximum(place, 0), width - 1)  # whatever the ids are
     entry = (keys & _LOW).to(tl.int32)
@@ -69,7 +69,7 @@ def _cells(table, start, width, C: tl.constexpr, CP: tl.constexpr, B: tl.constex
 
 @triton.jit
 def mix(table, mixing, width, others, C: tl.constexpr, CP: tl.constexpr, B: tl.constexpr):
-    """Replace each client by the mean of others that ``mixing [C, C]`` says, renormalised."""
+    """Replace each client by its mean with weights ``mixing [C, C]``, renormalised."""
     row = tl.program_id(0).to(tl.int64)
     table += row * (width + 1) * C
     one = tl.arange(0, CP)

@@ -91,7 +91,7 @@ def krum(xs: Sequence[Tensor], byzantine: int, *, keep: int = 1, backend: str | 
 
     Args:
         xs: ``C`` tensors, as in ``geometric_median``.
-        byzantine: How many clients may be anything, ``C >= 2 byzantine + 3``.
+        byzantine: Clients that may be Byzantine, ``C >= 2 byzantine + 3``.
         keep: In ``[1, C - byzantine]``.
         backend: As in ``geometric_median``.
 
@@ -136,7 +136,7 @@ def nearest_neighbour_mixing(
 
     Args:
         xs: ``C`` tensors, as in ``geometric_median``.
-        byzantine: How many clients may be anything, ``0 <= 2 byzantine < C``.
+        byzantine: Clients that may be Byzantine, ``0 <= 2 byzantine < C``.
         backend: As in ``geometric_median``.
 
     Returns:

@@ -15,7 +15,7 @@ MOST_CUDA_CLIENTS = 16
 
 
 def cannot(device_type: str, clients: int) -> str | None:
-    """Why it cannot do this; ``None`` where it can."""
+    """Why it cannot run this call; ``None`` if it can."""
     if device_type != "cuda" or clients <= MOST_CUDA_CLIENTS:
         return None
     return f"on cuda it takes up to {MOST_CUDA_CLIENTS} clients, got {clients}"

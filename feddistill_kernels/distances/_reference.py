@@ -10,10 +10,10 @@ CHUNK = 1 << 21
 """Values worked on at once."""
 
 SMOOTHING = 1e-3
-"""Of the radius that holds a majority; what Weiszfeld's distances are smoothed by."""
+"""Smoothing of Weiszfeld's distances, as a share of the radius that holds a majority."""
 
 KINK_MARGIN = 1e-5
-"""By how much a client has to be the minimum to be taken without iterating."""
+"""Margin by which a client must be the minimum to be taken without iterating."""
 
 
 def geometric_median(xs: Sequence[Tensor], per_row: bool, tolerance: float, max_iterations: int) -> Tensor:

@@ -26,7 +26,7 @@ TILE = 8
 """Clients whose products with as many others are summed at once, and results written at once."""
 WARPS = 4
 COLUMNS = 4
-"""Of a thread; twice as many of half precision, where the registers are there: a vector of 128 bits."""
+"""Columns of a thread, a vector of 128 bits; twice as many in half precision if the registers suffice."""
 MOST_GRAMS = 1024
 """Programs that add up the rows' products."""
 

@@ -135,7 +135,7 @@ def moments(
     B: tl.constexpr,
     E: tl.constexpr,
 ):
-    """Of a part of a row and a pair of tiles: ``[C, C]`` sums of products, ``[C]`` sums, ``[C]`` shifts."""
+    """Write a part's ``[C, C]`` sums of products, ``[C]`` sums and ``[C]`` shifts for a pair of tiles."""
     PAIRS: tl.constexpr = TILES * (TILES + 1) // 2
     pair = tl.program_id(0) % PAIRS  # those that read the same columns run side by side
     piece = tl.program_id(0) // PAIRS

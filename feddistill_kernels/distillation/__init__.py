@@ -1,14 +1,16 @@
-"""Divergences between softmaxes, and the distillation loss made of them, without holding either softmax."""
+"""Divergences between softmaxes, and the distillation loss made of them, without storing either softmax."""
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from feddistill_kernels._backend import named
 from feddistill_kernels._check import bind, floating, no_forward_mode, same_device
-from feddistill_kernels.distillation._kinds import KINDS
-from feddistill_kernels.distillation._op import FusedInPlace, each, total
+from feddistill_kernels._kinds import KINDS
+from feddistill_kernels.distillation._op import each, total, total_in_place, total_of
 from feddistill_kernels.distillation._settings import (
     check_labels,
     check_settings,
@@ -30,7 +32,7 @@ def kinds() -> tuple[str, ...]:
     """Names of the divergences.
 
     >>> kinds()
-    ('forward_kl', 'reverse_kl', 'jsd', 'tvd', 'skew_forward_kl', 'skew_reverse_kl')
+    ('forward_kl', 'reverse_kl', 'jsd', 'tvd', 'skew_forward_kl', 'skew_reverse_kl'...)
     """
     return tuple(KINDS)
 
@@ -130,7 +132,7 @@ def distillation_loss(
     Args:
         student: Logits ``[N, V]``, as in ``softmax_divergence``.  The only input with a gradient.
         teacher: Logits ``[N, V]`` or ``TopK``, as in ``softmax_divergence``.
-        labels: int64 ``[N]``, in ``[0, V)`` or ``ignore_index``.  Needed where ``kd_weight < 1``; with
+        labels: int64 ``[N]``, in ``[0, V)`` or ``ignore_index``.  Needed if ``kd_weight < 1``; with
             ``kd_weight = 1`` they only mark the rows to leave out.
         kind: One of ``kinds()``.
         beta: See ``softmax_divergence``.
@@ -142,24 +144,25 @@ def distillation_loss(
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         inplace: Write the gradient over ``student``'s memory, saving one ``[N, V]``.  After the call
             ``student`` holds no logits.  Autograd refuses a backward pass that needs them (say, of a
-            log_softmax that made them) and a second one through this loss.  Where no gradient is asked
-            for, nothing is written.
+            log_softmax that made them) and a second one through this loss.  If no gradient is required,
+            nothing is written.
         backend: See ``softmax_divergence``.
-        group: A process group over which the vocabulary is split: each rank brings its columns of the logits,
-            in the order of the ranks, as many as it likes (0 too), and with a dense teacher the same of the
-            teacher's.  A ``TopK``, labels and all else are whole and alike on every rank, ids and labels
-            those of the whole vocabulary.  Every rank has the same loss, and the gradient of its columns
-            without waiting for another.  Ranks speak three times a call, by a few numbers a row.
+        group: A process group over which the vocabulary is split: each rank passes its columns of the logits,
+            in the order of the ranks, any number of them (0 too), and with a dense teacher the same columns
+            of the teacher's.  A ``TopK``, labels and everything else are the same on every rank; ids and
+            labels are those of the whole vocabulary.  Every rank gets the same loss, and in backward the
+            gradient of its columns without communication.  A call has three collectives of a few numbers a
+            row.
 
     Returns:
         A scalar, or ``[N]`` for ``"none"``; float32 (float64 for a float64 student).
 
     Raises:
         ValueError: As in ``softmax_divergence``; ``kd_weight`` or ``reduction`` is out of range; labels are
-            needed or not in the vocabulary (looked at on the CPU only); ``inplace`` with reduction
-            ``"none"``, under ``torch.compile``, or with a student that is a leaf (it is yours, not ours to
-            overwrite) or whose rows share memory; ``group`` under ``torch.compile``, before
-            ``init_process_group``, or with shards that do not fit together (looked at on the CPU only).
+            missing or outside the vocabulary (checked on the CPU only); ``inplace`` with reduction
+            ``"none"``, under ``torch.compile``, or with a student that is a leaf or whose rows share
+            memory; ``group`` under ``torch.compile``, before
+            ``init_process_group``, or with shards that do not fit together (checked on the CPU only).
         BackendError: ``backend`` was named and cannot run here.
         RuntimeError: From backward with ``create_graph=True``, or of a student that carries a tangent: the
             losses are differentiable once, in reverse.
@@ -195,11 +198,11 @@ def distillation_loss(
         return _each(student, (*teacher_tensors, hard, scale, *numbers), group).sum()
     scale, divisor = lifted(student, scale)
     arguments = (*teacher_tensors, hard, scale, *numbers)
-    loss: Tensor
-    if group is not None:
-        loss = vocabulary_parallel.total(student, arguments, group, inplace)
-    elif inplace:
-        loss = FusedInPlace.apply(student, arguments)  # type: ignore[no-untyped-call]  # torch types no apply
+    rows = None if group is None else partial(vocabulary_parallel.rows, group=group)
+    if inplace:
+        loss = total_in_place(rows, student, *arguments)
+    elif rows is not None:
+        loss = total_of(rows, student, *arguments)
     else:
         loss = total(student, *arguments)
     return loss if divisor is None else loss / divisor
@@ -244,6 +247,7 @@ class DistillationLoss(nn.Module):
         self.backend = backend
         self.group = group
 
+    @override
     def forward(
         self,
         student: Tensor,
@@ -251,7 +255,6 @@ class DistillationLoss(nn.Module):
         labels: Tensor | None = None,
         row_weight: Tensor | None = None,
     ) -> Tensor:
-        """See ``distillation_loss``."""
         return distillation_loss(
             student,
             teacher,
@@ -268,8 +271,8 @@ class DistillationLoss(nn.Module):
             group=self.group,
         )
 
+    @override
     def extra_repr(self) -> str:
-        """Say what differs from the defaults."""
         defaults = {"beta": 0.5, "kd_weight": 1.0, "ignore_index": -100, "reduction": "mean"}
         defaults |= {"inplace": False, "backend": None}
         shown = ["kind", "temperature", *(name for name in defaults if getattr(self, name) != defaults[name])]

@@ -1,17 +1,29 @@
 """The loss through ``_C``: C++ on the CPU, CUDA C++ on a GPU."""
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
-from feddistill_kernels._check import empty_row, label_outside
+from feddistill_kernels._check import empty_row, id_outside, label_outside
+from feddistill_kernels._kinds import unknown_kind
 from feddistill_kernels._native import DTYPES, in_rows, library, matrix, missing, on_stream
-from feddistill_kernels.distillation._kinds import KINDS
 
-__all__ = ["missing", "rows", "scale_into"]
+__all__ = ["cannot", "missing", "rows", "scale_into"]
 
-_NUMBER = {kind: number for number, kind in enumerate(KINDS)}  # csrc/distillation.h: Kind
 _EMPTY_STUDENT, _EMPTY_TEACHER, _LABEL, _ID = 1, 2, 3, 4  # csrc/distillation.h: Refusal::Reason
 _NOTHING = (0, 0, 0)
+
+
+@cache
+def kinds() -> dict[str, int]:
+    """The kinds that the compiled module knows, with their numbers in it (csrc/distillation.h)."""
+    return {kind: number for number, kind in enumerate(library().kinds)}
+
+
+def cannot(device_type: str, *, kind: str) -> str | None:
+    """Why it cannot run this call; ``None`` if it can."""
+    return None if kind in kinds() else unknown_kind(kind, kinds())
 
 
 def rows(
@@ -58,7 +70,7 @@ def rows(
         scale.data_ptr(),
         target,
         loss.data_ptr(),
-        _NUMBER[kind],
+        kinds()[kind],
         beta,
         temperature,
         kd,
@@ -74,7 +86,7 @@ def rows(
         assert labels is not None
         raise label_outside(row, int(labels[row]), vocab)
     if reason == _ID:
-        raise ValueError(f"teacher row {row} keeps an id outside [0, {vocab})")
+        raise id_outside(row, vocab)
     if reason:
         raise empty_row("student" if reason == _EMPTY_STUDENT else "teacher", row)
     if gradient is not None and written is not None and written is not gradient:
@@ -83,7 +95,7 @@ def rows(
 
 
 def _known(x: Tensor) -> Tensor:
-    """In float32 what is in float64: a student in float64 is the reference's alone."""
+    """``x`` in float32 if it is float64: only the reference takes a float64 student."""
     return x if x.dtype in DTYPES else x.float()
 
 

@@ -1,159 +1,18 @@
 """``feddistill::distillation_*``: schemas, shapes for the compiler, gradient.  No arithmetic here."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
-from feddistill_kernels._backend import load, watched
+from feddistill_kernels._backend import load, operator, schema_like, watched
 from feddistill_kernels._check import no_derivative_twice
 from feddistill_kernels._native import empty_like
 
-# The operators take what `rows` of a backend takes, as plain tensors and numbers; see `_reference.py`.
-
-
-@torch.library.custom_op("feddistill::distillation_loss", mutates_args=())
-def loss_rows(
-    student: Tensor,
-    teacher: Tensor,
-    ids: Tensor | None,
-    log_tail: Tensor | None,
-    labels: Tensor | None,
-    scale: Tensor,
-    vocab: int,
-    kind: str,
-    beta: float,
-    temperature: float,
-    kd: float,
-    ce: float,
-    backend: str,
-) -> Tensor:
-    """The loss of each row, ``[N]``; its gradient is made when it is asked for."""
-    return _rows(
-        None, student, teacher, ids, log_tail, labels, scale, vocab, kind, beta, temperature, kd, ce, backend
-    )
-
-
-@torch.library.custom_op("feddistill::distillation_gradient", mutates_args=())
-def gradient_rows(
-    student: Tensor,
-    teacher: Tensor,
-    ids: Tensor | None,
-    log_tail: Tensor | None,
-    labels: Tensor | None,
-    scale: Tensor,
-    vocab: int,
-    kind: str,
-    beta: float,
-    temperature: float,
-    kd: float,
-    ce: float,
-    backend: str,
-) -> Tensor:
-    """The gradient of the sum of ``loss_rows``, ``[N, V]``."""
-    gradient = empty_like(student)
-    _rows(
-        gradient,
-        student,
-        teacher,
-        ids,
-        log_tail,
-        labels,
-        scale,
-        vocab,
-        kind,
-        beta,
-        temperature,
-        kd,
-        ce,
-        backend,
-    )
-    return gradient
-
-
-@torch.library.custom_op("feddistill::distillation_fused", mutates_args=())
-def fused(
-    student: Tensor,
-    teacher: Tensor,
-    ids: Tensor | None,
-    log_tail: Tensor | None,
-    labels: Tensor | None,
-    scale: Tensor,
-    vocab: int,
-    kind: str,
-    beta: float,
-    temperature: float,
-    kd: float,
-    ce: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """The sum of ``loss_rows``, and its gradient ``[N, V]`` made in the same sweep."""
-    gradient = empty_like(student)
-    loss = _rows(
-        gradient,
-        student,
-        teacher,
-        ids,
-        log_tail,
-        labels,
-        scale,
-        vocab,
-        kind,
-        beta,
-        temperature,
-        kd,
-        ce,
-        backend,
-    )
-    return loss.sum(), gradient
-
-
-@torch.library.custom_op("feddistill::distillation_fused_", mutates_args={"student"})
-def fused_(
-    student: Tensor,
-    teacher: Tensor,
-    ids: Tensor | None,
-    log_tail: Tensor | None,
-    labels: Tensor | None,
-    scale: Tensor,
-    vocab: int,
-    kind: str,
-    beta: float,
-    temperature: float,
-    kd: float,
-    ce: float,
-    backend: str,
-) -> Tensor:
-    """The sum of ``loss_rows``; its gradient takes the place of ``student``."""
-    loss = _rows(
-        student,
-        student,
-        teacher,
-        ids,
-        log_tail,
-        labels,
-        scale,
-        vocab,
-        kind,
-        beta,
-        temperature,
-        kd,
-        ce,
-        backend,
-    )
-    return loss.sum()
-
-
-@torch.library.custom_op("feddistill::distillation_scaled", mutates_args=())
-def scaled(gradient: Tensor, upstream: Tensor, backend: str) -> Tensor:
-    """``gradient [N, V]`` times the scalar ``upstream``."""
-    result = empty_like(gradient)
-    load("distillation", backend, gradient).scale_into(gradient, upstream, result)
-    return result
-
 
 def _rows(
-    gradient: Tensor | None,
     student: Tensor,
     teacher: Tensor,
     ids: Tensor | None,
@@ -167,8 +26,11 @@ def _rows(
     kd: float,
     ce: float,
     backend: str,
+    *,
+    gradient: Tensor | None = None,
 ) -> Tensor:
-    loss: Tensor = load("distillation", backend, student).rows(
+    """``rows`` of a backend, see ``_reference.py``; the operators below take the arguments before ``*``."""
+    loss: Tensor = load("distillation", backend, student, kind=kind).rows(
         student,
         teacher,
         ids,
@@ -186,10 +48,59 @@ def _rows(
     return loss
 
 
+Rows = Callable[..., Tensor]
+"""As ``_rows``."""
+_COUNT = 13  # before ``*``
+
+
+@operator("feddistill::distillation_loss", schema_like(_rows, "Tensor"))
+def loss_rows(*arguments: Any) -> Tensor:
+    """The loss of each row, ``[N]``; backward makes the gradient."""
+    return _rows(*arguments)
+
+
+@operator("feddistill::distillation_gradient", schema_like(_rows, "Tensor"))
+def gradient_rows(student: Tensor, *rest: Any) -> Tensor:
+    """The gradient of the sum of ``loss_rows``, ``[N, V]``."""
+    gradient = empty_like(student)
+    _rows(student, *rest, gradient=gradient)
+    return gradient
+
+
+@operator("feddistill::distillation_fused", schema_like(_rows, "(Tensor, Tensor)"))
+def fused(student: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """The sum of ``loss_rows``, and its gradient ``[N, V]`` made in the same sweep."""
+    gradient = empty_like(student)
+    return _rows(student, *rest, gradient=gradient).sum(), gradient
+
+
+@operator(
+    "feddistill::distillation_fused_", schema_like(_rows, "Tensor", mutates_args={"student"}), {"student"}
+)
+def fused_(student: Tensor, *rest: Any) -> Tensor:
+    """The sum of ``loss_rows``; its gradient overwrites ``student``."""
+    return _rows(student, *rest, gradient=student).sum()
+
+
+@operator("feddistill::distillation_scaled")
+def scaled(gradient: Tensor, upstream: Tensor, backend: str) -> Tensor:
+    """``gradient [N, V]`` times the scalar ``upstream``."""
+    result = empty_like(gradient)
+    load("distillation", backend, gradient).scale_into(gradient, upstream, result)
+    return result
+
+
+@operator("feddistill::distillation_rescale_", mutates_args={"gradient"})
+def rescale_(gradient: Tensor, upstream: Tensor, backend: str) -> None:
+    """``scaled`` in place, for any row stride."""
+    if upstream.device.type == "cpu" and float(upstream) == 1:
+        return
+    plain = gradient.is_contiguous()
+    load("distillation", backend if plain else "reference", gradient).scale_into(gradient, upstream, gradient)
+
+
 @loss_rows.register_fake
-def _(
-    student: Tensor, teacher: Tensor, ids: Any, log_tail: Any, labels: Any, scale: Tensor, *rest: Any
-) -> Tensor:
+def _(student: Tensor, teacher: Any, ids: Any, log_tail: Any, labels: Any, scale: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(scale)
 
 
@@ -199,16 +110,12 @@ def _(student: Tensor, *rest: Any) -> Tensor:
 
 
 @fused.register_fake
-def _(
-    student: Tensor, teacher: Tensor, ids: Any, log_tail: Any, labels: Any, scale: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor]:
-    return scale.new_empty(()), torch.empty_like(student, memory_format=torch.contiguous_format)
+def _(student: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return rest[4].new_empty(()), torch.empty_like(student, memory_format=torch.contiguous_format)
 
 
 @fused_.register_fake
-def _(
-    student: Tensor, teacher: Tensor, ids: Any, log_tail: Any, labels: Any, scale: Tensor, *rest: Any
-) -> Tensor:
+def _(student: Tensor, teacher: Any, ids: Any, log_tail: Any, labels: Any, scale: Tensor, *_: Any) -> Tensor:
     return scale.new_empty(())
 
 
@@ -218,25 +125,14 @@ def _(gradient: Tensor, upstream: Tensor, backend: str) -> Tensor:
 
 
 def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.vocab, ctx.kind, ctx.beta, ctx.temperature, ctx.kd, ctx.ce, ctx.backend = inputs
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(*inputs[:6])
+    ctx.numbers = inputs[6:]
 
 
 def _gradient_later(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
     no_derivative_twice()
     *tensors, scale = ctx.saved_tensors
-    gradient = gradient_rows(
-        *tensors,
-        scale * upstream,
-        ctx.vocab,
-        ctx.kind,
-        ctx.beta,
-        ctx.temperature,
-        ctx.kd,
-        ctx.ce,
-        ctx.backend,
-    )
-    return gradient, *[None] * 12
+    return gradient_rows(*tensors, scale * upstream, *ctx.numbers), *[None] * (_COUNT - 1)
 
 
 def _keep_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -247,10 +143,10 @@ def _keep_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _gradient_made(ctx: Any, upstream: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-    if upstream is None:  # nobody asks for it
-        return (None,) * 13
+    if upstream is None:  # nothing above depends on the loss
+        return (None,) * _COUNT
     no_derivative_twice()
-    return scaled(ctx.saved_tensors[0], upstream, ctx.backend), *[None] * 12
+    return scaled(ctx.saved_tensors[0], upstream, ctx.backend), *[None] * (_COUNT - 1)
 
 
 loss_rows.register_autograd(_gradient_later, setup_context=_keep_inputs)
@@ -258,95 +154,96 @@ fused.register_autograd(_gradient_made, setup_context=_keep_gradient)
 
 
 def each(student: Tensor, *rest: Any) -> Tensor:
-    """``loss_rows``, without the dispatcher where nobody watches."""
+    """``loss_rows``, without the dispatcher if nothing watches (``_backend.watched``)."""
     if watched(student, rest[0]):
-        seen: Tensor = loss_rows(student, *rest)
+        seen: Tensor = loss_rows.dispatched(student, *rest)
         return seen
     if not (student.requires_grad and torch.is_grad_enabled()):
-        return _rows(None, student, *rest)
+        return _rows(student, *rest)
     loss: Tensor = _Each.apply(student, rest)  # type: ignore[no-untyped-call]  # torch types no apply
     return loss
 
 
 def total(student: Tensor, *rest: Any) -> Tensor:
-    """``fused`` likewise."""
+    """The loss of ``fused``, likewise."""
     if watched(student, rest[0]):
-        seen: Tensor = fused(student, *rest)[0]
+        seen: Tensor = fused.dispatched(student, *rest)[0]
         return seen
-    loss: Tensor = _Total.apply(student, rest)  # type: ignore[no-untyped-call]  # torch types no apply
+    return total_of(_rows, student, *rest)
+
+
+def total_of(rows: Rows, student: Tensor, *rest: Any) -> Tensor:
+    """The sum of what ``rows(student, *rest, gradient=...)`` returns, with the gradient that it writes."""
+    loss: Tensor = _Total.apply(student, rest, rows)  # type: ignore[no-untyped-call]  # torch types no apply
+    return loss
+
+
+def total_in_place(rows: Rows | None, student: Tensor, *rest: Any) -> Tensor:
+    """``total_of`` of ``rows``, or of these operators', with the gradient in the place of ``student``."""
+    loss: Tensor = _InPlace.apply(student, rest, rows)  # type: ignore[no-untyped-call]  # torch types no apply
     return loss
 
 
 class _Each(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student: Tensor, rest: tuple[Any, ...]) -> Tensor:
-        *tensors, scale = rest[:5]
-        ctx.save_for_backward(student, *tensors, scale)
+        ctx.save_for_backward(student, *rest[:5])
         ctx.numbers = rest[5:]
-        return _rows(None, student, *rest)
+        return _rows(student, *rest)
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
         no_derivative_twice()
-        student, teacher, ids, log_tail, labels, scale = ctx.saved_tensors
-        gradient = empty_like(student)
-        _rows(gradient, student, teacher, ids, log_tail, labels, scale * upstream, *ctx.numbers)
+        *tensors, scale = ctx.saved_tensors
+        rows: Rows = _rows
+        gradient = empty_like(tensors[0])
+        rows(*tensors, scale * upstream, *ctx.numbers, gradient=gradient)
         return gradient, None
 
 
 class _Total(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, student: Tensor, rest: tuple[Any, ...]) -> Tensor:
+    def forward(ctx: Any, student: Tensor, rest: tuple[Any, ...], rows: Rows) -> Tensor:
         gradient = empty_like(student)
-        loss = _rows(gradient, student, *rest)
+        loss = rows(student, *rest, gradient=gradient)
         ctx.save_for_backward(gradient)
         ctx.backend = rest[-1]
         return loss.sum()
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
         no_derivative_twice()
-        return times(ctx.saved_tensors[0], upstream, ctx.backend), None
+        return times(ctx.saved_tensors[0], upstream, ctx.backend), None, None
 
 
 def times(gradient: Tensor, upstream: Tensor, backend: str) -> Tensor:
-    """``scaled``, or the gradient itself where there is nothing to scale and looking is free."""
+    """``scaled``, or the gradient itself if ``upstream`` is 1 and reading it is free."""
     if watched(gradient, upstream):
-        seen: Tensor = scaled(gradient, upstream, backend)
+        seen: Tensor = scaled.dispatched(gradient, upstream, backend)
         return seen
-    # On a GPU to look at it would be a sync; here it saves a pass over the gradient.
+    # On a GPU reading it would be a sync; on a CPU it saves a pass over the gradient.
     if upstream.device.type == "cpu" and float(upstream) == 1:
         return gradient
-    result = empty_like(gradient)
-    load("distillation", backend, gradient).scale_into(gradient, upstream, result)
+    result: Tensor = scaled.direct(gradient, upstream, backend)
     return result
 
 
-class FusedInPlace(torch.autograd.Function):
-    """``fused_`` with a gradient, which torch.library has not for an operator that writes its input."""
+class _InPlace(torch.autograd.Function):
+    """``fused_`` with a gradient: torch.library has none for an operator that writes its input."""
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, rest: tuple[Any, ...]) -> Tensor:
-        """Overwrite ``student``, behind autograd's back but not behind its version counter."""
-        memory = student.detach()
-        loss: Tensor = fused_(memory, *rest)
+    def forward(ctx: Any, student: Tensor, rest: tuple[Any, ...], rows: Rows | None) -> Tensor:
+        memory = student.detach()  # autograd does not see the write, its version counter does
+        loss: Tensor = fused_(memory, *rest) if rows is None else rows(memory, *rest, gradient=memory).sum()
+        increment_version(memory)  # whatever the backend wrote it with
         ctx.save_for_backward(memory)
         ctx.backend = rest[-1]
         return loss
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        """Scale the gradient where it lies; this moves the version on, so a second backward is refused."""
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
         no_derivative_twice()
         (memory,) = ctx.saved_tensors
-        _rescale(memory, upstream, ctx.backend)
-        return memory, None
-
-
-@torch.library.custom_op("feddistill::distillation_rescale_", mutates_args={"gradient"})
-def _rescale(gradient: Tensor, upstream: Tensor, backend: str) -> None:
-    """``scaled`` in place, whatever the rows' stride."""
-    if upstream.device.type == "cpu" and float(upstream) == 1:
-        return
-    plain = gradient.is_contiguous()
-    load("distillation", backend if plain else "reference", gradient).scale_into(gradient, upstream, gradient)
+        rescale_(memory, upstream, ctx.backend)
+        increment_version(memory)  # a second backward is refused
+        return memory, None, None

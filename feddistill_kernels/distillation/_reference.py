@@ -1,7 +1,7 @@
 """The loss as it reads on paper.  Every other backend must agree with this file.
 
-The contract of a backend is one function, ``rows``: the loss of each row, and where it is asked for the
-gradient, each times that row's ``scale``.  Every reduction, mask and upstream gradient is a ``scale``.
+The contract of a backend is one function, ``rows``: the loss of each row and, if memory for it is given,
+the gradient, each times that row's ``scale``.  Every reduction, mask and upstream gradient is a ``scale``.
 """
 
 import math
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from feddistill_kernels._check import labels_in_vocabulary, rows_with_a_choice
-from feddistill_kernels.distillation._kinds import KINDS
+from feddistill_kernels._kinds import KINDS
 
 CHUNK = 1 << 20
 """Entries worked on at once: a dozen float32 temporaries of 4 MiB, whatever ``N`` and ``V`` are.

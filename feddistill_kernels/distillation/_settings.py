@@ -1,10 +1,10 @@
-"""What the losses check, and what masks and reductions come to: a number a row."""
+"""Checks of the losses' settings, and masks and reductions as one factor a row."""
 
 import torch
 from torch import Tensor
 
 from feddistill_kernels._check import bind, floating, one_of, positive_temperature, same_device
-from feddistill_kernels.distillation._kinds import KINDS
+from feddistill_kernels._kinds import KINDS
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -26,7 +26,7 @@ def check_settings(
 
 
 def check_labels(labels: Tensor | None, kd_weight: float, reduction: str) -> None:
-    """Require labels where they have a share of the loss."""
+    """Require labels if they have a share of the loss."""
     one_of("reduction", reduction, REDUCTIONS)
     if not 0 <= kd_weight <= 1:
         raise ValueError(f"kd_weight must be in [0, 1], got {kd_weight}")
@@ -37,7 +37,7 @@ def check_labels(labels: Tensor | None, kd_weight: float, reduction: str) -> Non
 def row_scale(
     student: Tensor, labels: Tensor | None, ignore_index: int, row_weight: Tensor | None, mean: bool
 ) -> Tensor:
-    """What multiplies each row's loss, 0 for a masked row, in the dtype of the result."""
+    """The factor of each row's loss, 0 for a masked row, in the dtype of the result."""
     rows = student.shape[0]
     if row_weight is None:
         weight = 1 / max(1, rows) if mean and labels is None else 1.0
@@ -67,8 +67,8 @@ def _check_rows(student: Tensor, name: str, vector: Tensor) -> None:
 def lifted(student: Tensor, scale: Tensor) -> tuple[Tensor, Tensor | None]:
     """``scale`` as far up as float16 needs it, and what to divide the loss by.
 
-    A gradient made in the forward pass knows no loss scaling: divided by N, much of it would be less than the
-    least float16, before an upstream gradient of 2^16 could save it.
+    A gradient made in the forward pass is not loss-scaled yet: divided by N, much of it would underflow
+    float16 before an upstream gradient of 2^16 could save it.
     """
     if student.dtype != torch.float16:
         return scale, None
@@ -77,5 +77,5 @@ def lifted(student: Tensor, scale: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def work_dtype(student: Tensor) -> torch.dtype:
-    """What is summed in, and the dtype of a loss."""
+    """The dtype of sums and of the loss."""
     return torch.float64 if student.dtype == torch.float64 else torch.float32

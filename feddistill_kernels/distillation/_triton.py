@@ -10,21 +10,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from feddistill_kernels._kinds import unknown_kind
 from feddistill_kernels._native import in_rows
 from feddistill_kernels._triton import launch, missing, power_of_two, processors
 from feddistill_kernels.distillation import _triton_kernels as kernels
+from feddistill_kernels.distillation._triton_kinds import KINDS
 
-__all__ = ["missing", "rows", "scale_into"]
+__all__ = ["cannot", "missing", "rows", "scale_into"]
 
 WARPS = 8
-"""The most of a program; a narrow row takes fewer."""
+"""Most warps of a program; a narrow row takes fewer."""
 COLUMNS = {"skew_forward_kl": 4}
-"""That a thread works on at once, by kind; else 8: 55 registers for forward KL, where 16 take 86.  Eight of
-``skew_forward_kl`` spill on sm_100."""
+"""Columns that a thread works on at once, by kind; 8 if not listed: 55 registers for forward KL, 86 with 16.
+Eight of ``skew_forward_kl`` spill on sm_100."""
 
 MOST_PARTS = 64
 
 _LOG2E = math.log2(math.e)
+
+
+def cannot(device_type: str, *, kind: str) -> str | None:
+    """Why it cannot run this call; ``None`` if it can."""
+    return None if kind in KINDS else unknown_kind(kind, KINDS)
 
 
 def rows(

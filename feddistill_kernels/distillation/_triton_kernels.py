@@ -12,7 +12,7 @@ import triton.language as tl
 from feddistill_kernels.distillation._triton_kinds import INF, LN2, LOG2E, slope
 
 FIELDS = 8
-"""Of a part: what follows, from 0 to 6."""
+"""Statistics of a part of a row in ``partials``: the constants below are their places."""
 _S_MAX = tl.constexpr(0)  # the student's largest logit
 _S_SUM = tl.constexpr(1)  # sum of exp((z - max) / T)
 _S_ONE = tl.constexpr(2)  # the same at T = 1, for the labels
@@ -25,7 +25,7 @@ _FIELDS = tl.constexpr(FIELDS)
 
 @triton.jit
 def _rescale(top, new, c):
-    """What a sum of ``exp2((z - top) c)`` is to be multiplied by when ``new`` takes the place of ``top``."""
+    """What a sum of ``exp2((z - top) c)`` must be multiplied by if ``new`` replaces ``top``."""
     return tl.exp2((top - tl.where(new == -INF, 0.0, new)) * c)
 
 

@@ -3,40 +3,44 @@
 import triton
 import triton.language as tl
 
-from feddistill_kernels.distillation._kinds import SKEW as SKEW_SHARE
+from feddistill_kernels._kinds import SKEW as SKEW_SHARE
 
 INF = tl.constexpr(float("inf"))
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 SKEW = tl.constexpr(SKEW_SHARE)
 
+KINDS = ("forward_kl", "reverse_kl", "jsd", "tvd", "skew_forward_kl", "skew_reverse_kl")
+"""The kinds that ``slope`` knows: another one does not compile."""
+_FORWARD_KL, _REVERSE_KL, _JSD, _TVD, _SKEW_FORWARD_KL, _SKEW_REVERSE_KL = map(tl.constexpr, KINDS)
+
 
 @triton.jit
 def slope(p, q, d, beta, KIND: tl.constexpr):
     """``phi`` and ``psi`` of a kind.  ``d`` is 0 where p and q are both 0."""
-    if KIND == "forward_kl":
+    if KIND == _FORWARD_KL:
         phi = _kl(q, p, d)
         psi = p - q
-    elif KIND == "reverse_kl":
+    elif KIND == _REVERSE_KL:
         phi = _kl(p, q, -d)
         psi = _times(p, -d)
-    elif KIND == "jsd":
+    elif KIND == _JSD:
         m = beta * q + (1 - beta) * p
         p_over, q_over = _over_mixture(d, beta)
         phi = beta * _bregman(q, m, q_over) + (1 - beta) * _bregman(p, m, p_over)
         psi = (1 - beta) * _times(p, p_over)
-    elif KIND == "tvd":
+    elif KIND == _TVD:
         size = tl.abs(d)
         near = tl.maximum(p, q) * size * _expm1_over(-size)
         phi = 0.5 * tl.where(size < 0.5, near, tl.abs(p - q))
         half = 0.5 * p
         psi = tl.where(d < 0, half, tl.where(d > 0, -half, half * d))  # half * NaN is NaN
-    elif KIND == "skew_forward_kl":
+    elif KIND == _SKEW_FORWARD_KL:
         _, q_over = _over_mixture(d, SKEW)
         phi = _bregman(q, SKEW * q + (1 - SKEW) * p, q_over)
         psi = (SKEW - 1) * _times(p, _expm1(q_over))
     else:
-        tl.static_assert(KIND == "skew_reverse_kl")
+        tl.static_assert(KIND == _SKEW_REVERSE_KL)
         p_over, _ = _over_mixture(d, 1 - SKEW)
         phi = _bregman(p, SKEW * p + (1 - SKEW) * q, p_over)
         psi = _times(p, p_over - SKEW * _expm1(p_over))

@@ -1,8 +1,9 @@
-"""The distillation loss of hidden states and a vocabulary projection, whose logits are never all there."""
+"""The distillation loss of hidden states and a vocabulary projection, without storing all logits."""
 
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from typing_extensions import override
 
 from feddistill_kernels._backend import named
 from feddistill_kernels._check import bind, floating, no_forward_mode, same_device
@@ -63,11 +64,11 @@ def linear_distillation_loss(
     workspace_bytes: int | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """``distillation_loss`` of the logits ``hidden @ weight.T + bias``, which are never all there.
+    """``distillation_loss`` of the logits ``hidden @ weight.T + bias``, which are never all in memory.
 
-    Rows are taken a chunk at a time: logits, loss with its gradient in place of them, and from that the
+    Rows are processed in chunks: the logits, the loss with its gradient in their place, and from that the
     gradients of ``hidden``, ``weight`` and ``bias``, all in the forward pass.  Rows of weight 0 are dropped
-    before the first product; to find them, where there are labels or row weights, is the one wait for a GPU.
+    before the first product; if there are labels or row weights, finding them is the only GPU sync.
     (Hsu et al., "Liger Kernel", 2024, section 3.2, does so for hard labels.)
 
     Args:
@@ -84,10 +85,10 @@ def linear_distillation_loss(
         kd_weight: See there.
         ignore_index: See there.
         row_weight: See there.
-        reduction: See there.  With ``"none"`` backward makes the logits again.
-        workspace_bytes: What a chunk's logits may take, the teacher's included where they are made or
-            gathered; a chunk has one row at the least.  ``None`` for 128 MiB on a CPU, 1 GiB elsewhere.
-        backend: As in ``softmax_divergence``: what computes the loss.  The products are torch's.
+        reduction: See there.  With ``"none"`` backward computes the logits again.
+        workspace_bytes: Memory for a chunk's logits, including the teacher's if they are computed or
+            gathered; a chunk has at least one row.  ``None`` for 128 MiB on a CPU, 1 GiB elsewhere.
+        backend: As in ``softmax_divergence``, for the loss; the products are torch's.
 
     Returns:
         A scalar, or ``[N]`` for ``"none"``; float32 (float64 for float64 hidden states).
@@ -97,10 +98,10 @@ def linear_distillation_loss(
         BackendError: ``backend`` was named and cannot run here.
 
     Memory:
-        The gradients that are asked for and the workspace; where ``hidden`` is bfloat16 and there are several
-        chunks, or it is float16, a float32 ``[V, H]`` in which ``weight``'s gradient is summed.  Backward
-        scales the gradients in memory of its own, unless what comes from above is 1.  Logits are of
-        ``hidden``'s dtype, as a linear layer's are.
+        The gradients that are required and the workspace; if ``hidden`` is float16, or bfloat16 with several
+        chunks, also a float32 ``[V, H]`` in which ``weight``'s gradient is summed.  Backward scales the
+        gradients in new memory, unless the upstream gradient is 1.  Logits have ``hidden``'s dtype, as a
+        linear layer's do.
 
     Example:
         >>> import torch
@@ -173,6 +174,7 @@ class LinearDistillationLoss(nn.Module):
         self.workspace_bytes = workspace_bytes
         self.backend = backend
 
+    @override
     def forward(
         self,
         hidden: Tensor,
@@ -182,7 +184,6 @@ class LinearDistillationLoss(nn.Module):
         row_weight: Tensor | None = None,
         bias: Tensor | None = None,
     ) -> Tensor:
-        """See ``linear_distillation_loss``."""
         return linear_distillation_loss(
             hidden,
             weight,
@@ -200,8 +201,8 @@ class LinearDistillationLoss(nn.Module):
             backend=self.backend,
         )
 
+    @override
     def extra_repr(self) -> str:
-        """Say what differs from the defaults."""
         defaults = {"beta": 0.5, "kd_weight": 1.0, "ignore_index": -100, "reduction": "mean"}
         defaults |= {"workspace_bytes": None, "backend": None}
         shown = ["kind", "temperature", *(name for name in defaults if getattr(self, name) != defaults[name])]

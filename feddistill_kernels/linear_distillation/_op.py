@@ -6,16 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from feddistill_kernels._backend import load
+from feddistill_kernels._backend import load, operator, schema_like
 from feddistill_kernels._check import no_derivative_twice
 from feddistill_kernels.distillation._op import times
 
-_TENSORS = 11  # hidden, weight, bias, six of the teacher, labels, scale
-_NUMBERS = 9
+_TENSORS, _NUMBERS = 11, 9  # of the arguments of ``_rows`` before ``*``
 
 
-@torch.library.custom_op("feddistill::linear_distillation", mutates_args=())
-def linear_rows(
+def _rows(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -36,57 +34,63 @@ def linear_rows(
     masked: bool,
     workspace_bytes: int,
     backend: str,
+    *,
+    d_hidden: Tensor | None = None,
+    d_weight: Tensor | None = None,
+    d_bias: Tensor | None = None,
 ) -> Tensor:
-    """The loss of each row, ``[N]``; its gradients are made when they are asked for."""
-    tensors = (hidden, weight, bias, teacher, ids, log_tail, teacher_hidden, teacher_weight, teacher_bias)
-    numbers = (vocab, kind, beta, temperature, kd, ce, masked, workspace_bytes, backend)
-    loss: Tensor = _run((*tensors, labels, scale), numbers, [False] * 3)[0]
+    """``rows`` of a backend, see ``_reference.py``; the operators below take the arguments before ``*``."""
+    module = load("linear_distillation", backend, hidden, kind=kind)
+    # The products are of the dtype of what they multiply, as documented, and not of autocast's.
+    with torch.autocast(hidden.device.type, enabled=False):
+        loss: Tensor = module.rows(
+            hidden,
+            weight,
+            bias,
+            teacher,
+            ids,
+            log_tail,
+            teacher_hidden,
+            teacher_weight,
+            teacher_bias,
+            labels,
+            scale,
+            d_hidden,
+            d_weight,
+            d_bias,
+            vocab=vocab,
+            kind=kind,
+            beta=beta,
+            temperature=temperature,
+            kd=kd,
+            ce=ce,
+            masked=masked,
+            workspace_bytes=workspace_bytes,
+        )
     return loss
 
 
-@torch.library.custom_op("feddistill::linear_distillation_gradients", mutates_args=())
-def linear_gradients(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    teacher: Tensor | None,
-    ids: Tensor | None,
-    log_tail: Tensor | None,
-    teacher_hidden: Tensor | None,
-    teacher_weight: Tensor | None,
-    teacher_bias: Tensor | None,
-    labels: Tensor | None,
-    scale: Tensor,
-    vocab: int,
-    kind: str,
-    beta: float,
-    temperature: float,
-    kd: float,
-    ce: float,
-    masked: bool,
-    workspace_bytes: int,
-    backend: str,
-    wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The sum of ``linear_rows``, and its gradients to hidden, weight and bias; empty where not wanted."""
-    tensors = (hidden, weight, bias, teacher, ids, log_tail, teacher_hidden, teacher_weight, teacher_bias)
-    numbers = (vocab, kind, beta, temperature, kd, ce, masked, workspace_bytes, backend)
-    loss, *gradients = _run((*tensors, labels, scale), numbers, wanted)
-    d_hidden, d_weight, d_bias = (hidden.new_empty(0) if g is None else g for g in gradients)
-    return loss.sum(), d_hidden, d_weight, d_bias
+@operator("feddistill::linear_distillation", schema_like(_rows, "Tensor"))
+def linear_rows(*arguments: Any) -> Tensor:
+    """The loss of each row, ``[N]``; backward makes the gradients."""
+    return _rows(*arguments)
 
 
-def _run(tensors: tuple[Any, ...], numbers: tuple[Any, ...], wanted: list[bool]) -> list[Any]:
-    names = ("vocab", "kind", "beta", "temperature", "kd", "ce", "masked", "workspace_bytes")
+@operator(
+    "feddistill::linear_distillation_gradients",
+    schema_like(_rows, "(Tensor, Tensor, Tensor, Tensor)", more=", bool[] wanted"),
+)
+def linear_gradients(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The sum of ``linear_rows``, and its gradients to hidden, weight and bias; empty if not wanted."""
+    *arguments_of_rows, wanted = arguments
     gradients = [
         _memory(x, summed=place > 0) if want and x is not None else None
-        for place, (x, want) in enumerate(zip(tensors[:3], wanted, strict=True))
+        for place, (x, want) in enumerate(zip(arguments[:3], wanted, strict=True))
     ]
-    module = load("linear_distillation", numbers[-1], tensors[0])
-    # The products are of the dtype of what they multiply, as documented, and not of autocast's.
-    with torch.autocast(tensors[0].device.type, enabled=False):
-        loss = module.rows(*tensors, *gradients, **dict(zip(names, numbers[:-1], strict=True)))
-    return [loss, *gradients]
+    d_hidden, d_weight, d_bias = gradients
+    loss = _rows(*arguments_of_rows, d_hidden=d_hidden, d_weight=d_weight, d_bias=d_bias)
+    first, second, third = (arguments[0].new_empty(0) if g is None else g for g in gradients)
+    return loss.sum(), first, second, third
 
 
 def _memory(x: Tensor, summed: bool) -> Tensor:
@@ -120,9 +124,9 @@ def _gradient_later(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, scale = ctx.saved_tensors
     wanted = list(ctx.needs_input_grad[:3])
     *numbers, masked, workspace_bytes, backend = ctx.numbers
-    # Rows that nothing above asks for are masked too; to look for them is free on a CPU.
+    # Rows with upstream gradient 0 are masked too; on a CPU finding them is free.
     masked = masked or scale.device.type == "cpu"
-    _, *gradients = linear_gradients(
+    _, *gradients = linear_gradients.dispatched(
         *tensors, scale * upstream, *numbers, masked, workspace_bytes, backend, wanted
     )
     return *_only(gradients, wanted, tensors[0].dtype), *_NOTHING
@@ -137,7 +141,7 @@ def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 
 
 def _gradients_made(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    if upstream is None:  # nobody asks for them
+    if upstream is None:  # nothing above depends on the loss
         return None, None, None, *_NOTHING, None
     no_derivative_twice()
     return *_scaled(ctx, upstream), *_NOTHING, None
@@ -163,12 +167,12 @@ linear_gradients.register_autograd(_gradients_made, setup_context=_keep_gradient
 
 def each(*arguments: Any) -> Tensor:
     """``linear_rows``: its gradients are made in backward, from logits that are made again."""
-    loss: Tensor = linear_rows(*arguments)
+    loss: Tensor = linear_rows.dispatched(*arguments)
     return loss
 
 
 def total(*arguments: Any) -> Tensor:
     """The sum of ``linear_rows``, with gradients made in the same pass."""
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in arguments[:3]]
-    loss: Tensor = linear_gradients(*arguments, wanted)[0]
+    loss: Tensor = linear_gradients.dispatched(*arguments, wanted)[0]
     return loss

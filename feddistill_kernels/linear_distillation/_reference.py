@@ -15,7 +15,7 @@ from feddistill_kernels.distillation import _reference
 Rows = Callable[..., Tensor]
 
 TILE = 128
-"""Rows of a chunk are a multiple of it where they can: a product's tile on tensor cores."""
+"""Rows of a chunk are a multiple of this if possible: a product's tile on tensor cores."""
 
 PRODUCT = 1 << 22
 """Entries of a product that is added to a wider sum: as many as are still in cache when they are."""
@@ -52,7 +52,7 @@ def chunked(
 ) -> Tensor:
     """Return ``scale * (kd D + ce CE)`` ``[N]`` and write the gradients of its sum to ``d_*``.
 
-    ``loss_rows`` is the ``rows`` of a backend of ``distillation``.  Where rows may be ``masked``, those of
+    ``loss_rows`` is the ``rows`` of a backend of ``distillation``.  If rows may be ``masked``, those of
     ``scale`` 0 are dropped; to find them waits for a GPU.
     """
     loss = torch.zeros_like(scale)
@@ -146,7 +146,7 @@ def _product(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -
 
 
 class _Side:
-    """A GPU's second stream, for what is made of the teacher; elsewhere all is one after another.
+    """A second stream of the GPU for the teacher's logits; on other devices it does nothing.
 
     It works in memory of the current stream, which is free again only after both: hence the last ``join``.
     """
@@ -156,13 +156,13 @@ class _Side:
         self.allow()
 
     def allow(self) -> None:
-        """What is ahead may begin once the current stream is here."""
+        """Let the next ``ahead`` begin once the current stream has come to this point."""
         if self.stream is not None:
             self.start = torch.cuda.current_stream(self.stream.device).record_event()
 
     @contextmanager
     def ahead(self) -> Iterator[None]:
-        """Run what is inside on the side."""
+        """Run the block on the second stream."""
         if self.stream is None:
             yield
             return
@@ -171,14 +171,14 @@ class _Side:
             yield
 
     def join(self) -> None:
-        """Let the current stream wait for the side."""
+        """Let the current stream wait for the second one."""
         if self.stream is not None:
             torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
 
 
 @cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream | None:
-    """One a device for good: cuBLAS keeps a workspace for each stream that it has seen."""
+    """One stream a device, kept: cuBLAS keeps a workspace for each stream that it has seen."""
     return torch.cuda.Stream(device) if device.type == "cuda" else None
 
 
@@ -199,7 +199,7 @@ class _Sums:
         self.first = True
 
     def add(self, dz: Tensor, hidden: Tensor) -> None:
-        """A chunk's slopes ``[n, V]`` and hidden states."""
+        """Add a chunk, given the gradients of its logits ``[n, V]`` and its hidden states."""
         weight, bias = self.wide
         if weight is not None:
             if weight.dtype != dz.dtype:
@@ -227,7 +227,7 @@ class _Sums:
             part.copy_(product) if self.first else part.add_(product)
 
     def finish(self) -> None:
-        """Leave the sums where they were asked for; 0 where there was no row."""
+        """Write the sums to the gradients; 0 if there was no row."""
         for result, wide in zip(self.results, self.wide, strict=True):
             if result is None or wide is None:
                 continue

@@ -1,4 +1,4 @@
-"""Coordinate-wise median and trimmed mean over clients that are never stacked."""
+"""Coordinate-wise median, trimmed mean and mean around the median over clients that are never stacked."""
 
 from collections.abc import Sequence
 
@@ -6,9 +6,9 @@ from torch import Tensor
 
 from feddistill_kernels._backend import named
 from feddistill_kernels._check import alike
-from feddistill_kernels.order_statistics._op import trimmed
+from feddistill_kernels.order_statistics._op import around_median, trimmed
 
-__all__ = ["coordinate_median", "trimmed_mean"]
+__all__ = ["coordinate_median", "mean_around_median", "trimmed_mean"]
 
 
 def trimmed_mean(xs: Sequence[Tensor], trim: int, *, backend: str | None = None) -> Tensor:
@@ -30,7 +30,7 @@ def trimmed_mean(xs: Sequence[Tensor], trim: int, *, backend: str | None = None)
 
     Returns:
         A contiguous tensor of that shape and dtype; sums are float32.  NaN where any client has NaN: a
-        client that sends NaN is to be thrown out, not outvoted.  Infinities are ordered like other numbers.
+        client that sends NaN must be excluded, not outvoted.  Infinities are ordered like other numbers.
 
     Raises:
         ValueError: ``xs`` is empty or not alike, or ``trim`` is out of range.
@@ -77,3 +77,40 @@ def coordinate_median(xs: Sequence[Tensor], *, backend: str | None = None) -> Te
         tensor([2.])
     """
     return trimmed_mean(xs, max(0, len(xs) - 1) // 2, backend=backend)
+
+
+def mean_around_median(xs: Sequence[Tensor], keep: int, *, backend: str | None = None) -> Tensor:
+    """Mean over the ``keep`` clients whose values are nearest to the median, for each coordinate.
+
+    With ``m`` the median of a coordinate and ``S`` the ``keep`` clients of least ``|x_i - m|``, of equally
+    near ones the smaller value first::
+
+        sum_{i in S} x_i / keep
+
+    (Xie et al., "Generalized Byzantine-tolerant SGD", 2018, definition 7.)
+
+    Args:
+        xs: ``C`` tensors, as in ``trimmed_mean``.  No gradient.
+        keep: In ``[1, C]``.
+        backend: As in ``trimmed_mean``.
+
+    Returns:
+        A contiguous tensor of that shape and dtype; NaN where any client has NaN.
+
+    Raises:
+        ValueError: ``xs`` is empty or not alike, or ``keep`` is out of range.
+        BackendError: ``backend`` was named and cannot run here.
+
+    Memory:
+        As ``trimmed_mean``.
+
+    Example:
+        >>> import torch
+        >>> mean_around_median([torch.tensor([x]) for x in (1.0, 2.0, 4.0, 1e9)], keep=2)
+        tensor([3.])
+    """
+    alike(xs)
+    if not 1 <= keep <= len(xs):
+        raise ValueError(f"keep must be in [1, {len(xs)}], the number of clients, got {keep}")
+    mean: Tensor = around_median(list(xs), keep, named(backend))
+    return mean

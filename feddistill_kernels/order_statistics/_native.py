@@ -1,4 +1,4 @@
-"""The trimmed mean through ``_C``: C++ on the CPU, CUDA C++ on a GPU."""
+"""Trimmed mean and mean around the median through ``_C``: C++ on the CPU, CUDA C++ on a GPU."""
 
 from collections.abc import Sequence
 
@@ -7,27 +7,36 @@ from torch import Tensor
 
 from feddistill_kernels._native import DTYPES, library, missing, on_stream
 
-__all__ = ["cannot", "missing", "trimmed"]
+__all__ = ["around_median", "cannot", "missing", "trimmed"]
 
 MOST_CUDA_CLIENTS = 32
 """csrc/order_statistics.h: kMostRegisters."""
 
 
 def cannot(device_type: str, clients: int) -> str | None:
-    """Why it cannot do this; ``None`` where it can."""
+    """Why it cannot run this call; ``None`` if it can."""
     if device_type != "cuda" or clients <= MOST_CUDA_CLIENTS:
         return None
     return f"on cuda it takes up to {MOST_CUDA_CLIENTS} clients, got {clients}"
 
 
 def trimmed(xs: Sequence[Tensor], trim: int) -> Tensor:
-    """Mean of the sorted values but for ``trim`` at either end; NaN where any is NaN."""
+    """As in ``_reference``."""
+    return _run("trimmed_mean", xs, trim)
+
+
+def around_median(xs: Sequence[Tensor], keep: int) -> Tensor:
+    """As in ``_reference``."""
+    return _run("around_median", xs, keep)
+
+
+def _run(name: str, xs: Sequence[Tensor], number: int) -> Tensor:
     dense = [x.contiguous() for x in xs]
     result = torch.empty_like(dense[0], memory_format=torch.contiguous_format)
-    task = [x.data_ptr() for x in dense], result.numel(), DTYPES[result.dtype], trim, result.data_ptr()
+    task = [x.data_ptr() for x in dense], result.numel(), DTYPES[result.dtype], number, result.data_ptr()
     if result.device.type == "cpu":
-        library().trimmed_mean_cpu(*task, torch.get_num_threads())
+        getattr(library(), f"{name}_cpu")(*task, torch.get_num_threads())
         return result
     with on_stream(result) as stream:
-        library().trimmed_mean_cuda(*task, stream)
+        getattr(library(), f"{name}_cuda")(*task, stream)
     return result

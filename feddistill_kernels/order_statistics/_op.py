@@ -1,4 +1,4 @@
-"""``feddistill::trimmed_mean``: schema, shapes for the compiler.  No arithmetic, no gradient."""
+"""``feddistill::trimmed_mean`` and ``mean_around_median``: schemas, shapes for the compiler.  No gradient."""
 
 from collections.abc import Sequence
 
@@ -15,6 +15,14 @@ def trimmed(xs: Sequence[Tensor], trim: int, backend: str) -> Tensor:
     return result
 
 
+@operator("feddistill::mean_around_median", "(Tensor[] xs, int keep, str backend) -> Tensor")
+def around_median(xs: Sequence[Tensor], keep: int, backend: str) -> Tensor:
+    """Mean of each coordinate's ``keep`` values nearest to its median."""
+    result: Tensor = load("order_statistics", backend, xs[0], clients=len(xs)).around_median(xs, keep)
+    return result
+
+
 @trimmed.register_fake
-def _(xs: Sequence[Tensor], trim: int, backend: str) -> Tensor:
+@around_median.register_fake
+def _(xs: Sequence[Tensor], number: int, backend: str) -> Tensor:
     return torch.empty_like(xs[0], memory_format=torch.contiguous_format)

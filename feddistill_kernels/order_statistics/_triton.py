@@ -1,4 +1,4 @@
-"""The trimmed mean in Triton: a column's values sorted in registers, each read once."""
+"""Trimmed mean and mean around the median in Triton: columns sorted in registers, each value read once."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,16 +9,20 @@ from torch import Tensor
 from feddistill_kernels._triton import interpreted, launch, missing
 from feddistill_kernels.order_statistics import _triton_kernels as kernels
 
-__all__ = ["MOST_CLIENTS", "by_columns", "cannot", "missing", "trimmed"]
+__all__ = ["MOST_CLIENTS", "around_median", "by_columns", "cannot", "missing", "trimmed"]
 
 MOST_CLIENTS = 32
-"""Of more, a thread's registers do not hold a vector each."""
+"""A thread's registers hold a vector of each of up to so many clients."""
+
+MOST_PACKED = 8
+"""Clients of the mean around the median: what was sorted packed is unpacked to be added, and values of many
+clients do not fit the registers."""
 
 WARPS = 4
 REGISTERS = 4
-"""That a thread has of each client: a vector of 128 bits."""
+"""Registers of a thread for each client: a vector of 128 bits."""
 EVEN = 16
-"""What Triton has to know ``end`` to be a multiple of, to read whole vectors under a mask."""
+"""Triton reads whole vectors under a mask only if it knows ``end`` to be a multiple of this."""
 
 
 def trimmed(xs: Sequence[Tensor], trim: int) -> Tensor:
@@ -26,8 +30,13 @@ def trimmed(xs: Sequence[Tensor], trim: int) -> Tensor:
     return by_columns(kernels.trimmed_mean, xs, TRIM=trim)
 
 
+def around_median(xs: Sequence[Tensor], keep: int) -> Tensor:
+    """As in ``_reference``."""
+    return by_columns(kernels.mean_around_median, xs, most_packed=MOST_PACKED, KEEP=keep)
+
+
 def cannot(device_type: str, clients: int) -> str | None:
-    """Why it cannot do this; ``None`` where it can."""
+    """Why it cannot run this call; ``None`` if it can."""
     return None if clients <= MOST_CLIENTS else f"it takes up to {MOST_CLIENTS} clients, got {clients}"
 
 

@@ -13,7 +13,7 @@ MOST_CUDA_KEPT = 2048
 
 
 def cannot(device_type: str, k: int) -> str | None:
-    """Why it cannot do this; ``None`` where it can."""
+    """Why it cannot run this call; ``None`` if it can."""
     if device_type != "cuda" or k <= MOST_CUDA_KEPT:
         return None
     return f"on cuda it keeps up to {MOST_CUDA_KEPT} entries a row, k is {k}"

@@ -35,7 +35,7 @@ _GROUP_BYTES = 64
 
 
 def cannot(device_type: str, k: int) -> str | None:
-    """Why it cannot do this; ``None`` where it can."""
+    """Why it cannot run this call; ``None`` if it can."""
     return f"it sorts at most {MOST} entries a row, k is {k}" if k > MOST else None
 
 

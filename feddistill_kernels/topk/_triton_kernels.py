@@ -271,9 +271,9 @@ def by_groups(
     WIDTH: tl.constexpr,
     NARROW: tl.constexpr,
 ):
-    """Of ``span`` columns: candidates ``keys [N, S, SLOTS]``, and ``sums [N, S, 2]`` of the other entries.
+    """Write candidates ``keys [N, S, SLOTS]`` of ``span`` columns, and ``sums [N, S, 2]`` of the others.
 
-    A sum of -1 says that this way does not lead to them.
+    A sum of -1 means that this kernel could not find them.
     """
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)

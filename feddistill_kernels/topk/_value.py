@@ -87,11 +87,19 @@ class TopK:
 
     @staticmethod
     def cat(parts: "Sequence[TopK]") -> "TopK":
-        """The rows of several, one after the other: alike in ``K`` and ``V``.
+        """Concatenate the rows of ``parts``, which have one ``K`` and one ``V``; a single part is not copied.
 
         Raises:
-            ValueError: There are none, or they are not alike.
+            ValueError: ``parts`` is empty, or K or V differ.
+
+        >>> row = TopK.from_log_probs(torch.tensor([[1]]), torch.zeros(1, 1), vocab_size=2)
+        >>> len(TopK.cat([row, row]))
+        2
         """
+        if not parts:
+            raise ValueError("TopK.cat needs at least one part, got an empty list")
+        if len(parts) == 1:
+            return parts[0]
         sizes = {(part.ids.shape[1], part.vocab_size) for part in parts}
         if len(sizes) != 1:
             raise ValueError(f"TopK.cat needs parts of one K and one V, got {sorted(sizes)}")
@@ -104,7 +112,7 @@ class TopK:
 
     @staticmethod
     def of_operator(ids: Tensor, log_probs: Tensor, log_tail: Tensor, vocab_size: int) -> "TopK":
-        """What an operator of this package made, unchecked: that takes longer than a short row's top-k."""
+        """An operator's result, unchecked: checks take longer than the top-k of a short row."""
         if torch.compiler.is_compiling():
             return TopK(ids, log_probs, log_tail, vocab_size)
         made = object.__new__(TopK)

@@ -1,4 +1,4 @@
-"""The collectives and the gradient; arithmetic is the backends' and ``_statistics``'s."""
+"""Collectives and autograd; the arithmetic is in the backends and in ``_statistics``."""
 
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -8,8 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from feddistill_kernels._backend import load
-from feddistill_kernels._check import labels_in_vocabulary, no_derivative_twice
-from feddistill_kernels.distillation._op import FusedInPlace, times
+from feddistill_kernels._check import id_outside, labels_in_vocabulary, no_derivative_twice
 from feddistill_kernels.vocabulary_parallel import _statistics
 from feddistill_kernels.vocabulary_parallel._statistics import Loss, Shard
 
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def each(student: Tensor, rest: tuple[Any, ...], group: "ProcessGroup") -> Tensor:
-    """The loss of each row ``[N]``, the same on every rank; ``rest`` as for ``distillation._op.each``."""
+    """The loss of each row ``[N]``, the same on every rank; ``rest`` as in ``distillation``."""
     call = _Call.of(student, rest, group)
     if not (student.requires_grad and torch.is_grad_enabled()):
         return call.forward()[0]
@@ -26,12 +25,12 @@ def each(student: Tensor, rest: tuple[Any, ...], group: "ProcessGroup") -> Tenso
     return loss
 
 
-def total(student: Tensor, rest: tuple[Any, ...], group: "ProcessGroup", inplace: bool) -> Tensor:
-    """Its sum, with the gradient made in the same call."""
+def rows(student: Tensor, *rest: Any, group: "ProcessGroup", gradient: Tensor) -> Tensor:
+    """The same, with the gradient of the sum written to ``gradient [N, V_r]``, which may be the student."""
     call = _Call.of(student, rest, group)
-    function = _InPlace if inplace else _Total
-    loss: Tensor = function.apply(student, call)  # type: ignore[no-untyped-call]  # as torch has it
-    return loss
+    cost, statistics, slopes = call.forward()
+    call.module.gradient(call.shard, call.loss, statistics, slopes, gradient)
+    return cost
 
 
 class _Call(NamedTuple):
@@ -51,7 +50,7 @@ class _Call(NamedTuple):
 
     @property
     def module(self) -> ModuleType:
-        return load("vocabulary_parallel", self.backend, self.shard.student)
+        return load("vocabulary_parallel", self.backend, self.shard.student, kind=self.loss.kind)
 
     def forward(self) -> tuple[Tensor, Tensor, Tensor]:
         """The loss of each row, and the statistics and slopes of whole rows that its gradient needs."""
@@ -87,36 +86,8 @@ class _Each(torch.autograd.Function):
         return gradient, None
 
 
-class _Total(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, student: Tensor, call: _Call) -> Tensor:
-        cost, rows, slopes = call.forward()
-        gradient = torch.empty_like(student, memory_format=torch.contiguous_format)
-        call.module.gradient(call.shard, call.loss, rows, slopes, gradient)
-        ctx.save_for_backward(gradient)
-        ctx.backend = call.backend
-        return cost.sum()
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
-        no_derivative_twice()
-        return times(ctx.saved_tensors[0], upstream, ctx.backend), None
-
-
-class _InPlace(FusedInPlace):
-    @staticmethod
-    def forward(ctx: Any, student: Tensor, call: _Call) -> Tensor:  # type: ignore[override]  # its own
-        cost, rows, slopes = call.forward()
-        memory = call.shard.student
-        call.module.gradient(call.shard, call.loss, rows, slopes, memory)
-        torch.autograd.graph.increment_version(memory)  # whatever the backend wrote it with
-        ctx.save_for_backward(memory)
-        ctx.backend = call.backend
-        return cost.sum()
-
-
 def check_group(group: object) -> None:
-    """Require a group that this process can speak to."""
+    """Require a group that this process belongs to."""
     if torch.compiler.is_compiling():
         raise ValueError("group is for eager mode: torch.compile cannot see its collectives")
     if not (dist.is_available() and dist.is_initialized()):
@@ -151,7 +122,7 @@ def _place(student: Tensor, vocab: int, ids: Tensor | None, group: "ProcessGroup
 
 
 def _check_shards(shards: list[list[int]]) -> None:
-    """Every rank raises the same: none is left waiting for another."""
+    """Raise the same error on every rank, so that none waits for another."""
     rows, widths, vocabs, kept, wide = zip(*shards, strict=True)
     if len(set(rows)) > 1:
         raise ValueError(f"student must have the same rows on every rank, got {list(rows)}")
@@ -186,11 +157,11 @@ def _check_ids(shard: Shard) -> None:
         outside = (((shard.ids < 0) | (shard.ids >= vocab)) & live[:, None]).any(-1)
         if outside.any():
             row = int(outside.to(torch.uint8).argmax())
-            raise ValueError(f"teacher row {row} keeps an id outside [0, {vocab})")
+            raise id_outside(row, vocab)
 
 
 def _gathered(mine: Tensor, group: "ProcessGroup") -> Tensor:
-    """Every rank's, stacked: a gather and no reduction, whose order would be the network's."""
+    """The tensors of all ranks, stacked: a reduction would add in an order that the network decides."""
     mine = mine.contiguous()
     everyone = mine.new_empty((dist.get_world_size(group), *mine.shape))
     if mine.numel():

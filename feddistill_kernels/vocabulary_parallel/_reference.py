@@ -11,8 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from feddistill_kernels.distillation._kinds import KINDS
-from feddistill_kernels.distillation._reference import CHUNK
+from feddistill_kernels._kinds import KINDS
 from feddistill_kernels.vocabulary_parallel._statistics import (
     HARD,
     LABEL,
@@ -23,9 +22,12 @@ from feddistill_kernels.vocabulary_parallel._statistics import (
     neutral,
 )
 
+CHUNK = 1 << 20
+"""Entries worked on at once, as in ``distillation``."""
+
 
 def statistics(shard: Shard, loss: Loss) -> Tensor:
-    """Return ``[7, N]``, laid out as in ``_statistics``; what the loss does not need is as of no columns."""
+    """Return ``[7, N]``, laid out as in ``_statistics``; what the loss does not need stays ``neutral``."""
     result = neutral(shard.scale)
     for chunk in _chunks(shard):
         part, z = chunk.part, chunk.student

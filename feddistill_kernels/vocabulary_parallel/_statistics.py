@@ -1,4 +1,4 @@
-"""A few numbers a row: what each rank finds in its columns, and what that comes to for the whole row.
+"""Statistics of a row: each rank's over its own columns, and their combination for the whole row.
 
 The same for every backend: they make and read these tensors, and only ``_op`` sends them.
 """
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from feddistill_kernels._check import empty_row
-from feddistill_kernels.distillation._kinds import KINDS
+from feddistill_kernels._kinds import KINDS
 
 # Rows of the statistics [7, N].  The first three begin two: the greatest x and the sum of e^(x - greatest),
 # or, once all ranks' are put together, its logarithm.
@@ -22,7 +22,7 @@ COUNT = 7
 
 
 class Shard(NamedTuple):
-    """What a rank has: its columns of the logits, and what all ranks have alike."""
+    """The inputs of one rank: its columns of the logits, and what is the same on all ranks."""
 
     student: Tensor  # [N, V_r]
     teacher: Tensor  # [N, <= V_r] logits, or all of [N, K] log-probabilities
@@ -83,12 +83,12 @@ def divergence(sums: Tensor, rows: Tensor, shard: Shard, loss: Loss) -> tuple[Te
     b = torch.where(shard.scale != 0, shard.log_tail.to(a.dtype), 0.0)
     phi, psi = KINDS[loss.kind](a, b, loss.beta)
     if shard.ids is not None:
-        # No rank has it; where nobody looks, it must show.
+        # No rank has it; on a device that is not checked the row must be NaN.
         stray = ((shard.ids < 0) | (shard.ids >= shard.vocab)).any(-1)
         phi, psi = phi.masked_fill(stray, math.nan), psi.masked_fill(stray, math.nan)
     return sums[0] + phi, torch.stack([sums[1] + psi, psi])
 
 
 def cross_entropy(rows: Tensor) -> Tensor:
-    """Of each row with its label, at T = 1."""
+    """Cross-entropy of each row with its label, at T = 1."""
     return rows[HARD + 1] - (rows[LABEL] - rows[HARD])

@@ -28,6 +28,11 @@ extern "C" int run(const Settings& x, const Matrix& student, const Matrix& teach
     }
 }
 
+// nullptr for a number that no kind has.
+extern "C" const char* kind_name(int number) {
+    return is_known(static_cast<Kind>(number)) ? kKindNames[number] : nullptr;
+}
+
 extern "C" const char* scale(const void* gradient, std::int64_t n, int dtype, const float* factor, void* out) {
     return emulator::guarded(
         [&] { scale_cuda(gradient, n, static_cast<DType>(dtype), factor, out, nullptr); });

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from feddistill_kernels._native import DTYPES
-from feddistill_kernels.around_median import _reference as around_median
 from feddistill_kernels.order_statistics import _reference as order_statistics
 
 INF, NAN = math.inf, math.nan
@@ -43,7 +42,7 @@ def test_every_number_of_clients(count, dtype, trimmed):
         assert_alike(trimmed(xs, trim), order_statistics.trimmed(xs, trim))
     for keep in {1, 2, count // 2, count - 1, count}:
         if 1 <= keep <= count:
-            assert_alike(trimmed(xs, nearest=keep), around_median.around_median(xs, keep))
+            assert_alike(trimmed(xs, nearest=keep), order_statistics.around_median(xs, keep))
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -59,7 +58,7 @@ def test_sizes_around_the_packs(count, n, dtype, trimmed):
 def test_clients_may_begin_anywhere(start, dtype, trimmed):
     xs = [torch.randn(200).to(dtype)[start * i :][:150] for i in range(5)]
     assert_alike(trimmed(xs, 1), order_statistics.trimmed(xs, 1))
-    assert_alike(trimmed(xs, nearest=3), around_median.around_median(xs, 3))
+    assert_alike(trimmed(xs, nearest=3), order_statistics.around_median(xs, 3))
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -94,4 +93,4 @@ def test_ties_around_the_median_fall_to_the_lower(trimmed):
     """The grid of bfloat16 is full of them."""
     xs = [torch.randint(-4, 5, (500,)).to(torch.bfloat16) for _ in range(9)]
     for keep in (1, 2, 3, 4, 8):
-        assert torch.equal(trimmed(xs, nearest=keep), around_median.around_median(xs, keep))
+        assert torch.equal(trimmed(xs, nearest=keep), order_statistics.around_median(xs, keep))

@@ -24,7 +24,7 @@ from federation import Federation, environment
 NAMES = ["client-0", "client-1", "client-2"]
 CONFIG = Path(__file__).with_name("tiny.yaml")
 RUN_SECONDS = 500
-PATIENCE = ("--connect", "240", "--reply", "240", "--attempts", "3")
+RETRY_POLICY = ("--connect-timeout", "240", "--reply-timeout", "240", "--attempts", "3")
 
 
 class Failed(Exception):
@@ -83,7 +83,7 @@ class Trial:
         return self.folder / f"run-{self.runs}"
 
     def begin(self, run: Path, *more: str) -> None:
-        self.federation.begin(self.config, "--out", run, *PATIENCE, *more)
+        self.federation.begin(self.config, "--out", run, *RETRY_POLICY, *more)
 
     def end(self, run: Path) -> None:
         """The run completes by itself."""
@@ -97,7 +97,7 @@ class Trial:
             raise Failed(f"status {status}: {self.federation.log('train')[-300:]}")
 
     def resume(self, run: Path) -> None:
-        done = self.federation.train("--resume", "--out", run, *PATIENCE, timeout=RUN_SECONDS)
+        done = self.federation.train("--resume", "--out", run, *RETRY_POLICY, timeout=RUN_SECONDS)
         if done.returncode != 0:
             raise Failed(f"resume: {(done.stdout + done.stderr)[-300:]}")
 
@@ -107,7 +107,7 @@ class Trial:
             self.reference = found
         if found != self.reference:
             raise Failed("other numbers than without the fault")
-        return "the same payloads, teachers and figures as without it"
+        return "the same payloads, teachers and metrics as without it"
 
     # ---- Cases
 
@@ -181,7 +181,7 @@ class Trial:
         again = [e for e in events(run)[before:] if e["event"] == "asked" and e["round"] == 1]
         if any(e["task"] in ("train", "answer") for e in again):
             raise Failed("asked again for what it had")
-        return f"resumed without asking again for round 1: {self.same(run)}"
+        return f"resumed without repeating round 1: {self.same(run)}"
 
     def command_killed(self) -> str:
         run = self.fresh()
@@ -192,7 +192,7 @@ class Trial:
         wait_for(run, lambda: (run / "result.json").exists())
         time.sleep(3)
         self.resume(run)
-        return f"the coordinator went on, --resume shows the result: {self.same(run)}"
+        return f"the coordinator continued, --resume shows the result: {self.same(run)}"
 
     def superlink_killed(self) -> str:
         """And started again, with its database."""
@@ -210,7 +210,7 @@ class Trial:
         if status != 0:
             self.resume(run)
             return f"stopped where it could be resumed: {self.same(run)}"
-        return f"the run went on: {self.same(run)}"
+        return f"the run continued: {self.same(run)}"
 
     def disk_full(self) -> str:
         """A client's state is on a device without room."""
@@ -230,14 +230,14 @@ class Trial:
         run = self.fresh()
         for name in ("client-1", "client-2"):
             self.federation.stop(name, signal.SIGKILL)
-        self.begin(run, "--connect", "20", "--attempts", "1")
+        self.begin(run, "--connect-timeout", "20", "--attempts", "1")
         status = self.federation.processes.pop("train").wait(RUN_SECONDS)
         for name in ("client-1", "client-2"):
             self.federation.start_node(name)
         if status != 2 or "quorum 2" not in self.federation.log("train"):
             raise Failed(f"status {status}")
         self.resume(run)
-        return f"stopped and said so; resumed: {self.same(run)}"
+        return f"stopped with an error; resumed: {self.same(run)}"
 
 
 CASES = (

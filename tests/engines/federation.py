@@ -9,7 +9,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from feddistill import deployment
+from feddistill.engines.flower import deployment
 
 START_SECONDS = 60
 

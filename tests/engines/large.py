@@ -14,7 +14,7 @@ from pathlib import Path
 import click
 import yaml
 
-from feddistill.store import RunDirectory
+from feddistill.store.run_directory import RunDirectory
 
 CLASSES, KEPT = 10_000, 4096
 MEGABYTE = 10**6

@@ -13,7 +13,7 @@ import pytest
 from federation import Federation, environment
 
 import feddistill.engines.flower
-from feddistill.store import Json
+from feddistill.store.run_directory import Json
 
 pytest.importorskip("flwr", reason="pip install 'feddistill[flower]'")
 pytestmark = pytest.mark.flower

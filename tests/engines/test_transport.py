@@ -10,10 +10,10 @@ pytest.importorskip("flwr", reason="pip install 'feddistill[flower]'")
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
-from feddistill.engines.flower.records import of_reply, to_reply
+from feddistill.engines.flower.records import reply_record, to_reply
 from feddistill.engines.flower.transport import HELLO, GridTransport
-from feddistill.federation.protocol import Reply, Task
-from feddistill.progress import Quiet
+from feddistill.federation.protocol import Instruction, Reply
+from feddistill.progress import NoProgress
 
 
 @pytest.fixture(autouse=True)
@@ -46,11 +46,11 @@ class Nodes:
             yield SimpleNamespace(content=said, has_error=lambda: False)
 
 
-class Said(Quiet):
+class Said(NoProgress):
     def __init__(self):
         self.lines = []
 
-    def say(self, line):
+    def log(self, line):
         self.lines.append(line)
 
 
@@ -90,26 +90,26 @@ ODD = {
 
 def test_a_reply_comes_as_it_was_sent():
     reply = Reply("north", {"shard": 3}, {"payload": bytes(range(256)), "envelope": b"{}"})
-    assert to_reply(of_reply(reply)) == reply
-    assert to_reply(of_reply(Reply("north", error="DataError"))).error == "DataError"
+    assert to_reply(reply_record(reply)) == reply
+    assert to_reply(reply_record(Reply("north", error="DataError"))).error == "DataError"
 
 
 @pytest.mark.parametrize("odd", ODD)
 def test_who_sends_no_reply_is_not_asked(odd):
     shown = Said()
-    transport = GridTransport(Nodes({1: ODD[odd](), 2: of_reply(Reply("south"))}), shown, poll=0)
+    transport = GridTransport(Nodes({1: ODD[odd](), 2: reply_record(Reply("south"))}), shown, poll=0)
     assert transport.clients(["north", "south"], 0) == ["south"]
-    assert any("does not say whose it is" in line for line in shown.lines)
+    assert any("does not report a name" in line for line in shown.lines)
 
 
 @pytest.mark.parametrize("odd", ODD)
 def test_work_that_is_no_reply_is_a_failure_of_its_client(odd):
-    hello = {1: of_reply(Reply("north")), 2: of_reply(Reply("south"))}
+    hello = {1: reply_record(Reply("north")), 2: reply_record(Reply("south"))}
     transport = GridTransport(
-        Nodes(hello, {1: ODD[odd](), 2: of_reply(Reply("south", {"done": 1}))}), Quiet(), poll=0
+        Nodes(hello, {1: ODD[odd](), 2: reply_record(Reply("south", {"done": 1}))}), NoProgress(), poll=0
     )
     assert set(transport.clients(["north", "south"], 0)) == {"north", "south"}
-    replies = {r.client: r for r in transport.ask(Task("answer", "run", 1), ["north", "south"], 5)}
+    replies = {r.client: r for r in transport.ask(Instruction("answer", "run", 1), ["north", "south"], 5)}
     assert replies["north"].error == "a malformed reply"
     assert replies["south"].content == {"done": 1}
 
@@ -121,14 +121,14 @@ def test_an_error_is_the_name_of_a_type_or_is_not_repeated():
 
 
 def test_a_node_has_one_name_and_a_name_one_node():
-    shown, nodes = Said(), Nodes({1: of_reply(Reply("south"))})
+    shown, nodes = Said(), Nodes({1: reply_record(Reply("south"))})
     transport = GridTransport(nodes, shown, poll=0)
     assert transport.clients(["north", "south"], 0) == ["south"]
     nodes.hello = {}
     assert transport.clients(["north", "south"], 0) == []
-    nodes.hello = {1: of_reply(Reply("north")), 2: of_reply(Reply("south"))}
+    nodes.hello = {1: reply_record(Reply("north")), 2: reply_record(Reply("south"))}
     # The node that was south's comes back as north: it is not believed; south's name is still that node's.
     assert transport.clients(["north", "south"], 0) == ["south"]
     assert transport.nodes(["south"], 0) == {"south": 1}
-    assert any("is not asked as north" in line for line in shown.lines)
-    assert any("a second SuperNode says that it is south" in line for line in shown.lines)
+    assert any("it is not used as north" in line for line in shown.lines)
+    assert any("a second SuperNode reports the name south" in line for line in shown.lines)

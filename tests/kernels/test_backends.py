@@ -71,7 +71,7 @@ def test_the_table_decides_by_device_dtype_and_shape_and_never_over_a_name(monke
             (op, dtype, shape): _backend.load(
                 op, "auto", torch.empty(shape, dtype=dtype), clients=1
             ).__name__.rsplit("._")[1]
-            for op in ("order_statistics", "around_median")
+            for op in ("order_statistics", "distances")
             for dtype in (torch.float32, torch.float16)
             for shape in ((2, 9), (2, 8), (3, 9), (2, 1, 99), (2, 100))
         }

@@ -271,5 +271,5 @@ class TestStored:
         assert torch.equal(again.log_tail, whole.log_tail)
         with pytest.raises(ValueError, match="one K and one V"):
             TopK.cat([whole, topk_compress(torch.randn(7, 20), 4)])
-        with pytest.raises(ValueError, match="one K and one V"):
+        with pytest.raises(ValueError, match="at least one part, got an empty list"):
             TopK.cat([])

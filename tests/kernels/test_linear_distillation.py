@@ -160,7 +160,7 @@ def test_no_logits_of_all_rows_are_ever_there(masked, backend):
     tensors = (torch.randn(rows, H), torch.randn(vocab, H), None, *[None] * 3, head.hidden, head.weight, None)
     numbers = (vocab, "jsd", 0.5, 1.0, 1.0, 0.0, masked, workspace_bytes, backend)
     with _Allocations() as made:
-        _op._run((*tensors, None, scale), numbers, [True, True, False])
+        _op.linear_gradients.direct(*tensors, None, scale, *numbers, [True, True, False])
     largest = max(shape[0] for shape in made.shapes if shape[1:] == (vocab,))
     assert 1 <= largest <= 8  # of the student and of the teacher
 

@@ -219,3 +219,18 @@ def test_more_than_triton_sorts_is_refused_by_name_and_left_to_others():
     with pytest.raises(BackendError, match=r"cannot run this topk: it sorts at most 1024 .*, k is 1025"):
         topk_compress(logits, 1025, backend="triton")
     assert len(topk_compress(logits, 1025)) == 1
+
+
+def test_parts_are_concatenated_and_one_part_is_not_copied(kept):
+    whole = TopK.cat([kept, kept[1:], kept[:0]])
+    for name in ("ids", "log_probs", "log_tail"):
+        x = getattr(kept, name)
+        assert torch.equal(getattr(whole, name), torch.cat([x, x[1:]]))
+    assert whole.vocab_size == kept.vocab_size
+    assert TopK.cat([kept]) is kept
+
+
+def test_parts_of_another_vocabulary_are_refused(kept):
+    wider = dataclasses.replace(kept, vocab_size=7)
+    with pytest.raises(ValueError, match=r"^TopK.cat .* one K and one V, got \[\(2, 6\), \(2, 7\)\]$"):
+        TopK.cat([kept, wider])

@@ -1,4 +1,4 @@
-"""What a SuperNode runs: one task, and an end.
+"""The Flower app of a SuperNode: one instruction per process.
 
 ``app`` is a plain assignment because Flower looks for it without importing this.
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from feddistill.engines.flower.records import of_reply, of_weights, to_task
+from feddistill.engines.flower.records import of_weights, reply_record, to_instruction
 from feddistill.federation.protocol import Reply
 
 app = ClientApp()
@@ -18,14 +18,14 @@ app = ClientApp()
 
 @app.query("hello")
 def hello(message: Message, context: Context) -> Message:
-    """Whose SuperNode this is."""
-    return Message(of_reply(Reply(_name(context))), reply_to=message)
+    """Reply with the name of this SuperNode's client."""
+    return Message(reply_record(Reply(_name(context))), reply_to=message)
 
 
 @app.query("work")
 def work(message: Message, context: Context) -> Message:
-    """Do what the server asks. Of what goes wrong only the type leaves: its text could hold private data."""
-    return Message(of_reply(_handle(message, context)), reply_to=message)
+    """Carry out an instruction. Only the type of an error is sent: its text could hold private data."""
+    return Message(reply_record(_handle(message, context)), reply_to=message)
 
 
 @app.train()
@@ -53,7 +53,7 @@ def _handle(message: Message, context: Context) -> Reply:
         state = _state(context)
         file = settings.get("data")
         client = RemoteClient(name, state, Path(str(file)) if file else None, simulated)
-        return client.handle(to_task(message.content))
+        return client.handle(to_instruction(message.content))
     except Exception as error:
         _keep(context, error)
         return Reply(name, error=type(error).__name__)
@@ -62,19 +62,19 @@ def _handle(message: Message, context: Context) -> Reply:
 
 
 def _name(context: Context) -> str:
-    """Its institution's; in a simulation that of its place in the partition."""
+    """The institution's name; in a simulation, the name at its place in the partition."""
     settings = context.node_config
     return str(settings.get("client") or f"client-{settings['partition-id']}")
 
 
 def _state(context: Context) -> Path:
-    """The institution's folder; in a simulation the one that all clients have theirs in."""
+    """The institution's folder; in a simulation, the common parent of all clients' folders."""
     told = context.run_config
     return Path(str(context.node_config.get("state") or told["state"] or Path(str(told["out"]), "clients")))
 
 
 def _keep(context: Context, error: Exception) -> None:
-    """What went wrong, in full, where only the institution sees it."""
+    """Log an error in full where only the institution reads it."""
     import traceback
 
     folder = _state(context)
@@ -83,5 +83,5 @@ def _keep(context: Context, error: Exception) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "errors.log").open("a", encoding="utf-8") as file:
             file.write(f"{_name(context)}: {text}\n")
-    except OSError:  # the disk may be what is full
+    except OSError:  # the disk may be full
         print(text)

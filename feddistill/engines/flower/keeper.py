@@ -1,4 +1,4 @@
-"""What is started for a command of ours, and must not outlive it.
+"""Processes that are started for a command and must not outlive it.
 
 ``python keeper.py keep FOLDER COMMAND...`` runs it for as long as somebody holds our standard input. The
 system closes that however the holder ends, by SIGKILL too. Then all that the command has started is ended, in
@@ -22,13 +22,13 @@ PARENT_DEATH = 1
 """Linux's PR_SET_PDEATHSIG."""
 LOOK_SECONDS = 0.5
 END_SECONDS = 10.0
-"""That what was asked to end has for it."""
+"""Grace period before SIGKILL, seconds."""
 ADOPT = 36
-"""Linux's PR_SET_CHILD_SUBREAPER: who loses its parent becomes our child, so that we know all of them."""
+"""Linux's PR_SET_CHILD_SUBREAPER: orphaned descendants become our children, so that all are known."""
 
 
 def keep(folder: Path, command: list[str]) -> None:
-    """Start it, wait for one of the two to end, end the rest."""
+    """Start the command, wait until it or the holder ends, end the rest."""
     ctypes.CDLL(None).prctl(ADOPT, 1, 0, 0, 0)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
@@ -37,18 +37,18 @@ def keep(folder: Path, command: list[str]) -> None:
             pass
     finally:
         end()
-        if select.select([sys.stdin], [], [], 0)[0]:  # else the holder still wants to read why
+        if select.select([sys.stdin], [], [], 0)[0]:  # otherwise the holder still reads the reason
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def follow(command: list[str]) -> None:
-    """Be that command."""
+    """Replace this process by the command."""
     ctypes.CDLL(None).prctl(PARENT_DEATH, signal.SIGKILL, 0, 0, 0)
     os.execvp(command[0], command)
 
 
 def end() -> None:
-    """End all that is below this process: asked first, then not."""
+    """End all descendants of this process: SIGTERM first, then SIGKILL."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         told: set[int] = set()
         late = time.monotonic() + END_SECONDS
@@ -64,7 +64,7 @@ def end() -> None:
 
 
 def below(pid: int) -> set[int]:
-    """Processes that this one has started, and those that they have."""
+    """All descendants of this process."""
     parents = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):

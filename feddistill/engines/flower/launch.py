@@ -1,4 +1,4 @@
-"""Start a run on Flower from our own command: its CLI is the only supported way, so by subprocesses."""
+"""Start a run on Flower through its CLI, the only supported way, in subprocesses."""
 
 import json
 import os
@@ -19,21 +19,22 @@ from pathlib import Path
 from typing import Any
 
 from feddistill import config as configuration
-from feddistill import experiment
 from feddistill.config import Config
-from feddistill.config.data import AtClientsPartition
+from feddistill.config.data import RemotePartition
 from feddistill.engines.flower import keeper
-from feddistill.engines.flower.watch import OUTCOME, Watch
+from feddistill.engines.flower.watch import Watch
 from feddistill.errors import ConfigError, RunError
-from feddistill.federation.protocol import Patience
-from feddistill.progress import Show
-from feddistill.store import RESULT, Json, RunDirectory, read_object
+from feddistill.federation.protocol import RetryPolicy
+from feddistill.progress import Progress
+from feddistill.runs import experiment
+from feddistill.store.layout import CONFIG, MESSAGES, OUTCOME, RESULT
+from feddistill.store.run_directory import Json, RunDirectory, read_object
 
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",  # else apps are set up from the internet
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # else Ray listens on every interface
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",  # otherwise apps are installed from the internet
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # otherwise Ray listens on every interface
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
@@ -43,23 +44,29 @@ REACH_SECONDS = 10.0
 PORTS = 65535
 POLL_SECONDS = 0.5
 ASK_SECONDS = 20.0
-"""Between questions to Flower whether the run still goes on."""
+"""Interval between queries of the run's status, seconds."""
 LOOPBACK = ("127.0.0.1:", "localhost:", "[::1]:")
 
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """A SuperLink, and how it is reached."""
+    """The address of a SuperLink and its certificates."""
 
     address: str
     root_certificates: Path | None = None
-    """``None`` for one without TLS, which is for this machine's loopback alone."""
+    """``None`` for a SuperLink without TLS, which is accepted on loopback only."""
 
 
 def train(
-    config: Config, out: Path, link: Link | None, *, resume: bool, patience: Patience, show: Show
+    config: Config,
+    out: Path,
+    link: Link | None,
+    *,
+    resume: bool,
+    retry_policy: RetryPolicy,
+    progress: Progress,
 ) -> Json:
-    """A run over the SuperNodes that are connected to ``link``; without one, in Flower's simulation.
+    """Train with the SuperNodes connected to ``link``; without a link, in Flower's simulation.
 
     Its coordinator is another process on this machine; this one shows what happens, and ends it when it is
     interrupted itself.
@@ -72,26 +79,26 @@ def train(
     config = experiment.resolve(config)
     if config.simulate.attack:
         raise ConfigError("simulate.attack needs the clients in one process: --engine local")
-    at_clients = isinstance(config.data.partition, AtClientsPartition)
-    if link is None and at_clients:
-        raise ConfigError("data.partition at_clients needs clients elsewhere: --engine flower")
+    remote = isinstance(config.data.partition, RemotePartition)
+    if link is None and remote:
+        raise ConfigError("data.partition remote needs remote clients: --engine flower")
     if link is not None:
         _reach(link)
     if not resume:
         RunDirectory.check_free(out)
-    splits = experiment.check(config, show)
+    splits = experiment.check(config, progress)
     if link is None:
         with _folder() as folder, _superlink(folder) as (own, ended):
             federation = _resources(config, max(splits.places) + 1)
-            _run(config, out, folder, own, resume, patience, show, federation, ended)
+            _run(config, out, folder, own, resume, retry_policy, progress, federation, ended)
     else:
         with _folder() as folder:
-            _run(config, out, folder, link, resume, patience, show, None)
+            _run(config, out, folder, link, resume, retry_policy, progress, None)
     return read_object(out / RESULT)
 
 
 def _reach(link: Link) -> None:
-    """Flower's own command tries an address for minutes at which there is nothing, and says nothing.
+    """Check that something listens there: Flower's command retries for minutes without a message.
 
     Raises:
         ConfigError: Nothing answers there, or it is on a network and has no certificate.
@@ -108,7 +115,7 @@ def _reach(link: Link) -> None:
 
 
 def _resources(config: Config, clients: int) -> Json:
-    """As many clients at once as there are processors for."""
+    """Number of clients that run at once: one per processor."""
     cores = os.cpu_count() or 1
     each = min(config.threads or 1, cores)
     return {
@@ -125,7 +132,7 @@ def _needs(package: str, extra: str) -> None:
 
 @contextmanager
 def _folder() -> Iterator[Path]:
-    """Where the command and the coordinator's process leave each other notes."""
+    """The folder through which the command and the coordinator's process communicate."""
     folder = Path(tempfile.mkdtemp(prefix="feddistill-"))
     try:
         yield folder
@@ -139,33 +146,33 @@ def _run(
     folder: Path,
     link: Link,
     resume: bool,
-    patience: Patience,
-    show: Show,
+    retry_policy: RetryPolicy,
+    progress: Progress,
     federation: Mapping[str, Any] | None,
     ended: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Submit the run, show what happens until it ends; ``ended`` says whether the SuperLink did, for good.
+    """Submit the run and show its progress until it ends; ``ended`` is true once the SuperLink has ended.
 
     Raises:
         RunError: It did not complete; what there is of it can be resumed.
     """
     out = out.resolve()
-    (folder / "config.yaml").write_text(configuration.dump(config), encoding="utf-8")
+    (folder / CONFIG).write_text(configuration.dump(config), encoding="utf-8")
     told = {
-        "config": str((folder / "config.yaml").resolve()),
+        "config": str((folder / CONFIG).resolve()),
         "folder": str(folder.resolve()),
         "out": str(out),
         "cwd": str(Path.cwd()),
         "state": str(folder / "clients") if federation is None else str(out / "clients"),
         "engine": "flower" if federation is None else "flower-sim",
         "resume": resume,
-        "connect": patience.connect,
-        "reply": patience.reply,
-        "attempts": patience.attempts,
+        "connect": retry_policy.connect,
+        "reply": retry_policy.reply,
+        "attempts": retry_policy.attempts,
     }
     flower = _Cli(folder, link)
     run = flower.submit(told, federation)
-    watch = Watch(out, folder / "said.txt", show)
+    watch = Watch(out, folder / MESSAGES, progress)
     try:
         status, asked = "", time.monotonic()
         while not status.startswith("finished"):
@@ -173,7 +180,7 @@ def _run(
             time.sleep(POLL_SECONDS)
             if ended():
                 raise RunError(f"Flower's SuperLink ended: {_last_lines(folder / 'superlink.log')}")
-            # Flower's command takes seconds of a processor; the coordinator leaves a note when it is done.
+            # Flower's command takes seconds of CPU; the coordinator writes its outcome when it is done.
             if (folder / OUTCOME).exists() or time.monotonic() - asked > ASK_SECONDS:
                 status, asked = flower.status(run), time.monotonic()
         watch.look()
@@ -200,7 +207,7 @@ def _last_lines(path: Path, count: int = 5) -> str:
 
 
 class _Cli:
-    """Flower's own command, with a home of its own."""
+    """Flower's command with its own home folder."""
 
     def __init__(self, folder: Path, link: Link):
         self.folder = folder
@@ -217,7 +224,7 @@ class _Cli:
         )
 
     def submit(self, told: Mapping[str, Any], federation: Mapping[str, Any] | None) -> str:
-        """The run's id."""
+        """Start a run; returns its id."""
         settings = self.folder / "run.toml"
         settings.write_text(
             "".join(f"{key} = {_toml(value)}\n" for key, value in told.items()), encoding="utf-8"
@@ -229,16 +236,16 @@ class _Cli:
                 command += ["--federation-config", given]
             found = self._said(command)
         if not found.get("run-id"):
-            raise RunError(f"Flower took no run: {found.get('error-message') or found}")
+            raise RunError(f"Flower rejected the run: {found.get('error-message') or found}")
         return str(found["run-id"])
 
     def status(self, run: str) -> str:
-        """Of a run: ``running``, ``finished:completed``, ... Its CLI's exit status is no help."""
+        """Status of a run: ``running``, ``finished:completed``, ...; the CLI's exit status does not tell."""
         runs = self._said(["list", NAME, "--run-id", run, "--format", "json"]).get("runs") or [{}]
         return str(runs[0].get("status", "unknown"))
 
     def stop(self, run: str) -> None:
-        """End a run."""
+        """Stop a run."""
         self._said(["stop", run, NAME, "--format", "json"])
 
     def _said(self, command: list[str]) -> Json:
@@ -253,7 +260,7 @@ class _Cli:
 
 @contextmanager
 def _superlink(folder: Path) -> Iterator[tuple[Link, Callable[[], bool]]]:
-    """A SuperLink for one simulation, on a free port of the loopback, and whether it has ended.
+    """A SuperLink for one simulation on a free loopback port, and a function that tells if it has ended.
 
     Nothing of it is left afterwards, nor when this process is killed.
     """
@@ -270,7 +277,7 @@ def _superlink(folder: Path) -> Iterator[tuple[Link, Callable[[], bool]]]:
         process = subprocess.Popen(
             command,
             env=environment(home),
-            stdin=subprocess.PIPE,  # closed when this process ends, however it does
+            stdin=subprocess.PIPE,  # closed when this process ends, in whatever way
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -295,13 +302,13 @@ def _healthy(port: int) -> bool:
 
 
 def program(name: str) -> str:
-    """One of Flower's, of this virtual environment."""
+    """Path of a Flower program in this virtual environment."""
     beside = Path(sys.executable).with_name(name)
     return str(beside) if beside.exists() else (shutil.which(name) or name)
 
 
 def environment(home: Path) -> dict[str, str]:
-    """Of Flower's programs: they start each other by bare name, and keep what they keep in ``home``."""
+    """Environment of Flower's programs: they start each other by name and keep their state in ``home``."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     # glibc keeps a heap for each of many threads; with two, a server's memory stays near what it uses.
     few = {"MALLOC_ARENA_MAX": os.environ.get("MALLOC_ARENA_MAX", "2")}

@@ -1,4 +1,4 @@
-"""Tasks and replies as Flower's records.
+"""Instructions and replies as Flower's records.
 
 Files travel in ``ArrayRecord``, which is sent in pieces; as bytes in a ``ConfigRecord`` several times as
 slowly.
@@ -14,45 +14,50 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from safetensors.numpy import load, save
 
-from feddistill.federation.protocol import Reply, Task
+from feddistill.federation.protocol import Instruction, Reply
 
 BLOBS, FIELDS = "blobs", "fields"
 ARRAYS = "arrays"
-"""Where Flower's strategies put weights."""
+"""Key of the weights in messages of Flower's strategies."""
 WEIGHTS = "weights"
-"""The file that they are to an agent."""
+"""Name of the weights among the blobs of an instruction."""
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 ERROR = re.compile(r"[A-Za-z0-9_.]{1,64}")
-"""The type of what went wrong."""
+"""Key of the type of an error."""
 CONTENT = 1 << 20
-"""Characters of a reply's JSON at the most."""
+"""Largest JSON content of a reply, in characters."""
 FILES = 64 << 20
-"""Bytes of a reply's files at the most."""
+"""Largest total of a reply's files, in bytes."""
 
 
-def of_task(task: Task) -> RecordDict:
-    """To be sent to a client."""
-    fields = {"kind": task.kind, "run": task.run, "round": task.round, "content": json.dumps(task.content)}
-    return _record(fields, task.blobs)
+def instruction_record(instruction: Instruction) -> RecordDict:
+    """An instruction as a record, to be sent to a client."""
+    fields = {
+        "kind": instruction.kind,
+        "run": instruction.run,
+        "round": instruction.round,
+        "content": json.dumps(instruction.content),
+    }
+    return _record(fields, instruction.blobs)
 
 
-def to_task(content: RecordDict) -> Task:
-    """As a client got it; weights of Flower's strategy are a file of safetensors."""
+def to_instruction(content: RecordDict) -> Instruction:
+    """The instruction in a received record; weights of Flower's strategy become safetensors bytes."""
     fields, blobs = content[FIELDS], _blobs(content)
     if ARRAYS in content:
         weights = {name: array.numpy() for name, array in content[ARRAYS].items()}
         blobs[WEIGHTS] = save(weights)
-    return Task(fields["kind"], fields["run"], fields["round"], json.loads(fields["content"]), blobs)
+    return Instruction(fields["kind"], fields["run"], fields["round"], json.loads(fields["content"]), blobs)
 
 
-def of_reply(reply: Reply) -> RecordDict:
-    """To be sent to the server."""
+def reply_record(reply: Reply) -> RecordDict:
+    """A reply as a record, to be sent to the server."""
     fields = {"client": reply.client, "content": json.dumps(reply.content), "error": reply.error or ""}
     return _record(fields, reply.blobs)
 
 
 def to_reply(content: RecordDict) -> Reply:
-    """As the server got it.
+    """The reply in a received record.
 
     What a client sent is not to be trusted: anything may be wrong with it, and anything be raised.
     """
@@ -73,7 +78,7 @@ def to_reply(content: RecordDict) -> Reply:
 
 
 def of_weights(reply: Reply) -> RecordDict:
-    """Weights as Flower's strategies average them."""
+    """Weights in the form that Flower's strategies average."""
     weights = {name: Array(values) for name, values in load(reply.blobs[WEIGHTS]).items()}
     cost = reply.content["cost"]
     metrics = {
@@ -93,7 +98,7 @@ def _record(fields: Mapping[str, Any], blobs: Mapping[str, bytes]) -> RecordDict
 
 
 def _blobs(content: RecordDict) -> dict[str, bytes]:
-    """The files, each taken out of the record: no two copies of one are in memory."""
+    """The files, each removed from the record so that no file is in memory twice."""
     if BLOBS not in content:
         return {}
     arrays = content[BLOBS]
@@ -101,7 +106,7 @@ def _blobs(content: RecordDict) -> dict[str, bytes]:
 
 
 def _bytes(array: Array) -> bytes:
-    """What ``_record`` put in. A stranger may claim any size or type: only bytes that are there count."""
+    """The bytes that ``_record`` stored. A hostile sender may claim any size: only actual bytes count."""
     file = BytesIO(array.data)
     if np.lib.format.read_magic(file) != (1, 0):
         raise ValueError("another version of numpy's format")

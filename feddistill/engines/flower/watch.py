@@ -1,40 +1,39 @@
-"""Shows a run that another process coordinates: what it says, and a table of its clients."""
+"""Shows the progress of a run that another process coordinates: log lines and a table of its clients."""
 
 import json
 from pathlib import Path
 
 from rich.table import Table
 
-from feddistill.federation.journal import EVENTS
-from feddistill.progress import Show
-from feddistill.store import Json
+from feddistill.progress import Progress
+from feddistill.store.layout import EVENTS
+from feddistill.store.run_directory import Json
 
-OUTCOME = "outcome.json"
 """In the folder that the command made for this: whether all went well, or what the user can mend."""
 STATES = {"asked": "working", "replied": "done", "failed": "failed", "given_up": "left out"}
 
 
 class Watch:
-    """Reads what is new each time it is told to look."""
+    """Reads what is new at each call."""
 
-    def __init__(self, out: Path, said: Path, show: Show):
-        self.events, self.said, self.show = out / EVENTS, said, show
+    def __init__(self, out: Path, said: Path, progress: Progress):
+        self.events, self.said, self.progress = out / EVENTS, said, progress
         self._at = {self.events: self.events.stat().st_size if self.events.exists() else 0}
         self.rows: dict[str, Json] = {}
 
     def look(self) -> None:
-        """Show what was said, and each client's last state."""
+        """Show new log lines and each client's last state."""
         for line in self._new(self.said):
-            self.show.say(line)
+            self.progress.log(line)
         changed = False
         for line in self._new(self.events):
             changed = self._take(json.loads(line)) or changed
         if changed:
-            self.show.table(self.table())
+            self.progress.table(self.table())
 
     def close(self) -> None:
-        """The table goes."""
-        self.show.table(None)
+        """Remove the table."""
+        self.progress.table(None)
 
     def table(self) -> Table:
         """Clients in the order of their names."""
@@ -60,7 +59,7 @@ class Watch:
         return True
 
     def _new(self, path: Path) -> list[str]:
-        """Whole lines that have been added."""
+        """Complete lines that have been added."""
         if not path.exists():
             return []
         with path.open("rb") as file:

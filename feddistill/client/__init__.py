@@ -1,0 +1,1 @@
+"""The client side: local training, answers on the proxy set, and handling of the server's instructions."""

@@ -1,0 +1,1 @@
+"""Model inputs and outputs: padding, packing, windows over passages, hidden states, inference."""

@@ -1,0 +1,31 @@
+"""Pad token ids of different lengths to one tensor."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Tokens = Sequence[int] | NDArray[np.int64]
+"""Token ids of one input of a model."""
+
+PAD_TO = 8
+"""Batches are padded to a multiple of this: few shapes, aligned rows."""
+
+
+def padded(length: int) -> int:
+    """The padded length of a batch whose longest text has ``length`` tokens."""
+    return -(-length // PAD_TO) * PAD_TO
+
+
+def pad(tokens: Sequence[Tokens], pad_id: int, *, exact: bool = False) -> tuple[Tensor, Tensor]:
+    """Token ids and mask, ``[B, L]`` each; ``L`` is a multiple of ``PAD_TO`` unless ``exact``."""
+    longest = max(map(len, tokens))
+    length = longest if exact else padded(longest)
+    ids = torch.full((len(tokens), length), pad_id, dtype=torch.long)
+    mask = torch.zeros(len(tokens), length, dtype=torch.long)
+    for i, text in enumerate(tokens):
+        ids[i, : len(text)] = torch.tensor(text)
+        mask[i, : len(text)] = 1
+    return ids, mask

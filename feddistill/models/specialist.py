@@ -1,0 +1,321 @@
+"""Classifiers, and what all models have in common: source, layers kept, parts frozen, weights files.
+
+A classifier maps ``input_ids [B, L]`` and ``attention_mask [B, L]`` to an output with ``.logits [B, V]``.
+"""
+
+import errno
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from feddistill.config.models import ModelConfig, QueryOnlyModel, ScratchModel
+from feddistill.errors import ModelError
+from feddistill.modelio.padding import PAD_TO, padded
+from feddistill.models import frozen
+from feddistill.models.frozen import States
+from feddistill.models.sources import first_line, gguf_of, location
+from feddistill.models.tokenizers import tokenizer_of
+
+PROJECTIONS = ("query", "value", "q_proj", "v_proj", "q_lin", "v_lin", "c_attn")
+"""The projections that peft adapts by default, under the names of the architectures."""
+
+
+class MeanPoolClassifier(nn.Module):
+    """An encoder, the mean of its last hidden states over the text, a linear head."""
+
+    def __init__(self, encoder: nn.Module, hidden_size: int, classes: int, dropout: float = 0.1):
+        super().__init__()
+        self.encoder = encoder
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(hidden_size, classes)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> SequenceClassifierOutput:
+        """``[B, L]`` to ``logits [B, V]``."""
+        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        if attention_mask is None:
+            pooled = hidden.mean(1)
+        else:
+            mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
+            pooled = (hidden * mask).sum(1) / mask.sum(1)
+        return SequenceClassifierOutput(logits=self.head(self.dropout(pooled)))
+
+
+@dataclass(frozen=True, slots=True)
+class Specialist:
+    """A model with the tokenizer that it reads with."""
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    max_tokens: int
+
+    def encode(self, texts: tuple[str, ...]) -> list[list[int]]:
+        """Token ids of each text, cut at ``max_tokens``."""
+        encoded = self.tokenizer(list(texts), truncation=True, max_length=self.max_tokens).input_ids
+        return [list(ids) for ids in encoded]
+
+    @property
+    def pad_id(self) -> int:
+        """Fills texts that are shorter than others in a batch."""
+        return int(self.tokenizer.pad_token_id)
+
+
+def build(config: ModelConfig, classes: int, seed: int, name: str, public: Sequence[str] = ()) -> Specialist:
+    """The model before any training.
+
+    Args:
+        config: The architecture.
+        classes: Number of classes.
+        seed: For random weights.
+        name: The setting that errors name, as ``student.model``.
+        public: The proxy texts, for a tokenizer that is trained on them.
+
+    Raises:
+        ModelError: The source cannot be found or loaded, or lacks layers that ``config`` names.
+    """
+    tokenizer = tokenizer_of(config.source, name, public)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = _with_head(config, classes, tokenizer, name)
+    cut(model, config, name)
+    reads(model, tokenizer, config.max_tokens, name)
+    return Specialist(model, tokenizer, config.max_tokens)
+
+
+def head_parameters(model: nn.Module) -> set[str]:
+    """Names of the parameters that start from random weights."""
+    body = "encoder." if isinstance(model, MeanPoolClassifier) else f"{model.base_model_prefix}."
+    return {name for name, _ in model.named_parameters() if not name.startswith(body)}
+
+
+def embeddings(model: nn.Module) -> nn.Embedding:
+    """The embedding table of the input tokens."""
+    body = model.encoder if isinstance(model, MeanPoolClassifier) else model
+    table = body.get_input_embeddings()  # type: ignore[operator]  # transformers' models have it
+    assert isinstance(table, nn.Embedding)
+    return table
+
+
+def trained_count(model: nn.Module) -> int:
+    """Number of trained parameters, which federated averaging would send."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def lora_count(model: nn.Module, rank: int) -> int:
+    """Number of parameters of adapters on the query and value projections, and of the head."""
+    total = 0
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if name.rsplit(".", 1)[-1] in PROJECTIONS and weight is not None:
+            total += rank * sum(weight.shape)
+    heads = head_parameters(model)
+    return total + sum(p.numel() for name, p in model.named_parameters() if name in heads)
+
+
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters that are trained, by name."""
+    return {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def save(model: nn.Module, path: Path) -> None:
+    """Write the weights as safetensors.
+
+    Raises:
+        OSError: The disk is full or not writable, also if safetensors raises its own error.
+    """
+    try:
+        save_model(model, str(path))
+    except SafetensorError as error:
+        raise OSError(errno.EIO, str(error)) from None
+
+
+def take(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Load weights into a model; of tied weights one suffices."""
+    named = {key: value.data_ptr() for key, value in model.state_dict().items()}
+    given = {named[key] for key in weights}
+    assert all(place in given for place in named.values()), "weights of the whole model"
+    model.load_state_dict(weights, strict=False)
+
+
+def restore(model: nn.Module, path: Path) -> None:
+    """Read weights that ``save`` wrote into a model of the same architecture."""
+    try:
+        load_model(model, str(path))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise ModelError(f"{path} does not hold this model's weights: {str(error).splitlines()[0]}") from None
+
+
+def cut(model: nn.Module, config: ModelConfig, name: str) -> None:
+    """Remove layers, and freeze parameters, as ``config`` says."""
+    if config.layers is not None:
+        _keep_layers(model, config.layers, name)
+    _freeze(model, config, name)
+
+
+def _with_head(config: ModelConfig, classes: int, tokenizer: PreTrainedTokenizerBase, name: str) -> nn.Module:
+    own = config.head == "auto"
+    auto = AutoModelForSequenceClassification if own else AutoModel
+    model = loaded(config, auto, {"num_labels": classes} if own else {}, tokenizer, name)
+    if own:
+        whole: nn.Module = model
+        return whole
+    return MeanPoolClassifier(model, model.config.hidden_size, classes)
+
+
+def loaded(
+    config: ModelConfig, auto: Any, labels: dict[str, int], tokenizer: PreTrainedTokenizerBase, name: str
+) -> Any:
+    """A model of one of transformers' ``Auto`` classes, in float32; random weights follow torch's seed."""
+    if isinstance(config.source, ScratchModel):
+        scratch = _scratch_config(config.source, tokenizer, labels, name)
+        try:
+            model = auto.from_config(scratch, dtype=torch.float32)
+        except (ValueError, RuntimeError, TypeError) as error:
+            raise ModelError(f"{name}.source.settings: {first_line(error)}") from None
+    else:
+        assert not isinstance(config.source, QueryOnlyModel), "a query-only model has no weights"
+        where = location(config.source, name)
+        more = {"revision": getattr(config.source, "revision", None) or "main", **gguf_of(config.source)}
+        try:
+            model = auto.from_pretrained(where, dtype=torch.float32, **more, **labels)
+        except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
+            raise ModelError(
+                f"{name}.source: cannot load a model from {where!r}: {first_line(error)}"
+            ) from None
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.use_cache = False
+    return model
+
+
+def _scratch_config(
+    source: ScratchModel, tokenizer: PreTrainedTokenizerBase, labels: dict[str, int], name: str
+) -> PretrainedConfig:
+    try:
+        plain = AutoConfig.for_model(source.architecture)
+    except ValueError:
+        from transformers import CONFIG_MAPPING
+
+        near = get_close_matches(source.architecture, list(CONFIG_MAPPING), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ModelError(
+            f"{name}.source.architecture = {source.architecture!r} is not one of transformers'{hint}"
+        ) from None
+    known = {*plain.to_dict(), *plain.attribute_map}
+    for key in source.settings:
+        if key not in known:  # transformers would ignore it
+            near = get_close_matches(key, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ModelError(f"{name}.source.settings.{key} is not a setting of {source.architecture}{hint}")
+    settings: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    return AutoConfig.for_model(source.architecture, **{**settings, **source.settings, **labels})
+
+
+def _hf_config(model: nn.Module) -> PretrainedConfig:
+    body = model.encoder if isinstance(model, MeanPoolClassifier) else model
+    return body.config
+
+
+def _layer_list(model: nn.Module, name: str) -> tuple[str, nn.ModuleList]:
+    """The stack of transformer layers: the module list of the length in the model's configuration."""
+    depth = _hf_config(model).num_hidden_layers
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth:
+            return path, module
+    raise ModelError(f"{name}: found no list of {depth} layers to cut or freeze in {type(model).__name__}")
+
+
+def depth(model: nn.Module, name: str) -> int:
+    """Number of transformer layers."""
+    return len(_layer_list(model, name)[1])
+
+
+def _keep_layers(model: nn.Module, keep: tuple[int, ...], name: str) -> None:
+    path, layers = _layer_list(model, name)
+    for index in keep:
+        if not 0 <= index < len(layers):
+            raise ModelError(
+                f"{name}.layers names layer {index}; the model has layers 0 to {len(layers) - 1}"
+            )
+    parent, _, last = path.rpartition(".")
+    setattr(model.get_submodule(parent), last, nn.ModuleList(layers[index] for index in keep))
+    for position, index in enumerate(keep):
+        for module in layers[index].modules():
+            if hasattr(module, "layer_idx"):  # index of its keys and values in a cache
+                module.layer_idx = position  # type: ignore[assignment]  # nn.Module types it as a tensor
+    hf = _hf_config(model)
+    if getattr(hf, "layer_types", None):
+        hf.layer_types = [hf.layer_types[index] for index in keep]
+    hf.num_hidden_layers = len(keep)
+
+
+def _freeze(model: nn.Module, config: ModelConfig, name: str) -> None:
+    if not (config.freeze_embeddings or config.freeze_layers):
+        return
+    path, layers = _layer_list(model, name)
+    if config.freeze_layers > len(layers):
+        raise ModelError(
+            f"{name}.freeze_layers = {config.freeze_layers}, but the model has {len(layers)} layers"
+        )
+    if config.freeze_embeddings:
+        # Everything before the first layer, norms and positions too: else backward runs down to it.
+        for parameter_name, parameter in model.named_parameters():
+            if parameter_name.startswith(f"{path}."):
+                break
+            parameter.requires_grad = False
+    for layer in layers[: config.freeze_layers]:
+        layer.requires_grad_(False)
+
+
+def remember_frozen(model: nn.Module, config: ModelConfig, name: str, known: dict[str, States]) -> None:
+    """Cache the hidden states of the frozen layers; ``known`` has the caches of models with equal layers.
+
+    A model that is trained from its first layer on, as one with adapters is, stays unchanged.
+    """
+    path, layers = _layer_list(model, name)
+    body = model.get_submodule(path.partition(".")[0])
+    count = frozen.depth(body, layers)
+    if count:
+        empty = States(config.frozen_cache_mb << 20)
+        states = known.setdefault(frozen.fingerprint(body, layers, count), empty)
+        frozen.remember(body, layers, count, states)
+
+
+def reads(model: nn.Module, tokenizer: PreTrainedTokenizerBase, length: int, name: str) -> None:
+    """Check that the model reads a text of ``length`` tokens, all of them the tokenizer's last one."""
+    longest = getattr(_hf_config(model), "max_position_embeddings", None)
+    if longest is not None and length > longest:
+        raise ModelError(f"{name}.max_tokens = {length}, but the model reads at most {longest}")
+    if longest is not None and padded(length) > longest:
+        raise ModelError(
+            f"{name}.max_tokens = {length} is padded to {padded(length)}, but the model reads at most "
+            f"{longest}; take {longest - longest % PAD_TO}"
+        )
+    text = torch.full((1, length), len(tokenizer) - 1)
+    model.eval()
+    try:
+        with torch.inference_mode():
+            model(input_ids=text, attention_mask=torch.ones_like(text))
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        reason = first_line(error)
+        raise ModelError(
+            f"{name}: the model cannot read {length} tokens of its tokenizer: {reason}"
+        ) from None

@@ -1,0 +1,1 @@
+"""Whole runs: train, plan, results, re-runs from stored answers, verification, studies, trained students."""

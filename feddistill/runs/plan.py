@@ -1,0 +1,305 @@
+"""Cost estimate of a run: exact bytes, approximate operations, seconds extrapolated from a trial."""
+
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from importlib import import_module
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from feddistill import models, payload
+from feddistill.accounting import peak_memory_bytes
+from feddistill.aggregation.answers import CHUNK
+from feddistill.config import Config
+from feddistill.config.data import RemotePartition
+from feddistill.config.methods import FEDERATED, METHODS
+from feddistill.config.training import PayloadConfig, TrainingConfig
+from feddistill.errors import ConfigError
+from feddistill.methods.job import Job
+from feddistill.modelio.padding import Tokens, pad
+from feddistill.progress import NoProgress, Progress
+from feddistill.runs import experiment
+from feddistill.runs.results import proxy_bytes
+from feddistill.server.request import request
+from feddistill.server.rounds import LORA_RANK
+from feddistill.store.run_directory import Json, RunDirectory
+from feddistill.tasks.check import DENSE_CLASSES
+from feddistill.tasks.choose import learner_of
+from feddistill.tasks.learner import Learner, labels_of
+from feddistill.tasks.session import Session
+from feddistill.training import TrainingExamples
+from feddistill.types import RoundSpec, Splits
+
+FLOAT = 4
+TRIAL_STEPS = 3
+
+
+def plan(config: Config, progress: Progress | None = None) -> Json:
+    """Estimate the cost of ``config``; trains only a few steps of each model and writes nothing."""
+    if isinstance(config.data.partition, RemotePartition):
+        raise ConfigError("data.partition remote: cannot estimate the cost: it depends on the clients' texts")
+    config = experiment.resolve(config)
+    experiment.prepare(config)
+    return estimate(config, experiment.check(config, progress), progress)
+
+
+def estimate(config: Config, splits: Splits, progress: Progress | None = None) -> Json:
+    """Estimate the cost of ``config`` on ``splits``.
+
+    Uploads are exact: payloads are encoded, with empty answers. Operations are counted on one text of each
+    length. Seconds are measured on this machine over a few steps of each model and multiplied by the
+    number of steps of the run.
+
+    Returns:
+        ``bytes``, ``flops``, ``seconds``, ``memory_bytes``, ``disk_bytes``; ``docs/payload.md`` describes the
+        codecs.
+    """
+    progress = progress or NoProgress()
+    with tempfile.TemporaryDirectory() as scratch:
+        directory = RunDirectory.create(Path(scratch) / "plan", "")
+        try:
+            return _plan(Session(config, splits, directory, progress))
+        finally:
+            directory.close()
+
+
+def _plan(session: Session) -> Json:
+    config, splits = session.config, session.splits
+    count = min(len(config.clients.models), max(splits.places) + 1)
+    learners = [
+        learner_of(session, model, f"clients.models.{index}")
+        for index, model in enumerate(config.clients.models[:count])
+    ]
+    student = learner_of(session, config.student.model, "student.model")
+    jobs = [job for job in _jobs(session, learners, student) if not job.learner.query_only]
+    speeds: dict[tuple[int, int], float] = {}
+    for job in jobs:
+        if (tried := _tried(job)) not in speeds:
+            with session.progress.step(f"try {job.learner.name} for a few steps"):
+                speeds[tried] = _speed(session, job)
+    flops: dict[str, int] = {}
+    seconds: dict[str, float] = {}
+    for job in jobs:
+        operations, time_ = _cost(job, config, speeds[_tried(job)])
+        flops[job.phase] = flops.get(job.phase, 0) + operations * job.times
+        seconds[job.phase] = seconds.get(job.phase, 0.0) + time_ * job.times
+    sent = _bytes(session, student)
+    return {
+        "task": config.task,
+        "clients": len(splits.private),
+        "rounds": config.rounds,
+        "proxy_texts": len(splits.proxy),
+        "rows": session.query.positions,
+        "classes": session.query.vocab_size,
+        "bytes": sent,
+        "flops": {**flops, "total": sum(flops.values())},
+        "seconds": {name: round(s, 1) for name, s in {**seconds, "total": sum(seconds.values())}.items()},
+        "memory_bytes": {
+            "training": peak_memory_bytes(),
+            "aggregation": 3
+            * FLOAT
+            * min(CHUNK, len(splits.private) * session.query.positions * _columns(session)),
+        },
+        "disk_bytes": _disk(session, learners, student, sent["codecs"][_chosen(config)]["upload"]),
+    }
+
+
+def _jobs(session: Session, learners: list[Learner], student: Learner) -> Iterator[Job]:
+    """Jobs of federated distillation and of each baseline."""
+    for name in (FEDERATED, *session.config.baselines):
+        method = METHODS[name]
+        yield from getattr(import_module(method.module), method.plan)(session, learners, student)
+
+
+def _tried(job: Job) -> tuple[int, int]:
+    """Key of jobs that share one timing: the same model with the same batch size (0 for inference)."""
+    return id(job.learner), 0 if job.settings is None else _batch(job.settings)
+
+
+def _batch(settings: TrainingConfig) -> int:
+    return settings.batch_size * settings.gradient_accumulation
+
+
+def _speed(session: Session, job: Job) -> float:
+    """Seconds per training step or, for inference, per token."""
+    learner, texts = job.learner, session.splits.proxy
+    tokens = learner.tokens(texts)
+    if job.settings is None:
+        some = texts.select(range(min(session.config.clients.eval_batch_size, len(texts))), "trial")
+        known = replace(some, labels=some.labels.clip(0))
+        learner.metrics(known)
+        start = time.perf_counter()
+        learner.metrics(known)
+        return (time.perf_counter() - start) / _padded(learner.tokens(some), session.config)
+    lessons: Any = learner.examples(texts)
+    if isinstance(lessons, TrainingExamples):  # few proxy labels are known; timing does not depend on them
+        lessons = TrainingExamples(tokens, labels_of(texts).clamp_min(0))
+    _fit(learner, lessons, job.settings, 1)  # warm-up: one-time work is not timed
+    one, several = (_fit(learner, lessons, job.settings, steps) for steps in (1, 1 + TRIAL_STEPS))
+    learner.reset()
+    return max(several - one, 1e-6) / TRIAL_STEPS
+
+
+def _fit(learner: Learner, lessons: Any, settings: TrainingConfig, steps: int) -> float:
+    start = time.perf_counter()
+    learner.fit(lessons, settings, seed=0, steps=steps)
+    return time.perf_counter() - start
+
+
+def _padded(tokens: Sequence[Tokens], config: Config) -> int:
+    """Tokens of all batches of an inference pass, padding included."""
+    ordered = sorted(map(len, tokens))
+    size = config.clients.eval_batch_size
+    batches = (ordered[start : start + size] for start in range(0, len(ordered), size))
+    return sum(len(batch) * _length(batch[-1]) for batch in batches)
+
+
+def _cost(job: Job, config: Config, speed: float) -> tuple[int, float]:
+    """Operations and seconds of one repetition of a job."""
+    meter = job.learner.meter
+    before = meter.flops
+    if job.settings is None:
+        ordered = sorted(map(len, job.texts))
+        size = config.clients.eval_batch_size
+        for start in range(0, len(ordered), size):
+            batch = ordered[start : start + size]
+            meter.add(len(batch), _length(batch[-1]), training=False)
+        return meter.flops - before, speed * _padded(job.texts, config)
+    batches = _batches(list(map(len, job.texts)), job.settings.batch_size)
+    for batch in islice(batches, job.steps * job.settings.gradient_accumulation):
+        meter.add(len(batch), _length(max(batch)), training=True)
+    return meter.flops - before, speed * job.steps
+
+
+def _batches(lengths: list[int], size: int) -> Iterator[list[int]]:
+    """Batches of lengths, epoch after epoch, in the order that training would draw."""
+    from feddistill.training.trainer import in_batches
+
+    order = torch.Generator().manual_seed(0)
+    while True:
+        rows = list(in_batches(lengths, size, order))
+        yield from (
+            [lengths[row] for row in rows[start : start + size]] for start in range(0, len(rows), size)
+        )
+
+
+def _length(longest: int) -> int:
+    """Padded length of a batch."""
+    return int(pad([[0] * longest], 0)[0].shape[1])
+
+
+def _bytes(session: Session, student: Learner) -> Json:
+    """Upload and download sizes for each codec, and for the baselines that send weights."""
+    config, splits = session.config, session.splits
+    clients, rows, classes = len(splits.private), session.query.positions, session.query.vocab_size
+    codecs = {}
+    for name, settings in _codecs(config, classes).items():
+        spec = _spec(session, settings)
+        upload = sum(_upload(spec, shard) for shard in range(payload.shards(spec)))
+        codecs[name] = {
+            "upload": upload,
+            "a_row": round(upload / rows, 2),
+            "all_rounds_and_clients": upload
+            * min(config.clients.per_round or clients, clients)
+            * config.rounds,
+        }
+    weights = FLOAT * models.trained_count(student.model)
+    adapter = FLOAT * models.lora_count(student.model, LORA_RANK)
+    chosen = codecs[_chosen(config)]
+    return {
+        "chosen": _chosen(config),
+        "codecs": codecs,
+        "proxy_download": proxy_bytes(splits),
+        "fedavg": {"upload": weights, "times_ours": round(weights / chosen["upload"], 1)},
+        "federated_lora": {
+            "upload": adapter,
+            "times_ours": round(adapter / chosen["upload"], 1),
+            "rank": LORA_RANK,
+        },
+        "break_even_rows": {
+            "fedavg": int(weights / chosen["a_row"]),
+            "federated_lora": int(adapter / chosen["a_row"]),
+        },
+    }
+
+
+def _upload(spec: RoundSpec, shard: int) -> int:
+    """Bytes of a shard and its envelope."""
+    start, stop = payload.rows_of(spec, shard)
+    client = spec.clients[0]
+    content = payload.encode(_empty(spec, stop - start), spec, client, shard)
+    return len(content) + len(payload.seal(content, spec, client, shard))
+
+
+def _empty(spec: RoundSpec, rows: int) -> payload.Answers:
+    """Answers of the uncompressed size that every answer to ``spec`` has."""
+    k = spec.k
+    codes = np.zeros((rows, k), np.uint8)
+    if spec.codec == "dense":
+        return payload.Dense(codes)
+    ids = np.zeros((rows, k), np.int32)
+    if spec.codec == "sampled":
+        return payload.Sampled(ids, codes, spec.draws, spec.vocab_size)
+    lengths = np.full(rows, k, np.uint16) if spec.codec == "threshold" else None
+    return payload.Ranked(ids, codes, codes[:, 0], spec.vocab_size, lengths)
+
+
+def _chosen(config: Config) -> str:
+    """Name of the configured codec in the table."""
+    settings = config.payload
+    size = {"dense": "", "sampled": f" draws={settings.samples}"}.get(settings.codec, f" k={settings.k}")
+    return f"{settings.codec}{size}{', zstd: at most' if settings.compression == 'zstd' else ''}"
+
+
+def _codecs(config: Config, classes: int) -> dict[str, PayloadConfig]:
+    """The configured codec and, for comparison, other codecs at their usual settings."""
+    usual = [PayloadConfig(codec="topk", k=k) for k in (16, 64) if k <= classes]
+    if classes <= DENSE_CLASSES:
+        usual.insert(0, PayloadConfig())
+    found = {_chosen(config): config.payload}
+    for settings in usual:
+        found.setdefault(_chosen(config.model_copy(update={"payload": settings})), settings)
+    return found
+
+
+def _spec(session: Session, settings: PayloadConfig) -> RoundSpec:
+    """The request of a run without compression: an upper bound, as compression depends on the answers."""
+    plain = settings.model_copy(update={"compression": "none"})
+    config = session.config.model_copy(update={"payload": plain})
+    quorum = config.aggregation.quorum or len(session.splits.private)
+    return request(replace(session, config=config), 1, quorum=quorum, previous="")
+
+
+def _disk(session: Session, learners: list[Learner], student: Learner, upload: int) -> Json:
+    """Upper bound of the size of the run's directory."""
+    config, splits = session.config, session.splits
+    clients, rows = len(splits.private), session.query.positions
+    whole = config.keep_checkpoints == "all"
+    rounds = config.rounds
+    kept = [learners[place % len(config.clients.models)] for place in splits.places]
+    specialists = sum(map(_size, kept)) * (rounds if whole else min(rounds, 3))
+    students = _size(student) * (rounds if whole else min(rounds, 2))
+    baselines = _size(student) * rounds * len({"public_only", "centralized"} & set(config.baselines))
+    if "local_only" in config.baselines:
+        baselines += sum(map(_size, kept)) * (rounds - 1)
+    answers = rounds * (upload * (clients + 1) + FLOAT * rows * _columns(session))
+    return {
+        "checkpoints": specialists + students + baselines,
+        "answers": answers,
+        "total": specialists + students + baselines + answers,
+    }
+
+
+def _columns(session: Session) -> int:
+    """Number of values in a row of the teacher."""
+    return 2 * session.config.payload.k + 1 if session.query.compressed else session.query.vocab_size
+
+
+def _size(learner: Learner) -> int:
+    """Bytes of a checkpoint."""
+    return sum(x.numel() * x.element_size() for x in learner.model.state_dict().values())

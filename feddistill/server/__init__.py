@@ -1,0 +1,1 @@
+"""The server side: rounds, the exchange with clients, requests, checks of what clients report."""

@@ -1,0 +1,1 @@
+"""Run directories and logit files on disk."""

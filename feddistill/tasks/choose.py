@@ -1,0 +1,27 @@
+"""The learner of a task, found by the table of tasks."""
+
+from collections.abc import Callable
+
+from torch import nn
+
+from feddistill.config.models import ModelConfig
+from feddistill.config.tasks import TASKS, imported
+from feddistill.tasks.learner import Learner
+from feddistill.tasks.session import Session
+
+
+def learner_class(task: str, *, query_only: bool = False) -> type[Learner]:
+    """The class of a task's learner, or of its query-only learner; its module is imported now."""
+    entry = TASKS[task]
+    name = entry.query_only if query_only else entry.learner
+    assert name is not None, "the configuration allows a query-only model"
+    learner: type[Learner] = imported(name)
+    return learner
+
+
+def learner_of(
+    session: Session, config: ModelConfig, name: str, *, adapt: Callable[[nn.Module], None] | None = None
+) -> Learner:
+    """A learner of the session's task; see ``Learner`` for the arguments."""
+    kind = learner_class(session.config.task, query_only=config.query_only)
+    return kind(session, config, name, adapt=adapt)
