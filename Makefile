@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 
-.PHONY: train test lint types resources results language-model docs-results bench setup clean
+.PHONY: train test test-release lint types resources results language-model docs-results bench setup clean
 
 setup: $(VENV)/ready
 
@@ -19,6 +19,10 @@ train: setup
 
 test: setup
 	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+# What takes minutes or compiles for every GPU target.
+test-release: setup resources
+	$(BIN)/pytest -m release --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	$(BIN)/ruff check .

@@ -11,6 +11,8 @@ sys.path.append(str(Path(__file__).parents[1]))  # for `import bench`; installed
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach a network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Two test processes with two threads each wait for each other; tests of threads set their number.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_addoption(parser):
