@@ -4,9 +4,10 @@ import copy
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,14 +47,40 @@ class FlopMeter:
 
     def __init__(self, model: nn.Module):
         self._copy = copy.deepcopy(model).cpu()
-        self._one_text: dict[tuple[int, bool], int] = {}
+        self._one_text: dict[tuple[int, bool, bool], int] = {}
+        self._cached: list[nn.Module] = []
+        self._skips = False
         self.flops = 0
+
+    def cache(self, layers: Sequence[str]) -> None:
+        """From now on ``add`` leaves out these layers, which are frozen: ``add_cached`` counts them."""
+        self._cached = [self._copy.get_submodule(layer) for layer in layers]
+        for layer in self._cached:
+            layer.forward = self._skipped(layer.forward)  # type: ignore[assignment]  # in this one object
+        self._one_text.clear()
 
     def add(self, batch: int, length: int, *, training: bool) -> None:
         """Add one pass over ``[batch, length]`` tokens; forward and backward when ``training``."""
-        if (length, training) not in self._one_text:
-            self._one_text[length, training] = self._count(length, training)
-        self.flops += batch * self._one_text[length, training]
+        self.flops += batch * self._once(length, training, skip=bool(self._cached))
+
+    def add_cached(self, batch: int, length: int) -> None:
+        """Add one forward pass of ``[batch, length]`` tokens through the layers that ``add`` leaves out."""
+        if self._cached:
+            whole, rest = (self._once(length, False, skip=skip) for skip in (False, True))
+            self.flops += batch * (whole - rest)
+
+    def _once(self, length: int, training: bool, *, skip: bool) -> int:
+        key = length, training, skip
+        if key not in self._one_text:
+            self._skips = skip
+            self._one_text[key] = self._count(length, training)
+        return self._one_text[key]
+
+    def _skipped(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return hidden if self._skips else original(hidden, *args, **kwargs)
+
+        return forward
 
     def _count(self, length: int, training: bool) -> int:
         from torch.utils.flop_counter import FlopCounterMode

@@ -48,7 +48,7 @@ MODULES = {
     "config": {"aggregation"},
     "modelio": {"accounting"},
     "data": {"config"},
-    "models": {"config", "modelio"},
+    "models": {"accounting", "config", "modelio"},
     "training": {"accounting", "config", "modelio", "store"},
     "federation": {"payload", "progress", "store"},
     "tasks": {"accounting", "aggregation", "alignment", "config", "federation", "metrics", "modelio"}

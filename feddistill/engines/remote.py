@@ -19,6 +19,7 @@ from feddistill.payload import keys
 from feddistill.payload.keys import PrivateKey
 from feddistill.progress import NoProgress
 from feddistill.runs import experiment
+from feddistill.store import recipe
 from feddistill.store.layout import CONFIG, INPUTS, PROXY
 from feddistill.store.run_directory import RunDirectory
 from feddistill.tasks.session import Session
@@ -71,8 +72,16 @@ class RemoteClient:
             raise ConfigError(f"execution {execution[:80]!a} of run {run} is not 16 hexadecimal digits")
         folder = self.state / self.name / f"{run}-{execution}"
         if (folder / CONFIG).exists():
-            return RunDirectory.open(folder)
-        return RunDirectory.create(folder, configuration.dump(config))
+            directory = RunDirectory.open(folder)
+            try:
+                recipe.check(directory)
+            except RunError:
+                directory.close()
+                raise
+            return directory
+        directory = RunDirectory.create(folder, configuration.dump(config))
+        recipe.write(directory)
+        return directory
 
     def _splits(self, config: Config, labels: tuple[str, ...], run: RunDirectory) -> Splits | None:
         """The texts that this client may read; ``None`` if the proxy texts have not been sent yet."""

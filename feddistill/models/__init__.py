@@ -1,5 +1,6 @@
 """Models and tokenizers: sources, layers kept, frozen parts, adapters, heads."""
 
+from feddistill.models.frozen import FrozenLayers
 from feddistill.models.specialist import (
     PROJECTIONS,
     MeanPoolClassifier,
@@ -22,6 +23,7 @@ from feddistill.models.specialist import (
 
 __all__ = [
     "PROJECTIONS",
+    "FrozenLayers",
     "MeanPoolClassifier",
     "Specialist",
     "build",

@@ -23,11 +23,12 @@ from transformers import (
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from feddistill.accounting import FlopMeter
 from feddistill.config.models import ModelConfig, QueryOnlyModel, ScratchModel
 from feddistill.errors import ModelError
 from feddistill.modelio.padding import PAD_TO, padded
 from feddistill.models import frozen
-from feddistill.models.frozen import States
+from feddistill.models.frozen import FrozenLayers, States
 from feddistill.models.sources import first_line, gguf_of, location
 from feddistill.models.tokenizers import tokenizer_of
 
@@ -281,22 +282,40 @@ def _freeze(model: nn.Module, config: ModelConfig, name: str) -> None:
             if parameter_name.startswith(f"{path}."):
                 break
             parameter.requires_grad = False
+        for module_name, module in model.named_modules():
+            if module_name == path:
+                break
+            if not any(module.children()):
+                frozen.stay_in_evaluation(module)
     for layer in layers[: config.freeze_layers]:
         layer.requires_grad_(False)
+        frozen.stay_in_evaluation(layer)
 
 
-def remember_frozen(model: nn.Module, config: ModelConfig, name: str, known: dict[str, States]) -> None:
-    """Cache the hidden states of the frozen layers; ``known`` has the caches of models with equal layers.
+def remember_frozen(
+    model: nn.Module, config: ModelConfig, name: str, known: dict[str, States], meter: FlopMeter | None = None
+) -> FrozenLayers | None:
+    """Cache the hidden states of the frozen layers, in place; ``None`` for a model that is trained from its
+    first layer on, as one with adapters is.
 
-    A model that is trained from its first layer on, as one with adapters is, stays unchanged.
+    Args:
+        model: As built.
+        config: Its settings.
+        name: The setting that errors name.
+        known: The caches of models with equal layers.
+        meter: Counts the frozen layers when they are computed, and no longer in every pass.
     """
     path, layers = _layer_list(model, name)
     body = model.get_submodule(path.partition(".")[0])
     count = frozen.depth(body, layers)
-    if count:
-        empty = States(config.frozen_cache_mb << 20)
-        states = known.setdefault(frozen.fingerprint(body, layers, count), empty)
-        frozen.remember(body, layers, count, states)
+    if not count:
+        return None
+    empty = States(config.frozen_cache_mb << 20)
+    states = known.setdefault(frozen.fingerprint(body, layers, count), empty)
+    if meter is None:
+        return FrozenLayers(body, layers[:count], states)
+    meter.cache([f"{path}.{index}" for index in range(count)])
+    return FrozenLayers(body, layers[:count], states, meter.add_cached)
 
 
 def reads(model: nn.Module, tokenizer: PreTrainedTokenizerBase, length: int, name: str) -> None:

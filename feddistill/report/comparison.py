@@ -19,7 +19,8 @@ class Compared:
 
     run: str
     settings: Json
-    """Settings that differ between the runs, by dotted name; ``None`` if missing."""
+    """Settings that differ between the runs, by dotted name; ``None`` if missing. ``(recipe)`` is the number
+    of the recipe of training."""
     figure: str
     """Name of the compared metric."""
     figures: dict[str, float]
@@ -39,7 +40,9 @@ def side_by_side(runs: Iterable[Path]) -> list[Compared]:
         (str(run), read_object(run / RESULT), configuration.load_stored(run / CONFIG).model_dump(mode="json"))
         for run in runs
     ]
-    settings = [_leaves(config) for _, _, config in found]
+    settings = [
+        _leaves(config) | {"(recipe)": Result.from_json(result).recipe} for _, result, config in found
+    ]
     keys = dict.fromkeys(key for one in settings for key in one)
     differ = [key for key in keys if len({json.dumps(one.get(key)) for one in settings}) > 1]
     return [

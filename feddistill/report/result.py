@@ -51,6 +51,8 @@ class Result:
     environment: Mapping[str, Any]
     task: str = "classification"
     """Results from before there were several tasks have no name of one."""
+    recipe: int = 1
+    """The number of the recipe of training, which older results do not have."""
     flops_shared: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod

@@ -23,7 +23,7 @@ from feddistill.federation.protocol import OfflineTransport, RetryPolicy
 from feddistill.progress import NoProgress, Progress
 from feddistill.runs import results
 from feddistill.server import rounds
-from feddistill.store import layout
+from feddistill.store import layout, recipe
 from feddistill.store.layout import CONFIG, DIGESTS, ENGINE, PROVENANCE, RESULT, SKEW
 from feddistill.store.run_directory import Json, RunDirectory
 from feddistill.tasks.check import check as check_models
@@ -68,8 +68,10 @@ def run(
         prepare(config)
         splits = check(config, progress, build=_works_here(engine))
         directory = RunDirectory.create(out, configuration.dump(config))
+        recipe.write(directory)
     try:
         if resume:
+            recipe.check(directory)
             config = _same(config, directory)
             if (done := _result(directory)) is not None:
                 return done
@@ -83,7 +85,7 @@ def run(
         session = Session(config, splits, directory, progress, engine, LocalTransport, common)
         found = {name: _method(session, name) for name in ("feddistill", *config.baselines)}
         _tidy(directory, config)
-        result = results.summarise(config, splits, skew.non_iid, found, environment(config))
+        result = results.summarise(config, splits, skew.non_iid, found, environment(config), recipe.NUMBER)
         if directory.path(PROVENANCE).exists():
             result["provenance"] = directory.read_json(PROVENANCE)
         result["seconds"]["this_process"] = round(time.perf_counter() - start, 3)

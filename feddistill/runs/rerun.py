@@ -16,7 +16,7 @@ from feddistill.errors import ConfigError, PayloadError, RunError
 from feddistill.federation import answer_files
 from feddistill.progress import Progress
 from feddistill.runs import experiment
-from feddistill.store import layout
+from feddistill.store import layout, recipe
 from feddistill.store.layout import CONFIG, LEDGER, PROVENANCE
 from feddistill.store.run_directory import Json, RunDirectory
 from feddistill.types import Cost, RoundSpec
@@ -59,7 +59,7 @@ def aggregate(
     try:
         answers = _late_answers(original, late)
         added = {"late": [f"{name}, round {number}" for number, name in answers]} if late else {}
-        made = _derive(original, out, config, "aggregate", {"set": list(overrides), **added})
+        made = _derive(original, out, config, "aggregate", {"set": list(overrides), **added}, (), progress)
         try:
             for number in _rounds(config):
                 _adopt_answers(original, made, number)
@@ -101,7 +101,7 @@ def distill(
     original = _open(source, config)
     try:
         experiment.check(config, progress)  # before writing: the configuration of the new run is final
-        made = _derive(original, out, config, "distill", {"set": list(overrides)})
+        made = _derive(original, out, config, "distill", {"set": list(overrides)}, (), progress)
         try:
             for number in _rounds(config):
                 _adopt_answers(original, made, number)
@@ -141,7 +141,7 @@ def forget(source: Path, out: Path, clients: Sequence[str], *, progress: Progres
                 f"{source}: its remote clients were trained on teachers that include {', '.join(clients)}; "
                 "train again without them"
             )
-        made = _derive(original, out, config, "forget", {"forgotten": list(clients)}, absent)
+        made = _derive(original, out, config, "forget", {"forgotten": list(clients)}, absent, progress)
         try:
             for number in _rounds(config):
                 if number == 1 or not again:
@@ -205,14 +205,22 @@ def _derive(
     command: str,
     details: Json,
     absent: Sequence[str] = (),
+    progress: Progress | None = None,
 ) -> RunDirectory:
     """Create a run with the configuration, the data digests and its provenance."""
     config.aggregation.check(len(set(_request(original, 1).clients) - set(absent)))
     made = RunDirectory.create(out, configuration.dump(config))
+    recipe.write(made)
     digests = original.read_json(layout.DIGESTS)
     made.write_json(layout.DIGESTS, {k: v for k, v in digests.items() if k not in absent})
     before = original.read_json(PROVENANCE)["steps"] if original.path(PROVENANCE).exists() else []
     step = {"command": command, "from": str(original.root), "config": configuration.digest(config), **details}
+    if (number := recipe.stored(original)) != recipe.NUMBER:
+        step["recipe"] = number
+        if progress is not None:
+            progress.log(
+                f"{original.root} has recipe {number} of training; what is trained now has {recipe.NUMBER}"
+            )
     made.write_json(PROVENANCE, {"steps": [*before, step]})
     if original.path(layout.ENGINE).exists():
         made.adopt_file(original, layout.ENGINE)

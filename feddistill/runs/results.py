@@ -43,7 +43,12 @@ class Records:
 
 
 def summarise(
-    config: Config, splits: Splits, non_iid: float | None, found: Mapping[str, Json], environment: Json
+    config: Config,
+    splits: Splits,
+    non_iid: float | None,
+    found: Mapping[str, Json],
+    environment: Json,
+    recipe: int,
 ) -> Json:
     """The content of ``result.json``. Metrics are those of the test set, selection is on validation."""
     task, records = TASKS[config.task], Records.read(found)
@@ -64,6 +69,7 @@ def summarise(
         "seed": config.seed,
         "rounds": config.rounds,
         "config_digest": digest(config),
+        "recipe": recipe,
         "heterogeneity": {"non_iid": None if non_iid is None else round(non_iid, 6)},
         "metrics": _metrics(records, task, student),
         "selected_round": next(entry.round for entry in rounds if entry.student == student),

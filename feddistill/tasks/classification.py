@@ -93,9 +93,11 @@ class Classifier(Learner):
     def answer(
         self, texts: TextSet, on_step: ProgressCallback | None = None, start: int = 0, stop: int | None = None
     ) -> Tensor:
+        tokens = self.tokens(texts)[start:stop]
+        self.compute_frozen(tokens)
         log_probs = inference.answer(
             self.model,
-            self.tokens(texts)[start:stop],
+            tokens,
             self.classes,
             pad_id=self.specialist.pad_id,
             batch_size=self.session.config.clients.eval_batch_size,

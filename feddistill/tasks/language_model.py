@@ -262,6 +262,8 @@ class CausalLanguageModel(Learner):
         self, blocks: PackedTexts, rows: NDArray[np.int64], on_step: ProgressCallback | None
     ) -> Iterator[Tensor]:
         """Logits ``[m, V]`` of ``rows``, which ascend, a few rows at a time."""
+        needed = np.unique(rows // (blocks.length - 1))
+        self.compute_frozen([blocks[block] for block in needed])
         for logits in inference.answer_rows(
             self.model,
             self._states,

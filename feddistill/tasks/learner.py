@@ -22,7 +22,7 @@ from feddistill.config.training import DistillConfig, TrainingConfig
 from feddistill.errors import ModelError
 from feddistill.federation import answer_files, encoding
 from feddistill.modelio.padding import Tokens
-from feddistill.models import adapters
+from feddistill.models import adapters, frozen
 from feddistill.seeds import derive
 from feddistill.store import layout
 from feddistill.store.run_directory import Json
@@ -67,6 +67,9 @@ class Learner(ABC):
     query_only: ClassVar[bool] = False
     """True for a query-only model: never trained; its cost cannot be planned, its FLOPs not counted."""
 
+    draws_inputs: ClassVar[bool] = False
+    """True if training changes tokens at random, so that the states of frozen layers are not cached."""
+
     specialist: BuiltModel
 
     def __init__(
@@ -101,8 +104,10 @@ class Learner(ABC):
         if torch.cuda.is_available():
             self.model.cuda()
         self.meter = FlopMeter(self.model)
+        self._warned = False
+        self._frozen: models.FrozenLayers | None = None
         if config.frozen_cache_mb:
-            models.remember_frozen(self.model, config, name, session.frozen)
+            self._frozen = models.remember_frozen(self.model, config, name, session.frozen, self.meter)
         self._initial = {key: value.clone() for key, value in self.model.state_dict().items()}
 
     @classmethod
@@ -244,6 +249,8 @@ class Learner(ABC):
         on_step: ProgressCallback | None = None,
     ) -> training.Trained:
         """Train on ``examples`` from the current weights."""
+        if not self.draws_inputs:
+            self.compute_frozen(examples.tokens)
         return training.fit(
             self.model,
             examples,
@@ -258,6 +265,24 @@ class Learner(ABC):
             proximal=proximal,
             on_step=on_step,
         )
+
+    def compute_frozen(self, tokens: Sequence[Tokens]) -> None:
+        """Fill the cache of frozen layers, if there is one, with what they make of ``tokens``."""
+        if self._frozen is None:
+            return
+        device = next(self.model.parameters()).device.type
+        with torch.autocast(device, torch.bfloat16, enabled=self.session.bf16):
+            without = self._frozen.fill(tokens)
+        if without and not self._warned:
+            self._warned = True
+            self.session.progress.log(
+                f"{self.name}.frozen_cache_mb has no room for {without} of {len(tokens)} texts: their frozen "
+                "layers are computed each time"
+            )
+
+    def frozen_passes(self, tokens: Sequence[Tokens]) -> Sequence[tuple[int, int]]:
+        """Rows and length of the passes of ``compute_frozen``."""
+        return [] if self._frozen is None else list(frozen.passes_over(tokens))
 
     def evaluate(self, on_step: ProgressCallback | None = None) -> dict[str, dict[str, float]]:
         """Metrics on the validation set, by which models are selected, and on the test set."""

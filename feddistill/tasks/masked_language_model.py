@@ -34,6 +34,7 @@ class MaskedLanguageModel(CausalLanguageModel):
     """
 
     masked: ClassVar[bool] = True
+    draws_inputs: ClassVar[bool] = True
 
     @override
     @staticmethod

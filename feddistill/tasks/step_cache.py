@@ -15,7 +15,7 @@ from feddistill.config.methods import METHODS
 from feddistill.config.tasks import TASKS
 from feddistill.errors import RunError
 from feddistill.models.frozen import States
-from feddistill.store import layout
+from feddistill.store import layout, recipe
 from feddistill.store.run_directory import Json, RunDirectory
 
 _NO_TRAINING = ("name", "baselines", "payload", "aggregation", "language", "keep_checkpoints")
@@ -109,7 +109,7 @@ class StepCache:
 
 def key(config: Config, independent: tuple[str, ...]) -> str:
     """A digest of all settings except the ``independent`` ones, which are dotted names."""
-    settings = config.model_dump(mode="json")
+    settings = {**config.model_dump(mode="json"), "(recipe)": recipe.NUMBER}
     for name in independent:
         *path, last = name.split(".")
         group: Any = settings

@@ -170,6 +170,7 @@ class ExampleTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
             self.optimizer = torch.optim.AdamW(
                 [{"params": params, "lr": lr} for params, lr in rates if params],
                 weight_decay=self.config.weight_decay,
+                fused=True,
             )
         return self.optimizer
 

@@ -1,0 +1,34 @@
+"""The recipe of training: what is computed from equal settings and data, by number.
+
+A run stores the number of its recipe. A version with another recipe reads the run but does not continue it,
+because its figures would belong to neither.
+
+1. Runs without a number.
+2. Frozen layers have no dropout, with or without ``frozen_cache_mb``; the cache computes texts of equal
+   length together; AdamW is fused.
+"""
+
+from feddistill.errors import RunError
+from feddistill.store.layout import RECIPE
+from feddistill.store.run_directory import RunDirectory
+
+NUMBER = 2
+
+
+def stored(run: RunDirectory) -> int:
+    """The number of the recipe that ``run`` was started with."""
+    return int(run.read_json(RECIPE)["recipe"]) if run.path(RECIPE).exists() else 1
+
+
+def write(run: RunDirectory) -> None:
+    """Store the number of this version's recipe in a new run."""
+    run.write_json(RECIPE, {"recipe": NUMBER})
+
+
+def check(run: RunDirectory) -> None:
+    """Raise ``RunError`` if ``run`` was started with another recipe than this version's."""
+    if (number := stored(run)) != NUMBER:
+        raise RunError(
+            f"{run.root} was started with recipe {number} of training, this version has recipe {NUMBER}: it "
+            "cannot be resumed, only read; start a new run, or use the version of feddistill that started it"
+        )
