@@ -38,6 +38,13 @@ _ALSO_COUNTED = {
 """Operators that torch's counter does not count."""
 
 
+@dataclass(slots=True)
+class Work:
+    """Operations of several models together."""
+
+    flops: int = 0
+
+
 class FlopMeter:
     """Counts a model's operations by input length, on a copy, so that weights and random state are unchanged.
 
@@ -45,8 +52,10 @@ class FlopMeter:
     as is usual.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, work: Work | None = None):
+        """Copy ``model``; what is counted is added to ``work`` too."""
         self._copy = copy.deepcopy(model).cpu()
+        self._work = work or Work()
         self._one_text: dict[tuple[int, bool, bool], int] = {}
         self._cached: list[nn.Module] = []
         self._skips = False
@@ -56,18 +65,22 @@ class FlopMeter:
         """From now on ``add`` leaves out these layers, which are frozen: ``add_cached`` counts them."""
         self._cached = [self._copy.get_submodule(layer) for layer in layers]
         for layer in self._cached:
-            layer.forward = self._skipped(layer.forward)  # type: ignore[assignment]  # in this one object
+            layer.forward = self._skipped(layer.forward)
         self._one_text.clear()
 
     def add(self, batch: int, length: int, *, training: bool) -> None:
         """Add one pass over ``[batch, length]`` tokens; forward and backward when ``training``."""
-        self.flops += batch * self._once(length, training, skip=bool(self._cached))
+        self._count_in(batch * self._once(length, training, skip=bool(self._cached)))
 
     def add_cached(self, batch: int, length: int) -> None:
         """Add one forward pass of ``[batch, length]`` tokens through the layers that ``add`` leaves out."""
         if self._cached:
             whole, rest = (self._once(length, False, skip=skip) for skip in (False, True))
-            self.flops += batch * (whole - rest)
+            self._count_in(batch * (whole - rest))
+
+    def _count_in(self, flops: int) -> None:
+        self.flops += flops
+        self._work.flops += flops
 
     def _once(self, length: int, training: bool, *, skip: bool) -> int:
         key = length, training, skip

@@ -24,10 +24,15 @@ from feddistill.runs import experiment, plan
             ]
         },
         {"payload": {"codec": "sampled", "samples": 9}, "baselines": []},
+        {"frozen_cache_mb": 4},
     ],
     ids=str,
 )
 def test_bytes_operations_and_disk_are_foretold(change, tiny_settings, tmp_path):
+    if "frozen_cache_mb" in change:
+        frozen = {"freeze_embeddings": True, "freeze_layers": 1, **change}
+        (model,) = tiny_settings["clients"]["models"]
+        change = {"clients": {**tiny_settings["clients"], "models": [{**model, **frozen}]}}
     config = parse(tiny_settings | change)
     found = plan.plan(config)
     result = experiment.run(config, tmp_path / "run")

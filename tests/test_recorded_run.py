@@ -1,4 +1,4 @@
-"""A run that commit 3c6202b made (``recorded_run/``) is read and derived from as if it were new, but not resumed."""
+"""A run that commit 3c6202b made (``recorded_run/``) is read as if it were new, but not resumed."""
 
 import json
 import shutil
@@ -145,7 +145,7 @@ def test_it_is_not_resumed_with_another_recipe_of_training(run, gone):
     done = CliRunner().invoke(main, ["train", "--resume", "--quiet", "--out", str(run)])
     assert done.exit_code == 2
     assert done.stderr.splitlines() == [
-        f"feddistill: {run} was started with recipe 1 of training, this version has recipe {recipe.NUMBER}: it "
-        "cannot be resumed, only read; start a new run, or use the version of feddistill that started it"
+        f"feddistill: {run} was started with recipe 1 of training, this version has recipe {recipe.NUMBER}: "
+        "it cannot be resumed, only read; start a new run, or use the version of feddistill that started it"
     ]
     assert contents(run) == before

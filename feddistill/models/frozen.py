@@ -69,7 +69,7 @@ class States:
 def stay_in_evaluation(module: nn.Module) -> None:
     """Put ``module`` into evaluation mode, which ``train`` of the whole model does not end: no dropout."""
     module.eval()
-    module.train = _unchanged  # type: ignore[method-assign]  # called by the parent's ``train``
+    module.train = _unchanged  # type: ignore[assignment]  # the parent's ``train`` ignores what it returns
 
 
 def _unchanged(mode: bool = True) -> None:
@@ -145,7 +145,7 @@ class FrozenLayers:
         self._width = 0
         """Bytes of the states of one token; 0 until the first is computed."""
         self._batch: Tensor | None = None
-        """Output of the last frozen layer for the current batch, ``[B, L, H]``; ``None``: not in the cache."""
+        """Output of the last frozen layer for the batch, ``[B, L, H]``; ``None``: not in the cache."""
         for index, layer in enumerate(layers):
             layer.forward = self._instead(layer.forward, last=index == len(layers) - 1)
         body.register_forward_pre_hook(self._look_up, with_kwargs=True)

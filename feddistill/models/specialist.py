@@ -313,9 +313,9 @@ def remember_frozen(
     empty = States(config.frozen_cache_mb << 20)
     states = known.setdefault(frozen.fingerprint(body, layers, count), empty)
     if meter is None:
-        return FrozenLayers(body, layers[:count], states)
+        return FrozenLayers(body, list(layers[:count]), states)
     meter.cache([f"{path}.{index}" for index in range(count)])
-    return FrozenLayers(body, layers[:count], states, meter.add_cached)
+    return FrozenLayers(body, list(layers[:count]), states, meter.add_cached)
 
 
 def reads(model: nn.Module, tokenizer: PreTrainedTokenizerBase, length: int, name: str) -> None:

@@ -22,6 +22,7 @@ from feddistill.errors import ConfigError, RunError
 from feddistill.federation.protocol import OfflineTransport, RetryPolicy
 from feddistill.progress import NoProgress, Progress
 from feddistill.runs import results
+from feddistill.runs.forecast import Forecast
 from feddistill.server import rounds
 from feddistill.store import layout, recipe
 from feddistill.store.layout import CONFIG, DIGESTS, ENGINE, PROVENANCE, RESULT, SKEW
@@ -58,7 +59,7 @@ def run(
         FeddistillError: An error that the user can fix; the run can be resumed afterwards.
     """
     progress = progress or NoProgress()
-    start = time.perf_counter()
+    start, started = time.perf_counter(), time.monotonic()
     if resume:
         directory = RunDirectory.open(out)
     else:  # check the settings before writing anything
@@ -82,7 +83,11 @@ def run(
         skew = data.skew(splits)
         directory.write_json(SKEW, asdict(skew))
         common = None if shared is None else StepCache(shared, config)
-        session = Session(config, splits, directory, progress, engine, LocalTransport, common)
+        forecast = Forecast(progress, started)
+        session = Session(config, splits, directory, forecast, engine, LocalTransport, common)
+        if engine.transport is None and not isinstance(progress, NoProgress):
+            with progress.step("foretell the operations"):
+                forecast.expect(session)
         found = {name: _method(session, name) for name in ("feddistill", *config.baselines)}
         _tidy(directory, config)
         result = results.summarise(config, splits, skew.non_iid, found, environment(config), recipe.NUMBER)

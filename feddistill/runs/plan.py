@@ -2,34 +2,28 @@
 
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from importlib import import_module
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from feddistill import models, payload
 from feddistill.accounting import peak_memory_bytes
 from feddistill.aggregation.answers import CHUNK
 from feddistill.config import Config
 from feddistill.config.data import RemotePartition
-from feddistill.config.methods import FEDERATED, METHODS
 from feddistill.config.training import PayloadConfig, TrainingConfig
 from feddistill.errors import ConfigError
 from feddistill.methods.job import Job
-from feddistill.modelio.padding import Tokens, pad
 from feddistill.progress import NoProgress, Progress
 from feddistill.runs import experiment
+from feddistill.runs.operations import jobs_of, learners_of, operations, padded_tokens
 from feddistill.runs.results import proxy_bytes
 from feddistill.server.request import request
 from feddistill.server.rounds import LORA_RANK
 from feddistill.store.run_directory import Json, RunDirectory
 from feddistill.tasks.check import DENSE_CLASSES
-from feddistill.tasks.choose import learner_of
 from feddistill.tasks.learner import Learner, labels_of
 from feddistill.tasks.session import Session
 from feddistill.training import TrainingExamples
@@ -70,24 +64,30 @@ def estimate(config: Config, splits: Splits, progress: Progress | None = None) -
 
 def _plan(session: Session) -> Json:
     config, splits = session.config, session.splits
-    count = min(len(config.clients.models), max(splits.places) + 1)
-    learners = [
-        learner_of(session, model, f"clients.models.{index}")
-        for index, model in enumerate(config.clients.models[:count])
-    ]
-    student = learner_of(session, config.student.model, "student.model")
-    jobs = [job for job in _jobs(session, learners, student) if not job.learner.query_only]
+    learners, student = learners_of(session)
+    jobs = jobs_of(session, learners, student)
     speeds: dict[tuple[int, int], float] = {}
+    frozen: dict[int, float] = {}
     for job in jobs:
+        learner = job.learner
+        if id(learner) not in frozen:
+            frozen[id(learner)] = _frozen_speed(session, learner)
         if (tried := _tried(job)) not in speeds:
-            with session.progress.step(f"try {job.learner.name} for a few steps"):
+            with session.progress.step(f"try {learner.name} for a few steps"):
                 speeds[tried] = _speed(session, job)
     flops: dict[str, int] = {}
     seconds: dict[str, float] = {}
+    cached: dict[int, set[bytes]] = {}
     for job in jobs:
-        operations, time_ = _cost(job, config, speeds[_tried(job)])
-        flops[job.phase] = flops.get(job.phase, 0) + operations * job.times
-        seconds[job.phase] = seconds.get(job.phase, 0.0) + time_ * job.times
+        flops[job.phase] = flops.get(job.phase, 0) + operations(job, config) * job.times
+        amount = job.steps if job.settings is not None else padded_tokens(job.texts, config)
+        took = speeds[_tried(job)] * amount * job.times
+        if job.times:  # the states of frozen layers are computed when a text is first met
+            known = cached.setdefault(id(job.learner), set())
+            met = {np.asarray(text, np.int64).tobytes() for text in job.texts} - known
+            known |= met
+            took += frozen[id(job.learner)] * sum(len(text) // 8 for text in met)
+        seconds[job.phase] = seconds.get(job.phase, 0.0) + took
     sent = _bytes(session, student)
     return {
         "task": config.task,
@@ -109,16 +109,20 @@ def _plan(session: Session) -> Json:
     }
 
 
-def _jobs(session: Session, learners: list[Learner], student: Learner) -> Iterator[Job]:
-    """Jobs of federated distillation and of each baseline."""
-    for name in (FEDERATED, *session.config.baselines):
-        method = METHODS[name]
-        yield from getattr(import_module(method.module), method.plan)(session, learners, student)
-
-
 def _tried(job: Job) -> tuple[int, int]:
     """Key of jobs that share one timing: the same model with the same batch size (0 for inference)."""
     return id(job.learner), 0 if job.settings is None else _batch(job.settings)
+
+
+def _frozen_speed(session: Session, learner: Learner) -> float:
+    """Seconds per token to compute the states of frozen layers; 0 if they are not cached."""
+    some = learner.tokens(session.splits.proxy)[: session.config.clients.eval_batch_size]
+    if learner.query_only or not learner.frozen_passes(some):
+        return 0.0
+    learner.compute_frozen(some[:1])
+    start = time.perf_counter()
+    learner.compute_frozen(some)
+    return (time.perf_counter() - start) / sum(map(len, some))
 
 
 def _batch(settings: TrainingConfig) -> int:
@@ -135,7 +139,7 @@ def _speed(session: Session, job: Job) -> float:
         learner.metrics(known)
         start = time.perf_counter()
         learner.metrics(known)
-        return (time.perf_counter() - start) / _padded(learner.tokens(some), session.config)
+        return (time.perf_counter() - start) / padded_tokens(learner.tokens(some), session.config)
     lessons: Any = learner.examples(texts)
     if isinstance(lessons, TrainingExamples):  # few proxy labels are known; timing does not depend on them
         lessons = TrainingExamples(tokens, labels_of(texts).clamp_min(0))
@@ -149,48 +153,6 @@ def _fit(learner: Learner, lessons: Any, settings: TrainingConfig, steps: int) -
     start = time.perf_counter()
     learner.fit(lessons, settings, seed=0, steps=steps)
     return time.perf_counter() - start
-
-
-def _padded(tokens: Sequence[Tokens], config: Config) -> int:
-    """Tokens of all batches of an inference pass, padding included."""
-    ordered = sorted(map(len, tokens))
-    size = config.clients.eval_batch_size
-    batches = (ordered[start : start + size] for start in range(0, len(ordered), size))
-    return sum(len(batch) * _length(batch[-1]) for batch in batches)
-
-
-def _cost(job: Job, config: Config, speed: float) -> tuple[int, float]:
-    """Operations and seconds of one repetition of a job."""
-    meter = job.learner.meter
-    before = meter.flops
-    if job.settings is None:
-        ordered = sorted(map(len, job.texts))
-        size = config.clients.eval_batch_size
-        for start in range(0, len(ordered), size):
-            batch = ordered[start : start + size]
-            meter.add(len(batch), _length(batch[-1]), training=False)
-        return meter.flops - before, speed * _padded(job.texts, config)
-    batches = _batches(list(map(len, job.texts)), job.settings.batch_size)
-    for batch in islice(batches, job.steps * job.settings.gradient_accumulation):
-        meter.add(len(batch), _length(max(batch)), training=True)
-    return meter.flops - before, speed * job.steps
-
-
-def _batches(lengths: list[int], size: int) -> Iterator[list[int]]:
-    """Batches of lengths, epoch after epoch, in the order that training would draw."""
-    from feddistill.training.trainer import in_batches
-
-    order = torch.Generator().manual_seed(0)
-    while True:
-        rows = list(in_batches(lengths, size, order))
-        yield from (
-            [lengths[row] for row in rows[start : start + size]] for start in range(0, len(rows), size)
-        )
-
-
-def _length(longest: int) -> int:
-    """Padded length of a batch."""
-    return int(pad([[0] * longest], 0)[0].shape[1])
 
 
 def _bytes(session: Session, student: Learner) -> Json:

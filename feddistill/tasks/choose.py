@@ -22,6 +22,16 @@ def learner_class(task: str, *, query_only: bool = False) -> type[Learner]:
 def learner_of(
     session: Session, config: ModelConfig, name: str, *, adapt: Callable[[nn.Module], None] | None = None
 ) -> Learner:
-    """A learner of the session's task; see ``Learner`` for the arguments."""
+    """A learner of the session's task; see ``Learner`` for the arguments.
+
+    Without ``adapt`` it is built once in a session. Every training starts from weights that it loads or
+    resets, so methods that use it one after the other do not affect each other.
+    """
     kind = learner_class(session.config.task, query_only=config.query_only)
-    return kind(session, config, name, adapt=adapt)
+    if adapt is not None:
+        return kind(session, config, name, adapt=adapt)
+    key = name, config.model_dump_json()
+    if key not in session.learners:
+        session.learners[key] = kind(session, config, name)
+    learner: Learner = session.learners[key]
+    return learner

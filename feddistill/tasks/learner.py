@@ -103,7 +103,7 @@ class Learner(ABC):
                 adapt(self.model)
         if torch.cuda.is_available():
             self.model.cuda()
-        self.meter = FlopMeter(self.model)
+        self.meter = FlopMeter(self.model, session.work)
         self._warned = False
         self._frozen: models.FrozenLayers | None = None
         if config.frozen_cache_mb:

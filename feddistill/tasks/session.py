@@ -3,10 +3,11 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
+from feddistill.accounting import Work
 from feddistill.config import Config
 from feddistill.config.tasks import TASKS, Task
 from feddistill.federation.protocol import RetryPolicy, Transport
@@ -76,6 +77,16 @@ class Session:
     def frozen(self) -> dict[str, States]:
         """Cached hidden states of frozen layers, by the layers' fingerprint."""
         return {} if self.step_cache is None else self.step_cache.frozen
+
+    @cached_property
+    def work(self) -> Work:
+        """Operations of all models so far."""
+        return Work()
+
+    @cached_property
+    def learners(self) -> dict[tuple[str, str], Any]:
+        """The models that were built, by the setting's name and its value: methods share them in turn."""
+        return {}
 
     def transport(self) -> Transport:
         """The transport of the engine, or one to clients in this process."""
