@@ -32,8 +32,8 @@ def load(path: Path | None = None, overrides: tuple[str, ...] = ()) -> Config:
 def load_stored(path: Path, overrides: tuple[str, ...] = ()) -> Config:
     """Read the ``config.yaml`` of a run, which may have the old names of settings.
 
-    Without ``overrides`` the configuration keeps these names: ``as_stored``, ``dump`` and ``digest`` use the
-    names that the run was started with.
+    Without ``overrides`` the configuration keeps these names, and lacks settings that did not exist when the
+    run was started: ``as_stored``, ``dump`` and ``digest`` give what they gave then.
     """
     raw = _read(path)
     old = has_old_names(raw)
@@ -41,22 +41,33 @@ def load_stored(path: Path, overrides: tuple[str, ...] = ()) -> Config:
     for text in overrides:
         override(raw, text)
     config = parse(raw)
-    config._old_names = old and not overrides
+    if not overrides:
+        config._old_names, config._stored = old, raw
     return config
 
 
 def parse_stored(raw: Mapping[str, Any]) -> Config:
     """Check settings of a run that another process sends; they may have the old names."""
     old = has_old_names(raw)
-    config = parse(with_new_names(raw) if old else dict(raw))
-    config._old_names = old
+    new = with_new_names(raw) if old else dict(raw)
+    config = parse(new)
+    config._old_names, config._stored = old, new
     return config
 
 
 def as_stored(config: Config) -> dict[str, Any]:
-    """All settings as JSON values, under the names that their run was started with."""
-    settings = config.model_dump(mode="json")
+    """All settings as JSON values, those and under the names that their run was started with."""
+    settings: dict[str, Any] = _known(config.model_dump(mode="json"), config._stored)
     return with_old_names(settings) if config._old_names else settings
+
+
+def _known(settings: Any, stored: Any) -> Any:
+    """``settings`` without those that ``stored``, which was written whole, does not have."""
+    if isinstance(settings, dict) and isinstance(stored, dict):
+        return {key: _known(value, stored[key]) for key, value in settings.items() if key in stored}
+    if isinstance(settings, list) and isinstance(stored, list) and len(settings) == len(stored):
+        return [_known(*pair) for pair in zip(settings, stored, strict=True)]
+    return settings
 
 
 def stored_task(config: Config) -> str:

@@ -115,7 +115,11 @@ class ModelConfig(Setting):
     """For clients: train adapters in the layers that are not frozen, and a new head; needs ``peft``."""
     frozen_cache_mb: int = Field(default=0, ge=0)
     """MiB of memory to cache the frozen layers' hidden states, ``4 L H`` bytes per text, which are then
-    computed once instead of in every epoch, and without dropout. 0: no cache."""
+    computed once instead of in every epoch. In ``masked_lm`` in evaluation and prediction alone, because
+    training masks other tokens each time. 0: no cache."""
+    dropout: float | None = Field(default=None, ge=0, lt=1)
+    """Probability of every dropout in the layers that are trained; ``null`` for the model's own. On a CPU the
+    random numbers are a fifth of the time of a step over short texts."""
     max_tokens: int = Field(default=128, ge=2)
     """Longer texts are cut. For language models: the length of the blocks that texts are packed into."""
 
@@ -127,10 +131,10 @@ class ModelConfig(Setting):
     @model_validator(mode="after")
     def _is_not_changed(self) -> Self:
         changed = self.layers or self.freeze_embeddings or self.freeze_layers or self.lora
-        if self.query_only and (changed or self.frozen_cache_mb):
+        if self.query_only and (changed or self.frozen_cache_mb or self.dropout is not None):
             raise ValueError(
                 f"a model of kind {self.source.kind} is query-only: layers, freeze_embeddings, "
-                "freeze_layers, frozen_cache_mb and lora are not for it"
+                "freeze_layers, frozen_cache_mb, dropout and lora are not for it"
             )
         return self
 

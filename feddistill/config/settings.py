@@ -73,6 +73,8 @@ class Config(Setting):
 
     _old_names: bool = PrivateAttr(default=False)
     """True for a run that was started before settings were renamed: see ``config.renamed``."""
+    _stored: dict[str, Any] | None = PrivateAttr(default=None)
+    """The settings of a stored run, which may lack newer ones; ``None``: a configuration of this version."""
 
     @model_validator(mode="before")
     @classmethod

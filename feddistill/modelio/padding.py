@@ -10,7 +10,7 @@ from torch import Tensor
 Tokens = Sequence[int] | NDArray[np.int64]
 """Token ids of one input of a model."""
 
-PAD_TO = 8
+PAD_TO = 4
 """Batches are padded to a multiple of this: few shapes, aligned rows."""
 
 
