@@ -1,7 +1,7 @@
 """A test with a ``backend`` argument runs on every backend of its module's ``OPERATOR``.
 
 ``pytest tests/kernels --device cuda`` runs them on a GPU: tensors are made there unless a test says where.
-Elsewhere Triton's kernels are interpreted, a thousand times slower: a test says with ``interpreted(where=...)``
+Elsewhere Triton's kernels are interpreted, a thousand times slower: a test says with ``interpreted(where)``
 which of its cases are, one for each kernel and dtype, and the other backends run all.
 """
 
@@ -21,7 +21,7 @@ PACK = 16
 def pytest_configure(config):
     config.addinivalue_line("markers", "cpu(reason): not on a GPU")
     config.addinivalue_line("markers", "gpu: on a GPU only")
-    config.addinivalue_line("markers", "interpreted(where): without a GPU, Triton runs the cases where it is true")
+    config.addinivalue_line("markers", "interpreted(where): where Triton runs without a GPU")
     if config.getoption("--device") == "cpu":
         return
     if not torch.cuda.is_available():
@@ -47,9 +47,8 @@ def pytest_collection_modifyitems(config, items):
     unsure = pytest.mark.filterwarnings("ignore:.*deterministic.*:UserWarning")
     inductor = pytest.mark.filterwarnings("ignore::UserWarning:torch._inductor")
     if not on_gpu:
-        for_gpus = [item for item in items if is_for_a_gpu(item)]
-        items[:] = [item for item in items if item not in set(for_gpus)]
-        config.hook.pytest_deselected(items=for_gpus)
+        config.hook.pytest_deselected(items=[item for item in items if is_for_a_gpu(item)])
+        items[:] = [item for item in items if not is_for_a_gpu(item)]
     for item in items:
         if on_gpu:
             item.add_marker(unsure)
@@ -112,7 +111,7 @@ def nan_filled_memory(device):
 
 @pytest.fixture(autouse=True, scope="session")
 def a_faster_interpreter():
-    """Triton's takes the xor of each pair of a sort number by number, and patches the language at each call."""
+    """Triton's takes the xor of a sort number by number, and patches the language at each call."""
     if find_spec("triton") is None:
         yield
         return
