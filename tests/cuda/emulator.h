@@ -5,6 +5,7 @@
 // barrier that not all arrive at, shared memory written past its end, and that of a block at its own end, end the
 // launch with an error that says so.
 #pragma once
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -62,7 +63,9 @@ struct Block {
 };
 
 struct Thread {
-    ucontext_t context;
+    ucontext_t start;  // where it begins; where it goes on is `at`, for swapcontext makes two system calls
+    jmp_buf at;
+    bool begun = false;
     std::unique_ptr<unsigned char[]> stack;
     Block* block = nullptr;
     int index = 0;
@@ -77,7 +80,7 @@ struct Cluster {
     std::vector<Block> blocks;
     Gate gate;
     std::vector<Thread> threads;
-    ucontext_t scheduler;
+    jmp_buf scheduler;
     const std::function<void()>* kernel = nullptr;
     std::exception_ptr failure;
 };
@@ -98,12 +101,25 @@ inline std::uint64_t arrive(Gate& gate) {
     return until;
 }
 
+// Runs a thread until it waits or is at its end.
+[[gnu::noinline]] inline void resume(Thread& thread) {
+    self = &thread;
+    if (_setjmp(cluster->scheduler)) return;
+    if (thread.begun) _longjmp(thread.at, 1);
+    thread.begun = true;
+    setcontext(&thread.start);
+}
+
+[[gnu::noinline]] inline void suspend() {
+    if (!_setjmp(self->at)) _longjmp(cluster->scheduler, 1);
+}
+
 inline void pass(const Gate& gate, std::uint64_t until, const char* where) {
     if (gate.opened >= until) return;
     self->where = where;
     self->waits_at = &gate;
     self->until = until;
-    swapcontext(&self->context, &cluster->scheduler);
+    suspend();
 }
 
 inline void wait(Gate& gate, const char* where) { pass(gate, arrive(gate), where); }
@@ -116,7 +132,7 @@ inline void enter() {
     }
     self->done = true;
     ++self->block->done;
-    swapcontext(&self->context, &cluster->scheduler);
+    suspend();
 }
 
 inline void check_guards(const Block& block) {
@@ -139,8 +155,7 @@ inline void run_cluster(Cluster& all) {
             if (thread->waits_at && thread->waits_at->opened < thread->until) continue;
             thread->waits_at = nullptr;
             moved = true;
-            self = thread;
-            swapcontext(&all.scheduler, &thread->context);
+            resume(*thread);
             if (all.failure) std::rethrow_exception(all.failure);
         }
         std::erase_if(waiting, [](const Thread* thread) { return thread->done; });
@@ -186,11 +201,11 @@ inline void run(const std::function<void()>& kernel, int blocks, int threads, in
                 thread.block = &block;
                 thread.index = i;
                 thread.stack = std::make_unique_for_overwrite<unsigned char[]>(kStackBytes);
-                getcontext(&thread.context);
-                thread.context.uc_stack.ss_sp = thread.stack.get();
-                thread.context.uc_stack.ss_size = kStackBytes;
-                thread.context.uc_link = nullptr;
-                makecontext(&thread.context, enter, 0);
+                getcontext(&thread.start);
+                thread.start.uc_stack.ss_sp = thread.stack.get();
+                thread.start.uc_stack.ss_size = kStackBytes;
+                thread.start.uc_link = nullptr;
+                makecontext(&thread.start, enter, 0);
             }
         }
         cluster = &all;

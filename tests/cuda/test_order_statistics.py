@@ -37,20 +37,21 @@ def assert_alike(got, expected):
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("count", range(1, 33))
 def test_every_number_of_clients(count, dtype, trimmed):
-    xs = [torch.randn(1031).to(dtype) for _ in range(count)]
-    for trim in {0, min(1, (count - 1) // 2), (count - 1) // 3, (count - 1) // 2}:
+    xs = [torch.randn(270).to(dtype) for _ in range(count)]
+    for trim in {0, (count - 1) // 3, (count - 1) // 2}:
         assert_alike(trimmed(xs, trim), order_statistics.trimmed(xs, trim))
-    for keep in {1, 2, count // 2, count - 1, count}:
+    for keep in {1, count // 2, count - 1}:
         if 1 <= keep <= count:
             assert_alike(trimmed(xs, nearest=keep), order_statistics.around_median(xs, keep))
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("n", [0, 1, 3, 7, 8, 9, 1023, 1025])
-@pytest.mark.parametrize("count", [5, 20])
-def test_sizes_around_the_packs(count, n, dtype, trimmed):
-    xs = [torch.randn(n).to(dtype) for _ in range(count)]
-    assert_alike(trimmed(xs, 2), order_statistics.trimmed(xs, 2))
+@pytest.mark.parametrize("n", [0, 1, 3, 7, 8, 9, 1023, 1025, 2049])
+def test_sizes_around_the_packs(n, dtype, trimmed):
+    for count in (5, 20):
+        xs = [torch.randn(n).to(dtype) for _ in range(count)]
+        assert_alike(trimmed(xs, 2), order_statistics.trimmed(xs, 2))
+        assert_alike(trimmed(xs, nearest=3), order_statistics.around_median(xs, 3))
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)

@@ -60,7 +60,7 @@ def assert_right(got, x, k, temperature=1.0, id_order=True):
 def test_kept_and_tail_agree_with_float64(n, vocab, k, dtype, compress):
     """Odd rows begin at every distance from a multiple of 16 bytes."""
     x = (4 * torch.randn(n, vocab)).to(dtype)
-    for temperature, id_order in ((1.0, True), (0.5, False), (4.0, True)):
+    for temperature, id_order in ((0.5, False), (4.0, True)):
         assert_right(compress(x, k, temperature, id_order), x, k, temperature, id_order)
 
 

@@ -1,6 +1,8 @@
 """A test with a ``backend`` argument runs on every backend of its module's ``OPERATOR``.
 
 ``pytest tests/kernels --device cuda`` runs them on a GPU: tensors are made there unless a test says where.
+Elsewhere Triton's kernels are interpreted, a thousand times slower: a test says with ``interpreted(where)``
+which of its cases are, one for each kernel and dtype, and the other backends run all.
 """
 
 import os
@@ -19,6 +21,7 @@ PACK = 16
 def pytest_configure(config):
     config.addinivalue_line("markers", "cpu(reason): not on a GPU")
     config.addinivalue_line("markers", "gpu: on a GPU only")
+    config.addinivalue_line("markers", "interpreted(where): where Triton runs without a GPU")
     if config.getoption("--device") == "cpu":
         return
     if not torch.cuda.is_available():
@@ -40,25 +43,32 @@ def pytest_generate_tests(metafunc):
 
 def pytest_collection_modifyitems(config, items):
     on_gpu = config.getoption("--device") != "cpu"
-    rounding = pytest.mark.skip("Triton's interpreter truncates where it should round to bfloat16")
     # The reference has operations that are deterministic on a CPU alone.
     unsure = pytest.mark.filterwarnings("ignore:.*deterministic.*:UserWarning")
     inductor = pytest.mark.filterwarnings("ignore::UserWarning:torch._inductor")
+    if not on_gpu:
+        config.hook.pytest_deselected(items=[item for item in items if is_for_a_gpu(item)])
+        items[:] = [item for item in items if not is_for_a_gpu(item)]
     for item in items:
         if on_gpu:
             item.add_marker(unsure)
             item.add_marker(inductor)
             if mark := item.get_closest_marker("cpu"):
                 item.add_marker(pytest.mark.skip(f"for a CPU: {mark.args[0]}"))
-            continue
-        if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip("for a GPU: pytest tests/kernels --device cuda"))
-        params = getattr(item, "callspec", None) and item.callspec.params
-        if params and params.get("backend") == "triton" and torch.bfloat16 in params.values():
-            item.add_marker(rounding)
     if share := config.getoption("--share"):
         mine, shares = map(int, share.split("/"))
         items[:] = [item for index, item in enumerate(items) if index // PACK % shares == mine]
+
+
+def is_for_a_gpu(item):
+    """What needs one, and what Triton's interpreter need not run or does wrong: it truncates to bfloat16."""
+    if item.get_closest_marker("gpu"):
+        return True
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    if params.get("backend") != "triton":
+        return False
+    mark = item.get_closest_marker("interpreted")
+    return torch.bfloat16 in params.values() or (mark is not None and not mark.kwargs["where"](**params))
 
 
 @pytest.hookimpl(wrapper=True)
@@ -100,19 +110,19 @@ def nan_filled_memory(device):
 
 
 @pytest.fixture(autouse=True, scope="session")
-def a_sort_that_ends():
-    """Triton's interpreter takes the xor of each pair of a sort in Python, number by number."""
+def a_faster_interpreter():
+    """Triton's takes the xor of a sort number by number, and patches the language at each call."""
     if find_spec("triton") is None:
         yield
         return
     from triton.language import standard
-    from triton.runtime.interpreter import ReduceOps
+    from triton.runtime import interpreter
 
-    slow = ReduceOps.generic_reduce
+    slow_reduce, slow_patch, patched = interpreter.ReduceOps.generic_reduce, interpreter._patch_lang, set()
 
     def reduce(self, tensors):
         if self.combine_fn is not standard._xor_combine or len(tensors) > 1:
-            return slow(self, tensors)
+            return slow_reduce(self, tensors)
         (x,) = tensors
         return [
             self.to_tensor(
@@ -120,6 +130,21 @@ def a_sort_that_ends():
             )
         ]
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ReduceOps, "generic_reduce", reduce)
+    class Scope(interpreter._LangPatchScope):
+        def restore(self):
+            super().restore()
+            patched.clear()
+
+    def patch(function):
+        """For a launch, and in it once for the functions of a module; a launch alone restores."""
+        if (module := function.__globals__["__name__"]) in patched:
+            return Scope()
+        patched.add(module)
+        scope = Scope()
+        scope._changes = slow_patch(function)._changes
+        return scope
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(interpreter.ReduceOps, "generic_reduce", reduce)
+        monkeypatch.setattr(interpreter, "_patch_lang", patch)
         yield

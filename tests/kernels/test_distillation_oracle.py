@@ -5,11 +5,13 @@ import math
 import pytest
 import torch
 from kernels import oracles
+from kernels.pairs import pairwise
 
 from feddistill_kernels import TopK, distillation_loss, kinds, softmax_divergence, topk_compress
 
 OPERATOR = "distillation"
-SHAPES = [(1, 1), (1, 5), (3, 7), (4, 1024), (5, 4099)]  # one row, ragged, prime
+# One row and number, ragged, a block, one column more in whole rows, and a prime row over several programs.
+SHAPES = [(1, 1), (3, 7), (4, 1024), (5, 2049), (1, 4099)]
 CASES = [(kind, 0.5) for kind in kinds()] + [("jsd", beta) for beta in (0.0, 0.1, 0.9, 1.0)]
 EPS = torch.finfo(torch.float32).eps
 
@@ -53,16 +55,17 @@ def make(shape, dtype, scale=4.0):
     return student.to(dtype), teacher.to(dtype)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+HEATS = [
+    *((torch.float32, temperature) for temperature in (0.5, 1.0, 4.0)),
+    *((dtype, temperature) for dtype in (torch.bfloat16, torch.float16) for temperature in (0.5, 4.0)),
+]
+
+
 @pytest.mark.parametrize(
-    ("dtype", "temperature"),
-    [
-        *((torch.float32, temperature) for temperature in (0.5, 1.0, 4.0)),
-        *((dtype, temperature) for dtype in (torch.bfloat16, torch.float16) for temperature in (0.5, 4.0)),
-    ],
+    ("kind", "beta", "dtype", "temperature", "shape"),
+    [(*case, *heat, shape) for case, heat, shape in pairwise(CASES, HEATS, SHAPES)],
     ids=str,
 )
-@pytest.mark.parametrize(("kind", "beta"), CASES)
 def test_dense_divergence_and_gradient_agree_with_the_oracle(
     kind, beta, temperature, dtype, shape, backend, nan_filled_memory
 ):
@@ -75,10 +78,16 @@ def test_dense_divergence_and_gradient_agree_with_the_oracle(
     assert_within_budget(got, truth, reference, student, teacher, temperature)
 
 
-@pytest.mark.parametrize("keep", [1, 6, 64])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(3, 67), (5, 4099)], ids=lambda s: "x".join(map(str, s)))
-@pytest.mark.parametrize(("kind", "beta"), CASES)
+@pytest.mark.parametrize(
+    ("kind", "beta", "shape", "dtype", "keep"),
+    [
+        (*case, *rest)
+        for case, *rest in pairwise(
+            CASES, [(3, 67), (5, 2049), (1, 4099)], [torch.float32, torch.bfloat16, torch.float16], [1, 6, 64]
+        )
+    ],
+    ids=str,
+)
 def test_truncated_divergence_and_gradient_agree_with_the_oracle(
     kind, beta, shape, dtype, keep, backend, nan_filled_memory
 ):
@@ -91,15 +100,17 @@ def test_truncated_divergence_and_gradient_agree_with_the_oracle(
     assert_within_budget(got, truth, reference, student, logits, 2.0)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("compressed", [False, True], ids=["dense", "topk"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kd_weight", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize(
+    ("kd_weight", "reduction", "dtype", "compressed"),
+    pairwise([0.0, 0.3, 1.0], ["mean", "sum", "none"], [torch.float32, torch.bfloat16], [False, True]),
+    ids=str,
+)
 def test_loss_with_labels_and_weights_agrees_with_the_oracle(
     kd_weight, dtype, compressed, reduction, backend, nan_filled_memory
 ):
     student, logits = make((6, 131), dtype)
     labels = torch.tensor([0, 130, -100, 7, 7, 64])
+    labels[4] = logits[4].argmax()  # a teacher that is compressed keeps it
     row_weight = torch.tensor([1.0, 0.5, 1.0, 0.0, 2.0, 0.25])
     weight = torch.where(labels == -100, 0.0, row_weight).double()
     teacher = topk_compress(logits, 9, temperature=3.0) if compressed else logits
@@ -178,9 +189,10 @@ def test_huge_logits_neither_overflow_nor_lose_digits(kind, beta, backend):
 
 
 @pytest.mark.cpu("float64 is for the reference")
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("compressed", [False, True], ids=["dense", "topk"])
-@pytest.mark.parametrize(("kind", "beta"), CASES)
+@pytest.mark.parametrize(
+    ("kind", "beta", "reduction", "compressed"),
+    [(*case, *rest) for case, *rest in pairwise(CASES, ["mean", "sum", "none"], [False, True])],
+)
 def test_gradcheck_in_float64(kind, beta, compressed, reduction):
     student = torch.randn(4, 9, dtype=torch.float64, requires_grad=True)
     logits = torch.randn(4, 9, dtype=torch.float64)

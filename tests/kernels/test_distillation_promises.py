@@ -37,10 +37,11 @@ def test_equal_logits_cost_nothing_and_pull_nowhere(kind, backend):
         assert gradient(loss.sum(), student).abs().max() < 1e-6
 
 
+@pytest.mark.interpreted(where=lambda keep, **_: keep == 5)
 @pytest.mark.parametrize("keep", [1, 5, 17])
 @pytest.mark.parametrize("kind", kinds())
 def test_no_divergence_is_negative_nor_does_truncation_add_to_it(kind, keep, backend):
-    rows = 8 if backend == "triton" else 50  # Triton is interpreted here, row by row
+    rows = 4 if backend == "triton" else 50  # Triton is interpreted here, row by row
     student, teacher = 3 * torch.randn(2, rows, 17)
     dense = softmax_divergence(student, teacher, kind=kind, backend=backend)
     sparse = softmax_divergence(student, topk_compress(teacher, keep), kind=kind, backend=backend)
@@ -127,8 +128,10 @@ def test_nothing_leaks_into_a_padded_vocabulary(compressed, backend):
     assert (slope[:, 13:] == 0).all()
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("mask", ["labels", "row_weight"])
+@pytest.mark.parametrize(
+    ("mask", "reduction"),
+    [("labels", "mean"), ("row_weight", "sum"), ("labels", "none"), ("row_weight", "mean")],
+)
 def test_a_masked_row_costs_nothing_whatever_is_in_it(mask, reduction, pair, backend):
     student, teacher = pair[0].detach(), pair[1]
     student[1], teacher[2] = math.nan, -INF
@@ -196,6 +199,7 @@ def test_strides_do_not_matter(layout, pair, backend):
     assert torch.equal(gradient(losses[0], leaf), gradient(losses[1], copy))
 
 
+@pytest.mark.interpreted(where=lambda **_: False)  # it has no chunks of rows
 def test_more_rows_than_one_chunk(backend):
     student, teacher = torch.randn(2, 70, 1 << 16)
     whole = softmax_divergence(student, teacher, backend=backend)

@@ -44,7 +44,7 @@ DEFAULTS = [(torch.float64, None), (torch.bfloat16, None), (torch.float32, "meta
 @pytest.mark.parametrize("backend", ["reference", "native", "triton"])
 def test_a_default_dtype_or_device_changes_nothing(other_default, backend, device):
     draw = {"generator": torch.Generator(device).manual_seed(0), "dtype": torch.float32, "device": device}
-    logits, others = torch.randn(6, 300, **draw), torch.randn(6, 300, **draw)
+    logits, others = torch.randn(2, 300, **draw), torch.randn(2, 300, **draw)
     backend_or_skip("topk", backend, device)
     found = topk_compress(logits, 4, backend=backend)
     wanted = topk_compress(logits, 4, backend="reference")
@@ -62,15 +62,17 @@ def test_a_default_dtype_or_device_changes_nothing(other_default, backend, devic
     torch.testing.assert_close(student.grad, slow.grad, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.interpreted(where=lambda level, place, **_: (level, place) in ((1e5, 6), (1e9, 0)))
 @pytest.mark.parametrize("backend", ["reference", "native", "triton"])
-@pytest.mark.parametrize("place", [0, 3, 6])
-@pytest.mark.parametrize("level", [1e5, 1e8, 1e9, 1e12])
+@pytest.mark.parametrize(
+    ("level", "place"), [(1e5, 0), (1e5, 6), (1e8, 3), (1e8, 0), (1e9, 0), (1e9, 6), (1e12, 3), (1e12, 6)]
+)
 def test_nobody_is_near_for_being_far_by_a_constant(level, place, backend, device):
     """All rows of one number are, centred, a row of zeros: far from clients that know something."""
     backend_or_skip("distances", backend, device)
     generator = torch.Generator(device).manual_seed(0)
-    known = 5 * torch.randn(4, 600, generator=generator, device=device)
-    honest = [known + 0.1 * torch.randn(4, 600, generator=generator, device=device) for _ in range(6)]
+    known = 5 * torch.randn(2, 600, generator=generator, device=device)
+    honest = [known + 0.1 * torch.randn(2, 600, generator=generator, device=device) for _ in range(6)]
     clients = [*honest[:place], torch.full_like(known, level), *honest[place:]]
     assert krum(clients, byzantine=1, backend=backend).abs().max() < 100
     mixed = nearest_neighbour_mixing(clients, byzantine=1, backend=backend)
