@@ -17,7 +17,7 @@ def test_the_quickstart_survives_a_round_trip():
 def test_every_default_is_written_out():
     written = yaml.safe_load(dump(load()))
     assert written["distill"]["temperature"] == load().distill.temperature
-    assert written["clients"]["models"][0]["freeze_layers"] == 3
+    assert written["clients"]["models"][0]["freeze_layers"] == 4
 
 
 def test_the_digest_sees_every_setting():

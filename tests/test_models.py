@@ -48,6 +48,30 @@ def test_architectures_answer_after_being_cut(tiny_model, architecture, head):
     assert all(p.requires_grad for n, p in specialist.model.named_parameters() if n in heads)
 
 
+@pytest.mark.parametrize("max_tokens", [16, 64])  # eager attention, and torch's own
+@pytest.mark.parametrize(
+    ("architecture", "own"),
+    [
+        ("bert", {}),
+        ("distilbert", {"dropout": 0.5, "attention_dropout": 0.5}),
+        ("gpt2", {}),
+        ("llama", {"attention_dropout": 0.5}),  # a number, not a module
+    ],
+)
+def test_dropout_is_that_of_the_setting(tiny_model, architecture, own, max_tokens):
+    sizes = {**SCRATCH[architecture], **own}
+    for dropout, same in ((None, False), (0.0, True), (0.3, False)):
+        config = scratch(tiny_model, architecture, dropout=dropout, max_tokens=max_tokens)
+        config = config.model_copy(update={"source": config.source.model_copy(update={"settings": sizes})})
+        model = models.build(config, CLASSES, 0, "m").model
+        model.train()
+        ids = torch.arange(5, 13)[None]
+        first, second = (model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits for _ in range(2))
+        assert torch.equal(first, second) == same
+        if dropout is not None:
+            assert {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)} == {dropout}
+
+
 def test_padding_changes_no_answer(tiny_model):
     specialist = models.build(scratch(tiny_model, "bert"), CLASSES, 0, "m")
     alone = specialist.encode(("a small animal",))[0]

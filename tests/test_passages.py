@@ -14,6 +14,7 @@ from transformers import BertConfig, BertForQuestionAnswering, PreTrainedTokeniz
 
 from feddistill.config.training import DistillConfig
 from feddistill.errors import ModelError
+from feddistill.modelio.padding import padded
 from feddistill.modelio.passages import NOWHERE, likeliest, windows
 from feddistill.tasks.question_answering import of_characters
 from feddistill.training.losses import Batch, QuestionLoss
@@ -263,7 +264,7 @@ def batch():
 
 
 def inputs_of(found):
-    length = -(-max(map(len, found)) // 8) * 8
+    length = padded(max(map(len, found)))
     ids, mask = torch.zeros(len(found), length, dtype=torch.long), torch.zeros(len(found), length)
     for at, window in enumerate(found):
         ids[at, : len(window)], mask[at, : len(window)] = torch.tensor(window.ids), 1

@@ -180,9 +180,9 @@ def test_every_step_is_told(specialist):
     assert seen == [(i, 5) for i in range(1, 6)]
 
 
-def test_batches_are_padded_to_whole_words():
+def test_batches_are_padded_to_a_multiple_of_four():
     ids, mask = pad([[1, 2, 3], [4] * 9], pad_id=0)
-    assert ids.shape == mask.shape == (2, 16)
+    assert ids.shape == mask.shape == (2, 12)
     assert mask.sum(1).tolist() == [3, 9]
 
 
