@@ -5,14 +5,17 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from feddistill.types import Cost
+
+Part = Literal["all", "above", "cached"]
+"""Of a model: all of it, without its cached first layers, or these alone."""
 
 _CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
@@ -40,9 +43,13 @@ _ALSO_COUNTED = {
 
 @dataclass(slots=True)
 class Work:
-    """Operations of several models together."""
+    """Operations that several models have run."""
 
     flops: int = 0
+
+
+class _Reached(Exception):  # control flow: the layers after the last cached one are left out
+    pass
 
 
 class FlopMeter:
@@ -53,45 +60,58 @@ class FlopMeter:
     """
 
     def __init__(self, model: nn.Module, work: Work | None = None):
-        """Copy ``model``; what is counted is added to ``work`` too."""
+        """Copy ``model``; what it runs is added to ``work`` too."""
         self._copy = copy.deepcopy(model).cpu()
         self._work = work or Work()
-        self._one_text: dict[tuple[int, bool, bool], int] = {}
-        self._cached: list[nn.Module] = []
-        self._skips = False
+        self._one_text: dict[tuple[int, bool, Part], int] = {}
+        self._part: Part = "all"
         self.flops = 0
 
     def cache(self, layers: Sequence[str]) -> None:
-        """From now on ``add`` leaves out these layers, which are frozen: ``add_cached`` counts them."""
-        self._cached = [self._copy.get_submodule(layer) for layer in layers]
-        for layer in self._cached:
-            layer.forward = self._skipped(layer.forward)
+        """From now on ``add`` leaves out these layers, which come first: ``add_cached`` counts them."""
+        for index, name in enumerate(layers):
+            layer = self._copy.get_submodule(name)
+            layer.forward = self._partly(layer.forward, last=index == len(layers) - 1)
+        self._part = "above" if layers else "all"
         self._one_text.clear()
 
     def add(self, batch: int, length: int, *, training: bool) -> None:
         """Add one pass over ``[batch, length]`` tokens; forward and backward when ``training``."""
-        self._count_in(batch * self._once(length, training, skip=bool(self._cached)))
-
-    def add_cached(self, batch: int, length: int) -> None:
-        """Add one forward pass of ``[batch, length]`` tokens through the layers that ``add`` leaves out."""
-        if self._cached:
-            whole, rest = (self._once(length, False, skip=skip) for skip in (False, True))
-            self._count_in(batch * (whole - rest))
-
-    def _count_in(self, flops: int) -> None:
+        flops = batch * self._once(length, training, self._part)
         self.flops += flops
         self._work.flops += flops
 
-    def _once(self, length: int, training: bool, *, skip: bool) -> int:
-        key = length, training, skip
+    def add_cached(self, batch: int, length: int, *, counted: bool = True, ran: bool = True) -> None:
+        """Add one forward pass of ``[batch, length]`` tokens through the layers that ``add`` leaves out.
+
+        Args:
+            batch: Number of texts.
+            length: Their tokens.
+            counted: True to add it to ``flops``.
+            ran: True if the model runs it now.
+        """
+        if self._part == "all":
+            return
+        flops = batch * self._once(length, False, "cached")
+        self.flops += flops if counted else 0
+        self._work.flops += flops if ran else 0
+
+    def _once(self, length: int, training: bool, part: Part) -> int:
+        key = length, training, part
         if key not in self._one_text:
-            self._skips = skip
+            before, self._part = self._part, part
             self._one_text[key] = self._count(length, training)
+            self._part = before
         return self._one_text[key]
 
-    def _skipped(self, original: Callable[..., Any]) -> Callable[..., Any]:
+    def _partly(self, original: Callable[..., Any], *, last: bool) -> Callable[..., Any]:
         def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-            return hidden if self._skips else original(hidden, *args, **kwargs)
+            if self._part == "above":
+                return hidden
+            output = original(hidden, *args, **kwargs)
+            if last and self._part == "cached":
+                raise _Reached
+            return output
 
         return forward
 
@@ -100,7 +120,12 @@ class FlopMeter:
 
         tokens = torch.ones(1, length, dtype=torch.long)
         counter = FlopCounterMode(display=False, custom_mapping=_ALSO_COUNTED)
-        with torch.random.fork_rng(devices=[]), counter, torch.set_grad_enabled(training):
+        with (
+            torch.random.fork_rng(devices=[]),
+            counter,
+            torch.set_grad_enabled(training),
+            suppress(_Reached),
+        ):
             outputs = self._copy(input_ids=tokens)
             if training:  # logits, or in question answering the logits of start and end
                 parts = [part.sum() for part in outputs.values() if isinstance(part, Tensor)]

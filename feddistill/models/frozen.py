@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from feddistill.accounting import FlopMeter
 from feddistill.errors import ModelError
 from feddistill.modelio.padding import Tokens
 
@@ -128,7 +129,7 @@ class FrozenLayers:
         body: nn.Module,
         layers: Sequence[nn.Module],
         states: States,
-        on_pass: Callable[[int, int], None] = lambda rows, length: None,
+        meter: FlopMeter | None = None,
     ):
         """Change ``body`` in place.
 
@@ -136,11 +137,11 @@ class FrozenLayers:
             body: The model without its head.
             layers: Its first layers.
             states: The cache, which models with equal layers share.
-            on_pass: Called with ``[B, L]`` of what runs through the frozen layers. A ``fill`` reports all of
-                its texts, also those that were in the cache: how much a step computes must not depend on
-                which steps this process ran before.
+            meter: Counts what runs through the frozen layers. A ``fill`` counts all of its texts, also those
+                that were in the cache: the operations of a step must not depend on which steps this process
+                ran before.
         """
-        self.body, self.states, self.on_pass = body, states, on_pass
+        self.body, self.states, self._meter = body, states, meter
         self._filling = False
         self._width = 0
         """Bytes of the states of one token; 0 until the first is computed."""
@@ -162,7 +163,7 @@ class FrozenLayers:
         bf16 = torch.is_autocast_enabled(device.type)
         wanted = sorted({(bf16, _bytes(text)) for text in tokens}, key=lambda key: (len(key[1]), key[1]))
         for rows, length in _passes([len(ids) // 8 for _, ids in wanted]):
-            self.on_pass(rows, length)
+            self._ran(rows, length, ran=False)
         if not wanted:
             return 0
         if not self._width:
@@ -177,6 +178,7 @@ class FrozenLayers:
                 ids = [_ids(key) for key in group]
                 full = np.stack(ids + ids[:1] * (ROWS - len(group)))
                 output = self._compute(torch.from_numpy(full).to(device))
+                self._ran(*full.shape, counted=False)
                 for key, states in zip(group, output, strict=False):
                     self.states.keep(key, states.clone())
         return sum(key not in self.states.kept for key in wanted)
@@ -207,7 +209,7 @@ class FrozenLayers:
         texts = [kept.get((bf16, row[:length].tobytes())) for row, length in zip(rows, lengths, strict=True)]
         found = [text for text in texts if text is not None]
         if len(found) < len(texts):
-            self.on_pass(*ids.shape)
+            self._ran(*ids.shape)
             return
         batch = found[0].new_zeros(*ids.shape, found[0].shape[-1])
         if mask is None:
@@ -215,6 +217,10 @@ class FrozenLayers:
         else:
             batch[mask.bool()] = torch.cat(found)
         self._batch = batch
+
+    def _ran(self, rows: int, length: int, *, counted: bool = True, ran: bool = True) -> None:
+        if self._meter is not None:
+            self._meter.add_cached(rows, length, counted=counted, ran=ran)
 
     def _compute(self, ids: Tensor) -> Tensor:
         self._filling = True

@@ -335,10 +335,9 @@ def remember_frozen(
         return None
     empty = States(config.frozen_cache_mb << 20)
     states = known.setdefault(frozen.fingerprint(body, layers, count), empty)
-    if meter is None:
-        return FrozenLayers(body, list(layers[:count]), states)
-    meter.cache([f"{path}.{index}" for index in range(count)])
-    return FrozenLayers(body, list(layers[:count]), states, meter.add_cached)
+    if meter is not None:
+        meter.cache([f"{path}.{index}" for index in range(count)])
+    return FrozenLayers(body, list(layers[:count]), states, meter)
 
 
 def reads(model: nn.Module, tokenizer: PreTrainedTokenizerBase, length: int, name: str) -> None:

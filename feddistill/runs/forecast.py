@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from rich.table import Table
 
 from feddistill.progress import Progress
-from feddistill.runs.operations import jobs_of, learners_of, operations
+from feddistill.runs.operations import jobs_of, learners_of, operations, run_operations
 from feddistill.store.layout import RECORDS
 from feddistill.store.run_directory import RunDirectory, read_object
 from feddistill.tasks.session import Session
@@ -38,8 +38,10 @@ class Forecast:
         """Foretell the operations of ``session``, of which some may be done, before anything is trained."""
         clients, student = learners_of(session)
         jobs = jobs_of(session, clients, student)
-        total = sum(operations(job, session.config) * job.times for job in jobs)
-        self.session, self.remaining = session, max(total - done(session.run), 0)
+        self.session, self.remaining = session, run_operations(jobs, session.config)
+        if finished := done(session.run):  # records count frozen layers in every step that uses them
+            recorded = sum(operations(job, session.config) * job.times for job in jobs)
+            self.remaining = max(round(self.remaining * (1 - finished / recorded)), 0)
         session.work.flops = 0
         self._since = time.monotonic()
 

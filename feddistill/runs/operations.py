@@ -1,9 +1,11 @@
 """Operations of a run, foretold: the jobs of its methods, counted as the run will count them."""
 
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import import_module
 from itertools import islice
 
+import numpy as np
 import torch
 
 from feddistill.config import Config
@@ -34,19 +36,59 @@ def jobs_of(session: Session, learners: list[Learner], student: Learner) -> list
 
 
 def operations(job: Job, config: Config) -> int:
-    """Operations of one repetition of a job; the learner's meter counts on from where it was."""
-    learner, training = job.learner, job.settings is not None
-    meter = learner.meter
+    """Operations of one repetition of a job, as its record will have them.
+
+    Those of frozen layers whose states are cached are counted once, as if the cache were empty before.
+    """
+    return _above(job, config) + _frozen(job.learner, [] if _is_drawn(job) else job.texts)
+
+
+def run_operations(jobs: Iterable[Job], config: Config) -> int:
+    """Operations that a process runs for all of ``jobs``: frozen layers once for a text."""
+    total = 0
+    for job, new in first_met(jobs):
+        total += _above(job, config) * job.times
+        total += 0 if _is_drawn(job) else _frozen(job.learner, new)
+    return total
+
+
+def first_met(jobs: Iterable[Job]) -> Iterator[tuple[Job, list[Tokens]]]:
+    """Each job with the texts that its model has not met in an earlier one."""
+    known: defaultdict[int, set[bytes]] = defaultdict(set)
+    for job in jobs:
+        new: dict[bytes, Tokens] = {}
+        for text in job.texts if job.times else ():
+            key = np.asarray(text, np.int64).tobytes()
+            if key not in known[id(job.learner)]:
+                new[key] = text
+        known[id(job.learner)] |= new.keys()
+        yield job, list(new.values())
+
+
+def _is_drawn(job: Job) -> bool:
+    """True if the tokens are drawn anew each time, so that nothing is cached."""
+    return job.settings is not None and job.learner.draws_inputs
+
+
+def _above(job: Job, config: Config) -> int:
+    """Operations of the layers that are not cached."""
+    meter, drawn = job.learner.meter, _is_drawn(job)
     before = meter.flops
-    cached = not (training and learner.draws_inputs)
-    for rows, length in learner.frozen_passes(job.texts) if cached else ():
-        meter.add_cached(rows, length)
     for lengths in _batches(job, config):
         shape = len(lengths), padded(max(lengths))
-        meter.add(*shape, training=training)
-        if not cached:
+        meter.add(*shape, training=job.settings is not None)
+        if drawn:
             meter.add_cached(*shape)
     done, meter.flops = meter.flops - before, before
+    return done
+
+
+def _frozen(learner: Learner, texts: Sequence[Tokens]) -> int:
+    """Operations of the layers that are cached, each distinct text once."""
+    before = learner.meter.flops
+    for shape in learner.frozen_passes(texts):
+        learner.meter.add_cached(*shape)
+    done, learner.meter.flops = learner.meter.flops - before, before
     return done
 
 

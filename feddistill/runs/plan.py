@@ -18,7 +18,7 @@ from feddistill.errors import ConfigError
 from feddistill.methods.job import Job
 from feddistill.progress import NoProgress, Progress
 from feddistill.runs import experiment
-from feddistill.runs.operations import jobs_of, learners_of, operations, padded_tokens
+from feddistill.runs.operations import first_met, jobs_of, learners_of, operations, padded_tokens
 from feddistill.runs.results import proxy_bytes
 from feddistill.server.request import request
 from feddistill.server.rounds import LORA_RANK
@@ -77,16 +77,11 @@ def _plan(session: Session) -> Json:
                 speeds[tried] = _speed(session, job)
     flops: dict[str, int] = {}
     seconds: dict[str, float] = {}
-    cached: dict[int, set[bytes]] = {}
-    for job in jobs:
+    for job, new in first_met(jobs):
         flops[job.phase] = flops.get(job.phase, 0) + operations(job, config) * job.times
         amount = job.steps if job.settings is not None else padded_tokens(job.texts, config)
         took = speeds[_tried(job)] * amount * job.times
-        if job.times:  # the states of frozen layers are computed when a text is first met
-            known = cached.setdefault(id(job.learner), set())
-            met = {np.asarray(text, np.int64).tobytes() for text in job.texts} - known
-            known |= met
-            took += frozen[id(job.learner)] * sum(len(text) // 8 for text in met)
+        took += frozen[id(job.learner)] * sum(map(len, new))  # the states of frozen layers
         seconds[job.phase] = seconds.get(job.phase, 0.0) + took
     sent = _bytes(session, student)
     return {
