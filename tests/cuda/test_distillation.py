@@ -250,9 +250,7 @@ def test_in_clusters_of_any_size_staged_or_not(mode, shared, capability, rows):
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_rows_begin_and_end_anywhere(dtype, rows):
     torch.manual_seed(2)
-    for v, layout, pad in pairwise(
-        [1, 2, 8, 9, 31, 64, 65, 1023], [(0, 0), (1, 0), (3, 5), (8, 8)], [0, 3]
-    ):
+    for v, layout, pad in pairwise([1, 2, 8, 9, 31, 64, 65, 1023], [(0, 0), (1, 0), (3, 5), (8, 8)], [0, 3]):
         mode = settings_of(MODES[v % len(MODES)], 2, v)
         check(rows, *pair(2, v, dtype), layout=layout, pad=pad, processors=1 + v % 9, **mode)
 
