@@ -72,7 +72,7 @@ def least_cost(dtype, count, shape):
 @pytest.mark.interpreted(where=lambda count, shape, **_: count <= 9 and count * math.prod(shape) < 19_000)
 @pytest.mark.parametrize(
     ("dtype", "count", "shape"),
-    pairwise(DTYPES, [1, 2, 3, 4, 5, 8, 9, 17], [(3, 89), (1, 1), (2, 1031), (2, 2, 700)]),
+    pairwise(DTYPES, [1, 2, 3, 4, 5, 8, 9, 17], [(3, 89), (1, 1), (5, 1031), (2, 2, 700)]),
     ids=str,
 )
 def test_the_geometric_median_costs_no_more_than_the_oracles(dtype, count, shape, backend, nan_filled_memory):
@@ -199,8 +199,8 @@ def test_a_translation_of_all_moves_the_result_along(rule, backend):
 
 @every_rule
 def test_a_level_of_its_own_for_each_row_of_each_client_changes_no_choice(rule, backend):
-    xs = clients(7, (2, 61))
-    levels = [torch.randint(-100, 101, (2, 1)) for _ in xs]
+    xs = clients(7, (4, 61))
+    levels = [torch.randint(-100, 101, (4, 1)) for _ in xs]
     forth = rule(xs, 2, backend=backend)
     moved = rule([x + level for x, level in zip(xs, levels, strict=True)], 2, backend=backend)
     assert (centred(moved) - centred(forth)).abs().amax() < 1e-3
@@ -208,7 +208,7 @@ def test_a_level_of_its_own_for_each_row_of_each_client_changes_no_choice(rule, 
 
 @every_rule
 def test_the_unit_does_not_matter(rule, backend):
-    xs = clients(7, (2, 61))
+    xs = clients(7, (4, 61))
     plain = rule(xs, 2, backend=backend)
     for unit in (2.0**-30, 2.0**30):
         scaled = rule([x * unit for x in xs], 2, backend=backend) / unit
@@ -304,7 +304,7 @@ def test_strides_do_not_matter(first, rule, backend):
 @pytest.mark.cpu("threads are a CPU's")
 @pytest.mark.interpreted(where=lambda **_: False)
 @every_rule
-@pytest.mark.parametrize("shape", [(1, 140_001), (100, 999)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 140_001), (200, 999)], ids=str)
 def test_the_number_of_threads_changes_nothing(shape, rule, backend):
     xs = clients(5, shape)
     results = []
