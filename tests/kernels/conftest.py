@@ -67,8 +67,8 @@ def is_for_a_gpu(item):
     params = item.callspec.params if hasattr(item, "callspec") else {}
     if params.get("backend") != "triton":
         return False
-    mark = item.get_closest_marker("interpreted")
-    return torch.bfloat16 in params.values() or (mark is not None and not mark.kwargs["where"](**params))
+    wanted = all(mark.kwargs["where"](**params) for mark in item.iter_markers("interpreted"))
+    return torch.bfloat16 in params.values() or not wanted
 
 
 @pytest.hookimpl(wrapper=True)

@@ -94,8 +94,10 @@ def geometric_median(stacked: Tensor, steps: int = 2000) -> Tensor:
     points = points - points.mean(-1, keepdim=True)
     z = points.median(0).values
     for _ in range(steps):
-        weights = 1 / (points - z).norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        before, weights = z, 1 / (points - z).norm(dim=-1, keepdim=True).clamp_min(1e-12)
         z = (weights * points).sum(0) / weights.sum(0)
+        if (z - before).abs().amax() <= 1e-13 * points.abs().amax():
+            break
     return z.to(stacked.device)
 
 

@@ -1,12 +1,13 @@
 """Combinations of settings in which every two meet: a fault that needs three at once is rare."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from itertools import combinations, product
 from typing import Any
 
 
-def pairwise(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:
+def pairwise(*of: Iterable[Any]) -> list[tuple[Any, ...]]:
     """Few tuples, one value of each axis, that have every pair of values of any two axes."""
+    axes = [list(axis) for axis in of]
     left = {
         ((i, x), (j, y))
         for i, j in combinations(range(len(axes)), 2)

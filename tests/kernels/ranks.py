@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from kernels.pairs import pairwise
 from torch import multiprocessing
 
 from feddistill_kernels import TopK, distillation_loss, kinds, softmax_divergence, topk_compress
@@ -20,12 +21,13 @@ LABELS = torch.tensor([0, V - 1, -100, 11, 12, 5])  # of the first and the last 
 def cases():
     """Name: what is given to the loss, as one process would be given it."""
     found = {}
-    for kind in kinds():
-        for of in ("dense", "topk"):
-            for dtype in (torch.float64, torch.float32):
-                for reduction in ("mean", "none"):
-                    name = f"{kind} {of} {str(dtype)[6:]} {reduction}"
-                    found[name] = case(name, dtype, of, kind=kind, reduction=reduction, kd_weight=0.6)
+    for kind, of, dtype, reduction in (
+        *pairwise(kinds(), ("dense", "topk"), (torch.float64, torch.float32), ("mean", "none")),
+        ("jsd", "dense", torch.float64, "mean"),
+        ("jsd", "topk", torch.float64, "mean"),
+    ):
+        name = f"{kind} {of} {str(dtype)[6:]} {reduction}"
+        found[name] = case(name, dtype, of, kind=kind, reduction=reduction, kd_weight=0.6)
     for kind in kinds():
         for of in ("dense", "topk"):
             found |= edges(kind, of)
@@ -146,34 +148,43 @@ def refusals(rank):
     }
 
 
-def _member(rank, world, folder):
+def _member(rank, folder):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
-    ends = [0, *torch.tensor(WIDTHS[world]).cumsum(0).tolist()]
-    answers = {}
-    for name, given in cases().items():
-        last = given["student"].shape[1] if rank == world - 1 else ends[rank + 1]
-        answers[name] = run(given, dist.group.WORLD, slice(ends[rank], last))
-    if world == 2:
-        alone = dist.new_group([0])
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=max(WIDTHS))
+    groups = {world: dist.new_group(list(range(world))) for world in WIDTHS}
+    alone = dist.new_group([0])
+    answers = {world: {} for world in WIDTHS if rank < world}
+    for world, found in answers.items():
+        ends = [0, *torch.tensor(WIDTHS[world]).cumsum(0).tolist()]
+        for name, given in cases().items():
+            last = given["student"].shape[1] if rank == world - 1 else ends[rank + 1]
+            found[name] = run(given, groups[world], slice(ends[rank], last))
+    if rank < 2:
         for name, given in refusals(rank).items():
             try:
-                answers[f"refused: {name}"] = run(given, dist.group.WORLD)[0]
+                answers[2][f"refused: {name}"] = run(given, groups[2])[0]
             except RuntimeError as error:
-                answers[f"refused: {name}"] = str(error)
-        answers["refused: member"] = run(refusals(0)["id"], alone)[0]
+                answers[2][f"refused: {name}"] = str(error)
+        answers[2]["refused: member"] = run(refusals(0)["id"], alone)[0]
     torch.save(answers, f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
 
-def answers_of(world: int, folder: Path, seconds: float = 240):
-    """What each of ``world`` processes found."""
-    context = multiprocessing.spawn(_member, (world, str(folder)), nprocs=world, join=False)
+def answers_of(folder: Path, seconds: float = 240):
+    """By size of the group, what each of its processes found.  One of them imports torch, for all."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(
+        ["torch.distributed", "feddistill_kernels"]
+    )
+    count = max(WIDTHS)
+    context = multiprocessing.start_processes(
+        _member, (str(folder),), nprocs=count, join=False, start_method="forkserver"
+    )
     until = time.monotonic() + seconds
     while not context.join(timeout=1):
         if time.monotonic() > until:
             for process in context.processes:
                 process.kill()
-            raise TimeoutError(f"{world} processes took more than {seconds} s")
-    return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
+            raise TimeoutError(f"{count} processes took more than {seconds} s")
+    found = [torch.load(folder / f"{rank}.pt") for rank in range(count)]
+    return {world: [answers[world] for answers in found[:world]] for world in WIDTHS}

@@ -21,10 +21,6 @@ MODULES = [
 ]
 
 
-def python(code):
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-
-
 def median(**settings):
     return fk.coordinate_median([torch.ones(2)], **settings)
 
@@ -158,21 +154,15 @@ def test_build_info_names_the_compiler_openmp_and_cuda():
     assert info["cuda"].split(":")[0] in ("yes", "no")
 
 
-def test_importing_loads_no_triton_and_no_compiled_module():
-    loaded = python(
-        "import feddistill_kernels, sys; "
-        "print([m for m in sys.modules if m.split('.')[0] == 'triton' or m == 'feddistill_kernels._C'])"
-    )
-    assert loaded.strip() == "[]"
-
-
-def test_calls_on_the_cpu_load_no_triton():
-    """It is 70 MB that a coordinator without a GPU would hold for nothing."""
-    printed = python(
-        """
+@pytest.fixture(scope="module")
+def loaded():
+    """What a process that starts has loaded after the import, after calls, and after one of a projection."""
+    code = """
 import sys
-import torch
 import feddistill_kernels as fk
+print([m for m in sys.modules if m.split('.')[0] == 'triton' or m == 'feddistill_kernels._C'])
+
+import torch
 
 rows = [torch.randn(4, 8) for _ in range(3)]
 fk.coordinate_median(rows)
@@ -187,5 +177,14 @@ fk.linear_distillation_loss(x, torch.randn(8, 8), head).backward()  # here torch
 print([name for name in sys.modules if name.startswith("feddistill_kernels.") and "_triton" in name])
 print([op for op in fk.operators() if f"feddistill_kernels.{op}._native" not in sys.modules])
 """
-    )
-    assert printed.split("\n") == ["False", "[]", "['vocabulary_parallel']", ""]
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return run.stdout.splitlines()
+
+
+def test_importing_loads_no_triton_and_no_compiled_module(loaded):
+    assert loaded[0] == "[]"
+
+
+def test_calls_on_the_cpu_load_no_triton(loaded):
+    """It is 70 MB that a coordinator without a GPU would hold for nothing."""
+    assert loaded[1:] == ["False", "[]", "['vocabulary_parallel']"]

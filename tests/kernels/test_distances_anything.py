@@ -25,6 +25,8 @@ def cost(z, xs):
 )
 def test_backends_agree_on_anything(device, count, rows, columns, scale, liars, seed):
     others = [name for name in available_backends("distances", device) if name != "reference"]
+    if device == "cpu" and count * count * rows > 60:
+        others = [name for name in others if name != "triton"]  # it takes the interpreter long
     if not others:
         pytest.skip("nothing to compare with")
     generator = torch.Generator(device).manual_seed(seed)
