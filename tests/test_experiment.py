@@ -71,8 +71,8 @@ def test_another_seed_gives_another_run(finished, tiny_settings, tmp_path):
 INTERRUPTED = """
 import gc, json, os, resource, signal, sys
 from pathlib import Path
-import torch._dynamo
-from feddistill import metrics, training
+import flwr_datasets.partitioner, sklearn.metrics, torch._dynamo
+from feddistill import training
 from feddistill.config import load
 from feddistill.errors import RunError
 from feddistill.modelio import inference
