@@ -11,7 +11,7 @@ from feddistill.runs import experiment, plan
     "change",
     [
         {},
-        {"payload": {"codec": "topk", "k": 3}, "keep_checkpoints": "all", "baselines": ["public_only"]},
+        {"payload": {"codec": "topk", "k": 3}, "keep_checkpoints": "all"},
         {"payload": {"codec": "threshold", "k": 3}, "baselines": [], "rounds": 1},
         {"payload": {"codec": "sampled", "samples": 9}, "baselines": [], "rounds": 1},
     ],
