@@ -32,9 +32,26 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """What is imported by now stays: the trainer collects garbage each time, and need not look at it."""
+    gc.callbacks.append(freeze_modules)
     gc.collect()
-    gc.freeze()
+
+
+frozen_at = 0
+
+
+def freeze_modules(phase, info):
+    """Modules stay: the trainer collects garbage each time, and need not look at half a million objects."""
+    global frozen_at
+    if phase == "stop" and info["generation"] == 2 and len(sys.modules) > frozen_at + 50:
+        gc.freeze()
+        frozen_at = len(sys.modules)
+
+
+def pytest_unconfigure():
+    """What is frozen at the end is not torn down, and Triton's bindings complain of leaks."""
+    if freeze_modules in gc.callbacks:
+        gc.callbacks.remove(freeze_modules)
+    gc.unfreeze()
 
 
 def pytest_report_header(config):

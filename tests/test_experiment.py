@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from feddistill import payload, training
-from feddistill.config import load, parse
+from feddistill.config import parse
 from feddistill.errors import ConfigError, FeddistillError, ModelError, RoundError, RunError
 from feddistill.runs import experiment
 from feddistill.store.run_directory import RunDirectory
@@ -32,7 +32,7 @@ def whole(tiny_model, tmp_path_factory):
 
 @pytest.fixture
 def finished(whole, tiny_config, tmp_path_factory):
-    if not whole:
+    if "out" not in whole:
         out = tmp_path_factory.mktemp("whole") / "run"
         whole["result"], whole["out"] = experiment.run(tiny_config, out), out
     return whole
@@ -63,74 +63,115 @@ def test_uploads_are_counted_as_they_lie_on_disk(finished):
     assert traffic["uplink"] - traffic["descriptions"] == on_disk
 
 
-def test_equal_settings_give_equal_runs(finished, tiny_config, tmp_path):
-    again = experiment.run(tiny_config, tmp_path / "again")
-    assert outcome(again) == outcome(finished["result"])
-    for path in finished["out"].glob("rounds/*/payloads/*.safetensors"):
-        assert path.read_bytes() == (tmp_path / "again" / path.relative_to(finished["out"])).read_bytes()
-
-
 def test_another_seed_gives_another_run(finished, tiny_settings, tmp_path):
     other = experiment.run(parse({**tiny_settings, "seed": 1, "baselines": []}), tmp_path / "other")
     assert other["metrics"]["student"] != finished["result"]["metrics"]["student"]
 
 
-KILLER = """
-import os, signal, sys
+INTERRUPTED = """
+import gc, json, os, resource, signal, sys
 from pathlib import Path
+import flwr_datasets.partitioner, sklearn.metrics, torch._dynamo
 from feddistill import training
 from feddistill.config import load
+from feddistill.errors import RunError
 from feddistill.modelio import inference
 from feddistill.runs import experiment
 from feddistill.server import rounds
+from feddistill.training import trainer
 
-phase, count = sys.argv[1], int(sys.argv[2])
-module, name = {{
-    "specialist training": (training, "fit"),
-    "answering": (inference, "answer"),
-    "aggregation": (rounds, "diagnose"),
-    "distillation": (training, "fit"),
-}}[phase]
-original, calls = getattr(module, name), 0
+gc.freeze()  # what a run imports late is imported above, once and not by each process
+config, out = load(Path(sys.argv[1])), Path(sys.argv[2])
 
 
-def deadly(*args, **kwargs):
-    global calls
-    calls += 1
-    if calls < count:
-        return original(*args, **kwargs)
-    original(*args, **kwargs)  # the work is done, and nothing of it written
-    os.kill(os.getpid(), signal.SIGKILL)
+def fill_the_disk():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
 
 
-setattr(module, name, deadly)
-experiment.run(load(Path(sys.argv[3])), Path(sys.argv[4]))
+def kill(module, name, count):
+    original, calls = getattr(module, name), 0
+
+    def deadly(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        done = original(*args, **kwargs)
+        if calls < count:
+            return done
+        os.kill(os.getpid(), signal.SIGKILL)  # the work is done, and nothing of it written
+
+    setattr(module, name, deadly)
+
+
+# In a round of three clients, fit is called for each of them and then for the student; answer is called
+# twice to evaluate each of them, and once for each client's answers.
+stops = {
+    "full disk": fill_the_disk,
+    "specialist training": lambda: kill(training, "fit", 2),  # round 1, second client
+    "answering": lambda: kill(inference, "answer", 17),  # round 2, second client
+    "aggregation": lambda: kill(rounds, "diagnose", 1),  # round 2
+    "distillation": lambda: kill(training, "fit", 1),  # round 2, the student
+}
+for phase, prepare in stops.items():
+    if not os.fork():
+        prepare()
+        try:
+            experiment.run(config, out, resume=out.exists())
+        except RunError as error:
+            sys.exit(error.args[0])
+        sys.exit()
+    status = os.waitstatus_to_exitcode(os.wait()[1])
+    files = [str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()]
+    print(json.dumps([phase, status, files]))
 """
 
-# In a round of three clients, fit is called for each of them and then for the student.
-KILLS = {
-    "specialist training": 2,  # round 1, second client
-    "answering": 17,  # round 2, second client: answer is called twice to evaluate, once to answer
-    "aggregation": 2,  # round 2
-    "distillation": 8,  # round 2, the student
+
+@pytest.fixture
+def interrupted(whole, tiny_file, tmp_path_factory):
+    """A run in one process after the other: the first had a full disk, the others were killed."""
+    if "interrupted" not in whole:
+        out = tmp_path_factory.mktemp("interrupted") / "run"
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", INTERRUPTED, str(tiny_file), str(out)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        phases = {phase: stop for phase, *stop in map(json.loads, done.stdout.splitlines())}
+        whole["interrupted"] = out, phases, done.stderr
+    return whole["interrupted"]
+
+
+DONE_AND_LOST = {
+    "specialist training": ("records/alone/001/client-0.json", "records/alone/001/client-1.json"),
+    "answering": ("rounds/002/payloads/client-0.json", "rounds/002/payloads/client-1.json"),
+    "aggregation": ("rounds/002/payloads/client-2.json", "records/rounds/002/teacher.json"),
+    "distillation": ("records/rounds/002/teacher.json", "records/rounds/002/student.json"),
 }
 
 
-@pytest.mark.parametrize("phase", KILLS)
-def test_a_killed_run_resumes_to_the_same_numbers(phase, finished, tiny_config, tiny_file, tmp_path):
-    out = tmp_path / "run"
-    code = KILLER.replace("{{", "{").replace("}}", "}")
-    killed = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code, phase, str(KILLS[phase]), str(tiny_file), str(out)],
-        capture_output=True,
-        check=False,
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+def test_a_killed_run_resumes_to_the_same_numbers(interrupted, finished, tiny_config):
+    out, phases, errors = interrupted
+    for phase, (last, lost) in DONE_AND_LOST.items():
+        status, files = phases[phase]
+        assert status == -signal.SIGKILL, errors
+        assert last in files, phase
+        assert lost not in files, phase
     assert not (out / "result.json").exists()
-    before = sorted(path.name for path in out.rglob("*.json"))
     resumed = experiment.run(tiny_config, out, resume=True)
-    assert before, "something was done before the kill"
     assert outcome(resumed) == outcome(finished["result"])
+    for path in finished["out"].glob("rounds/*/payloads/*.safetensors"):
+        assert path.read_bytes() == (out / path.relative_to(finished["out"])).read_bytes()
+
+
+def test_a_full_disk_is_one_clear_error(interrupted):
+    """A limit on file size stands for a full disk: writing a model's weights fails half-way."""
+    _, phases, errors = interrupted
+    status, files = phases["full disk"]
+    assert status == 1
+    assert "cannot write" in errors
+    assert ".safetensors" in errors
+    assert not [path for path in files if path.endswith((".safetensors", ".partial"))]
 
 
 def test_a_finished_run_is_returned_as_it_is(finished, tiny_config):
@@ -260,67 +301,22 @@ def test_the_last_teachers_are_replayed_in_as_many_steps(tiny_settings, tmp_path
     assert len({steps for _, _, steps in taught}) == 1
 
 
-def test_top_k_answers_are_smaller_than_dense_ones_of_many_classes(tiny_settings, tmp_path):
-    config = parse({**tiny_settings, "baselines": [], "payload": {"codec": "topk", "k": 3}})
-    result = experiment.run(config, tmp_path / "run")
+ONE_OF_EACH = [
+    ({"codec": "topk", "k": 3}, "mean_logits"),
+    ({"codec": "threshold", "k": 6, "epsilon": 0.05, "compression": "zstd"}, "median"),
+    ({"codec": "sampled", "samples": 5}, {"kind": "mean_probs", "weights": "size"}),
+    ({}, "trimmed_mean"),
+    ({}, {"kind": "mean_probs", "weights": "class_counts"}),
+]
+
+
+@pytest.mark.parametrize(("codec", "rule"), ONE_OF_EACH, ids=str)
+def test_every_codec_rule_and_weighting_carries_a_run(codec, rule, tiny_settings, tmp_path):
+    data = {**tiny_settings["data"], "histogram_epsilon": 1.0}
+    changes = {"data": data, "payload": codec, "aggregation": {"rule": rule}, "rounds": 1, "baselines": []}
+    result = experiment.run(parse({**tiny_settings, **changes}), tmp_path / "run")
     assert result["status"] == "complete"
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"codec": "threshold", "k": 6, "epsilon": 0.05, "compression": "zstd"},
-        {"codec": "sampled", "samples": 5},
-    ],
-)
-def test_every_codec_carries_a_run(settings, tiny_settings, tmp_path):
-    config = parse({**tiny_settings, "rounds": 1, "baselines": [], "payload": settings})
-    assert experiment.run(config, tmp_path / "run")["refused"] == {}
-
-
-@pytest.mark.parametrize("rule", ["mean_logits", "median", "trimmed_mean"])
-def test_every_rule_runs(rule, tiny_settings, tmp_path):
-    settings = {**tiny_settings, "rounds": 1, "baselines": [], "aggregation": {"rule": rule}}
-    assert experiment.run(parse(settings), tmp_path / "run")["status"] == "complete"
-
-
-def test_every_weighting_runs(tiny_settings, tmp_path):
-    for weights in ("size", "class_counts"):
-        rule = {"kind": "mean_probs", "weights": weights}
-        data = {**tiny_settings["data"], "histogram_epsilon": 1.0}
-        settings = {
-            **tiny_settings,
-            "data": data,
-            "rounds": 1,
-            "baselines": [],
-            "aggregation": {"rule": rule},
-        }
-        assert experiment.run(parse(settings), tmp_path / weights)["status"] == "complete"
-
-
-def test_a_full_disk_is_one_clear_error(tiny_file, tmp_path):
-    """A limit on file size stands for a full disk: writing a model's weights fails half-way."""
-    code = (
-        "import resource, sys; from pathlib import Path; from feddistill.runs import experiment; "
-        "from feddistill.config import load; from feddistill.errors import RunError; "
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))\n"
-        "try: experiment.run(load(Path(sys.argv[1])), Path(sys.argv[2]))\n"
-        "except RunError as error: print(error); sys.exit(2)"
-    )
-    out = tmp_path / "run"
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code, str(tiny_file), str(out)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 2, done.stderr
-    assert "cannot write" in done.stdout
-    assert ".safetensors" in done.stdout
-    assert not list(out.rglob("*.safetensors"))
-    assert not list(out.rglob("*.partial"))
-    resumed = experiment.run(load(tiny_file), out, resume=True)
-    assert resumed["status"] == "complete"
+    assert result["refused"] == {}
 
 
 def test_old_checkpoints_are_tidied_and_the_student_kept(finished):

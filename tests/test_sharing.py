@@ -8,7 +8,8 @@ import yaml
 from feddistill import config
 from feddistill.config import parse
 from feddistill.runs import experiment, study, trained_models
-from feddistill.store.run_directory import read_object
+from feddistill.store import layout
+from feddistill.store.run_directory import RunDirectory, read_object
 from feddistill.tasks import step_cache
 from feddistill.tasks.learner import Learner
 
@@ -72,14 +73,34 @@ def test_giving_changes_nothing(whole):
         assert done(whole / "giving", beginning) == done(whole / "alone", beginning)
 
 
+class FarEnoughError(Exception):
+    """What is to be compared is done."""
+
+
 @pytest.mark.parametrize(
-    ("beginning", "more"), [("alone/001", OF_STUDENT), ("baselines/public_only", OF_CLIENTS)]
+    ("beginning", "more", "last"),
+    [
+        ("alone/001", OF_STUDENT, layout.teacher(1)),
+        ("baselines/public_only", OF_CLIENTS, layout.method("public_only")),
+    ],
 )
-def test_a_shared_step_does_not_depend_on_what_differs(beginning, more, whole, tiny_settings, tmp_path):
+def test_a_shared_step_does_not_depend_on_what_differs(
+    beginning, more, last, whole, tiny_settings, tmp_path, monkeypatch
+):
     """Run without anything to take over, with all of it changed: every bit of the step is the same."""
     rounds = {} if beginning == "alone/001" else {"rounds": 1}  # the server alone has as many segments
     changed = settings(tiny_settings, **{**CHANGED, **more, **rounds})
-    experiment.run(changed, tmp_path / "other")
+    commit = RunDirectory.commit
+
+    def until_last(self, step, *content):
+        record = commit(self, step, *content)
+        if step == last:
+            raise FarEnoughError
+        return record
+
+    monkeypatch.setattr(RunDirectory, "commit", until_last)
+    with pytest.raises(FarEnoughError):
+        experiment.run(changed, tmp_path / "other")
     assert done(tmp_path / "other", beginning) == done(whole / "alone", beginning)
     plain = settings(tiny_settings)
     (independent,) = [names for start, names in step_cache.INDEPENDENT.items() if start.startswith(beginning)]
@@ -140,7 +161,7 @@ def test_a_study_may_leave_no_weights(whole, tiny_settings, tmp_path):
 
 
 def test_a_study_leaves_nothing_shared_when_all_is_done(tiny_settings, tmp_path):
-    (tmp_path / "base.yaml").write_text(yaml.safe_dump({**tiny_settings, "rounds": 1}))
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump({**tiny_settings, "rounds": 1, "baselines": []}))
     content = {"name": "two", "base": "base.yaml", "grid": {"distill.temperature": [1, 2]}, "seeds": [0]}
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(content))
     chosen = study.load(tmp_path / "study.yaml")
