@@ -32,9 +32,23 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """What is imported by now stays: the trainer collects garbage each time, and need not look at it."""
-    gc.collect()
-    gc.freeze()
+    freeze_what_is_imported()
+
+
+def pytest_runtest_logfinish():
+    freeze_what_is_imported()
+
+
+frozen_at = 0
+
+
+def freeze_what_is_imported():
+    """Modules stay: the trainer collects garbage each time, and need not look at half a million objects."""
+    global frozen_at
+    if len(sys.modules) > frozen_at + 50:
+        gc.collect()
+        gc.freeze()
+        frozen_at = len(sys.modules)
 
 
 def pytest_report_header(config):

@@ -4,6 +4,7 @@ import gzip
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def read(source: Source, name: str) -> Table:
     """
     match source:
         case EmbeddedSource():
-            return _embedded(source, name)
+            return _embedded(source.name)
         case FileSource():
             return _files(source, name)
         case HubSource():
@@ -55,12 +56,13 @@ def read(source: Source, name: str) -> Table:
             return _preset(source, name)
 
 
-def _embedded(source: EmbeddedSource, name: str) -> Table:
-    packed = files("feddistill.data").joinpath("embedded", f"{source.name}.jsonl.gz").read_bytes()
+@cache
+def _embedded(name: str) -> Table:
+    packed = files("feddistill.data").joinpath("embedded", f"{name}.jsonl.gz").read_bytes()
     rows = [json.loads(line) for line in gzip.decompress(packed).splitlines()]
-    label, origin = EMBEDDED_COLUMNS[source.name]
+    label, origin = EMBEDDED_COLUMNS[name]
     columns = {key: [row[key] for row in rows] for key in rows[0]}
-    return _table(columns, Columns(label_column=label, source_column=origin), name, source.name)
+    return _table(columns, Columns(label_column=label, source_column=origin), name, name)
 
 
 def _files(source: FileSource, name: str) -> Table:
