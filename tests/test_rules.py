@@ -94,14 +94,14 @@ def test_the_same_bytes_for_any_number_of_threads(rule, mix):
     found = []
     before = torch.get_num_threads()
     try:
-        for threads in (1, 2, 5):
+        for threads in (1, 3):
             torch.set_num_threads(threads)
             sparse = combine(kept(honest, 4), rule, mix=mix)
             parts = (combine(honest, rule, mix=mix), sparse.ids, sparse.log_probs, sparse.log_tail)
             found.append([part.numpy().tobytes() for part in parts])
     finally:
         torch.set_num_threads(before)
-    assert found[0] == found[1] == found[2]
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("attack", [LeastLikely(), SecondBest()], ids=lambda attack: attack.kind)
