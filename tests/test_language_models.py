@@ -3,8 +3,6 @@
 import csv
 import json
 import math
-import os
-import signal
 import subprocess
 import sys
 
@@ -282,35 +280,20 @@ def test_a_run_is_whole(finished):
     assert figures["bits_per_byte"] == result["metrics"]["student"]["bits_per_byte"]
 
 
-def test_a_killed_run_resumes_to_the_same_numbers(finished, tmp_path):
-    path = tmp_path / "tiny.yaml"
-    path.write_text(json.dumps(tiny()))
-    code = """
-import os, signal, sys
-from pathlib import Path
-from feddistill.runs import experiment
-from feddistill.config import load
-from feddistill.federation import encoding
-from feddistill.client.client import ClientGroup
-from feddistill.tasks.session import Session
+def test_a_stopped_run_resumes_to_the_same_numbers(finished, tmp_path, monkeypatch):
+    original, calls = encoding.compress_parts, []
 
-original, calls = encoding.compress_parts, 0
-def deadly(*args):
-    global calls
-    calls += 1
-    found = original(*args)
-    if calls == 7:  # round 2: four clients and the teacher have answered in round 1
-        os.kill(os.getpid(), signal.SIGKILL)
-    return found
-encoding.compress_parts = deadly
-experiment.run(load(Path(sys.argv[1])), Path(sys.argv[2]))
-"""
+    def failing(*args):
+        calls.append(args)
+        if len(calls) == 7:  # round 2: four clients and the teacher have answered in round 1
+            raise KeyboardInterrupt
+        return original(*args)
+
     out = tmp_path / "run"
-    killed = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code, str(path), str(out)],
-        capture_output=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    with monkeypatch.context() as patched:
+        patched.setattr(encoding, "compress_parts", failing)
+        with pytest.raises(KeyboardInterrupt):
+            experiment.run(parse(tiny()), out)
     assert (out / "records/rounds/001/student.json").exists()
     assert outcome(experiment.run(parse(tiny()), out, resume=True)) == outcome(finished["result"])
 
@@ -395,7 +378,7 @@ def test_what_a_run_would_cost_is_known_before():
 
 
 def test_a_study_of_them_is_told_in_bits_per_byte(tmp_path):
-    (tmp_path / "base.yaml").write_text(json.dumps(tiny(rounds=1)))
+    (tmp_path / "base.yaml").write_text(json.dumps(tiny(rounds=1, baselines=[])))
     content = {"name": "lm", "base": "base.yaml", "seeds": [0], "target": 20, "cases": {"little": {}}}
     content["cases"]["much"] = {"distill.kd_weight": 0.9}
     (tmp_path / "study.yaml").write_text(json.dumps(content))
