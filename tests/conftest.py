@@ -34,9 +34,6 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    if "feddistill.runs.experiment" in sys.modules:  # what a first run would import
-        for module in ("transformers.trainer", "flwr_datasets.partitioner", "sklearn.metrics"):
-            importlib.import_module(module)
     freeze_what_is_imported()
 
 
@@ -78,6 +75,9 @@ def tiny_model(tmp_path_factory):
     from feddistill.config.data import EmbeddedSource
     from feddistill.data.sources import read
 
+    for module in ("transformers.trainer", "flwr_datasets.partitioner", "sklearn.metrics"):
+        importlib.import_module(module)  # what the first run would import
+    freeze_what_is_imported()
     folder = tmp_path_factory.mktemp("tiny-bert")
     texts = read(EmbeddedSource(), "texts").texts[:2000]
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
