@@ -94,7 +94,6 @@ MACHINERY_MODULES = {
 }
 
 
-@cache
 def parsed(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
