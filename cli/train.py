@@ -93,6 +93,7 @@ def train(
     with progress.step("load torch and transformers"):  # takes seconds: settings are checked first
         from feddistill import report
         from feddistill.runs import experiment
+        from feddistill.training import trainer  # noqa: F401  # half of all objects, frozen with the others
 
         gc.freeze()  # transformers' trainer collects garbage after each training: saves 0.3 s
     out = out or free(Path("runs") / settings.name)

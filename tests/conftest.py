@@ -1,6 +1,7 @@
 """Small real parts: a tokenizer trained here, encoders of a few thousand weights, a run of seconds."""
 
 import gc
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach a network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Two test processes with two threads each wait for each other; tests of threads set their number.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning took 9 of 10 seconds of the tests of threads
 
 
 def pytest_addoption(parser):
@@ -72,6 +74,9 @@ def tiny_model(tmp_path_factory):
     from feddistill.config.data import EmbeddedSource
     from feddistill.data.sources import read
 
+    for module in ("transformers.trainer", "flwr_datasets.partitioner", "sklearn.metrics"):
+        importlib.import_module(module)  # what the first run would import
+    freeze_what_is_imported()
     folder = tmp_path_factory.mktemp("tiny-bert")
     texts = read(EmbeddedSource(), "texts").texts[:2000]
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
@@ -149,6 +154,16 @@ def tiny_causal(tmp_path_factory):
 
 @pytest.fixture
 def tiny_settings(tiny_model):
+    return tiny_settings_of(tiny_model)
+
+
+@pytest.fixture(scope="session")
+def new_tiny_settings(tiny_model):
+    """``tiny_settings``, made anew by each call: for what the tests of a file share."""
+    return lambda: tiny_settings_of(tiny_model)
+
+
+def tiny_settings_of(tiny_model):
     """Three clients, two rounds, a hundred texts each: settings as a mapping."""
     model = {"source": {"kind": "hub", "name": str(tiny_model)}, "max_tokens": 24}
     training = {"epochs": 1, "batch_size": 16, "learning_rate": 1e-3, "head_learning_rate": 1e-2}

@@ -90,7 +90,7 @@ class Server:
         self.speaker, self.ids, self.echo = speaker, ids, echo
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
 
     def reply(self, body):
         choices = [
@@ -298,7 +298,8 @@ def test_a_function_of_texts_is_a_classifier(tiny_settings, tmp_path, monkeypatc
     monkeypatch.syspath_prepend(str(tmp_path))
     box = {"source": {"kind": "callable", "name": "classifier_of_mine:guess"}}
     clients = {**tiny_settings["clients"], "models": [*tiny_settings["clients"]["models"], box]}
-    config = parse({**tiny_settings, "clients": clients, "baselines": ["local_only", "fedavg"]})
+    baselines = ["local_only", "fedavg"]
+    config = parse({**tiny_settings, "rounds": 1, "clients": clients, "baselines": baselines})
     costs = plan.plan(config)
     assert costs["flops"]["clients_train"] > 0
     result = experiment.run(config, tmp_path / "run")

@@ -131,7 +131,7 @@ import build_tables
 assert "| `blend` | The mixture of the clients" in build_tables.rules()
 assert "| `uniform` | Uniform answers" in build_tables.attacks()
 
-tests = ["test_rules.py", "test_attacks.py", "test_config.py", "test_language_models.py"]
+tests = ["test_rules.py", "test_attacks.py", "test_config.py"]
 options = ["-q", "-n0", "-p", "no:cacheprovider", "-k", "blend or uniform", "--rootdir", str(root)]
 sys.exit(pytest.main([*options, *(str(root / "tests" / name) for name in tests)]))
 """,

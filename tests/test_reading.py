@@ -89,7 +89,7 @@ def test_a_run_of_questions_is_verified_and_reported(run):
 def test_an_interrupted_run_goes_on_to_the_same_student(run, file, tmp_path):
     whole = json.loads((run / "result.json").read_text())
     again = tmp_path / "again"
-    settings = parse(made.settings(file, baselines=["public_only", "local_only", "centralized", "fedavg"]))
+    settings = parse(made.settings(file))
 
     class Stopped(Exception):
         pass
@@ -103,7 +103,8 @@ def test_an_interrupted_run_goes_on_to_the_same_student(run, file, tmp_path):
     with pytest.raises(Stopped):
         experiment.run(settings, again, progress=Stops())
     resumed = experiment.run(settings, again, resume=True)
-    assert resumed["metrics"] == whole["metrics"]
+    assert set(resumed["metrics"]) == {"student", "clients"}
+    assert resumed["metrics"].items() <= whole["metrics"].items()
 
 
 def test_shards_of_an_answer_are_those_of_the_whole(file, tmp_path):
@@ -158,8 +159,7 @@ def test_what_is_checked_and_foretold_is_said_in_words_of_the_task(file, tmp_pat
     assert "characters; the proxy set is" in foretold
 
 
-@pytest.mark.parametrize("target", ["hard", "soft"])
-@pytest.mark.parametrize("unanswerable", [False, True])
+@pytest.mark.parametrize(("target", "unanswerable"), [("hard", True), ("soft", False)])
 def test_every_way_to_learn_from_a_teacher_runs(tmp_path, target, unanswerable):
     file = made.write(tmp_path / "all.jsonl", made.rows(60, unanswerable=unanswerable))
     changes = {

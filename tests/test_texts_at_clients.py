@@ -13,9 +13,26 @@ from feddistill.federation.protocol import Instruction
 from feddistill.runs import experiment, rerun
 
 
-@pytest.fixture
-def config(tiny_settings):
-    return parse(tiny_settings | {"baselines": [], "aggregation": {"quorum": 2}})
+@pytest.fixture(scope="module")
+def config(new_tiny_settings):
+    return parse(new_tiny_settings() | {"baselines": [], "aggregation": {"quorum": 2}})
+
+
+@pytest.fixture(scope="module")
+def apart(config):
+    raw = config.model_dump(mode="json")
+    raw["data"]["partition"] = {"kind": "remote", "names": list(NAMES)}
+    raw["aggregation"] = {"rule": {"kind": "mean_probs", "weights": "class_counts"}}
+    return parse(raw)
+
+
+@pytest.fixture(scope="module")
+def done(config, apart, tmp_path_factory):
+    """A run with everybody: the server's folder, and the institutions' files."""
+    folder = tmp_path_factory.mktemp("apart")
+    files = institutions(config, folder / "institutions")
+    result = run(apart, folder / "run", Elsewhere(folder / "state", files))
+    return {"folder": folder, "run": folder / "run", "files": files, "result": result}
 
 
 class TestTextsAtClients:
@@ -25,67 +42,60 @@ class TestTextsAtClients:
     def files(self, config, tmp_path):
         return institutions(config, tmp_path / "institutions")
 
-    @pytest.fixture
-    def apart(self, config):
-        raw = config.model_dump(mode="json")
-        raw["data"]["partition"] = {"kind": "remote", "names": list(NAMES)}
-        raw["aggregation"] = {"rule": {"kind": "mean_probs", "weights": "class_counts"}}
-        return parse(raw)
-
-    @pytest.fixture
-    def given(self, apart, files):
-        raw = apart.model_dump(mode="json")
+    def test_teachers_are_those_of_one_process(self, apart, done, tmp_path):
+        raw, result = apart.model_dump(mode="json"), done["result"]
         sources = {
-            name: {"kind": "files", "path": str(f.parent / "private.jsonl")} for name, f in files.items()
+            name: {"kind": "files", "path": str(f.parent / "private.jsonl")}
+            for name, f in done["files"].items()
         }
         raw["data"]["partition"] = {"kind": "given", "sources": sources}
-        return parse(raw)
-
-    def test_teachers_are_those_of_one_process(self, apart, given, files, tmp_path):
-        result = run(apart, tmp_path / "run", Elsewhere(tmp_path / "state", files))
-        there = experiment.run(given, tmp_path / "given")
+        there = experiment.run(parse(raw), tmp_path / "given")
         for number in (1, 2):
             name = f"rounds/{number:03d}/teacher.safetensors"
-            assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "given" / name).read_bytes()
+            assert (done["run"] / name).read_bytes() == (tmp_path / "given" / name).read_bytes()
         assert result["metrics"]["student"] == there["metrics"]["student"]
         assert "clients" not in result["metrics"]
         assert result["heterogeneity"] == {"non_iid": None}
 
-    def test_no_private_text_is_at_the_server(self, apart, files, tmp_path):
-        run(apart, tmp_path / "run", Elsewhere(tmp_path / "state", files))
+    def test_no_private_text_is_at_the_server(self, done):
         texts = [
             json.loads(line)["text"].encode()
-            for file in files.values()
+            for file in done["files"].values()
             for line in (file.parent / "private.jsonl").read_text().splitlines()
         ]
-        for path in (tmp_path / "run").rglob("*"):
+        for path in done["run"].rglob("*"):
             if path.is_file():
                 content = path.read_bytes()
                 assert not any(text in content for text in texts if len(text) > 20)
 
-    def test_an_institution_may_have_a_model_of_its_own(self, apart, files, tmp_path):
+    def test_the_page_of_a_run_says_what_is_not_known(self, done):
+        from feddistill import report
+
+        page = report.write(done["run"]).read_text()
+        assert "known only to the clients" in page
+
+    def test_decided_again_without_a_client_or_its_texts(self, done, tmp_path):
+        gone = done["folder"].rename(tmp_path / "gone")
+        copied = shutil.copytree(gone / "run", tmp_path / "run")
+        try:
+            made = rerun.aggregate(copied, tmp_path / "again", ("aggregation.rule=median",))
+            assert len(made) == 2
+            rerun.distill(copied, tmp_path / "other", ("distill.temperature=1",))
+        finally:
+            gone.rename(done["folder"])
+
+    def test_a_model_of_ones_own_a_late_answer_and_one_that_never_came(self, apart, files, tmp_path):
+        apart = parse(apart.model_dump(mode="json") | {"aggregation": {"quorum": 2}})
         layers = "model: " + json.dumps(apart.clients.models[0].model_dump(mode="json") | {"layers": [0]})
         files["client-1"].write_text(files["client-1"].read_text() + layers + "\n")
-        run(apart, tmp_path / "run", Elsewhere(tmp_path / "state", files))
+        transport = Elsewhere(tmp_path / "state", files)
+        transport.fault = lambda task, name: [] if (task.round, name) == (2, "client-2") else None
+        run(apart, tmp_path / "run", transport)
         sizes = {
             name: next((tmp_path / "state" / name).rglob("alone/001/*.safetensors")).stat().st_size
             for name in NAMES
         }
-        assert sizes["client-1"] < sizes["client-0"] == sizes["client-2"]
-
-    def test_decided_again_without_a_client_or_its_texts(self, apart, files, tmp_path):
-        run(apart, tmp_path / "run", Elsewhere(tmp_path / "state", files))
-        shutil.rmtree(tmp_path / "state")
-        shutil.rmtree(tmp_path / "institutions")
-        made = rerun.aggregate(tmp_path / "run", tmp_path / "again", ("aggregation.rule=median",))
-        assert len(made) == 2
-        rerun.distill(tmp_path / "run", tmp_path / "other", ("distill.temperature=1",))
-
-    def test_a_late_answer_is_merged_and_a_missing_one_not_asked_for(self, apart, files, tmp_path):
-        apart = parse(apart.model_dump(mode="json") | {"aggregation": {"quorum": 2}})
-        transport = Elsewhere(tmp_path / "state", files)
-        transport.fault = lambda task, name: [] if (task.round, name) == (2, "client-2") else None
-        run(apart, tmp_path / "run", transport)
+        assert sizes["client-1"] < sizes["client-0"] == sizes["client-2"], "a model of its own"
         shutil.rmtree(tmp_path / "institutions")
         (first, second) = rerun.aggregate(tmp_path / "run", tmp_path / "again", ())
         assert [len(first["uploads"]), len(second["uploads"])] == [3, 2]
@@ -102,13 +112,6 @@ class TestTextsAtClients:
         assert [len(made[0]["uploads"]), len(made[1]["uploads"])] == [3, 3]
         with pytest.raises(ConfigError, match="its remote clients were trained on teachers that include"):
             rerun.forget(tmp_path / "run", tmp_path / "without", ["client-0"])
-
-    def test_the_page_of_a_run_says_what_is_not_known(self, apart, files, tmp_path):
-        from feddistill import report
-
-        run(apart, tmp_path / "run", Elsewhere(tmp_path / "state", files))
-        page = report.write(tmp_path / "run").read_text()
-        assert "known only to the clients" in page
 
     @pytest.mark.parametrize(
         ("text", "error"),
@@ -152,26 +155,34 @@ class TestTextsAtClients:
             parse(apart.model_dump(mode="json") | change)
 
 
+@pytest.fixture(scope="module")
+def some(new_tiny_settings):
+    raw = new_tiny_settings() | {"baselines": [], "rounds": 3, "aggregation": {"quorum": 2}}
+    raw["clients"] |= {"per_round": 2, "training": {**raw["clients"]["training"], "epochs": 3}}
+    return parse(raw)
+
+
+@pytest.fixture(scope="module")
+def local(some, tmp_path_factory):
+    """The run in one process."""
+    out = tmp_path_factory.mktemp("some") / "run"
+    experiment.run(some, out)
+    return out
+
+
 class TestPartialParticipation:
     """Two of three clients in each round, drawn anew."""
 
-    @pytest.fixture
-    def some(self, tiny_settings):
-        raw = tiny_settings | {"baselines": [], "rounds": 4, "aggregation": {"quorum": 2}}
-        return parse(raw | {"clients": raw["clients"] | {"per_round": 2}})
-
-    def test_engines_agree(self, some, tmp_path):
-        experiment.run(some, tmp_path / "local")
+    def test_engines_agree(self, some, local, tmp_path):
         result = run(some, tmp_path / "run", Elsewhere(tmp_path / "state"))
-        assert decided(tmp_path / "run") == decided(tmp_path / "local")
+        assert decided(tmp_path / "run") == decided(local)
         asked = [set(row["uplink"]) for row in result["bytes"]["by_round"]]
         assert all(len(names) == 2 for names in asked)
         assert set.union(*asked) == set(NAMES)
         assert len(set(map(frozenset, asked))) > 1
         assert result["missing"] == {}
 
-    def test_a_resumed_run_goes_on_with_the_same(self, some, tmp_path):
-        experiment.run(some, tmp_path / "whole")
+    def test_a_resumed_run_goes_on_with_the_same(self, some, local, tmp_path):
         transport = Elsewhere(tmp_path / "state")
 
         def die(task, name):
@@ -182,14 +193,11 @@ class TestPartialParticipation:
         with pytest.raises(KeyboardInterrupt):
             run(some, tmp_path / "run", transport)
         run(some, tmp_path / "run", Elsewhere(tmp_path / "state"), resume=True)
-        assert decided(tmp_path / "run") == decided(tmp_path / "whole")
+        assert decided(tmp_path / "run") == decided(local)
 
-    def test_who_is_asked_late_begins_as_the_others_did(self, some, tmp_path):
-        raw = some.model_dump(mode="json")
-        raw["clients"]["training"]["epochs"] = 3
-        experiment.run(parse(raw), tmp_path / "run")
+    def test_who_is_asked_late_begins_as_the_others_did(self, local):
         steps = {}
-        for record in sorted((tmp_path / "run/records").rglob("client-*.json")):
+        for record in sorted((local / "records").rglob("client-*.json")):
             if "payloads" not in str(record):
                 trained = json.loads(record.read_text())["content"]["trained"]
                 steps.setdefault(record.stem, []).append((str(record.parent), trained["steps"]))

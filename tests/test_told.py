@@ -30,11 +30,11 @@ def brief(tiny_settings):
     return parse(tiny_settings | {"baselines": [], "rounds": 1, "aggregation": {"rule": COUNTS, "quorum": 2}})
 
 
-def changed(transport, kind, change):
-    """``client-1`` says something else to tasks of one kind."""
+def changed(transport, kind, change, client="client-1"):
+    """A client says something else to tasks of one kind."""
 
     def fault(instruction, name):
-        if instruction.kind != kind or name != "client-1":
+        if instruction.kind != kind or name != client:
             return None
         reply = transport.own[name].handle(instruction)
         return [replace(reply, content=change(reply.content))]
@@ -92,20 +92,16 @@ def test_what_a_training_came_to_has_one_form(said):
     assert reports.training(said, metrics=True) is None
 
 
-def test_who_describes_itself_otherwise_takes_no_part(brief, tmp_path):
-    transport = Elsewhere(tmp_path / "state")
-    transport.fault = changed(
-        transport,
-        "describe",
-        lambda said: said | {"description": said["description"] | {"class_counts": [1e39] * 10}},
-    )
-    assert run(brief, tmp_path / "run", transport)["missing"] == {"1": ["client-1"]}
+def test_who_describes_itself_or_its_training_otherwise_takes_no_part(brief, tmp_path):
+    def counts_otherwise(said):
+        return said | {"description": said["description"] | {"class_counts": [1e39] * 10}}
 
-
-def test_a_training_that_is_told_otherwise_is_not_counted(brief, tmp_path):
     transport = Elsewhere(tmp_path / "state")
-    transport.fault = changed(transport, "train", lambda _: {"validation": 5})
-    assert run(brief, tmp_path / "run", transport)["missing"] == {"1": ["client-1"]}
+    describes = changed(transport, "describe", counts_otherwise)
+    trains = changed(transport, "train", lambda _: {"validation": 5}, "client-2")
+    transport.fault = lambda *asked: describes(*asked) or trains(*asked)
+    config = brief.model_copy(update={"aggregation": brief.aggregation.model_copy(update={"quorum": 1})})
+    assert run(config, tmp_path / "run", transport)["missing"] == {"1": ["client-1", "client-2"]}
     assert "another form" in (tmp_path / "run/federation.jsonl").read_text()
 
 
