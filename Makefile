@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 
-.PHONY: train test lint types resources results language-model docs-results bench setup clean
+.PHONY: train test mutants lint types resources results language-model docs-results bench setup clean
 
 setup: $(VENV)/ready
 
@@ -19,6 +19,10 @@ train: setup
 
 test: setup
 	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+# Faults put in on purpose must still be found; some 25 minutes.  See docs/testing.md.
+mutants: setup
+	$(BIN)/python -m tests.mutants --check tests/mutants/before.json
 
 lint: setup
 	$(BIN)/ruff check .

@@ -19,7 +19,7 @@ import tomllib
 import venv
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -143,14 +143,16 @@ class Build:
 
 
 class Copy:
-    """A copy of the tree with an interpreter that imports the packages from it, and all else as this one does.
+    """A copy of the tree, with an interpreter that imports the packages from it and the rest as this does.
 
-    The finder of an editable installation goes before every path, so the copy has a virtual environment of its
-    own: only path entries, and no finder.
+    The finder of an editable installation is asked before any path. So the copy has a virtual environment of
+    its own, with paths and no finder.
     """
 
     def __init__(self, tree: Path, folder: Path, build: Build):
         self.root, self.build = (folder / "tree").resolve(), build
+        self.output = ""
+        """Of the tests that ran last."""
         self._changes = 0
         self._processes: set[subprocess.Popen[str]] = set()
         self._closed = False
@@ -185,7 +187,7 @@ class Copy:
         """End what runs."""
         self._closed = True
         for process in list(self._processes):
-            os.killpg(process.pid, signal.SIGKILL)
+            _end(process)
 
     def _run(self, command: Sequence[str], timeout: float | None = None) -> tuple[int, str]:
         """Exit status and output; ``TimeoutExpired`` once the command and its children were ended."""
@@ -204,9 +206,12 @@ class Copy:
         )
         self._processes.add(process)
         try:
-            return _output(process, timeout)
+            output, _ = process.communicate(timeout=timeout)
         finally:
+            _end(process)  # its children too, which may hold the pipe
+            process.communicate()
             self._processes.discard(process)
+        return process.returncode, output
 
     def built(self, command: Sequence[str]) -> str:
         """The output of a command that may not fail."""
@@ -218,7 +223,9 @@ class Copy:
     def check_imports(self) -> None:
         """Raise unless tests, the command line and other processes import what is in the copy."""
         names = ("feddistill", "feddistill.cli", "feddistill_kernels", "feddistill_kernels._C")
-        lines = f"import {', '.join(names)}, sys; print(*(sys.modules[n].__file__ for n in {names}), sep='\\n')"
+        lines = (
+            f"import {', '.join(names)}, sys; print(*(sys.modules[n].__file__ for n in {names}), sep='\\n')"
+        )
         for path in self.built([self._python, "-c", lines]).splitlines():
             if not Path(path).is_relative_to(self.root):
                 raise Wrong(f"the copy imports {path}")
@@ -234,7 +241,7 @@ class Copy:
             status, output = self._run([self._python, "-m", "pytest", *options, *files], timeout)
         except subprocess.TimeoutExpired:
             return Outcome(True, f"more than {timeout:.0f} s", time.monotonic() - start)
-        seconds = time.monotonic() - start
+        seconds, self.output = time.monotonic() - start, output
         if status == 0:
             return Outcome(False, "", seconds)
         if status in (4, 5):
@@ -267,14 +274,9 @@ class Copy:
                 shutil.copy2(self.build.folder / self.build.module, self.module)
 
 
-def _output(process: subprocess.Popen[str], timeout: float | None) -> tuple[int, str]:
-    try:
-        output, _ = process.communicate(timeout=timeout)
-    except BaseException:
+def _end(process: subprocess.Popen[str]) -> None:
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        raise
-    return process.returncode, output
 
 
 def chosen(only: Sequence[str], area: Sequence[str]) -> list[Mutant]:
@@ -302,9 +304,7 @@ def check(table: Sequence[Mutant], tests: dict[str, list[str]], tree: Path) -> N
                 raise Wrong(f"docs/testing.md, {mutant.area}: there is no {file}")
 
 
-def judge(
-    table: Sequence[Mutant], tests: dict[str, list[str]], copies: Sequence[Copy]
-) -> dict[str, Outcome]:
+def judge(table: Sequence[Mutant], tests: dict[str, list[str]], copies: Sequence[Copy]) -> dict[str, Outcome]:
     """Run the areas on the unchanged copies, then each mutant; print a line for each."""
     free: SimpleQueue[Copy] = SimpleQueue()
     for copy in copies:
@@ -322,7 +322,7 @@ def judge(
         finally:
             free.put(copy)
         if outcome.killed:
-            raise Wrong(f"{area}: {outcome.by} fails without a mutant")
+            raise Wrong(f"{area}: {outcome.by} fails without a mutant\n{copy.output[-3000:]}")
         say(f"{area:<24} without a mutant {outcome.seconds:6.0f} s")
         return outcome.seconds
 
@@ -385,13 +385,15 @@ def lost(outcomes: dict[str, Outcome], before: dict[str, dict[str, object]]) -> 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line: 0, 1 if a mutant is lost, 2 for a mistake."""
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__)
-    parser.add_argument("--only", action="append", default=[], metavar="NAME", help="This mutant; repeatable.")
-    parser.add_argument("--area", action="append", default=[], help="The mutants of this area; repeatable.")
+    parser.add_argument("--only", action="append", default=[], metavar="NAME", help="One mutant; repeatable.")
+    parser.add_argument("--area", action="append", default=[], help="Those of an area; repeatable.")
     parser.add_argument("--jobs", type=int, default=2, help="Mutants side by side.")
     parser.add_argument("--out", type=Path, help="Write the outcomes there, as JSON.")
     parser.add_argument("--check", type=Path, help="Fail if a mutant that was killed in this file survives.")
     parser.add_argument("--tree", type=Path, default=ROOT, help="Another checkout, with its build folder.")
     options = parser.parse_args(arguments)
+    if options.jobs < 1:
+        parser.error(f"--jobs must be at least 1, got {options.jobs}")
     try:
         table, tests, tree = chosen(options.only, options.area), areas(), options.tree.resolve()
         before = json.loads(options.check.read_text())["mutants"] if options.check else {}
