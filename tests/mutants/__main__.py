@@ -154,7 +154,7 @@ class Copy:
         self.output = ""
         """Of the tests that ran last."""
         self._changes = 0
-        self._processes: set[subprocess.Popen[str]] = set()
+        self._processes: set[subprocess.Popen[bytes]] = set()
         self._closed = False
         listed = ["git", "-C", str(tree), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
         names = subprocess.run(listed, capture_output=True, text=True, check=True).stdout.split("\0")
@@ -193,25 +193,25 @@ class Copy:
         """Exit status and output; ``TimeoutExpired`` once the command and its children were ended."""
         if self._closed:
             raise KeyboardInterrupt
-        process = subprocess.Popen(
-            command,
-            cwd=self.root,
-            env=self._environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-        )
-        self._processes.add(process)
-        try:
-            output, _ = process.communicate(timeout=timeout)
-        finally:
-            _end(process)  # its children too, which may hold the pipe
-            process.communicate()
-            self._processes.discard(process)
-        return process.returncode, output
+        with tempfile.TemporaryFile(dir=self.root.parent) as log:  # children that stay would hold a pipe open
+            process = subprocess.Popen(
+                command,
+                cwd=self.root,
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            self._processes.add(process)
+            try:
+                status = process.wait(timeout)
+            finally:
+                _end(process)
+                process.wait()
+                self._processes.discard(process)
+            log.seek(0)
+            return status, log.read().decode(errors="replace")
 
     def built(self, command: Sequence[str]) -> str:
         """The output of a command that may not fail."""
@@ -223,10 +223,8 @@ class Copy:
     def check_imports(self) -> None:
         """Raise unless tests, the command line and other processes import what is in the copy."""
         names = ("feddistill", "feddistill.cli", "feddistill_kernels", "feddistill_kernels._C")
-        lines = (
-            f"import {', '.join(names)}, sys; print(*(sys.modules[n].__file__ for n in {names}), sep='\\n')"
-        )
-        for path in self.built([self._python, "-c", lines]).splitlines():
+        code = f"import {', '.join(names)}, sys\nfor name in {names}: print(sys.modules[name].__file__)"
+        for path in self.built([self._python, "-c", code]).splitlines():
             if not Path(path).is_relative_to(self.root):
                 raise Wrong(f"the copy imports {path}")
 
@@ -274,7 +272,7 @@ class Copy:
                 shutil.copy2(self.build.folder / self.build.module, self.module)
 
 
-def _end(process: subprocess.Popen[str]) -> None:
+def _end(process: subprocess.Popen[bytes]) -> None:
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
 
