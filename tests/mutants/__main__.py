@@ -25,6 +25,7 @@ from importlib.metadata import version
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Lock
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 TABLE = Path(__file__).with_name("mutants.toml")
@@ -349,20 +350,33 @@ def judge(table: Sequence[Mutant], tests: dict[str, list[str]], copies: Sequence
     return {mutant.name: outcome for mutant, outcome in zip(table, outcomes, strict=True)}
 
 
-def record(outcomes: dict[str, Outcome], tree: Path) -> dict[str, object]:
-    """What ``--out`` writes."""
+def record(outcomes: dict[str, Outcome], tree: Path, file: Path, *, some: bool) -> dict[str, Any]:
+    """What ``--out`` writes; after ``some`` of the mutants, ``file`` keeps the others' outcomes.
+
+    They must be of the same commit.
+    """
 
     def git(*words: str) -> str:
         return subprocess.run(
             ["git", "-C", str(tree), *words], capture_output=True, text=True, check=True
         ).stdout.strip()
 
+    commit = git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain") else "")
+    kept: dict[str, Any] = {}
+    if some and file.exists():
+        stored = json.loads(file.read_text())
+        if stored["commit"] != commit:
+            raise Wrong(f"{file} is of commit {stored['commit']}, this is {commit}: run all mutants")
+        kept = stored["mutants"]
+    everything = kept | {name: asdict(outcome) for name, outcome in outcomes.items()}
     return {
-        "commit": git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain") else ""),
+        "commit": commit,
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("torch", "numpy", "pytest", "hypothesis")},
-        "score": score(outcomes),
-        "mutants": {name: asdict(outcome) for name, outcome in outcomes.items()},
+        "score": f"{sum(outcome['killed'] for outcome in everything.values())} of {len(everything)}",
+        "mutants": {
+            mutant.name: everything[mutant.name] for mutant in mutants() if mutant.name in everything
+        },
     }
 
 
@@ -407,12 +421,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 copies.append(Copy(tree, place, build))
                 copies[-1].check_imports()
             outcomes = judge(table, tests, copies)
+        print(f"killed {score(outcomes)} in {(time.monotonic() - start) / 60:.0f} minutes")
+        if options.out:
+            made = record(outcomes, tree, options.out, some=bool(options.only or options.area))
+            options.out.write_text(json.dumps(made, indent=2) + "\n")
     except Wrong as error:
         print(f"mutants: {error}", file=sys.stderr)
         return 2
-    print(f"killed {score(outcomes)} in {(time.monotonic() - start) / 60:.0f} minutes")
-    if options.out:
-        options.out.write_text(json.dumps(record(outcomes, tree), indent=2) + "\n")
     lines = lost(outcomes, before)
     print(*lines, sep="\n", end="\n" if lines else "")
     return 1 if lines else 0
