@@ -20,7 +20,7 @@ import venv
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from queue import SimpleQueue
@@ -157,8 +157,7 @@ class Copy:
         self._changes = 0
         self._processes: set[subprocess.Popen[bytes]] = set()
         self._closed = False
-        listed = ["git", "-C", str(tree), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-        names = subprocess.run(listed, capture_output=True, text=True, check=True).stdout.split("\0")
+        names = _git(tree, "ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")
         for name in filter(None, names):
             if (tree / name).is_file():
                 (self.root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -303,12 +302,14 @@ def check(table: Sequence[Mutant], tests: dict[str, list[str]], tree: Path) -> N
                 raise Wrong(f"docs/testing.md, {mutant.area}: there is no {file}")
 
 
-def judge(table: Sequence[Mutant], tests: dict[str, list[str]], copies: Sequence[Copy]) -> dict[str, Outcome]:
-    """Run the areas on the unchanged copies, then each mutant; print a line for each."""
+def judge(
+    table: Sequence[Mutant], tests: dict[str, list[str]], copies: Sequence[Copy], record: "Record"
+) -> dict[str, Outcome]:
+    """Run the areas on the unchanged copies, then each mutant: print a line for each, record the latter."""
     free: SimpleQueue[Copy] = SimpleQueue()
     for copy in copies:
         free.put(copy)
-    printing = Lock()
+    printing, writing = Lock(), Lock()
 
     def say(line: str) -> None:
         with printing:
@@ -333,9 +334,11 @@ def judge(table: Sequence[Mutant], tests: dict[str, list[str]], copies: Sequence
                 outcome = copy.test(tests[mutant.area], SLOWER * seconds[mutant.area] + PATIENCE)
         finally:
             free.put(copy)
-        took = time.monotonic() - start
+        outcome = replace(outcome, seconds=round(took := time.monotonic() - start, 1))
         say(f"{mutant.name:<32} {took:6.0f} s  {'killed by ' + outcome.by if outcome.killed else 'SURVIVED'}")
-        return Outcome(outcome.killed, outcome.by, round(took, 1))
+        with writing:
+            record.add(mutant.name, outcome)
+        return outcome
 
     with ThreadPoolExecutor(len(copies)) as pool:
         try:
@@ -350,34 +353,40 @@ def judge(table: Sequence[Mutant], tests: dict[str, list[str]], copies: Sequence
     return {mutant.name: outcome for mutant, outcome in zip(table, outcomes, strict=True)}
 
 
-def record(outcomes: dict[str, Outcome], tree: Path, file: Path, *, some: bool) -> dict[str, Any]:
-    """What ``--out`` writes; after ``some`` of the mutants, ``file`` keeps the others' outcomes.
+class Record:
+    """The file of ``--out``, written after each mutant; a run of ``some`` keeps what it has of the others."""
 
-    They must be of the same commit.
-    """
+    def __init__(self, tree: Path, file: Path | None, *, some: bool):
+        self.file = file
+        if file is None:
+            return
+        self._head: dict[str, Any] = {
+            "commit": _git(tree, "rev-parse", "HEAD")
+            + ("-dirty" if _git(tree, "status", "--porcelain") else ""),
+            "versions": {"python": platform.python_version()}
+            | {name: version(name) for name in ("torch", "numpy", "pytest", "hypothesis")},
+        }
+        self._outcomes: dict[str, Any] = {}
+        if some and file.exists():
+            stored = json.loads(file.read_text())
+            if stored["commit"] != self._head["commit"]:
+                given, wanted = stored["commit"], self._head["commit"]
+                raise Wrong(f"{file} is of commit {given}, this is {wanted}: run all mutants")
+            self._outcomes = stored["mutants"]
 
-    def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(tree), *words], capture_output=True, text=True, check=True
-        ).stdout.strip()
+    def add(self, name: str, outcome: Outcome) -> None:
+        """Write the file with one more outcome."""
+        if self.file is None:
+            return
+        self._outcomes[name] = asdict(outcome)
+        found = {m.name: self._outcomes[m.name] for m in mutants() if m.name in self._outcomes}
+        total = f"{sum(one['killed'] for one in found.values())} of {len(found)}"
+        self.file.write_text(json.dumps({**self._head, "score": total, "mutants": found}, indent=2) + "\n")
 
-    commit = git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain") else "")
-    kept: dict[str, Any] = {}
-    if some and file.exists():
-        stored = json.loads(file.read_text())
-        if stored["commit"] != commit:
-            raise Wrong(f"{file} is of commit {stored['commit']}, this is {commit}: run all mutants")
-        kept = stored["mutants"]
-    everything = kept | {name: asdict(outcome) for name, outcome in outcomes.items()}
-    return {
-        "commit": commit,
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("torch", "numpy", "pytest", "hypothesis")},
-        "score": f"{sum(outcome['killed'] for outcome in everything.values())} of {len(everything)}",
-        "mutants": {
-            mutant.name: everything[mutant.name] for mutant in mutants() if mutant.name in everything
-        },
-    }
+
+def _git(tree: Path, *words: str) -> str:
+    command = ["git", "-C", str(tree), *words]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def score(outcomes: dict[str, Outcome]) -> str:
@@ -412,6 +421,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if gone := set(before) - {mutant.name for mutant in mutants()}:
             raise Wrong(f"{options.check} has the mutant {min(gone)}, which the table does not have")
         check(table, tests, tree)
+        record = Record(tree, options.out, some=bool(options.only or options.area))
         start = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
             build = Build(tree)
@@ -420,11 +430,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 (place := Path(folder, str(number))).mkdir()
                 copies.append(Copy(tree, place, build))
                 copies[-1].check_imports()
-            outcomes = judge(table, tests, copies)
+            outcomes = judge(table, tests, copies, record)
         print(f"killed {score(outcomes)} in {(time.monotonic() - start) / 60:.0f} minutes")
-        if options.out:
-            made = record(outcomes, tree, options.out, some=bool(options.only or options.area))
-            options.out.write_text(json.dumps(made, indent=2) + "\n")
     except Wrong as error:
         print(f"mutants: {error}", file=sys.stderr)
         return 2
