@@ -30,7 +30,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 TABLE = Path(__file__).with_name("mutants.toml")
 AREAS = ROOT / "docs" / "testing.md"
-SLOWER, PATIENCE = 4, 120
+SLOWER, PATIENCE = 10, 300
 """A mutant's tests may take this many times their time on the unchanged copy, and so many seconds more."""
 
 
