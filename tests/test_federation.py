@@ -404,6 +404,10 @@ def test_what_happened_is_written_down(config, tmp_path):
     assert 'feddistill_tasks_total{client="client-1",task="train"} 3' in metrics
     assert 'feddistill_failures_total{client="client-1",task="train"} 1' in metrics
     assert "# TYPE feddistill_received_bytes_total counter" in metrics
+    replied = [event for event in events if event["event"] == "replied" and event["task"] == "answer"]
+    answers = [event["bytes"] for event in replied if event["client"] == "client-1"]
+    counted = f'feddistill_received_bytes_total{{client="client-1",task="answer"}} {sum(answers):g}'
+    assert counted in metrics
 
 
 def test_a_run_is_resumed_with_the_engine_that_began_it(config, tmp_path):
