@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 
-.PHONY: train test test-release lint types resources results language-model docs-results bench setup clean
+.PHONY: train test test-release mutants lint types resources results language-model docs-results bench setup clean
 
 setup: $(VENV)/ready
 
@@ -23,6 +23,10 @@ test: setup
 # What takes minutes or compiles for every GPU target.
 test-release: setup resources
 	$(BIN)/pytest -m release --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+# Faults put in on purpose must still be found; some 25 minutes.  See docs/testing.md.
+mutants: setup
+	$(BIN)/python -m tests.mutants --check tests/mutants/before.json
 
 lint: setup
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from feddistill import payload, training
 from feddistill.config import parse
 from feddistill.errors import ConfigError, FeddistillError, ModelError, RoundError, RunError
 from feddistill.runs import experiment
+from feddistill.server import rounds
+from feddistill.store import layout
 from feddistill.store.run_directory import RunDirectory
 
 VARIES = {"seconds", "peak_memory_bytes", "environment"}
@@ -176,6 +179,23 @@ def test_a_full_disk_is_one_clear_error(interrupted):
 
 def test_a_finished_run_is_returned_as_it_is(finished, tiny_config):
     assert experiment.run(tiny_config, finished["out"], resume=True) == finished["result"]
+
+
+@pytest.mark.parametrize(("rollback", "start"), [(True, "best"), (False, "last")])
+def test_the_student_goes_on_from_its_best_round_or_its_last(rollback, start, tiny_settings):
+    server = object.__new__(rounds._Server)
+    server.session = SimpleNamespace(config=parse(tiny_settings | {"distill": {"rollback": rollback}}))
+    server.best, server.last = "best", "last"
+    assert server._start() == start
+
+
+def test_what_clients_are_sent_is_counted(finished):
+    """A request in each round, and the teacher of each round but the last, which has no next one."""
+    requests = [(finished["out"] / layout.request(number)).stat().st_size for number in (1, 2)]
+    feedback = sum(file.stat().st_size for file in finished["out"].glob("rounds/001/feedback.*"))
+    first, last = (set(sent["downlink"].values()) for sent in finished["result"]["bytes"]["by_round"])
+    assert feedback > 0
+    assert (first, last) == ({requests[0] + feedback}, {requests[1]})
 
 
 def test_settings_do_not_change_under_a_run(finished, tiny_settings):

@@ -306,6 +306,7 @@ def test_a_ledger_that_is_none_is_refused(source, tmp_path):
     broken = {
         "its head is not": {**good, "head": "00" * 32},
         "round 1 is missing": {**good, "rounds": good["rounds"][1:]},
+        "round 1 follows": {**good, "rounds": [{**good["rounds"][0], "previous": "00" * 32}]},
         "round 2 follows": {**good, "rounds": [{**good["rounds"][0], "teacher": "x"}, good["rounds"][1]]},
         "has no rounds": {"head": "", "rounds": []},
         "ledger:": {"head": "", "rounds": [{"round": "one"}]},

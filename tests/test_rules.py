@@ -21,7 +21,7 @@ from feddistill.aggregation.attacks import AttackContext, LeastLikely, SecondBes
 from feddistill.aggregation.rules import RULES, MeanProbs
 from feddistill.aggregation.rules.block import dense
 from feddistill.aggregation.rules.distance import Cronus, Krum, MultiKrum
-from feddistill.aggregation.rules.means import Era, MeanLogits, PriorCorrected
+from feddistill.aggregation.rules.means import Era, MeanLogits, PriorCorrected, floored
 from feddistill.aggregation.rules.order import MeanAroundMedian, TrimmedMean
 from feddistill.aggregation.rules.remembered import ExpGuard
 from feddistill.aggregation.teacher import aggregate
@@ -491,3 +491,25 @@ def test_memory_is_kept_of_clients_that_stay_away(honest):
     answerers = [lambda start, stop, a=a: a[start:stop] for a in honest]
     made = aggregate(answerers, TEXTS, ExpGuard(), context=known)
     assert made.memory["gone"] == {"log_weight": -3.0, "clean": 0.0}
+
+
+def test_who_lies_between_clean_rounds_is_not_forgiven(honest):
+    lie = LeastLikely()(AttackContext(honest[0], honest))
+    known = RoundContext(names=tuple("abcdefg"), memory={"a": {"log_weight": -3.0, "clean": 2.0}})
+    answerers = [lambda start, stop, a=a: a[start:stop] for a in (lie, *honest[1:])]
+    assert aggregate(answerers, TEXTS, ExpGuard(), context=known).memory["a"]["clean"] == 0
+
+
+def test_krum_sums_the_distances_to_as_many_neighbours_as_documented(monkeypatch):
+    """Four clients are close together, but each has only three neighbours there, and four count."""
+    place = torch.tensor([0.0, 0.1, 0.2, 0.3, 10.0, 11.0, 12.0, 13.0, 14.0])
+    squares = (place[:, None] - place).square()
+    monkeypatch.setattr("feddistill.aggregation.rules.block.squared_distances", lambda blocks: squares)
+    chosen, _ = Krum(byzantine=3).choose(lambda: iter(()), tuple("abcdefghi"), {})
+    assert chosen.tolist() == [0, 0, 0, 0, 0, 0, 1, 0, 0]
+
+
+def test_the_floor_holds_for_each_id_that_was_not_kept():
+    kept_ids = torch.tensor([[0, 1]], dtype=torch.int32)
+    answer = TopK(kept_ids, torch.tensor([[0.0, -torch.inf]]), torch.tensor([-torch.inf]), 100)
+    assert floored(answer, 10.0).expand()[0, 1:].tolist() == pytest.approx([-10.0] * 99)

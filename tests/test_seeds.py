@@ -1,5 +1,6 @@
 """Randomness by name."""
 
+from feddistill.federation.answer_files import draws
 from feddistill.seeds import derive, generator
 
 
@@ -15,3 +16,7 @@ def test_seeds_are_the_same_on_every_machine():
 
 def test_generators_draw_the_same():
     assert generator(0, "x").random() == generator(0, "x").random()
+
+
+def test_each_shard_of_an_answer_has_its_own_draws():
+    assert len({draws(0, 1, "client-0", shard) for shard in range(3)}) == 3

@@ -49,7 +49,9 @@ def test_a_write_that_fails_leaves_nothing(run):
 
 
 def test_left_overs_of_a_killed_run_are_cleared(run):
-    (run.root / "w.bin.partial").write_bytes(b"half")
+    (run.root / "rounds").mkdir()
+    for folder in (run.root, run.root / "rounds"):
+        (folder / "w.bin.partial").write_bytes(b"half")
     run.close()
     RunDirectory.open(run.root).close()
     assert not list(run.root.rglob("*.partial"))
