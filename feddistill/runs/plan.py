@@ -3,7 +3,9 @@
 import tempfile
 import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -93,7 +95,7 @@ def _plan(session: Session) -> Json:
         "classes": session.query.vocab_size,
         "bytes": sent,
         "flops": {**flops, "total": sum(flops.values())},
-        "seconds": {name: round(s, 1) for name, s in {**seconds, "total": sum(seconds.values())}.items()},
+        "seconds": {name: round(s, 3) for name, s in {**seconds, "total": sum(seconds.values())}.items()},
         "memory_bytes": {
             "training": peak_memory_bytes(),
             "aggregation": 3
@@ -138,16 +140,17 @@ def _speed(session: Session, job: Job) -> float:
     lessons: Any = learner.examples(texts)
     if isinstance(lessons, TrainingExamples):  # few proxy labels are known; timing does not depend on them
         lessons = TrainingExamples(tokens, labels_of(texts).clamp_min(0))
-    _fit(learner, lessons, job.settings, 1)  # warm-up: one-time work is not timed
-    one, several = (_fit(learner, lessons, job.settings, steps) for steps in (1, 1 + TRIAL_STEPS))
+    ends: list[float] = []
+    steps = 2 + TRIAL_STEPS  # the first one does work that is done once, and has no beginning here
+    learner.fit(
+        lessons,
+        job.settings,
+        seed=0,
+        steps=steps,
+        on_step=lambda done, total: ends.append(time.perf_counter()),
+    )
     learner.reset()
-    return max(several - one, 1e-6) / TRIAL_STEPS
-
-
-def _fit(learner: Learner, lessons: Any, settings: TrainingConfig, steps: int) -> float:
-    start = time.perf_counter()
-    learner.fit(lessons, settings, seed=0, steps=steps)
-    return time.perf_counter() - start
+    return median(end - start for start, end in pairwise(ends[1:]))
 
 
 def _bytes(session: Session, student: Learner) -> Json:
