@@ -1,7 +1,5 @@
 """``feddistill train``."""
 
-import atexit
-import gc
 from pathlib import Path
 
 import click
@@ -94,10 +92,6 @@ def train(
     with progress.step("load torch and transformers"):  # takes seconds: settings are checked first
         from feddistill import report
         from feddistill.runs import experiment
-        from feddistill.training import trainer  # noqa: F401  # half of all objects, frozen with the others
-
-        gc.freeze()  # transformers' trainer collects garbage after each training: saves 0.3 s
-        atexit.register(gc.unfreeze)  # Triton's bindings report what is still there at the end
     out = out or free(Path("runs") / settings.name)
     progress.log(f"run: {out}")
     if engine == "local":

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from feddistill.types import Cost
 
 Part = Literal["all", "above", "cached"]
-"""Of a model: all of it, without its cached first layers, or these alone."""
+"""Which part of a model is counted: all layers, those above the cached ones, or the cached ones."""
 
 _CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
@@ -48,7 +48,7 @@ class Work:
     flops: int = 0
 
 
-class _Reached(Exception):  # control flow: the layers after the last cached one are left out
+class _Reached(Exception):  # control flow: skips the layers after the last cached one
     pass
 
 

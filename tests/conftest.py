@@ -1,7 +1,5 @@
 """Small real parts: a tokenizer trained here, encoders of a few thousand weights, a run of seconds."""
 
-import gc
-import importlib
 import os
 import sys
 from pathlib import Path
@@ -33,29 +31,6 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name != "test_gpu_resources.py")
 
 
-def pytest_collection_finish():
-    gc.callbacks.append(freeze_modules)
-    gc.collect()
-
-
-frozen_at = 0
-
-
-def freeze_modules(phase, info):
-    """Modules stay: the trainer collects garbage each time, and need not look at half a million objects."""
-    global frozen_at
-    if phase == "stop" and info["generation"] == 2 and len(sys.modules) > frozen_at + 50:
-        gc.freeze()
-        frozen_at = len(sys.modules)
-
-
-def pytest_unconfigure():
-    """What is frozen at the end is not torn down, and Triton's bindings complain of leaks."""
-    if freeze_modules in gc.callbacks:
-        gc.callbacks.remove(freeze_modules)
-    gc.unfreeze()
-
-
 def pytest_report_header(config):
     return f"fuzz seed: {config.getoption('--fuzz-seed')}, kernels on {config.getoption('--device')}"
 
@@ -74,9 +49,6 @@ def tiny_model(tmp_path_factory):
     from feddistill.config.data import EmbeddedSource
     from feddistill.data.sources import read
 
-    for module in ("transformers.trainer", "flwr_datasets.partitioner", "sklearn.metrics"):
-        importlib.import_module(module)  # what the first run would import
-    gc.collect()  # and freeze them
     folder = tmp_path_factory.mktemp("tiny-bert")
     texts = read(EmbeddedSource(), "texts").texts[:2000]
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]

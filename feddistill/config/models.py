@@ -118,8 +118,8 @@ class ModelConfig(Setting):
     computed once instead of in every epoch. In ``masked_lm`` in evaluation and prediction alone, because
     training masks other tokens each time. 0: no cache."""
     dropout: float | None = Field(default=None, ge=0, lt=1)
-    """Probability of every dropout in the layers that are trained; ``null`` for the model's own. On a CPU the
-    random numbers are a fifth of the time of a step over short texts."""
+    """Probability of every dropout in the layers that are trained; ``null`` for the model's own. On a CPU it
+    is slow: random numbers are drawn on one thread."""
     max_tokens: int = Field(default=128, ge=2)
     """Longer texts are cut. For language models: the length of the blocks that texts are packed into."""
 

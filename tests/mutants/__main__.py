@@ -153,7 +153,7 @@ class Copy:
     def __init__(self, tree: Path, folder: Path, build: Build):
         self.root, self.build = (folder / "tree").resolve(), build
         self.output = ""
-        """Of the tests that ran last."""
+        """Output of the last test run."""
         self._changes = 0
         self._processes: set[subprocess.Popen[bytes]] = set()
         self._closed = False
