@@ -136,8 +136,10 @@ class Build:
                 flags = shlex.split(" ".join(values.get(key, "") for key in ("DEFINES", "INCLUDES", "FLAGS")))
                 run([self._compiler, *flags, "-o", inputs[out], "-c", str(tree / self.sources[out])])
             values = self._values[self.module]
-            flags = shlex.split(f"-fPIC {values.get('LANGUAGE_COMPILE_FLAGS', '')} {values['LINK_FLAGS']}")
-            libraries = shlex.split(values.get("LINK_LIBRARIES", ""))
+            flags = shlex.split(
+                f"-fPIC -shared {values.get('LANGUAGE_COMPILE_FLAGS', '')} {values['LINK_FLAGS']}"
+            )
+            libraries = shlex.split(" ".join(values.get(key, "") for key in ("LINK_PATH", "LINK_LIBRARIES")))
             run([self._compiler, *flags, "-o", f"{scratch}/linked.so", *inputs.values(), *libraries])
             module.unlink()  # not in place: a process may have it mapped
             shutil.move(f"{scratch}/linked.so", module)
