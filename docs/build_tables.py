@@ -10,6 +10,7 @@ import csv
 import json
 import re
 import shutil
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -266,7 +267,35 @@ def study(name: str) -> str:
     of = "one seed" if seeds == "1" else f"mean ± standard deviation of {seeds} seeds"
     whose = "The student's accuracy" if rest else "Accuracy"
     note = f"{whose} on the test set in per cent, {of}."
-    return "\n".join([*table, "", f"{note} All other metrics: `docs/results/{name}/summary.csv`."])
+    if seeds == "1":
+        note += f" {chance({row['who'] for row in rows})}"
+    made = json.loads((RESULTS / name / "made_by.json").read_text())
+    source = f"`docs/results/{name}/summary.csv`, made with commit {made['commit']}, recipe {made['recipe']}"
+    return "\n".join([*table, "", f"{note} All other metrics: {source}."])
+
+
+def chance(methods: set[str]) -> str:
+    """The differences that one seed cannot tell from chance: twice the standard deviation of a difference.
+
+    From the seeds of the study of methods, pooled over its alphas: two students as independent runs, the
+    student and another method paired by seed.
+    """
+    with (RESULTS / "methods" / "runs.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    found: dict[str, dict[str, list[float]]] = {}
+    student = {(row["alpha"], row["seed"]): float(row["accuracy"]) for row in rows if row["who"] == "student"}
+    for row in rows:
+        apart = 0.0 if row["who"] == "student" else student[row["alpha"], row["seed"]]
+        values = found.setdefault(row["who"], {}).setdefault(row["alpha"], [])
+        values.append(100 * (float(row["accuracy"]) - apart))
+    pooled = {who: fmean(stdev(v) ** 2 for v in values.values()) ** 0.5 for who, values in found.items()}
+    limits = [f"{2 * 2**0.5 * pooled['student']:.1f} points between two students"]
+    names = {"public_only": "*public only*", "fedavg": "FedAvg", "centralized": "*centralized*"}
+    limits += [f"{2 * pooled[who]:.1f} from {name}" for who, name in names.items() if who in methods]
+    return (
+        f"Within chance are differences of less than {', '.join(limits)}: twice the standard deviation of "
+        "a difference between seeds in [methods](methods.md)."
+    )
 
 
 def paired(name: str) -> str:
@@ -329,6 +358,11 @@ def take(folders: list[str]) -> None:
             shutil.copy(path, to)
         if not plots:
             print(f"no page shows a plot of {folder.name}: none was copied")
+        result = json.loads(next(folder.rglob("result.json")).read_text())
+        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+        made = {"commit": commit, "recipe": result.get("recipe", 1)}
+        (to / "made_by.json").write_text(json.dumps(made) + "\n")
         # No absolute path: the base is named relative to the study's file, as the author wrote it.
         text = (folder / "study.yaml").read_text(encoding="utf-8")
         text = re.sub(r"^base: .*/examples/studies/", "base: ", text, flags=re.MULTILINE)

@@ -1,6 +1,7 @@
 """What the documents say is so."""
 
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -66,14 +67,18 @@ def test_a_study_is_taken_with_the_plots_that_a_page_shows(tables, tmp_path, mon
         (folder / "figures").mkdir(parents=True)
         for file in ("figures/grid.svg", "figures/rounds.svg", "summary.csv", "runs.csv"):
             (folder / file).write_text("x")
+        (folder / "result.json").write_text('{"recipe": 7}')
         (folder / "study.yaml").write_text("base: /somewhere/examples/studies/../quickstart.yaml")
     tables.take([str(tmp_path / "runs" / name) for name in ("mine", "other")])
     taken = {str(path.relative_to(tables.RESULTS)) for path in tables.RESULTS.rglob("*.*")}
     summaries = {
-        f"{name}/{file}" for name in ("mine", "other") for file in ("summary.csv", "runs.csv", "study.yaml")
+        f"{name}/{file}"
+        for name in ("mine", "other")
+        for file in ("summary.csv", "runs.csv", "study.yaml", "made_by.json")
     }
     assert taken == {"mine/rounds.svg", *summaries}
     assert (tables.RESULTS / "mine" / "study.yaml").read_text() == "base: ../quickstart.yaml"
+    assert json.loads((tables.RESULTS / "mine" / "made_by.json").read_text())["recipe"] == 7
     assert capsys.readouterr().out == "no page shows a plot of other: none was copied\n"
 
 
