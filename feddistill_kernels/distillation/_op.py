@@ -228,8 +228,8 @@ def times(gradient: Tensor, upstream: Tensor, backend: str) -> Tensor:
     return result
 
 
-# A saved gradient that is needed again is not handed out: who receives it may write to it, as a leaf does that
-# takes it for its own and adds the next one.  True outside of a backward pass.
+# A saved gradient that is needed again is not handed out: who receives it may write to it, as a leaf does
+# that takes it for its own and adds the next one.  True outside of a backward pass.
 graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph
 
 

@@ -66,6 +66,7 @@ def are_one_process(name, losses, parts, loss, gradient):
         ("dtype", "student must be float64 on every rank of group or on none"),
         ("label", f"labels row 2 is {ranks.V}; it must be in [0, {ranks.V}) or ignore_index"),
         ("id", f"teacher row 2 keeps an id outside [0, {ranks.V})"),
+        ("id twice", "teacher row 1 keeps id 3 twice; -1 stands for no entry"),
         ("student", "student row 0 is all -inf"),
         ("teacher", "teacher row 0 is all -inf"),
         ("pad", "teacher has 10 columns on rank 0, student has 20: a pad must be at the end"),
