@@ -52,7 +52,7 @@ def trained(folder: Path, epochs: int, batch: int, parts: int) -> tuple[int, flo
         text = text.replace(key, str(value))
     config.write_text(text)
     command = [sys.executable, "-m", "feddistill.cli", "train", str(config), "--quiet", "--out", str(out)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
     record = json.loads(next(out.glob("records/alone/001/*.json")).read_text())["content"]["trained"]
     return int(record["steps"]), float(record["loss_curve"][-1][1])
 
