@@ -2,10 +2,9 @@
 
 from pathlib import Path
 
-import yaml
 from pydantic import ValidationError
 
-from feddistill.config import one_line
+from feddistill.config import one_line, strict_yaml
 from feddistill.config.data import FileSource, Source
 from feddistill.config.models import ModelConfig
 from feddistill.errors import ConfigError
@@ -29,12 +28,7 @@ def load(path: Path) -> Institution:
     Raises:
         ConfigError: It cannot be read, or a setting is unknown, missing or out of range.
     """
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    raw = strict_yaml.read(path)
     try:
         settings = Institution.model_validate(raw)
     except ValidationError as error:
