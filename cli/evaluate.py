@@ -6,12 +6,14 @@ from typing import Any
 
 import click
 
+from feddistill.cli.paths import UserPath
+
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=UserPath())
 @click.option(
     "--texts",
-    type=click.Path(path_type=Path),
+    type=UserPath(),
     help="File with labelled texts (csv, jsonl, parquet), instead of the run's test set.",
 )
 @click.option("--text-column", default="text", show_default=True, help="Column with the texts.")
@@ -21,13 +23,11 @@ import click
 @click.option(
     "--benchmark", metavar="NAME", help="Benchmark on the hub, e.g. glue/sst2; see docs/evaluation.md."
 )
-@click.option(
-    "--path", type=click.Path(path_type=Path), help="Local folder with the benchmark, in the hub's layout."
-)
+@click.option("--path", type=UserPath(), help="Local folder with the benchmark, in the hub's layout.")
 @click.option("--tasks", metavar="A,B", help="Tasks of lm-evaluation-harness (extra eval).")
 @click.option(
     "--task-folder",
-    type=click.Path(path_type=Path),
+    type=UserPath(),
     help="Folder with YAML files of custom tasks for --tasks.",
 )
 @click.option("--limit", type=click.IntRange(1), help="Evaluate only the first N examples.")

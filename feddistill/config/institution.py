@@ -8,7 +8,7 @@ from feddistill.config import one_line, strict_yaml
 from feddistill.config.data import FileSource, Source
 from feddistill.config.models import ModelConfig
 from feddistill.errors import ConfigError
-from feddistill.settings_model import Setting
+from feddistill.settings_model import LocalPath, Setting
 
 
 class Institution(Setting):
@@ -18,7 +18,7 @@ class Institution(Setting):
     """The private texts, with their labels."""
     model: ModelConfig | None = None
     """The specialist; ``null`` for this client's model in the server's configuration."""
-    key: Path | None = None
+    key: LocalPath | None = None
     """The private key that signs uploads (``feddistill keys``), if the server requires signatures."""
 
 

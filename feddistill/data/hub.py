@@ -43,10 +43,15 @@ def load(place: str, subset: str | None, split: str, revision: str | None, name:
 
 def columns(loaded: Any) -> dict[str, list[Any]]:
     """The columns as lists; class labels as names, ``None`` for unknown ones."""
+    values = {key: list(loaded[key]) for key in loaded.column_names}
+    for key in class_labels(loaded):
+        name_of = loaded.features[key].int2str
+        values[key] = [None if v is None or v < 0 else name_of(v) for v in values[key]]
+    return values
+
+
+def class_labels(loaded: Any) -> frozenset[str]:
+    """The columns of which the data set knows the classes."""
     import datasets
 
-    values = {key: list(loaded[key]) for key in loaded.column_names}
-    for key, feature in loaded.features.items():
-        if isinstance(feature, datasets.ClassLabel):
-            values[key] = [None if v is None or v < 0 else feature.int2str(v) for v in values[key]]
-    return values
+    return frozenset(key for key, of in loaded.features.items() if isinstance(of, datasets.ClassLabel))
