@@ -36,6 +36,8 @@ def check(config: Path | None, overrides: tuple[str, ...]) -> None:
     from feddistill.runs import experiment
 
     splits = experiment.check(settings)
+    for line in data.describe(settings.data):
+        click.echo(line)
     for line in skew_lines(data.skew(splits)):
         click.echo(line)
     click.echo(f"ok: {configuration.digest(settings)}")

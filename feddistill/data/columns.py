@@ -9,8 +9,8 @@ from feddistill.errors import DataError
 PART = re.compile(r"\.([^.\[]+)|\[(\d+)\]")
 """A step into a nested column: ``.name`` or ``[0]``."""
 
-WHOLE = re.compile(r"(-?(?:0|[1-9]\d*))(?:\.0*)?")
-"""A whole number, also as programs write one of a column of floats: ``2.0``."""
+NUMBER = re.compile(r"-?(?:0|[1-9]\d*)(?:\.\d*)?")
+"""A number without an exponent; ``007`` is a code."""
 
 Where = Callable[[int], str]
 """The place of a row as a suffix of an error: `` (a.csv, line 3)``."""
@@ -80,35 +80,45 @@ def names(values: Sequence[Any], setting: str, name: str, where: Where) -> list[
         DataError: Some values are true or false and others are not, or a name begins with a byte order mark.
     """
     given = [(row, value) for row, value in enumerate(values) if not is_missing(value)]
-    if len({isinstance(value, bool) for _, value in given}) > 1:
-        first = isinstance(given[0][1], bool)
-        row, value = next((row, value) for row, value in given if isinstance(value, bool) != first)
-        kind = "true or false" if first else "no such value"
+    if given and len({isinstance(value, bool) for _, value in given}) > 1:
+        other, first = given[0]
+        row, value = next(pair for pair in given if isinstance(pair[1], bool) != isinstance(first, bool))
         raise DataError(
-            f"{name}: row {row} has {value!r} for {setting}{where(row)}, but row {given[0][0]} is {kind}"
-            f"{where(given[0][0])}"
+            f"{name}: row {row} has {value!r} for {setting}{where(row)}, and row {other} has {first!r}"
+            f"{where(other)}: true and false stand beside other values"
         )
     found: list[str | None] = [None] * len(values)
     for row, value in given:
         found[row] = text = written(value)
         if "\ufeff" in text:
             raise DataError(f"{name}: row {row} has a byte order mark in {setting}{where(row)}")
-    numbers = {text: WHOLE.fullmatch(text) for text in found if text is not None}
-    if all(numbers.values()):  # cells of a csv file, which have no types
-        whole = {text: "0" if match[1] == "-0" else match[1] for text, match in numbers.items() if match}
-        return [None if text is None else whole[text] for text in found]
-    for text, match in numbers.items():
-        if match and match[1] != text and match[1] in numbers:
+    return _alike(found, setting, name, where)
+
+
+def _alike(found: list[str | None], setting: str, name: str, where: Where) -> list[str | None]:
+    """The names with whole numbers as ``1``, also where files without types have ``1.0``.
+
+    Names beside which there are others than numbers are left as they are, and checked.
+    """
+    numbers = {text: NUMBER.fullmatch(text) for text in dict.fromkeys(found) if text is not None}
+    if all(numbers.values()):
+        alike = {text: written(float(text)) if "." in text else text for text in numbers}
+        return [None if text is None else alike[text] for text in found]
+    first: dict[float, str] = {}
+    for text in (text for text, match in numbers.items() if match):
+        same = first.setdefault(float(text), text)
+        if same != text:
+            row, other = found.index(text), found.index(same)
             raise DataError(
-                f"{name}: row {found.index(text)} has {text!r} for {setting}{where(found.index(text))}, and row "
-                f"{found.index(match[1])} has {match[1]!r}{where(found.index(match[1]))}: write them alike"
+                f"{name}: row {row} has {text!r} for {setting}{where(row)}, and row {other} has {same!r}"
+                f"{where(other)}: write them alike"
             )
     return found
 
 
 def labels(
     values: Sequence[Any],
-    no_label: int | str | bool | None,
+    no_label: int | str | None,
     is_class: bool,
     setting: str,
     name: str,
@@ -127,18 +137,15 @@ def labels(
     Raises:
         DataError: As ``names``, or -1 may be a class and may be no label.
     """
-    found = (
-        [None if is_missing(v) else str(v) for v in values]
-        if is_class
-        else names(values, setting, name, where)
-    )
-    missing = None if no_label is None or no_label is False else str(no_label)
     if is_class:
-        found = [None if value == -1 else text for value, text in zip(values, found, strict=True)]
-    elif no_label is None and "-1" in found:
-        row = found.index("-1")
-        raise DataError(
-            f"{name}: row {row} has -1 for {setting}{where(row)}: set no_label: -1 if that is no label, or "
-            "no_label: false if it is a class"
-        )
+        found = [None if is_missing(value) or value == -1 else str(value) for value in values]
+    else:
+        found = names(values, setting, name, where)
+        if no_label is None and "-1" in found:
+            row = found.index("-1")
+            raise DataError(
+                f"{name}: row {row} has -1 for {setting}{where(row)}: set no_label: -1 if that is no label, "
+                "no_label: false if it is a class"
+            )
+    missing = None if no_label is None or no_label is False else str(no_label)
     return tuple(None if text == missing else text for text in found)

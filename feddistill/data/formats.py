@@ -9,11 +9,11 @@ import sys
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path, PurePath
 from typing import Any
 
 from feddistill.config.data import FileSource
+from feddistill.data import json_rows
 from feddistill.errors import DataError
 
 Columns = dict[str, list[Any]]
@@ -100,7 +100,7 @@ def read(path: Path, source: FileSource, name: str) -> File:
             case "jsonl":
                 return _json_lines(path.name, text)
             case "json":
-                return File(path.name, _json(text))
+                return File(path.name, json_rows.columns(text))
             case _:
                 numbers, lines = _lines(text)
                 return File(path.name, {source.text_column: lines}, numbers)
@@ -230,96 +230,19 @@ def joined_rows(file: File) -> tuple[int, str, int] | None:
     return (*min(found, key=lambda place: place[0]), len({row for row, _ in found})) if found else None
 
 
-def _loads(text: str) -> Any:
-    return json.loads(text, object_pairs_hook=_unique)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        names = [key for key, _ in pairs]
-        raise ValueError(f"an object has {max(names, key=names.count)!r} twice")
-    return values
-
-
 def _json_lines(name: str, text: str) -> File:
     numbers, lines = _lines(text)
     rows = []
     for number, line in zip(numbers, lines, strict=True):
         try:
-            rows.append(_loads(line))
+            rows.append(json_rows.loads(line))
         except json.JSONDecodeError as error:
             raise ValueError(
                 f"object {len(rows) + 1}: {error.msg} at its character {error.pos + 1} (line {number})"
             ) from None
         except ValueError as error:
             raise ValueError(f"line {number}: {error}") from None
-    return File(name, _objects(rows), numbers)
-
-
-def _json(text: str) -> Columns:
-    """Columns of a list of objects, an object of columns, or an object with such a list as ``data``."""
-    content = _loads(text)
-    if isinstance(content, dict):
-        rows = content.get("data")
-        others = [value for key, value in content.items() if key != "data"]
-        if not isinstance(rows, list) or not rows or any(isinstance(value, list) for value in others):
-            return _columns(content)
-        if not all(isinstance(row, dict) for row in rows):
-            return _columns(content)
-        return _objects(_squad(rows) if any("paragraphs" in row for row in rows) else rows)
-    if not isinstance(content, list):
-        raise ValueError("it is no list of objects")
-    return _objects(content)
-
-
-def _columns(content: Mapping[str, Any]) -> Columns:
-    """Columns as lists, or as objects by row (as pandas writes them); a single value is that of every row."""
-    columns = {key: value for key, value in content.items() if isinstance(value, list | dict)}
-    rows = [list(values) if isinstance(values, dict) else range(len(values)) for values in columns.values()]
-    if any(list(keys) != list(rows[0]) for keys in rows):
-        raise ValueError(f"its columns ({', '.join(columns)}) have different rows")
-    count = len(rows[0]) if rows else 0
-    whole = {key: content[key] if key in columns else [content[key]] * count for key in content}
-    return {key: list(v.values()) if isinstance(v, dict) else v for key, v in whole.items()}
-
-
-def _objects(rows: Sequence[Any]) -> Columns:
-    """Columns of JSON objects; missing keys are ``None``."""
-    for number, row in enumerate(rows):
-        if not isinstance(row, dict):
-            raise ValueError(f"row {number} is no object")
-    keys = dict.fromkeys(chain.from_iterable(rows))
-    return {key: [row.get(key) for row in rows] for key in keys}
-
-
-def _squad(articles: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The questions of SQuAD's own JSON, one row each."""
-    rows = []
-    for number, article in enumerate(articles):
-        for place, paragraph in enumerate(_list(article, "paragraphs", f"article {number}")):
-            name = f"article {number}, paragraph {place}"
-            for asked in _list(paragraph, "qas", name):
-                if not isinstance(asked, dict):
-                    raise ValueError(f"{name} has a question that is no object")
-                row = {"title": article.get("title"), "context": paragraph.get("context")}
-                row |= {key: value for key, value in asked.items() if key != "answers"}
-                if "answers" in asked:
-                    answers = _list(asked, "answers", name)
-                    if not all(isinstance(answer, dict) for answer in answers):
-                        raise ValueError(f"{name} has an answer that is no object")
-                    row["answers"] = {
-                        key: [answer.get(key) for answer in answers] for key in ("text", "answer_start")
-                    }
-                rows.append(row)
-    return rows
-
-
-def _list(value: Any, key: str, name: str) -> list[Any]:
-    part = value.get(key) if isinstance(value, dict) else None
-    if not isinstance(part, list):
-        raise ValueError(f"{name} has no list of {key}")
-    return part
+    return File(name, json_rows.objects(rows), numbers)
 
 
 def _parquet(path: Path) -> File:

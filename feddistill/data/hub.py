@@ -34,7 +34,8 @@ def load(place: str, subset: str | None, split: str, revision: str | None, name:
                 place, subset, split=split, revision=revision, cache_dir=cache, keep_in_memory=True
             )
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        cause = error.__cause__ or error  # datasets wraps what a file's reader says
+        reason = " ".join(str(cause).split()) or type(cause).__name__
         raise DataError(f"{name}: cannot load data set {place!r}: {reason}") from None
     finally:
         if shown:

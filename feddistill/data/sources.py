@@ -12,7 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from feddistill.config import presets
-from feddistill.config.data import Columns, EmbeddedSource, FileSource, HubSource, PresetSource, Source
+from feddistill.config.data import (
+    Columns,
+    DataConfig,
+    EmbeddedSource,
+    FileSource,
+    GivenPartition,
+    HubSource,
+    PresetSource,
+    RemotePartition,
+    Source,
+)
 from feddistill.data import benchmark, formats, hub
 from feddistill.data.columns import Where, find, is_missing, known, names, nowhere
 from feddistill.data.columns import labels as label_names
@@ -117,12 +127,27 @@ def _stem(path: Path) -> str:
     return Path(path.stem).stem if path.suffix.lower() == ".gz" else path.stem
 
 
-def describe(source: FileSource, name: str) -> Iterator[str]:
-    """Lines on the source's files: the rows of each, and rows that may have swallowed others.
+def describe(config: DataConfig) -> Iterator[str]:
+    """Lines on the files of a configuration: their rows, and fields that may have swallowed rows.
 
     Raises:
         DataError: As ``read``.
     """
+    own = isinstance(config.partition, GivenPartition | RemotePartition)
+    parts = {"proxy": config.proxy, "validation": config.validation, "test": config.test}
+    parts |= {} if own else {"private": config.private}
+    sources = {f"data.{part}.source": given.source for part, given in parts.items()}
+    if None in sources.values():
+        sources = {"data.source": config.source, **sources}
+    if isinstance(config.partition, GivenPartition):
+        clients = config.partition.sources.items()
+        sources |= {f"data.partition.sources.{client}": source for client, source in clients}
+    for name, source in sources.items():
+        if isinstance(source, FileSource):
+            yield from _describe(source, name)
+
+
+def _describe(source: FileSource, name: str) -> Iterator[str]:
     parts = _parts(source, name)
     counts = ", ".join(f"{part.name} {len(part)}" for part in parts[:5])
     more = f", {len(parts) - 5} more files" if len(parts) > 5 else ""
@@ -130,10 +155,10 @@ def describe(source: FileSource, name: str) -> Iterator[str]:
     for part in parts:
         if (joined := formats.joined_rows(part)) is not None:
             row, column, count = joined
-            others = f" (and {count - 1} more rows)" if count > 1 else ""
+            others = f", as {count - 1} more do" if count > 1 else ""
             yield (
-                f"{name}: row {row} of {part.where(row)} holds line breaks and delimiters in {column!r}{others}: "
-                "right if the text has them, lost rows if a quotation mark is missing"
+                f"{name}: row {row} ({part.where(row)}) holds line breaks and delimiters in {column!r}"
+                f"{others}: if a quotation mark is missing there, rows are lost"
             )
 
 
