@@ -1,5 +1,6 @@
 """Data sets of the Hugging Face hub, or of a local folder in the same layout."""
 
+import csv
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,22 @@ def load(place: str, subset: str | None, split: str, revision: str | None, name:
     shown = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
+        builder = datasets.load_dataset_builder(place, subset, revision=revision)
+        # datasets reads tsv as if it were csv: a quotation mark would join the lines up to the next one.
+        unquoted = {"quoting": csv.QUOTE_NONE} if getattr(builder.config, "sep", None) == "\t" else {}
         if not Path(place).is_dir():
-            return datasets.load_dataset(place, subset, split=split, revision=revision)
+            return datasets.load_dataset(place, subset, split=split, revision=revision, **unquoted)
         # The cache identifies a folder by its last name: another folder of that name, or a changed file,
         # would give the old content.
         with tempfile.TemporaryDirectory() as cache:
             return datasets.load_dataset(
-                place, subset, split=split, revision=revision, cache_dir=cache, keep_in_memory=True
+                place,
+                subset,
+                split=split,
+                revision=revision,
+                cache_dir=cache,
+                keep_in_memory=True,
+                **unquoted,
             )
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         cause = error.__cause__ or error  # datasets wraps what a file's reader says
