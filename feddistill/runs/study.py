@@ -237,7 +237,7 @@ def _flatten(raw: dict[str, Any], *, once: bool) -> None:
         raw["cases"] = {name: _flat(case or {}, whole=True, once=once) for name, case in cases.items()}
 
 
-def _flat(group: Any, prefix: str = "", *, whole: bool, once: bool) -> dict[str, Any]:
+def _flat(group: Any, prefix: str = "", *, whole: bool, once: bool = False) -> dict[str, Any]:
     """Nested names as dotted ones; ``whole``: a mapping without further names is a value of its own."""
     if not isinstance(group, dict):
         raise ConfigError(f"{prefix or 'settings, grid'} must be a mapping, got {group!r}")
@@ -248,10 +248,17 @@ def _flat(group: Any, prefix: str = "", *, whole: bool, once: bool) -> dict[str,
             inner = _flat(value, dotted, whole=whole, once=once)
         else:
             inner = {dotted: value}
-        if once and (twice := found.keys() & inner.keys()):
-            raise ConfigError(f"{min(twice)} stands twice, with dots and nested; give it once")
+        if once and (twice := _lost(found, inner)):
+            raise ConfigError(f"{twice} stands twice, with dots and nested; give it once")
         found |= inner
     return found
+
+
+def _lost(before: Mapping[str, Any], after: Mapping[str, Any]) -> str | None:
+    """A setting of ``before`` that ``after`` sets again, itself or in a mapping that is a value."""
+    leaves = _flat(before, whole=False)
+    again = [*after, *_flat(after, whole=False)]
+    return next((name for name in leaves if any(f"{name}.".startswith(f"{key}.") for key in again)), None)
 
 
 def _short(grid: Mapping[str, Any]) -> dict[str, str]:
