@@ -112,6 +112,8 @@ class ModelConfig(Setting):
     layers: tuple[int, ...] | None = Field(default=None, min_length=1)
     """Transformer layers to keep: ``[0, 2, 5]`` makes a small student with trained weights."""
     freeze_embeddings: bool = False
+    """True to train nothing that comes before the first layer: embeddings, positions, their norms. A head
+    that is tied to the embeddings is then frozen as well."""
     freeze_layers: int = Field(default=0, ge=0)
     """Number of kept layers, from the input on, that are not trained."""
     lora: LoraConfig | None = None

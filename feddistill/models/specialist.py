@@ -29,6 +29,7 @@ from feddistill.errors import ModelError
 from feddistill.modelio.padding import PAD_TO, padded
 from feddistill.models import frozen
 from feddistill.models.frozen import FrozenLayers, States
+from feddistill.models.layers import body_of, cut, frozen_depth, layer_list
 from feddistill.models.pretrained import pretrained
 from feddistill.models.sources import first_line
 from feddistill.models.tokenizers import tokenizer_of
@@ -154,25 +155,6 @@ def restore(model: nn.Module, path: Path) -> None:
         raise ModelError(f"{path} does not hold this model's weights: {str(error).splitlines()[0]}") from None
 
 
-def cut(model: nn.Module, config: ModelConfig, name: str) -> None:
-    """Remove layers, freeze parameters and set dropout, as ``config`` says."""
-    if config.layers is not None:
-        _keep_layers(model, config.layers, name)
-    _freeze(model, config, name)
-    if config.dropout is not None:
-        _set_dropout(model, config.dropout)
-
-
-def _set_dropout(model: nn.Module, probability: float) -> None:
-    """Set the probability of every dropout in ``model``."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = probability
-        for key, value in vars(module).items():  # that of functions that a module calls
-            if "dropout" in key and isinstance(value, float):
-                setattr(module, key, probability)
-
-
 def _with_head(config: ModelConfig, classes: int, tokenizer: PreTrainedTokenizerBase, name: str) -> nn.Module:
     own = config.head == "auto"
     auto = AutoModelForSequenceClassification if own else AutoModel
@@ -236,68 +218,6 @@ def _scratch_config(
     return AutoConfig.for_model(source.architecture, **{**settings, **source.settings, **labels})
 
 
-def _hf_config(model: nn.Module) -> PretrainedConfig:
-    body = model.encoder if isinstance(model, MeanPoolClassifier) else model
-    return body.config
-
-
-def _layer_list(model: nn.Module, name: str) -> tuple[str, nn.ModuleList]:
-    """The stack of transformer layers: the module list of the length in the model's configuration."""
-    depth = _hf_config(model).num_hidden_layers
-    for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth:
-            return path, module
-    raise ModelError(f"{name}: found no list of {depth} layers to cut or freeze in {type(model).__name__}")
-
-
-def depth(model: nn.Module, name: str) -> int:
-    """Number of transformer layers."""
-    return len(_layer_list(model, name)[1])
-
-
-def _keep_layers(model: nn.Module, keep: tuple[int, ...], name: str) -> None:
-    path, layers = _layer_list(model, name)
-    for index in keep:
-        if not 0 <= index < len(layers):
-            raise ModelError(
-                f"{name}.layers names layer {index}; the model has layers 0 to {len(layers) - 1}"
-            )
-    parent, _, last = path.rpartition(".")
-    setattr(model.get_submodule(parent), last, nn.ModuleList(layers[index] for index in keep))
-    for position, index in enumerate(keep):
-        for module in layers[index].modules():
-            if hasattr(module, "layer_idx"):  # index of its keys and values in a cache
-                module.layer_idx = position  # type: ignore[assignment]  # nn.Module types it as a tensor
-    hf = _hf_config(model)
-    if getattr(hf, "layer_types", None):
-        hf.layer_types = [hf.layer_types[index] for index in keep]
-    hf.num_hidden_layers = len(keep)
-
-
-def _freeze(model: nn.Module, config: ModelConfig, name: str) -> None:
-    if not (config.freeze_embeddings or config.freeze_layers):
-        return
-    path, layers = _layer_list(model, name)
-    if config.freeze_layers > len(layers):
-        raise ModelError(
-            f"{name}.freeze_layers = {config.freeze_layers}, but the model has {len(layers)} layers"
-        )
-    if config.freeze_embeddings:
-        # Everything before the first layer, norms and positions too: else backward runs down to it.
-        for parameter_name, parameter in model.named_parameters():
-            if parameter_name.startswith(f"{path}."):
-                break
-            parameter.requires_grad = False
-        for module_name, module in model.named_modules():
-            if module_name == path:
-                break
-            if not any(module.children()):
-                frozen.stay_in_evaluation(module)
-    for layer in layers[: config.freeze_layers]:
-        layer.requires_grad_(False)
-        frozen.stay_in_evaluation(layer)
-
-
 def remember_frozen(
     model: nn.Module, config: ModelConfig, name: str, known: dict[str, States], meter: FlopMeter | None = None
 ) -> FrozenLayers | None:
@@ -311,9 +231,9 @@ def remember_frozen(
         known: The caches of models with equal layers.
         meter: Counts the frozen layers when they are computed, and no longer in every pass.
     """
-    path, layers = _layer_list(model, name)
+    path, layers = layer_list(model, name)
     body = model.get_submodule(path.partition(".")[0])
-    count = frozen.depth(body, layers)
+    count = frozen_depth(body, layers)
     if not count:
         return None
     empty = States(config.frozen_cache_mb << 20)
@@ -325,7 +245,7 @@ def remember_frozen(
 
 def reads(model: nn.Module, tokenizer: PreTrainedTokenizerBase, length: int, name: str) -> None:
     """Check that the model reads a text of ``length`` tokens, all of them the tokenizer's last one."""
-    longest = getattr(_hf_config(model), "max_position_embeddings", None)
+    longest = getattr(body_of(model).config, "max_position_embeddings", None)
     if longest is not None and length > longest:
         raise ModelError(f"{name}.max_tokens = {length}, but the model reads at most {longest}")
     if longest is not None and padded(length) > longest:
