@@ -16,8 +16,9 @@ def adapt(model: nn.Module, config: ModelConfig, name: str, *, head: bool) -> No
 
 
 def check_trains(model: nn.Module, name: str) -> None:
-    """Raise ``ModelError`` if a model has nothing to train."""
-    if not any(parameter.requires_grad for parameter in model.parameters()):
+    """Raise ``ModelError`` if all parameters of a model are frozen; a query-only model has none."""
+    trains = [parameter.requires_grad for parameter in model.parameters()]
+    if trains and not any(trains):
         raise ModelError(f"{name}: no parameter is trained: all are frozen, by the settings or by the source")
 
 

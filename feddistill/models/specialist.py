@@ -29,6 +29,7 @@ from feddistill.errors import ModelError
 from feddistill.modelio.padding import PAD_TO, padded
 from feddistill.models import frozen
 from feddistill.models.frozen import FrozenLayers, States
+from feddistill.models.heads import class_names, order_head
 from feddistill.models.layers import body_of, cut, frozen_depth, layer_list
 from feddistill.models.pretrained import pretrained
 from feddistill.models.sources import first_line
@@ -81,7 +82,15 @@ class Specialist:
         return int(self.tokenizer.pad_token_id)
 
 
-def build(config: ModelConfig, classes: int, seed: int, name: str, public: Sequence[str] = ()) -> Specialist:
+def build(
+    config: ModelConfig,
+    classes: int,
+    seed: int,
+    name: str,
+    public: Sequence[str] = (),
+    *,
+    labels: Sequence[str] = (),
+) -> Specialist:
     """The model before any training.
 
     Args:
@@ -90,14 +99,16 @@ def build(config: ModelConfig, classes: int, seed: int, name: str, public: Seque
         seed: For random weights.
         name: The setting that errors name, as ``student.model``.
         public: The proxy texts, for a tokenizer that is trained on them.
+        labels: The classes in order, to which the rows of a trained head are matched by name.
 
     Raises:
-        ModelError: The source cannot be found or loaded, or lacks layers that ``config`` names.
+        ModelError: The source cannot be found or loaded, or lacks layers that ``config`` names, or its head
+            has other classes.
     """
     tokenizer = tokenizer_of(config.source, name, public)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = _with_head(config, classes, tokenizer, name)
+        model = _with_head(config, classes, tokenizer, name, labels)
     cut(model, config, name)
     reads(model, tokenizer, config.max_tokens, name)
     return Specialist(model, tokenizer, config.max_tokens)
@@ -155,13 +166,21 @@ def restore(model: nn.Module, path: Path) -> None:
         raise ModelError(f"{path} does not hold this model's weights: {str(error).splitlines()[0]}") from None
 
 
-def _with_head(config: ModelConfig, classes: int, tokenizer: PreTrainedTokenizerBase, name: str) -> nn.Module:
-    own = config.head == "auto"
-    auto = AutoModelForSequenceClassification if own else AutoModel
-    model = loaded(config, auto, {"num_labels": classes} if own else {}, tokenizer, name)
-    if own:
-        whole: nn.Module = model
+def _with_head(
+    config: ModelConfig,
+    classes: int,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    labels: Sequence[str],
+) -> nn.Module:
+    if config.head == "auto":
+        known = class_names(config.source, name) if labels else ()
+        count = {} if known else {"num_labels": classes}
+        whole: nn.Module = loaded(config, AutoModelForSequenceClassification, count, tokenizer, name)
+        if known:
+            order_head(whole, known, labels, name)
         return whole
+    model = loaded(config, AutoModel, {}, tokenizer, name)
     return MeanPoolClassifier(model, model.config.hidden_size, classes)
 
 

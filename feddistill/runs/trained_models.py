@@ -96,10 +96,10 @@ def of_run(out: Path) -> Student:
         _quiet()
         experiment.prepare(config)
         weights = directory.read_json(RESULT)["student_weights"]
-        labels = ()
+        labels: tuple[str, ...] = ()
         if TASKS[config.task].labels == "class":
             labels = tuple(directory.read_json(layout.SKEW)["labels"])
-        built = _built(config, len(labels), _public(config, directory))
+        built = _built(config, labels, _public(config, directory))
         directory.done(layout.step_of(weights))  # verifies the weights file
         models.restore(built.model, directory.path(weights))
     finally:
@@ -116,11 +116,11 @@ def of_run(out: Path) -> Student:
     )
 
 
-def _built(config: Config, classes: int, public: tuple[str, ...]) -> BuiltModel:
+def _built(config: Config, labels: tuple[str, ...], public: tuple[str, ...]) -> BuiltModel:
     """Build the student with its initial weights."""
     name = "student.model"
     seed = derive(config.seed, "init", name)
-    return learner_class(config.task).build(config, config.student.model, name, seed, public, classes)
+    return learner_class(config.task).build(config, config.student.model, name, seed, public, labels)
 
 
 def _public(config: Config, directory: RunDirectory) -> tuple[str, ...]:

@@ -30,9 +30,15 @@ class Classifier(Learner):
     @override
     @classmethod
     def build(
-        cls, config: Config, model: ModelConfig, name: str, seed: int, public: Sequence[str], classes: int
+        cls,
+        config: Config,
+        model: ModelConfig,
+        name: str,
+        seed: int,
+        public: Sequence[str],
+        labels: Sequence[str],
     ) -> models.Specialist:
-        return models.build(model, classes, seed, name, public)
+        return models.build(model, len(labels), seed, name, public, labels=labels)
 
     @override
     @classmethod

@@ -53,7 +53,13 @@ class CausalLanguageModel(Learner):
     @override
     @classmethod
     def build(
-        cls, config: Config, model: ModelConfig, name: str, seed: int, public: Sequence[str], classes: int
+        cls,
+        config: Config,
+        model: ModelConfig,
+        name: str,
+        seed: int,
+        public: Sequence[str],
+        labels: Sequence[str],
     ) -> causal.Causal:
         answers_only = config.language.completion_only
         try:

@@ -92,7 +92,7 @@ class Learner(ABC):
         self.name = name
         self.classes = len(session.splits.label_names)
         seed, public = derive(session.config.seed, "init", name), session.splits.proxy.texts
-        self.specialist = self.build(session.config, config, name, seed, public, self.classes)
+        self.specialist = self.build(session.config, config, name, seed, public, session.splits.label_names)
         self.model = self.specialist.model
         if adapt is None and config.lora is not None:
             head = TASKS[session.config.task].new_head
@@ -114,7 +114,13 @@ class Learner(ABC):
     @classmethod
     @abstractmethod
     def build(
-        cls, config: Config, model: ModelConfig, name: str, seed: int, public: Sequence[str], classes: int
+        cls,
+        config: Config,
+        model: ModelConfig,
+        name: str,
+        seed: int,
+        public: Sequence[str],
+        labels: Sequence[str],
     ) -> BuiltModel:
         """The model before any training.
 
@@ -124,7 +130,7 @@ class Learner(ABC):
             name: The setting that errors name.
             seed: For random weights.
             public: The proxy texts, for a tokenizer that is trained on them.
-            classes: Number of classes; 0 for tasks without classes.
+            labels: The classes; empty for tasks without classes.
 
         Raises:
             ModelError: The model cannot be loaded, cut or made to read its tokenizer's texts.
@@ -145,7 +151,7 @@ class Learner(ABC):
         cls, config: Config, splits: Splits, model: ModelConfig, name: str, query: ProxyQuery
     ) -> None:
         """Build a model once, and raise ``ModelError`` or ``ConfigError`` if it does not fit the run."""
-        built = cls.build(config, model, name, 0, splits.proxy.texts, len(splits.label_names))
+        built = cls.build(config, model, name, 0, splits.proxy.texts, splits.label_names)
         cls.check_built(built, config, splits, name, query)
         adapters.adapt(built.model, model, name, head=TASKS[config.task].new_head)
         adapters.check_trains(built.model, name)

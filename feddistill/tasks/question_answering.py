@@ -51,7 +51,13 @@ class QuestionAnswering(Learner):
     @override
     @classmethod
     def build(
-        cls, config: Config, model: ModelConfig, name: str, seed: int, public: Sequence[str], classes: int
+        cls,
+        config: Config,
+        model: ModelConfig,
+        name: str,
+        seed: int,
+        public: Sequence[str],
+        labels: Sequence[str],
     ) -> reading.PassageReader:
         return reading.build(model, config.question_answering, seed, name, public)
 

@@ -77,7 +77,13 @@ class QueryOnlyClassifier(_QueryOnly, Classifier):
     @override
     @classmethod
     def build(
-        cls, config: Config, model: ModelConfig, name: str, seed: int, public: Sequence[str], classes: int
+        cls,
+        config: Config,
+        model: ModelConfig,
+        name: str,
+        seed: int,
+        public: Sequence[str],
+        labels: Sequence[str],
     ) -> models.Specialist:
         return models.Specialist(nn.Module(), None, model.max_tokens)
 
@@ -113,7 +119,13 @@ class QueryOnlyLanguageModel(_QueryOnly, CausalLanguageModel):
     @override
     @classmethod
     def build(
-        cls, config: Config, model: ModelConfig, name: str, seed: int, public: Sequence[str], classes: int
+        cls,
+        config: Config,
+        model: ModelConfig,
+        name: str,
+        seed: int,
+        public: Sequence[str],
+        labels: Sequence[str],
     ) -> causal.Causal:
         tokenizer = tokenizer_of(model.source, f"{name}.source.tokenizer", public)
         reader = causal.TextReader(tokenizer, config.language.completion_only)
@@ -125,7 +137,7 @@ class QueryOnlyLanguageModel(_QueryOnly, CausalLanguageModel):
         cls, config: Config, splits: Splits, model: ModelConfig, name: str, query: ProxyQuery
     ) -> None:
         """Query the model with the beginning of the first proxy text."""
-        built = cls.build(config, model, name, 0, splits.proxy.texts, 0)
+        built = cls.build(config, model, name, 0, splits.proxy.texts, ())
         opened, most = open_model(model, built.tokenizer, name)
         block = built.reader.blocks(splits.proxy, min(TRIAL_TOKENS, model.max_tokens))[0]
         opened.query([block.tolist()], most or 1)
