@@ -1,6 +1,7 @@
 """Clients in folders of their own, and what a run with them came to."""
 
 import json
+from collections import Counter
 from dataclasses import replace
 
 from feddistill import data
@@ -21,6 +22,8 @@ class Elsewhere:
         files = files or {}
         self.own = {name: RemoteClient(name, state, files.get(name)) for name in names}
         self.asked = []
+        self.sent = Counter()
+        """Bytes of files sent, by kind of instruction and client."""
         self.fault = lambda instruction, name: None
         """What a client does instead of its work: a list of replies, or an exception."""
 
@@ -34,6 +37,7 @@ class Elsewhere:
         assert sum(map(len, instruction.blobs.values())) <= protocol.PART
         for name in clients:
             self.asked.append((instruction.kind, instruction.round, name))
+            self.sent[instruction.kind, name] += sum(map(len, instruction.blobs.values()))
             sent = replace(instruction, content=json.loads(json.dumps(instruction.content)))
             instead = self.fault(sent, name)
             if instead is not None:

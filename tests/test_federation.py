@@ -153,6 +153,19 @@ def some_shards(shards, made):
 
 
 @pytest.mark.parametrize(("client", "lacks"), [("client-1", 1), ("client-2", 3)])
+def test_a_teacher_is_sent_if_it_is_used_and_counted_if_it_is_sent(config, tmp_path):
+    for enabled in (True, False):
+        clients = {**config.clients.model_dump(mode="json"), "codistillation": {"enabled": enabled}}
+        transport = Elsewhere(tmp_path / f"state-{enabled}")
+        out = tmp_path / f"run-{enabled}"
+        result = run(changed(config, clients=clients), out, transport)
+        requests = sum((out / f"rounds/{n:03d}/spec.json").stat().st_size for n in (1, 2))
+        for client in NAMES:
+            counted = sum(entry["downlink"][client] for entry in result["bytes"]["by_round"])
+            assert counted - requests == transport.sent["digest", client]
+        assert any(kind == "digest" for kind, _, _ in transport.asked) == enabled
+
+
 def test_a_client_that_does_not_send_every_shard_has_not_answered(client, lacks, some_shards):
     result, transport, _ = some_shards
     assert result["missing"] == {"1": ["client-1", "client-2"]}

@@ -142,7 +142,9 @@ class _Server:
         """Run the part of a round before the student: clients train and answer, the teacher is aggregated."""
         spec = self._request(number)
         run = self.session.run
-        specialists = self.clients.trained(spec, self.specs.get(number - 1))
+        # Without co-distillation clients do not use the teacher, and it is not sent to them.
+        codistils = self.session.config.clients.codistillation.enabled
+        specialists = self.clients.trained(spec, self.specs.get(number - 1) if codistils else None)
         sent = self.clients.answered(spec, specialists)
         admitted: dict[str, answer_files.StoredAnswer] = {}
         files: dict[str, str] = {}
