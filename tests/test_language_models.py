@@ -67,8 +67,9 @@ def test_every_token_is_predicted_once_by_the_tokens_before_it():
 
 
 def test_tokens_of_a_prompt_are_not_learned():
-    source = parse(tiny()).student.model.source
-    reader = causal.TextReader(tokenizer_of(source, "s", ["some words and other words"]), answers_only=True)
+    config = parse(tiny(language={"completion_only": True}))
+    tokenizer = tokenizer_of(config.student.model.source, "s", ["some words and other words"])
+    reader = causal.reader_of(tokenizer, config.student.model, config.language, "s")
     texts = TextSet("t", ("0", "1"), ("Q: é? A: no", "ab"), np.zeros(2, np.int64), (), None, (5, 0))
     blocks = reader.blocks(texts, 8)
     said = [blocks.targets[(blocks.texts[1:] == t) & blocks.loss_mask] for t in (0, 1)]
@@ -315,12 +316,10 @@ def test_other_codecs_and_every_third_position(codec, tmp_path):
     spec = payload.parse_spec((tmp_path / "run/rounds/001/spec.json").read_bytes())
     config = parse(tiny(**changes))
     splits = experiment.check(config, build=False)
-    rows = (
-        causal.TextReader(tokenizer_of(config.student.model.source, "s", splits.proxy.texts))
-        .blocks(splits.proxy, 48)
-        .rows
-    )
-    assert spec.positions == rows // 3
+    model = config.student.model
+    tokenizer = tokenizer_of(model.source, "s", splits.proxy.texts)
+    reader = causal.reader_of(tokenizer, model, config.language, "s")
+    assert spec.positions == reader.blocks(splits.proxy, 48).rows // 3
     assert result["metrics"]["student"]["bits_per_byte"] < 8
 
 
@@ -328,8 +327,9 @@ def test_what_a_run_would_cost_is_known_before():
     found = plan.plan(parse(tiny(baselines=["public_only"])))
     config = parse(tiny())
     splits = experiment.check(config, build=False)
-    source = config.student.model.source
-    reader = causal.TextReader(tokenizer_of(source, "student.model", splits.proxy.texts))
+    model = config.student.model
+    tokenizer = tokenizer_of(model.source, "student.model", splits.proxy.texts)
+    reader = causal.reader_of(tokenizer, model, config.language, "student.model")
     assert found["rows"] == reader.blocks(splits.proxy, 48).rows
     assert found["bytes"]["codecs"]["topk k=16"]["a_row"] == pytest.approx(49, abs=2)
     assert found["bytes"]["federated_lora"]["upload"] > 0

@@ -135,9 +135,18 @@ def _several(value: Any) -> Any:
     return value if isinstance(value, list | tuple) else [value]
 
 
+TextStart = Literal["auto", "bos", "eos", "none"]
+
+
 class LanguageConfig(Setting):
     """Settings of the tasks ``causal_lm`` and ``masked_lm``."""
 
+    text_start: TextStart = "auto"
+    """What a text begins with, in training, evaluation and the exported tokenizer. ``bos``: the tokenizer's
+    bos (or cls) token, also at the beginning of each block. ``eos``: the token that ends the text before.
+    ``none``: nothing; a text's first token is not predicted. ``auto``: the token that the tokenizer itself
+    puts before a text; if it puts none, ``bos`` for a model from scratch whose tokenizer has a bos token of
+    its own, else ``eos``."""
     completion_only: bool = False
     """True to train on, predict and evaluate the completion's tokens alone, not the prompt's."""
     position_stride: int = Field(default=1, ge=1)

@@ -7,12 +7,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedTokenizerBase
 
-from feddistill.config.models import ModelConfig
+from feddistill.config.models import ModelConfig, ScratchModel
+from feddistill.config.training import LanguageConfig
 from feddistill.errors import ModelError
 from feddistill.modelio.outputs import head_of, hidden_states, masked_states
 from feddistill.modelio.packing import PackedTexts, pack
 from feddistill.models import cut, loaded, reads
-from feddistill.models.tokenizers import end_id, mask_id, tokenizer_of
+from feddistill.models.tokenizers import TextBounds, first_token_ends, mask_id, text_bounds, tokenizer_of
 from feddistill.types import TextSet
 
 
@@ -29,6 +30,7 @@ class TextReader:
     """Packs texts into blocks with a tokenizer."""
 
     tokenizer: PreTrainedTokenizerBase
+    bounds: TextBounds
     answers_only: bool = False
     """True to leave tokens of prompts out of losses and metrics."""
 
@@ -48,13 +50,31 @@ class TextReader:
                 [first >= start for first, _ in offsets]
                 for offsets, start in zip(encoded.offset_mapping, texts.starts, strict=True)
             ]
-        return pack(encoded.input_ids, end_id(self.tokenizer), length, loss_mask)
+        return pack(
+            encoded.input_ids,
+            self.bounds.end,
+            length,
+            loss_mask,
+            begin=self.bounds.start if self.bounds.begins_blocks else None,
+            predict_first=self.bounds.start is not None,
+        )
 
     def bytes(self, texts: TextSet) -> int:
-        """Bytes of the texts in UTF-8, without prompts if these are left out; for bits per byte."""
-        if not self.answers_only or texts.starts is None:
-            return sum(len(text.encode()) for text in texts.texts)
-        return sum(len(t[start:].encode()) for t, start in zip(texts.texts, texts.starts, strict=True))
+        """Bytes of the texts in UTF-8, without what is not predicted; for bits per byte."""
+        starts = [0] * len(texts) if not self.answers_only or texts.starts is None else texts.starts
+        if self.bounds.start is None:
+            firsts = first_token_ends(self.tokenizer, texts.texts)
+            starts = [max(*pair) for pair in zip(starts, firsts, strict=True)]
+        return sum(len(text[start:].encode()) for text, start in zip(texts.texts, starts, strict=True))
+
+
+def reader_of(
+    tokenizer: PreTrainedTokenizerBase, config: ModelConfig, language: LanguageConfig, name: str
+) -> TextReader:
+    """The reader of a model with this tokenizer; ``name`` is the setting that errors name."""
+    scratch = isinstance(config.source, ScratchModel)
+    bounds = text_bounds(tokenizer, language.text_start, name, scratch=scratch)
+    return TextReader(tokenizer, bounds, language.completion_only)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,16 +102,17 @@ def build(
     name: str,
     public: Sequence[str] = (),
     *,
-    answers_only: bool = False,
+    language: LanguageConfig | None = None,
     masked: bool = False,
 ) -> Causal:
-    """The model before any training; arguments as for ``models.build``.
+    """The model before any training; arguments as for ``models.build``, and the settings of its texts.
 
     Raises:
         ModelError: As ``models.build``; or the model attends to later tokens or, if it should be ``masked``,
             does not; or its head is not linear.
     """
     tokenizer = tokenizer_of(config.source, name, public)
+    reader = reader_of(tokenizer, config, language or LanguageConfig(), name)
     if masked:
         mask_id(tokenizer, name)
     auto = AutoModelForMaskedLM if masked else AutoModelForCausalLM
@@ -102,7 +123,7 @@ def build(
     reads(model, tokenizer, config.max_tokens, name)
     check = _is_masked if masked else _is_causal
     check(model, len(tokenizer), name)
-    return Causal(model, TextReader(tokenizer, answers_only), config.max_tokens)
+    return Causal(model, reader, config.max_tokens)
 
 
 def _is_causal(model: nn.Module, vocab_size: int, name: str) -> None:

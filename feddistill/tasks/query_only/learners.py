@@ -116,7 +116,7 @@ class QueryOnlyLanguageModel(_QueryOnly, CausalLanguageModel):
         cls, config: Config, model: ModelConfig, name: str, seed: int, public: Sequence[str], classes: int
     ) -> causal.Causal:
         tokenizer = tokenizer_of(model.source, f"{name}.source.tokenizer", public)
-        reader = causal.TextReader(tokenizer, config.language.completion_only)
+        reader = causal.reader_of(tokenizer, model, config.language, name)
         return causal.Causal(nn.Module(), reader, model.max_tokens)
 
     @override
