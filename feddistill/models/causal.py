@@ -1,7 +1,8 @@
 """Causal and masked language models, and the packing of texts into blocks for them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import log2
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,20 @@ from feddistill.modelio.packing import PackedTexts, pack
 from feddistill.models import cut, loaded, reads
 from feddistill.models.tokenizers import TextBounds, first_token_ends, mask_id, text_bounds, tokenizer_of
 from feddistill.types import TextSet
+
+LARGE = 1e4
+"""Logits, about, of the check that a head is linear; far beyond a soft cap."""
+EXACT = 1e-4
+"""Error of these logits, relative to the largest of them."""
+CHANGES = (
+    "final_logit_softcapping",
+    "logits_soft_cap",
+    "logit_scale",
+    "logits_scaling",
+    "lm_head_multiplier",
+    "dim_model_base",
+)
+"""Settings of architectures that cap or scale logits, to name them in an error."""
 
 
 class LooksAheadError(ModelError):
@@ -130,27 +145,30 @@ def _is_causal(model: nn.Module, vocab_size: int, name: str) -> None:
     """Check, with two texts that differ in their last token, that nothing before it depends on it."""
     ids = _two_texts(vocab_size)
     model.eval()
-    with torch.inference_mode():
-        states, logits = hidden_states(model, ids), model(input_ids=ids).logits
+    with torch.no_grad():
+        states = hidden_states(model, ids)
         if not torch.allclose(states[0, :-1], states[1, :-1], atol=1e-4):
             kind = type(model).__name__
             raise LooksAheadError(f"{name}: {kind} looks ahead, so it is no causal language model")
-        _is_linear(model, states, logits, vocab_size, name)
+        _is_linear(model, lambda: (hidden_states(model, ids), model(input_ids=ids).logits), vocab_size, name)
 
 
 def _is_masked(model: nn.Module, vocab_size: int, name: str) -> None:
     """Check, with two texts that differ in their last token, that what is before it depends on it."""
     ids = _two_texts(vocab_size)
+
+    def states() -> Tensor:
+        return masked_states(model, ids, None, torch.arange(ids.numel())).view(*ids.shape, -1)
+
     model.eval()
-    with torch.inference_mode():
-        logits = model(input_ids=ids).logits
-        states = masked_states(model, ids, None, torch.arange(ids.numel())).unflatten(0, ids.shape)
-        if torch.equal(states[0, :-1], states[1, :-1]):
+    with torch.no_grad():
+        first, second = states()
+        if torch.equal(first[:-1], second[:-1]):
             kind = type(model).__name__
             raise LooksBackError(
                 f"{name}: {kind} does not see what follows, so it is no masked language model"
             )
-        _is_linear(model, states, logits, vocab_size, name)
+        _is_linear(model, lambda: (states(), model(input_ids=ids).logits), vocab_size, name)
 
 
 def _two_texts(vocab_size: int) -> Tensor:
@@ -159,11 +177,32 @@ def _two_texts(vocab_size: int) -> Tensor:
     return ids
 
 
-def _is_linear(model: nn.Module, states: Tensor, logits: Tensor, vocab_size: int, name: str) -> None:
-    """Check that the logits are the head's product with ``states``."""
+def _is_linear(
+    model: nn.Module, predict: Callable[[], tuple[Tensor, Tensor]], vocab_size: int, name: str
+) -> None:
+    """Check that the logits are the head's product with the states that ``predict`` returns with them.
+
+    The logits of random weights are so small that a soft cap leaves them as they are. So the head is
+    multiplied for the check, by a power of two, which is undone exactly.
+    """
     weight, bias = head_of(model)
     if len(weight) < vocab_size:
         raise ModelError(f"{name}: the head has {len(weight)} rows, the tokenizer {vocab_size} tokens")
-    made = nn.functional.linear(states, weight, bias)
-    if not torch.allclose(made, logits, rtol=1e-3, atol=1e-3):
-        raise ModelError(f"{name}: the head of {type(model).__name__} does more than a product")
+    is_zero = not weight.any()
+    if is_zero:
+        weight.copy_(torch.linspace(-1, 1, weight.numel()).view_as(weight))
+    size = float(nn.functional.linear(predict()[0], weight, bias).abs().max())
+    scale = 2.0 ** round(log2(LARGE / max(size, 1e-30)))
+    try:
+        weight.mul_(scale)
+        states, logits = predict()
+        made = nn.functional.linear(states, weight, bias)
+    finally:
+        weight.mul_(0.0 if is_zero else 1 / scale)
+    if not (made - logits).abs().max() <= EXACT * made.abs().max():
+        known = model.config.get_text_config().to_dict()  # type: ignore[operator, union-attr]  # as above
+        changes = [f"{key} = {known[key]}" for key in CHANGES if known.get(key) not in (None, 1)]
+        raise ModelError(
+            f"{name}: the logits of {type(model).__name__} are not the product of its hidden states and its "
+            f"head{f' ({changes[0]})' if changes else ''}, which is what the losses compute"
+        )
