@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from feddistill.cli.paths import UserPath
+
 from .bars import bars, described
 from .names import FAMILIES, FAMILY
 from .record import SCHEMA
@@ -59,20 +61,20 @@ def results(ctx: click.Context, parameter: click.Parameter, path: Path | None) -
 @click.option("--quick", is_flag=True, help="Smoke test: two cases per operator, briefly, no torch.compile.")
 @click.option(
     "--out",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=UserPath(dir_okay=False),
     help="Write the result file, as JSON.",
 )
 @click.option(
     "--draw",
     metavar="FILE",
-    type=click.Path(path_type=Path),
+    type=UserPath(),
     callback=results,
     help="Measure nothing; plot the result file FILE: two SVG files beside it.",
 )
 @click.option(
     "--check",
     metavar="FILE",
-    type=click.Path(path_type=Path),
+    type=UserPath(),
     callback=results,
     help="Measure nothing; compare the result file FILE with the required speeds. The exit status is 1 if "
     "one is missed.",

@@ -81,7 +81,8 @@ def ours(model: Any, ids: Tensor, labels: Tensor, teacher: TopK, bf16: bool) -> 
         hidden = hidden_states(model, ids).flatten(0, 1)
     kind = torch.bfloat16 if bf16 else torch.float32
     weight, _ = head_of(model)
-    loss = block_loss(hidden.to(kind), weight.to(kind), None, labels, teacher, taught, distill, V)
+    total = block_loss(hidden.to(kind), weight.to(kind), None, labels, teacher, taught, distill, V)
+    loss = total / len(labels)
     loss.backward()
     return float(loss.detach())
 

@@ -5,9 +5,11 @@ from typing import Any
 
 import click
 
+from feddistill.cli.paths import UserPath
+
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=UserPath())
 @click.option("--rule", help="Short for --set aggregation.rule=RULE.")
 @click.option(
     "--set",
@@ -19,13 +21,13 @@ import click
 @click.option(
     "--late",
     multiple=True,
-    type=click.Path(path_type=Path),
+    type=UserPath(),
     metavar="PAYLOAD",
     help="A payload that arrived too late, with its envelope (.json) beside it; may be repeated.",
 )
 @click.option(
     "--out",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=UserPath(file_okay=False),
     help="Directory of the new run.  [default: RUN-aggregated]",
 )
 def aggregate(

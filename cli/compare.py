@@ -5,9 +5,11 @@ from pathlib import Path
 
 import click
 
+from feddistill.cli.paths import UserPath
+
 
 @click.command()
-@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("runs", nargs=-1, required=True, type=UserPath())
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
 def compare(runs: tuple[Path, ...], as_json: bool) -> None:
     """Compare the metrics and costs of complete RUNS, and list the settings in which they differ."""

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import click
 
+from feddistill.cli.paths import UserPath
+
 
 @click.group()
 def config() -> None:
@@ -11,7 +13,7 @@ def config() -> None:
 
 
 @config.command()
-@click.argument("config", required=False, type=click.Path(path_type=Path))
+@click.argument("config", required=False, type=UserPath())
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a setting.")
 def show(config: Path | None, overrides: tuple[str, ...]) -> None:
     """Print CONFIG (default: the quickstart) with every default filled in."""
@@ -21,7 +23,7 @@ def show(config: Path | None, overrides: tuple[str, ...]) -> None:
 
 
 @config.command()
-@click.argument("config", required=False, type=click.Path(path_type=Path))
+@click.argument("config", required=False, type=UserPath())
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a setting.")
 def check(config: Path | None, overrides: tuple[str, ...]) -> None:
     """Check CONFIG (default: the quickstart), its data and its models, without training."""
@@ -34,6 +36,8 @@ def check(config: Path | None, overrides: tuple[str, ...]) -> None:
     from feddistill.runs import experiment
 
     splits = experiment.check(settings)
+    for line in data.describe(settings.data):
+        click.echo(line)
     for line in skew_lines(data.skew(splits)):
         click.echo(line)
     click.echo(f"ok: {configuration.digest(settings)}")

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import click
 
+from feddistill.cli.paths import UserPath
+
 
 @click.group()
 def deploy() -> None:
@@ -11,7 +13,7 @@ def deploy() -> None:
 
 
 @deploy.command()
-@click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
+@click.argument("folder", type=UserPath(file_okay=False))
 @click.option(
     "--client",
     "clients",

@@ -4,16 +4,18 @@ from pathlib import Path
 
 import click
 
+from feddistill.cli.paths import UserPath
+
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=UserPath())
 @click.option("--student", metavar="MODEL", help="Student model: name on the hub, or a folder.")
 @click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting of student or distill."
 )
 @click.option(
     "--out",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=UserPath(file_okay=False),
     help="Directory of the new run.  [default: RUN-distilled]",
 )
 def distill(run: Path, student: str | None, overrides: tuple[str, ...], out: Path | None) -> None:

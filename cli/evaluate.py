@@ -6,28 +6,30 @@ from typing import Any
 
 import click
 
+from feddistill.cli.paths import UserPath
+
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=UserPath())
 @click.option(
     "--texts",
-    type=click.Path(path_type=Path),
+    type=UserPath(),
     help="File with labelled texts (csv, jsonl, parquet), instead of the run's test set.",
 )
 @click.option("--text-column", default="text", show_default=True, help="Column with the texts.")
 @click.option("--label-column", default="label", show_default=True, help="Column with the labels.")
+@click.option("--encoding", help="Encoding of the file, if it is not UTF-8, e.g. latin-1.")
+@click.option("--delimiter", help="Character between the columns of a csv or tsv file.")
 @click.option("--prompt-column", help="Column with the prompt that precedes each text.")
 @click.option("--question-column", help="Column with the question about each passage.")
 @click.option(
     "--benchmark", metavar="NAME", help="Benchmark on the hub, e.g. glue/sst2; see docs/evaluation.md."
 )
-@click.option(
-    "--path", type=click.Path(path_type=Path), help="Local folder with the benchmark, in the hub's layout."
-)
+@click.option("--path", type=UserPath(), help="Local folder with the benchmark, in the hub's layout.")
 @click.option("--tasks", metavar="A,B", help="Tasks of lm-evaluation-harness (extra eval).")
 @click.option(
     "--task-folder",
-    type=click.Path(path_type=Path),
+    type=UserPath(),
     help="Folder with YAML files of custom tasks for --tasks.",
 )
 @click.option("--limit", type=click.IntRange(1), help="Evaluate only the first N examples.")
@@ -39,6 +41,8 @@ def evaluate(
     texts: Path | None,
     text_column: str,
     label_column: str,
+    encoding: str | None,
+    delimiter: str | None,
     prompt_column: str | None,
     question_column: str | None,
     benchmark: str | None,
@@ -65,6 +69,8 @@ def evaluate(
     if len(given := [name for name, value in ways.items() if value is not None]) > 1:
         raise ConfigError(f"{' and '.join(given)} exclude each other: give one")
     belongs = {
+        "--encoding": (encoding, "--texts"),
+        "--delimiter": (delimiter, "--texts"),
         "--prompt-column": (prompt_column, "--texts"),
         "--question-column": (question_column, "--texts"),
         "--path": (path, "--benchmark"),
@@ -87,6 +93,8 @@ def evaluate(
             "label_column": label_column,
             "prompt_column": prompt_column,
             "question_column": question_column,
+            "encoding": encoding,
+            "delimiter": delimiter,
         }
         figures = _own(run, texts, columns)
     if as_json:

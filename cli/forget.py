@@ -4,9 +4,11 @@ from pathlib import Path
 
 import click
 
+from feddistill.cli.paths import UserPath
+
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=UserPath())
 @click.option(
     "--client",
     "clients",
@@ -17,7 +19,7 @@ import click
 )
 @click.option(
     "--out",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=UserPath(file_okay=False),
     help="Directory of the new run.  [default: RUN-without-NAME]",
 )
 def forget(run: Path, clients: tuple[str, ...], out: Path | None) -> None:

@@ -4,15 +4,15 @@ from pathlib import Path
 
 import click
 
+from feddistill.cli.paths import UserPath
+
 
 @click.command()
-@click.argument("payload", type=click.Path(path_type=Path))
-@click.option(
-    "--spec", type=click.Path(path_type=Path), help="Request of the round to check PAYLOAD against."
-)
+@click.argument("payload", type=UserPath())
+@click.option("--spec", type=UserPath(), help="Request of the round to check PAYLOAD against.")
 @click.option(
     "--envelope",
-    type=click.Path(path_type=Path),
+    type=UserPath(),
     help="PAYLOAD's envelope, for --spec.  [default: the .json file beside PAYLOAD]",
 )
 @click.option(

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import click
 
+from feddistill.cli.paths import UserPath
+
 
 @click.group()
 def keys() -> None:
@@ -11,7 +13,7 @@ def keys() -> None:
 
 
 @keys.command()
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=UserPath())
 def make(file: Path) -> None:
     """Generate a private key, write it to FILE and print its public key.
 
@@ -28,7 +30,7 @@ def make(file: Path) -> None:
 
 
 @keys.command()
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=UserPath())
 def show(file: Path) -> None:
     """Print the public key of the private key in FILE."""
     from feddistill.payload import keys as signing

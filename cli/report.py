@@ -4,9 +4,11 @@ from pathlib import Path
 
 import click
 
+from feddistill.cli.paths import UserPath
+
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=UserPath())
 def report(run: Path) -> None:
     """Regenerate RUN's report: report.html, tables as CSV, plots as SVG, TensorBoard logs.
 

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import click
 
+from feddistill.cli.paths import UserPath
+
 
 @click.command()
-@click.argument("study", type=click.Path(path_type=Path))
+@click.argument("study", type=UserPath())
 @click.option(
     "--set",
     "overrides",
@@ -16,7 +18,7 @@ import click
 )
 @click.option(
     "--out",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=UserPath(file_okay=False),
     help="Folder of the study.  [default: runs/NAME]",
 )
 @click.option(

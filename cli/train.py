@@ -4,15 +4,17 @@ from pathlib import Path
 
 import click
 
+from feddistill.cli.paths import UserPath
+
 
 @click.command()
-@click.argument("config", required=False, type=click.Path(path_type=Path))
+@click.argument("config", required=False, type=UserPath())
 @click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a setting; may be repeated."
 )
 @click.option(
     "--out",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=UserPath(file_okay=False),
     help="Directory of the run.  [default: runs/NAME, or the next free runs/NAME-2, ...]",
 )
 @click.option("--resume", is_flag=True, help="Resume the interrupted run in --out.")
@@ -27,7 +29,7 @@ import click
 @click.option("--superlink", metavar="HOST:PORT", help="Engine flower: address of the SuperLink.")
 @click.option(
     "--root-certificates",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=UserPath(exists=True, dir_okay=False),
     help="Engine flower: root certificates that verify the SuperLink.",
 )
 @click.option(

@@ -4,13 +4,15 @@ from pathlib import Path
 
 import click
 
+from feddistill.cli.paths import UserPath
+
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=UserPath())
 @click.option(
     "--client-folder",
     "kept",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    type=UserPath(exists=True, file_okay=False),
     help="Folder of a client: check that RUN (or its ledger.json) agrees with the files kept there.",
 )
 @click.option("--recompute", is_flag=True, help="Re-aggregate every teacher from the payloads and compare.")

@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "dtype.h"
+#include "no_id.h"
 
 namespace feddistill {
 
@@ -15,7 +16,7 @@ enum class Rule : int {  // feddistill_kernels/aggregation/_native.py: RULES
 };
 
 struct CompressedClient {
-    const std::int32_t* ids;  // [N, K], not checked: what is out of range gives a wrong result, no wrong access
+    const std::int32_t* ids;  // [N, K]; kNoId is no entry
     const void* log_probs;    // [N, K]
     const float* missing;     // [N], the log-probability of each id that is not among ids
     std::int64_t ids_stride, log_probs_stride;  // from row to row
@@ -43,10 +44,18 @@ struct Combination {
     float* log_tail;      // [N]
 };
 
-// Returns the first row in which no id is left, or -1; such a row is not written.  Nothing depends on threads.
-std::int64_t aggregate_cpu(const Answers& answers, const Combination& to, int threads, int set = 0);
+// Why a row has no result; it is not written.
+struct NoResult {
+    enum Reason { none, empty, ids };  // no id is left; a client has an id outside the vocabulary, or one twice
+    std::int64_t row = -1;
+    Reason reason = none;
+};
 
-// Squared distances [C, C] between centred answers, summed over rows; inf where they rule different ids out.
+// Returns the first row without a result.  Nothing depends on threads.
+NoResult aggregate_cpu(const Answers& answers, const Combination& to, int threads, int set = 0);
+
+// Squared distances [C, C] between centred answers, summed over rows; inf where they rule different ids out.  Ids are
+// not checked: wrong ones give a wrong result, no wrong access.
 void answer_distances_cpu(const Answers& answers, double* distances, int threads, int set = 0);
 
 }  // namespace feddistill

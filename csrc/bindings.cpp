@@ -232,12 +232,13 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
            double tolerance, int max_iterations, std::int64_t k, std::uintptr_t ids, std::uintptr_t log_probs,
            std::uintptr_t log_tail, int threads, int set) {
             const auto list = compressed(clients);
-            return feddistill::aggregate_cpu(
+            const feddistill::NoResult missing = feddistill::aggregate_cpu(
                 {list.data(), static_cast<int>(list.size()), rows, vocab, reinterpret_cast<const float*>(mixing)},
                 {static_cast<feddistill::Rule>(rule), reinterpret_cast<const float*>(shares), shares_stride,
                  shares_step, trim, keep, tolerance, max_iterations, k, reinterpret_cast<std::int32_t*>(ids),
                  reinterpret_cast<float*>(log_probs), reinterpret_cast<float*>(log_tail)},
                 threads, set);
+            return std::pair(missing.row, static_cast<int>(missing.reason));
         },
         py::arg("clients"), py::arg("rows"), py::arg("vocab"), py::arg("mixing"), py::arg("rule"), py::arg("shares"),
         py::arg("shares_stride"), py::arg("shares_step"), py::arg("trim"), py::arg("keep"), py::arg("tolerance"),

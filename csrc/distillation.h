@@ -4,6 +4,7 @@
 #include <iterator>
 
 #include "dtype.h"
+#include "no_id.h"
 
 namespace feddistill {
 
@@ -34,7 +35,7 @@ struct Distillation {
     std::int64_t rows, vocab, width;  // the student has width >= vocab columns, of which the last are a pad
     Matrix student;
     Matrix teacher;              // [rows, vocab] logits; [rows, kept] log-probabilities where there are ids
-    Matrix ids;                  // int32 [rows, kept], or at == nullptr
+    Matrix ids;                  // int32 [rows, kept], distinct in a row but for kNoId; or at == nullptr
     Matrix log_tail;             // [rows, 1]
     std::int64_t kept;
     const std::int64_t* labels;  // or nullptr
@@ -47,7 +48,7 @@ struct Distillation {
 
 // Why a row has no loss.  The gradient of rows before and after it may have been written.
 struct Refusal {
-    enum Reason { none, empty_student, empty_teacher, label, id };
+    enum Reason { none, empty_student, empty_teacher, label, ids };  // ids: one is outside or there twice
     std::int64_t row = -1;
     Reason reason = none;
 };
@@ -61,7 +62,7 @@ void scale_cpu(const void* gradient, std::int64_t n, DType dtype, float factor, 
 
 #ifdef FEDDISTILL_WITH_CUDA
 // Pointers are the device's; stream is a cudaStream_t, and nothing waits for it.  A row without a loss, see Refusal,
-// gets NaN.  factor points to one number on the device.
+// gets NaN; one that keeps an id twice gets anything.  factor points to one number on the device.
 void distillation_cuda(const Distillation& task, void* stream);
 void scale_cuda(const void* gradient, std::int64_t n, DType dtype, const float* factor, void* out, void* stream);
 #endif

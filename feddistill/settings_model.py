@@ -1,9 +1,11 @@
 """The base class of all groups of settings."""
 
+import os.path
 from difflib import get_close_matches
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
 from pydantic_core import PydanticCustomError
 
 
@@ -41,3 +43,13 @@ class Setting(BaseModel):
 def named(value: Any) -> Any:
     """``rule: median`` is short for ``rule: {kind: median}``."""
     return {"kind": value} if isinstance(value, str) else value
+
+
+def _from_home(path: Path) -> Path:
+    return Path(os.path.expanduser(path))
+
+
+LocalPath = Annotated[Path, AfterValidator(_from_home)]
+"""A path; ``~`` at its beginning is the home directory."""
+PathOrName = Annotated[str, AfterValidator(os.path.expanduser)]
+"""A name on the hub or a folder; ``~`` at its beginning is the home directory."""

@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+NO_ID = -1
+"""Stands in the ids of a ``TopK`` where a row has no further entry."""
+
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -142,9 +145,31 @@ def label_outside(row: int, label: int, vocab: int) -> ValueError:
     return ValueError(f"labels row {row} is {label}; it must be in [0, {vocab}) or ignore_index")
 
 
-def id_outside(row: int, vocab: int) -> ValueError:
-    """The error for a teacher that keeps an id outside ``[0, vocab)``."""
-    return ValueError(f"teacher row {row} keeps an id outside [0, {vocab})")
+def distinct_ids(name: str, ids: Tensor, vocab: int, start: int = 0) -> None:
+    """Raise for a row of ``ids [N, K]`` with one outside ``[0, vocab)`` or one that occurs twice.
+
+    ``NO_ID`` is neither.  CPU only, as ``rows_with_a_choice``.
+    """
+    if ids.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    ordered = ids.sort(-1).values
+    repeated = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != NO_ID)
+    wrong = (ordered[:, 0] < NO_ID) | (ordered[:, -1] >= vocab) | repeated.any(-1)
+    if wrong.any():
+        row = int(wrong.to(torch.uint8).argmax())
+        raise wrong_ids(name, start + row, ids[row], vocab)
+
+
+def wrong_ids(name: str, row: int, ids: Tensor, vocab: int) -> ValueError:
+    """The error for a row whose ``ids [K]`` are not distinct ones of ``[0, vocab)``."""
+    seen = set()
+    for each in (each for each in ids.tolist() if each != NO_ID):
+        if not 0 <= each < vocab:
+            return ValueError(f"{name} row {row} keeps an id outside [0, {vocab}): {each}")
+        if each in seen:
+            return ValueError(f"{name} row {row} keeps id {each} twice; {NO_ID} stands for no entry")
+        seen.add(each)
+    raise AssertionError(f"nothing is wrong with {ids.tolist()}")
 
 
 def _kind(x: Tensor) -> str:

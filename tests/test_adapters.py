@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from language_fixtures import GPT2, tiny
+from language_fixtures import GPT2, LLAMA, tiny
 from test_models import CLASSES, scratch
 
 from feddistill import models
@@ -73,6 +73,19 @@ def test_frozen_layers_have_none_and_are_remembered(tiny_model):
     known = {}
     models.remember_frozen(model, config, "m", known)
     assert len(known) == 1
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("given", [GPT2, LLAMA], ids=["gpt2", "llama"])
+def test_what_adapters_would_upload_is_what_they_train(given, tied):
+    settings = {**given["source"]["settings"], "tie_word_embeddings": tied}
+    config = ModelConfig(**{**given, "source": {**given["source"], "settings": settings}})
+    for head in (False, True):
+        model = causal.build(config, 0, "m", ("a text",)).model
+        foretold = adapters.count(model, 4, head=head)
+        adapters.add(model, 4, 8, "m", "m.lora", head=head)
+        assert models.trained_count(model) == foretold
+        assert foretold < 3000 or (head and not tied)
 
 
 def test_an_adapter_that_is_new_changes_nothing():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from answers_fixtures import CLASSES, CLIENTS, TEXTS, combine, honest_answers, kept, labels_of
+from answers_fixtures import CLASSES, CLIENTS, TEXTS, combine, honest_answers, kept, labels_of, unequal
 
 from feddistill.aggregation.answers import RoundContext
 from feddistill.aggregation.attacks import AttackContext, FreeRider
@@ -73,6 +73,12 @@ def test_clients_may_keep_different_numbers_of_entries(honest):
         opened = combine([answer.expand() for answer in mixed], rule)
         teacher = combine(mixed, rule)
         torch.testing.assert_close(teacher.log_probs, opened.gather(1, teacher.ids.long()))
+
+
+def test_diagnostics_of_rows_that_keep_different_numbers_of_entries(honest):
+    answers = unequal(kept(honest, 4))
+    opened = [answer.expand() for answer in answers]
+    assert diagnosed(answers, opened[0], labels_of()) == diagnosed(opened, opened[0], labels_of())
 
 
 def test_compressed_and_open_answers_do_not_mix(honest):

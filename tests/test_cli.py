@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -42,6 +43,26 @@ def test_every_command_explains_itself(command):
     done = here(command, "--help")
     assert done.exit_code == 0
     assert "Usage: feddistill " + command in done.stdout
+
+
+def paths(command):
+    """Every parameter of a command, or of a command of a group, that is a path."""
+    if isinstance(command, click.Group):
+        return [pair for name in command.commands for pair in paths(command.commands[name])]
+    return [(command, parameter) for parameter in command.params if isinstance(parameter.type, click.Path)]
+
+
+def test_a_tilde_is_the_home_directory_in_every_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "there").mkdir()
+    commands = [main.get_command(click.Context(main), name) for name in COMMANDS]
+    found = [pair for command in commands for pair in paths(command)]
+    assert len(found) > 20
+    for command, parameter in found:
+        monkeypatch.setattr(parameter.type, "file_okay", True)
+        monkeypatch.setattr(parameter.type, "dir_okay", True)
+        value = parameter.type.convert("~/there", parameter, click.Context(command))
+        assert value == tmp_path / "there", (command.name, parameter.name)
 
 
 @pytest.mark.parametrize(

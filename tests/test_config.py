@@ -5,8 +5,9 @@ import yaml
 
 from feddistill.aggregation.attacks import ATTACKS
 from feddistill.aggregation.rules import RULES
-from feddistill.config import digest, dump, load, parse
+from feddistill.config import digest, dump, institution, load, load_stored, parse, strict_yaml
 from feddistill.errors import ConfigError
+from feddistill.runs import study
 
 
 def test_the_quickstart_survives_a_round_trip():
@@ -136,3 +137,58 @@ def test_a_file_that_is_not_a_mapping_is_refused(tmp_path, content):
     path.write_text(content)
     with pytest.raises(ConfigError, match=r"bad\.yaml"):
         load(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("rounds: 1\nname: a\nrounds: 2", r"f: rounds stands twice, in lines 1 and 3"),
+        ("a:\n  b: [{c: 1,\n c: 2}]", r"f: a\.b\.0\.c stands twice, in lines 2 and 3"),
+        ("{a: 1, a: 1}", r"f: a stands twice, in line 1"),
+        ("yes: 1\ntrue: 2", r"f: true stands twice, in lines 1 and 2"),
+        ("a: {<<: {b: 1,\n b: 2}}", r"f: a\.b stands twice, in lines 1 and 2"),
+    ],
+)
+def test_a_key_that_stands_twice_is_named_with_both_lines(text, message):
+    with pytest.raises(ConfigError, match=message):
+        strict_yaml.parse(text, "f")
+
+
+def test_every_file_of_settings_is_read_so(tmp_path):
+    path = tmp_path / "f.yaml"
+    path.write_text("name: a\nquestion: b\nname: c\n")
+    for reader in (load, load_stored, institution.load, study.load):
+        with pytest.raises(ConfigError, match=r"f\.yaml: name stands twice, in lines 1 and 3"):
+            reader(path)
+    with pytest.raises(ConfigError, match="--set data: the value: size stands twice"):
+        load(None, ("data={size: 1, size: 2}",))
+    path.write_text("name: a\nsettings: {rounds: 1, distill.kind: kl, distill: {kind: mae}}")
+    with pytest.raises(ConfigError, match=r"distill\.kind stands twice, with dots and nested"):
+        study.load(path)
+
+
+def test_merged_keys_may_be_set_again():
+    text = "x: &x {a: 1, b: 1}\ny: {<<: *x, a: 2}\nz: [*x, {a: 1}, {a: 2}]\n1: 1\n'1': 1"
+    assert strict_yaml.parse(text, "f") == yaml.safe_load(text)
+    assert strict_yaml.parse("a: é".encode("utf-16"), "f") == strict_yaml.parse("\ufeffa: é", "f")
+
+
+def test_a_tilde_is_the_home_directory_in_every_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    data = {
+        "source": {"kind": "files", "path": "~/d.csv"},
+        "proxy": {"source": {"kind": "hub", "name": "~/d"}},
+        "test": {"source": {"kind": "preset", "name": "ag_news", "path": "~/p"}},
+    }
+    model = {"source": {"kind": "hub", "name": "~/m"}}
+    config = parse({"data": data, "student": {"model": model}})
+    assert config.data.source.path == tmp_path / "d.csv"
+    assert config.data.proxy.source.name == str(tmp_path / "d")
+    assert config.data.test.source.path == tmp_path / "p"
+    assert config.student.model.source.name == str(tmp_path / "m")
+    (tmp_path / "i.yaml").write_text("source: {kind: files, path: ~/d.csv}\nkey: ~/k\n")
+    client = institution.load(tmp_path / "i.yaml")
+    assert (client.source.path, client.key) == (tmp_path / "d.csv", tmp_path / "k")
+    (tmp_path / "c.yaml").write_text("rounds: 1")
+    (tmp_path / "s.yaml").write_text("name: s\nbase: ~/c.yaml\nseeds: [0]")
+    assert study.load(tmp_path / "s.yaml").base == tmp_path / "c.yaml"

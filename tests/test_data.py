@@ -1,17 +1,19 @@
 """Everybody's texts: read from anywhere, divided without overlap, wrong ones refused by name."""
 
 import json
+import re
 
 import hub_fixtures
 import numpy as np
 import pytest
 
 from feddistill.config import parse
-from feddistill.config.data import HubSource
+from feddistill.config.data import DirichletPartition, HubSource
 from feddistill.data import load, skew
+from feddistill.data.partition import client_names, partition
 from feddistill.data.sources import read
 from feddistill.errors import ConfigError, DataError
-from feddistill.types import UNLABELLED
+from feddistill.types import UNLABELLED, TextSet
 
 SMALL = {
     "private": {"size": 400},
@@ -177,6 +179,32 @@ def test_a_client_that_spells_its_labels_otherwise_is_refused(tmp_path):
         load(parse({"data": {"source": None, "partition": partition, **parts}}).data, 0)
 
 
+def many_classes(classes, size):
+    labels, texts = np.arange(classes).repeat(size), tuple(map(str, range(classes * size)))
+    return TextSet("private", texts, texts, labels, texts[:classes])
+
+
+def test_the_place_of_a_client_does_not_decide_how_many_texts_it_gets():
+    """Rounding each class down would leave the rest to the last client: 65, 88, 89 and 144 of these."""
+    how = DirichletPartition(clients=4, alpha=0.3, min_examples=1)
+    sizes = [[len(part) for part in partition(many_classes(77, 5), how, seed)] for seed in range(40)]
+    assert all(sum(row) == 77 * 5 for row in sizes)
+    mean = np.mean(sizes, axis=0)
+    assert np.abs(mean - 96.25).max() < 8  # a client's size has a standard deviation of 14
+
+    even = DirichletPartition(clients=4, alpha=1000, min_examples=20)
+    assert min(len(part) for part in partition(many_classes(50, 3), even, 0)) > 20
+
+
+def test_sources_of_any_script_give_distinct_clients():
+    sources = ["北京", "上海", "", "a b", "a-b", "a/b", "x" * 70, "x" * 71, "Ελλάδα", "plain"]
+    names = client_names(sources)
+    assert len(set(names)) == len(sources)
+    assert all(re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name) for name in names)
+    assert names[4] == "a-b"
+    assert names[-1] == "plain"
+
+
 def test_clients_may_bring_their_own_files(tmp_path):
     given = {
         name: {"kind": "files", "path": str(write(tmp_path / f"{name}.csv", rows(20)))}
@@ -239,7 +267,7 @@ def refusals(tmp_path):
                 "source": files,
                 "partition": {"kind": "dirichlet", "clients": 8, "alpha": 0.05, "min_examples": 6},
             },
-            r"no draw in ten gave each client 6 of 30 private examples",
+            r"no draw in 1000 gave each of 8 clients 6 of 30 private examples",
         ),
         "no source column": (
             {"source": files, "partition": {"kind": "by_source"}},

@@ -15,6 +15,7 @@ import yaml
 
 from feddistill.cli import COMMANDS, main
 from feddistill.config import load, parse
+from feddistill.data.sources import read
 from feddistill.runs import study
 
 ROOT = Path(__file__).parents[1]
@@ -122,6 +123,27 @@ def test_the_page_of_the_losses_runs(tmp_path, monkeypatch):
         above = text.count("\n", 0, block.start(1))  # so that a failure names the line of the page
         exec(compile("\n" * above + block[1], str(page), "exec"), space)
     assert "compiled" in space
+
+
+def test_the_files_of_the_page_are_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    page = (ROOT / "docs" / "files.md").read_text()
+    examples = re.findall(r"```sh\n(.*?)```\s+```yaml\n(.*?)```", page, flags=re.DOTALL)
+    assert len(examples) == page.count("```sh") == 6
+    for shell, settings in examples:
+        subprocess.run(["bash", "-c", shell], check=True)
+        config = parse(yaml.safe_load(settings)).data
+        table = read(config.source, "data.source")
+        starts = table.starts or (0, 0)
+        assert [text[start:] for text, start in zip(table.texts, starts, strict=True)] == [
+            "a cat sat",
+            "Zoë ran",
+        ]
+        assert table.labels in (("animal", "person"), None)
+        assert (table.labels is None) == (table.answers == (((0, 5),), ((0, 3),)))
+    assert read(config.test.source, "data.test.source").labels == ("1", "-1")
+    assert read(config.proxy.source, "data.proxy.source").labels == ("1", None)
 
 
 def commands():

@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 
 import language_fixtures
 import numpy as np
@@ -24,6 +25,7 @@ from feddistill.runs import experiment
 from feddistill.server.rounds import request
 from feddistill.store.run_directory import RunDirectory
 from feddistill.tasks.session import Session
+from feddistill.training import losses
 from feddistill.training.blocks import Masking, examples_of
 from feddistill.training.losses import Batch, MaskedLoss
 from feddistill_kernels import topk_compress
@@ -114,6 +116,21 @@ def batch(blocks, which, length=16):
     return Batch(ids, mask.long(), torch.tensor(list(which)))
 
 
+def mean(loss, model, inputs):
+    terms = loss(inputs)
+    return terms.total(model, inputs) / terms.count
+
+
+class Zeros:
+    """A generator whose draws are all zero."""
+
+    def random(self, size=None):
+        return np.zeros(size) if size else 0.0
+
+    def integers(self, high, size):
+        return np.zeros(size, np.int64)
+
+
 class Watching(torch.nn.Module):
     """A model that keeps what it has read."""
 
@@ -136,8 +153,8 @@ def test_a_block_is_read_as_it_was_asked_and_otherwise(model):
     given = examples_of(blocks, teacher, asked)
     loss = MaskedLoss(given, DistillConfig(temperature=1.0), 37, False, Masking(1, 0.5), seed=3)
     watching, as_asked = Watching(model), []
-    for _ in range(30):
-        loss(watching, batch(blocks, range(len(blocks))))
+    for step in range(30):
+        mean(loss, watching, replace(batch(blocks, range(len(blocks))), step=step))
         shown = watching.read.pop()
         as_asked.append(
             [(shown[b] == 1).nonzero()[:, 0].tolist() == w for b, w in ((0, [2, 5]), (1, [4, 5]))]
@@ -150,9 +167,10 @@ def test_a_block_is_read_as_it_was_asked_and_otherwise(model):
 def test_what_nobody_was_asked_is_learned_from_the_text(model, monkeypatch):
     """All tokens are drawn, and hidden."""
     blocks = pack([list(range(5, 30))], end=2, length=10)
-    monkeypatch.setattr(torch, "rand", lambda *size, generator: torch.zeros(*size))
+    monkeypatch.setattr(losses, "generator", lambda *names: Zeros())
     inputs = batch(blocks, range(len(blocks)))
-    ours = MaskedLoss(examples_of(blocks), None, 37, False, Masking(1, 0.5), seed=0)(model, inputs)
+    loss = MaskedLoss(examples_of(blocks), None, 37, False, Masking(1, 0.5), seed=0)
+    ours = mean(loss, model, inputs)
     shown = inputs.input_ids.clone()
     at = [(r // 9, r % 9 + 1) for r in range(blocks.rows)]
     for b, place in at:
@@ -172,9 +190,9 @@ def test_where_all_is_asked_the_loss_is_exactly_that_of_dense_autograd(model, mo
     loss = MaskedLoss(
         given, DistillConfig(temperature=1.0, kd_weight=0.3), 37, False, Masking(1, 0.5), seed=0
     )
-    monkeypatch.setattr(torch, "rand", lambda *size, generator: torch.zeros(*size))  # each as it was asked
+    monkeypatch.setattr(losses, "generator", lambda *names: Zeros())  # each as it was asked
     inputs = batch(blocks, range(len(blocks)))
-    ours = loss(model, inputs)
+    ours = mean(loss, model, inputs)
     ours.backward()
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
@@ -203,7 +221,7 @@ def test_tokens_are_hidden_as_they_should_be(model):
     for first in range(0, len(blocks) - 1, 20):
         which = list(range(first, min(first + 20, len(blocks) - 1)))
         inputs = batch(blocks, which)
-        loss(watching, inputs)
+        mean(loss, watching, inputs)
         shown, ids = watching.read.pop(), inputs.input_ids
         total += ids[:, 1:].numel()
         hidden += int((shown == 1).sum())

@@ -288,7 +288,9 @@ def test_the_loss_is_the_mean_over_edges_of_what_the_formula_says(batch, kd_weig
     examples = SpanExamples(found, labels, teacher, taught)
     loss = QuestionLoss(examples, DistillConfig(temperature=1.0, kd_weight=kd_weight), types=True)
     model.zero_grad()
-    ours = loss(model, inputs_of(found))
+    inputs = inputs_of(found)
+    terms = loss(inputs)
+    ours = terms.total(model, inputs)
     ours.backward()
     mine = [p.grad.clone() for p in model.parameters() if p.grad is not None]
     model.zero_grad()
@@ -303,7 +305,8 @@ def test_the_loss_is_the_mean_over_edges_of_what_the_formula_says(batch, kd_weig
                 total = total + weight * (p[keep] * (p[keep].log() - log_q[keep])).sum()
             if label != NO_LABEL:
                 total = total - (1 - weight) * log_q[label]
-    wanted = total / (2 * len(found))
+    assert terms.count == 2 * 3 + int((labels[3:] != NO_LABEL).sum())
+    wanted = total
     wanted.backward()
     torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-6)
     theirs = [p.grad for p in model.parameters() if p.grad is not None]
@@ -319,22 +322,24 @@ def test_tokens_that_can_be_no_edge_have_no_part_in_any_loss(batch, kind, temper
     settings = DistillConfig(kind=kind, temperature=temperature)
     loss = QuestionLoss(examples, settings, types=True)
     model.zero_grad()
-    one = loss(model, inputs_of(found))
+    one = loss(inputs_of(found)).total(model, inputs_of(found))
     one.backward()
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     assert all(g.isfinite().all() for g in grads)
     narrow = inputs_of(found)
     ids, mask = (functional.pad(x, (0, 16)) for x in (narrow.input_ids, narrow.attention_mask))
     wider = Batch(ids, mask, narrow.rows)  # padding changes nothing
-    padded = QuestionLoss(examples, settings, types=False)(model, wider)
-    plain = QuestionLoss(examples, settings, types=False)(model, inputs_of(found))
+    plain_loss = QuestionLoss(examples, settings, types=False)
+    padded, plain = (plain_loss(x).total(model, x) for x in (wider, narrow))
     torch.testing.assert_close(padded, plain, rtol=1e-5, atol=1e-6)
 
 
 def test_questions_of_which_nothing_is_known_cost_nothing(batch):
     found, _, _, model = batch
     nothing = SpanExamples(found, torch.full((5, 2), NO_LABEL))
-    loss = QuestionLoss(nothing, None, types=True)(model, inputs_of(found))
+    terms = QuestionLoss(nothing, None, types=True)(inputs_of(found))
+    loss = terms.total(model, inputs_of(found))
+    assert terms.count == 0
     assert loss.item() == 0
     loss.backward()
 

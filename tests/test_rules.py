@@ -14,6 +14,7 @@ from answers_fixtures import (
     kept,
     labels_of,
     total_variation,
+    unequal,
 )
 
 from feddistill.aggregation.answers import RoundContext, abstentions, answered
@@ -78,6 +79,13 @@ def test_compressed_answers_are_the_dense_ones_that_they_stand_for(rule, honest,
     torch.testing.assert_close(teacher.log_probs, there, rtol=1e-4, atol=1e-5)
     if k == CLASSES:
         torch.testing.assert_close(teacher.expand(), combine(honest, rule, mix=mix), rtol=1e-4, atol=1e-5)
+
+
+def test_rows_may_keep_different_numbers_of_entries(rule, honest):
+    answers = unequal(kept(honest, 4))
+    teacher = combine(answers, rule)
+    opened = combine([answer.expand() for answer in answers], rule)
+    torch.testing.assert_close(teacher.log_probs, opened.gather(1, teacher.ids.long()), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("mix", [None, 2])

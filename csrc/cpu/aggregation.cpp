@@ -92,20 +92,20 @@ std::vector<Comparator> steps_of(const Combination& to, int count) {
 
 }  // namespace
 
-std::int64_t aggregate_cpu(const Answers& answers, const Combination& to, int threads, int set) {
+NoResult aggregate_cpu(const Answers& answers, const Combination& to, int threads, int set) {
     constexpr std::int64_t kShare = 16;  // rows handed to a thread at once
     const Workplace place(answers, threads);
     const std::vector<Comparator> steps = steps_of(to, answers.count);
     const RowPlan plan = place.plan(steps);
     AggregateRows* const run = FEDDISTILL_CHOOSE(set, aggregate_rows);
     const std::int64_t shares = (answers.rows + kShare - 1) / kShare;
-    std::vector<std::int64_t> empty(static_cast<std::size_t>(shares), -1);
+    std::vector<NoResult> missing(static_cast<std::size_t>(shares));
     in_parallel(shares, place.threads(), [&](std::int64_t s, int thread) {
         const std::int64_t end = std::min(answers.rows, (s + 1) * kShare);
-        empty[static_cast<std::size_t>(s)] = run(answers, to, plan, s * kShare, end, place.scratch(thread));
+        missing[static_cast<std::size_t>(s)] = run(answers, to, plan, s * kShare, end, place.scratch(thread));
     });
-    const auto first = std::find_if(empty.begin(), empty.end(), [](std::int64_t row) { return row >= 0; });
-    return first == empty.end() ? -1 : *first;
+    const auto first = std::find_if(missing.begin(), missing.end(), [](const NoResult& each) { return each.row >= 0; });
+    return first == missing.end() ? NoResult{} : *first;
 }
 
 void answer_distances_cpu(const Answers& answers, double* distances, int threads, int set) {

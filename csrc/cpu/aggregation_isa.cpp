@@ -89,27 +89,39 @@ struct Row {
     int64_t number;
     int64_t kept = 0;                   // U: distinct ids, s.union_ids
     const uint64_t* entries = nullptr;  // slot << 32 | entry, by slot
+    int64_t found = 0;                  // of them: those with an id
+    bool has_wrong_ids = false;         // one outside the vocabulary, or a client's twice
 
     int count() const { return answers.count; }
     int64_t others() const { return answers.vocab - kept; }  // ids that nobody kept
 
     void gather() {
         int64_t entry = 0;
+        uint32_t last = 0;  // id + 1, 0 for none
         for (int c = 0; c < count(); ++c) {
             const CompressedClient& client = answers.clients[c];
             const int32_t* ids = client.ids + number * client.ids_stride;
-            for (int64_t j = 0; j < client.kept; ++j)
-                s.items[entry + j] = uint64_t{static_cast<uint32_t>(ids[j])} << 32 | static_cast<uint64_t>(entry + j);
+            for (int64_t j = 0; j < client.kept; ++j) {
+                const auto id = static_cast<uint32_t>(ids[j]);
+                s.items[found] = uint64_t{id} << 32 | static_cast<uint64_t>(entry + j);
+                found += ids[j] != kNoId;
+                last = last > id + 1 ? last : id + 1;
+            }
             widen(client, number, s.values + entry);
             entry += client.kept;
             s.missing[c] = client.missing[number];
         }
         const int bits = answers.vocab > 1 ? 64 - __builtin_clzll(static_cast<uint64_t>(answers.vocab - 1)) : 1;
-        uint64_t* const sorted = sort(s.items, s.sorted, entry, bits);
+        uint64_t* const sorted = sort(s.items, s.sorted, found, bits);
         int64_t slot = -1;
         uint64_t before = ~uint64_t{0};
-        for (int64_t i = 0; i < entry; ++i) {
+        int32_t client = -1;
+        has_wrong_ids = last > answers.vocab;
+        for (int64_t i = 0; i < found; ++i) {
             const uint64_t id = sorted[i] >> 32;
+            const int32_t home = plan.home[sorted[i] & 0xffffffffu];
+            has_wrong_ids |= (id == before) & (home == client);  // a stable sort: a client's are neighbours
+            client = home;
             slot += id != before;
             before = id;
             s.union_ids[slot] = static_cast<int32_t>(id);
@@ -139,7 +151,7 @@ struct Row {
                 for (int64_t j = 0; j < n; j += kLanes) put(s.block + c * kApart, j, fill);
             }
             const int64_t end = least(first + kBlock, kept);
-            for (; next < plan.entries && static_cast<int64_t>(entries[next] >> 32) < end; ++next) {
+            for (; next < found && static_cast<int64_t>(entries[next] >> 32) < end; ++next) {
                 const uint64_t entry = entries[next] & 0xffffffffu;
                 s.block[plan.home[entry] + static_cast<int64_t>(entries[next] >> 32) - first] = s.values[entry];
             }
@@ -437,16 +449,17 @@ bool finish(const Row& row, const Combination& to) {
 
 }  // namespace
 
-int64_t aggregate_rows(const Answers& answers, const Combination& to, const RowPlan& plan, int64_t begin, int64_t end,
-                       const RowScratch& scratch) {
+NoResult aggregate_rows(const Answers& answers, const Combination& to, const RowPlan& plan, int64_t begin, int64_t end,
+                        const RowScratch& scratch) {
     for (int64_t n = begin; n < end; ++n) {
         Row row{answers, plan, scratch, n};
         row.gather();
-        if (answers.mixing && !normalise(row)) return n;
+        if (row.has_wrong_ids) return {n, NoResult::ids};
+        if (answers.mixing && !normalise(row)) return {n, NoResult::empty};
         combine(row, to);
-        if (!finish(row, to)) return n;
+        if (!finish(row, to)) return {n, NoResult::empty};
     }
-    return -1;
+    return {};
 }
 
 void measure_rows(const Answers& answers, const RowPlan& plan, int64_t begin, int64_t end, const RowScratch& s,

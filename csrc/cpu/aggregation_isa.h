@@ -33,9 +33,9 @@ struct RowPlan {
     std::int64_t step_count;
 };
 
-// Returns the first row of [begin, end) with no id left, or -1.
-using AggregateRows = std::int64_t(const Answers&, const Combination&, const RowPlan&, std::int64_t begin,
-                                   std::int64_t end, const RowScratch&);
+// Returns the first row of [begin, end) without a result.
+using AggregateRows = NoResult(const Answers&, const Combination&, const RowPlan&, std::int64_t begin,
+                               std::int64_t end, const RowScratch&);
 // Adds to the upper triangle of distances.
 using MeasureRows = void(const Answers&, const RowPlan&, std::int64_t begin, std::int64_t end, const RowScratch&,
                          double* distances);

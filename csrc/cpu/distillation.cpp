@@ -11,7 +11,7 @@
 namespace feddistill {
 
 std::int64_t distillation_scratch(const Distillation& task) {
-    constexpr std::int64_t kEvents = 7, kRoom = 1 + 16, kBlock = 1024;
+    constexpr std::int64_t kEvents = 8, kRoom = 1 + 16, kBlock = 1024;
     if (task.ids.at) return kEvents * (task.kept + kRoom) + kBlock;
     const bool widened = task.student.dtype != task.teacher.dtype;
     return task.gradient.at || widened ? task.vocab * (widened ? 4 : 1) : 0;

@@ -261,13 +261,18 @@ Outcome dense(const Distillation& task, Frame f, const Element<kDType>* s, const
     return {cost};
 }
 
-// A truncated teacher's K + 1 events, the tail last: the student's logits of the kept, natural logarithms.
+// A truncated teacher's up to K + 1 events, the tail last: the student's logits of the kept, natural logarithms.
 struct Events {
     std::int64_t count;
     float *z, *p, *q, *d, *psi, *block;
-    const std::int32_t* ids;
-    std::int32_t* order;  // the ids, ascending
+    std::int32_t *ids, *order;  // as they are given, and ascending
 };
+
+bool ascend(const std::int32_t* ids, std::int64_t n) {
+    for (std::int64_t k = 1; k < n; ++k)
+        if (ids[k - 1] >= ids[k]) return false;
+    return true;
+}
 
 template <class Kind>
 double divergence_of(const Events& e, float beta) {
@@ -282,15 +287,23 @@ double divergence_of(const Events& e, float beta) {
 }
 
 template <DType kDType>
-Outcome truncated(const Distillation& task, Frame f, const Element<kDType>* s, const float* b, float b_tail,
-                  Element<kDType>* g, const Events& e) {
-    const std::int64_t n = task.vocab, kept = e.count - 1;
-    for (std::int64_t k = 0; k < kept; ++k) {
-        if (e.ids[k] < 0 || e.ids[k] >= n) return {0, Refusal::id};
-        e.order[k] = e.ids[k];
-        e.z[k] = element<kDType>(s, e.ids[k]);
+Outcome truncated(const Distillation& task, Frame f, const Element<kDType>* s, const std::int32_t* ids, float* b,
+                  float b_tail, Element<kDType>* g, Events e) {
+    const std::int64_t n = task.vocab;
+    std::int64_t kept = 0;
+    for (std::int64_t k = 0; k < task.kept; ++k) {
+        const std::int32_t id = ids[k];
+        if (id == kNoId) continue;
+        if (id < 0 || id >= n) return {0, Refusal::ids};
+        e.ids[kept] = e.order[kept] = id;
+        e.z[kept] = element<kDType>(s, id);
+        b[kept++] = b[k];
     }
-    if (!std::is_sorted(e.order, e.order + kept)) std::sort(e.order, e.order + kept);
+    e.count = kept + 1;
+    if (!ascend(e.order, kept)) {
+        std::sort(e.order, e.order + kept);
+        if (!ascend(e.order, kept)) return {0, Refusal::ids};  // one is there twice
+    }
 
     const float factor = factor_of(task);
     const Normaliser top = normalise_row<DType::f32, false>(e.z, kept, factor);
@@ -358,12 +371,13 @@ Outcome one_row(const Distillation& task, const Frame& f, std::int64_t row, floa
         const auto take = [&](std::int64_t size) { return (at += size) - size; };
         float* const b = take(room);
         Events e{count, take(room), take(room), take(room), take(room), take(room), take(kBlock), nullptr, nullptr};
-        e.ids = static_cast<std::int32_t*>(task.ids.at) + row * task.ids.stride;
+        e.ids = reinterpret_cast<std::int32_t*>(take(room));
         e.order = reinterpret_cast<std::int32_t*>(take(room));
         widen(task.teacher, row, task.kept, b);
         float b_tail = 0;
         widen(task.log_tail, row, 1, &b_tail);
-        return truncated<kDType>(task, f, s, b, b_tail, g, e);
+        const auto* const ids = static_cast<std::int32_t*>(task.ids.at) + row * task.ids.stride;
+        return truncated<kDType>(task, f, s, ids, b, b_tail, g, e);
     }
     if (task.kd == 0 || task.teacher.dtype == kDType)
         return dense<kDType>(task, f, s, task.kd == 0 ? nullptr : row_of<kDType>(task.teacher, row), g, scratch);

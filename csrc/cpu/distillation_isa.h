@@ -5,8 +5,8 @@
 
 namespace feddistill {
 
-// Floats that a thread needs beside the row: a slope a column, three widened rows where dtypes differ, and five
-// numbers an event of a truncated teacher.
+// Floats that a thread needs beside the row: a slope a column, three widened rows where dtypes differ, and
+// eight numbers an event of a truncated teacher.
 std::int64_t distillation_scratch(const Distillation& task);
 
 using DistillationRow = Refusal::Reason(const Distillation&, std::int64_t row, float* scratch);

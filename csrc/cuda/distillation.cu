@@ -185,7 +185,7 @@ class Row {
         bool outside = false;
         for (int k = threadIdx.x; k < task_.kept; k += kThreads) {
             const int id = ids[k];
-            outside |= id < 0 || id >= task_.vocab;
+            outside |= id < kNoId || id >= task_.vocab;
             if (id < begin_ || id >= end_) continue;
             const int bit = id - first_ + kFirstBit;
             atomic_or(&bits_[bit / kWordBits], 1u << bit % kWordBits);

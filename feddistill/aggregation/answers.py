@@ -146,8 +146,17 @@ class AnswerSet:
         """One client's log-probabilities or compressed answers."""
         answer = client(start, stop)
         if isinstance(answer, TopK):
-            return answer.expand() if self.expand else answer
+            return answer.expand() if self.expand else _without_pads(answer)
         return decoded(answer) if answer.dtype == torch.uint8 else answer
+
+
+def _without_pads(answer: TopK) -> TopK:
+    """The answer with a log-probability of ``-inf`` beside ids of -1, which are no entries."""
+    none = answer.ids < 0
+    if not none.any():
+        return answer
+    log_probs = answer.log_probs.masked_fill(none, -math.inf)
+    return TopK(answer.ids, log_probs, answer.log_tail, answer.vocab_size)
 
 
 def _in_memory(answer: Tensor | TopK) -> AnswerReader:

@@ -119,9 +119,9 @@ def _marginal(reader: AnswerSet, client: int) -> Tensor:
             continue
         share = answer.missing_log_prob().double().exp()
         # A kept id has its own probability in place of a share of the tail.
-        more = answer.log_probs.double().exp() - share[:, None]
+        more = (answer.log_probs.double().exp() - share[:, None]).masked_fill(answer.ids < 0, 0.0)
         total += share.sum()
-        total += torch.bincount(answer.ids.flatten(), more.flatten(), minlength=vocab)
+        total += torch.bincount(answer.ids.clamp_min(0).flatten(), more.flatten(), minlength=vocab)
     return total / max(rows, 1)
 
 

@@ -1,13 +1,12 @@
 """Settings of the data: sources of texts, sizes of the sets, partition among clients."""
 
-from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, StrictInt, field_validator, model_validator
 
 from feddistill.config import presets
 from feddistill.errors import ConfigError
-from feddistill.settings_model import Setting
+from feddistill.settings_model import LocalPath, PathOrName, Setting
 
 
 class EmbeddedSource(Setting):
@@ -18,7 +17,7 @@ class EmbeddedSource(Setting):
 
 
 class Columns(Setting):
-    """Names of the columns of a table."""
+    """Names of the columns of a table; ``a.b[0]`` is inside a nested column."""
 
     text_column: str = "text"
     label_column: str | None = "label"
@@ -32,6 +31,10 @@ class Columns(Setting):
     answers_column: str = "answers"
     """Column with the answers (``question_answering``) in SQuAD's form, ``{text: [...], answer_start:
     [...]}``."""
+    no_label: StrictInt | Literal[False] | str | None = None
+    """The label of texts without a label, beside missing ones: ``-1``, ``unknown``; ``false`` if every value
+    is a class, also -1. ``null``: -1 is an error, unless the column is a ``ClassLabel`` of ``datasets``, in
+    which it means none."""
 
     @model_validator(mode="after")
     def _one_before(self) -> Self:
@@ -41,18 +44,45 @@ class Columns(Setting):
 
 
 class FileSource(Columns):
-    """Local files: csv, tsv, jsonl, json, parquet, or txt (one text per line)."""
+    """Local files: csv, tsv, jsonl, json, parquet, or txt (one text per line); text files also as ``.gz``."""
 
     kind: Literal["files"] = "files"
-    path: Path
+    path: LocalPath
     """A file, or a folder of files of one format, read in the order of their names."""
+    encoding: str | None = None
+    """Encoding of text files by Python's name: ``latin-1``, ``shift_jis``. ``null``: UTF-8, or UTF-16 or
+    UTF-32 if a byte order mark says so."""
+    delimiter: str | None = Field(default=None, min_length=1, max_length=1)
+    """Character between the columns of csv and tsv; ``null`` for a comma (csv) or a tab (tsv)."""
+    quoting: Literal["standard", "none"] | None = None
+    """``standard``: fields of csv and tsv may stand in quotation marks; ``none``: marks are text. ``null``:
+    ``none`` if tabs separate the columns, else ``standard``."""
+
+    @field_validator("encoding")
+    @classmethod
+    def _is_known(cls, encoding: str | None) -> str | None:
+        try:
+            if encoding is not None:
+                b"-".decode(encoding)
+        except UnicodeError:  # one byte is no character of it
+            pass
+        except (LookupError, ValueError):
+            raise ConfigError(f"encoding = {encoding!r} is no encoding of texts that Python knows") from None
+        return encoding
+
+    @field_validator("delimiter")
+    @classmethod
+    def _separates(cls, delimiter: str | None) -> str | None:
+        if delimiter is not None and delimiter in '"\r\n\ufeff':
+            raise ConfigError(f"delimiter = {delimiter!r} cannot separate columns")
+        return delimiter
 
 
 class HubSource(Columns):
     """A data set of the Hugging Face hub by name, or a local folder in the same layout."""
 
     kind: Literal["hub"] = "hub"
-    name: str
+    name: PathOrName
     subset: str | None = None
     split: str = "train"
     revision: str | None = None
@@ -66,7 +96,7 @@ class PresetSource(Setting):
     name: str
     split: str = "train"
     """Name on the hub. A ``test`` split may have no labels; its texts can still be the proxy set."""
-    path: Path | None = None
+    path: LocalPath | None = None
     """A local folder in the hub's layout; ``null`` to load from the hub."""
     revision: str | None = None
     """A commit of the data set; ``null`` for the newest."""

@@ -2,14 +2,13 @@
 
 from pathlib import Path
 
-import yaml
 from pydantic import ValidationError
 
-from feddistill.config import one_line
+from feddistill.config import one_line, strict_yaml
 from feddistill.config.data import FileSource, Source
 from feddistill.config.models import ModelConfig
 from feddistill.errors import ConfigError
-from feddistill.settings_model import Setting
+from feddistill.settings_model import LocalPath, Setting
 
 
 class Institution(Setting):
@@ -19,7 +18,7 @@ class Institution(Setting):
     """The private texts, with their labels."""
     model: ModelConfig | None = None
     """The specialist; ``null`` for this client's model in the server's configuration."""
-    key: Path | None = None
+    key: LocalPath | None = None
     """The private key that signs uploads (``feddistill keys``), if the server requires signatures."""
 
 
@@ -29,12 +28,7 @@ def load(path: Path) -> Institution:
     Raises:
         ConfigError: It cannot be read, or a setting is unknown, missing or out of range.
     """
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    raw = strict_yaml.read(path)
     try:
         settings = Institution.model_validate(raw)
     except ValidationError as error:

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from feddistill.config import strict_yaml
 from feddistill.config.data import FileSource
 from feddistill.config.renamed import has_old_names, refuse, with_new_names, with_old_names
 from feddistill.config.settings import QUICKSTART, Config
@@ -88,12 +89,7 @@ def stored_task(config: Config) -> str:
 
 
 def _read(source: Path) -> dict[str, Any]:
-    try:
-        raw = yaml.safe_load(source.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read {source}: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, a date with month 99
-        raise ConfigError(f"{source} is not YAML: {' '.join(str(error).split())}") from None
+    raw = strict_yaml.read(source)
     raw = untied({} if raw is None else raw)
     if not isinstance(raw, dict):
         raise ConfigError(f"{source} must be a mapping of settings, got {type(raw).__name__}")
@@ -161,10 +157,7 @@ def override(raw: dict[str, Any], text: str) -> None:
     dotted, equals, value_text = text.partition("=")
     if not equals or not dotted:
         raise ConfigError(f"--set takes KEY=VALUE, got {text!r}")
-    try:
-        value = yaml.safe_load(value_text)
-    except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"--set {dotted}: the value is not YAML: {' '.join(str(error).split())}") from None
+    value = strict_yaml.parse(value_text, f"--set {dotted}: the value")
     place: Any = raw
     *groups, last = dotted.split(".")
     for depth, key in enumerate(groups):

@@ -4,14 +4,14 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from feddistill.settings_model import Setting
+from feddistill.settings_model import PathOrName, Setting
 
 
 class HubModel(Setting):
     """A model of the Hugging Face hub by name, or a local ``save_pretrained`` folder."""
 
     kind: Literal["hub"] = "hub"
-    name: str
+    name: PathOrName
     revision: str | None = None
     """A commit of the model; ``null`` for the newest."""
     gguf: str | None = None

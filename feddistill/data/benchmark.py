@@ -7,6 +7,7 @@ from typing import Any
 
 from feddistill.config.presets import Preset
 from feddistill.data import hub
+from feddistill.data.columns import Where, is_missing, nowhere
 from feddistill.errors import DataError
 from feddistill.types import Span
 
@@ -70,11 +71,13 @@ def labels(preset: Preset, columns: Columns, name: str) -> tuple[str, ...]:
     """
     named = []
     for row, value in enumerate(columns[preset.label_column]):
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
         if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(preset.labels):
             named.append(preset.labels[value])
         elif value in preset.labels:
             named.append(value)
-        elif value is None or value == -1:
+        elif is_missing(value) or value == -1:
             raise DataError(f"{name}: row {row} has no label")
         else:
             known = ", ".join(preset.labels)
@@ -82,7 +85,7 @@ def labels(preset: Preset, columns: Columns, name: str) -> tuple[str, ...]:
     return tuple(named)
 
 
-def golds(columns: Columns, name: str) -> tuple[tuple[str, ...], ...]:
+def golds(columns: Columns, name: str, where: Where = nowhere) -> tuple[tuple[str, ...], ...]:
     """SQuAD's answers to each question; empty if it has no answer."""
     answers = []
     for row, value in enumerate(columns["answers"]):
@@ -90,12 +93,15 @@ def golds(columns: Columns, name: str) -> tuple[tuple[str, ...], ...]:
         if not isinstance(given, Sequence) or not all(isinstance(text, str) for text in given):
             raise DataError(
                 f"{name}: row {row} has no 'answers' in SQuAD's form, lists of text and answer_start"
+                f"{where(row)}"
             )
         answers.append(tuple(given))
     return tuple(answers)
 
 
-def answers(values: Sequence[Any], passages: Sequence[str], name: str) -> tuple[tuple[Span, ...], ...]:
+def answers(
+    values: Sequence[Any], passages: Sequence[str], name: str, where: Where = nowhere
+) -> tuple[tuple[Span, ...], ...]:
     """SQuAD's answers as spans of their passages.
 
     Raises:
@@ -105,15 +111,19 @@ def answers(values: Sequence[Any], passages: Sequence[str], name: str) -> tuple[
     (((4, 7),),)
     """
     spans = []
-    texts = golds({"answers": [_listed(value) for value in values]}, name)
+    texts = golds({"answers": [_listed(value) for value in values]}, name, where)
     for row, (right, passage) in enumerate(zip(texts, passages, strict=True)):
         starts = _listed(values[row]).get("answer_start")
         if not isinstance(starts, list) or len(starts) != len(right):
-            raise DataError(f"{name}: row {row} has {len(right)} answers, and not as many answer_start")
+            raise DataError(
+                f"{name}: row {row} has {len(right)} answers, and not as many answer_start{where(row)}"
+            )
         for text, start in zip(right, starts, strict=True):
             present = isinstance(start, int) and start >= 0 and passage[start : start + len(text)] == text
             if not present or not text.strip():
-                raise DataError(f"{name}: row {row}: its answer {text!r} is not at character {start}")
+                raise DataError(
+                    f"{name}: row {row}: its answer {text!r} is not at character {start}{where(row)}"
+                )
         spans.append(tuple((start, start + len(text)) for text, start in zip(right, starts, strict=True)))
     return tuple(spans)
 

@@ -2,23 +2,35 @@
 
 import gzip
 import json
-from collections.abc import Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from feddistill.config import presets
-from feddistill.config.data import Columns, EmbeddedSource, FileSource, HubSource, PresetSource, Source
-from feddistill.data import benchmark, hub
+from feddistill.config.data import (
+    Columns,
+    DataConfig,
+    EmbeddedSource,
+    FileSource,
+    GivenPartition,
+    HubSource,
+    PresetSource,
+    RemotePartition,
+    Source,
+)
+from feddistill.data import benchmark, formats, hub
+from feddistill.data.columns import Where, find, is_missing, known, names, nowhere
+from feddistill.data.columns import labels as label_names
 from feddistill.errors import DataError
 from feddistill.types import Span
 
 EMBEDDED_COLUMNS = {"wordnet_topics": ("label", None), "sotu_eras": ("era", "era")}
 """Label and source columns of the embedded sets."""
-
-READABLE = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".txt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +39,8 @@ class Table:
 
     ids: tuple[str, ...]
     texts: tuple[str, ...]
-    labels: tuple[str, ...] | None
+    labels: tuple[str | None, ...] | None
+    """``None`` for a row without a label."""
     sources: tuple[str, ...] | None
     starts: tuple[int, ...] | None = None
     """First character of each text after its prompt or question."""
@@ -37,6 +50,8 @@ class Table:
     """True if the prompts are questions."""
     answers: tuple[tuple[Span, ...], ...] | None = None
     """The right answers to each question."""
+    where: Where = nowhere
+    """The place of a row, for errors."""
 
 
 def read(source: Source, name: str) -> Table:
@@ -65,7 +80,7 @@ def _embedded(name: str) -> Table:
     return _table(columns, Columns(label_column=label, source_column=origin), name, name)
 
 
-def _files(source: FileSource, name: str) -> Table:
+def _parts(source: FileSource, name: str) -> list[formats.File]:
     path = source.path
     try:
         inside = sorted(path.iterdir()) if path.is_dir() else None
@@ -73,95 +88,84 @@ def _files(source: FileSource, name: str) -> Table:
     except OSError as error:
         raise DataError(f"{name}: cannot read {path}: {error.strerror}") from None
     if inside is not None:
-        paths = [p for p in inside if p.suffix.lower() in READABLE]
-        if len({p.suffix.lower() for p in paths}) > 1:
+        paths = [p for p in inside if formats.ending(p)]
+        if len({formats.ending(p) for p in paths}) > 1:
             raise DataError(f"{name}: {path} mixes formats ({', '.join(p.name for p in paths[:5])})")
         if not paths:
-            raise DataError(f"{name}: {path} holds no file that ends in {', '.join(READABLE)}")
+            raise DataError(f"{name}: {path} holds no file that ends in {formats.readable()}")
     elif exists:
         paths = [path]
     else:
         raise DataError(f"{name}: no such file or folder: {path}")
-    columns: dict[str, list[Any]] = {}
-    for index, file in enumerate(paths):
-        part = _one_file(file, source, name)
-        if index and set(part) != set(columns):
+    return [formats.read(file, source, name) for file in paths]
+
+
+def _files(source: FileSource, name: str) -> Table:
+    parts = _parts(source, name)
+    first = parts[0]
+    columns: dict[str, list[Any]] = {key: [] for key in first.columns}
+    for part in parts:
+        if set(part.columns) != set(columns):
             raise DataError(
-                f"{name}: {file} has columns {sorted(part)}, {paths[0].name} has {sorted(columns)}"
+                f"{name}: {part.name} has columns {sorted(part.columns)}, {first.name} has {sorted(columns)}"
             )
-        for key, values in part.items():
-            columns.setdefault(key, []).extend(values)
-    settings = (
-        source if paths[0].suffix.lower() != ".txt" else source.model_copy(update={"label_column": None})
-    )
-    return _table(columns, settings, name, path.stem)
+        for key, values in part.columns.items():
+            columns[key].extend(values)
+    starts = list(accumulate(map(len, parts), initial=0))
+
+    def where(row: int) -> str:
+        index = bisect_right(starts, row) - 1
+        return f" ({parts[index].where(row - starts[index])})"
+
+    is_text = formats.ending(Path(first.name)) == ".txt"
+    settings = source.model_copy(update={"label_column": None}) if is_text else source
+    declared = frozenset[str]().union(*(part.class_labels for part in parts))
+    return _table(columns, settings, name, _stem(source.path), where, declared)
 
 
-def _one_file(file: Path, source: FileSource, name: str) -> dict[str, list[Any]]:
-    try:
-        match file.suffix.lower():
-            case ".txt":
-                return {source.text_column: _lines(file)}
-            case ".jsonl" | ".ndjson":
-                return _objects([_json(line, row) for row, line in enumerate(_lines(file), 1)])
-            case _:
-                return _frame(file, name)
-    except OSError as error:
-        raise DataError(f"{name}: cannot read {file}: {error.strerror or error}") from None
-    except (ValueError, TypeError) as error:  # parsers' own; UnicodeDecodeError too
-        raise DataError(f"{name}: {file} is malformed: {' '.join(str(error).split())}") from None
+def _stem(path: Path) -> str:
+    return Path(path.stem).stem if path.suffix.lower() == ".gz" else path.stem
 
 
-def _json(line: str, row: int) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"object {row}: {error.msg} at its character {error.pos + 1}") from None
+def describe(config: DataConfig) -> Iterator[str]:
+    """Lines on the files of a configuration: their rows, and fields that may have swallowed rows.
+
+    Raises:
+        DataError: As ``read``.
+    """
+    own = isinstance(config.partition, GivenPartition | RemotePartition)
+    parts = {"proxy": config.proxy, "validation": config.validation, "test": config.test}
+    parts |= {} if own else {"private": config.private}
+    sources = {f"data.{part}.source": given.source for part, given in parts.items()}
+    if None in sources.values():
+        sources = {"data.source": config.source, **sources}
+    if isinstance(config.partition, GivenPartition):
+        clients = config.partition.sources.items()
+        sources |= {f"data.partition.sources.{client}": source for client, source in clients}
+    for name, source in sources.items():
+        if isinstance(source, FileSource):
+            yield from _describe(source, name)
 
 
-def _objects(rows: list[Any]) -> dict[str, list[Any]]:
-    """Columns of JSON objects; missing keys are ``None``."""
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict):
-            raise ValueError(f"row {number} is no object")
-    keys = dict.fromkeys(str(key) for row in rows for key in row)
-    return {key: [row.get(key) for row in rows] for key in keys}
-
-
-def _frame(file: Path, name: str) -> dict[str, list[Any]]:
-    import pandas
-    import pyarrow
-
-    try:
-        match file.suffix.lower():
-            case ".csv" | ".tsv":
-                separator = "\t" if file.suffix.lower() == ".tsv" else ","
-                frame = pandas.read_csv(
-                    file, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8"
-                )
-                if not isinstance(
-                    frame.index, pandas.RangeIndex
-                ):  # pandas takes the first field for an index
-                    raise ValueError("rows have more fields than the header; quote texts that hold commas")
-            case ".json":
-                frame = pandas.DataFrame(json.loads(file.read_text(encoding="utf-8")))
-            case ".parquet":
-                frame = pandas.read_parquet(file)
-            case other:
-                raise DataError(f"{name}: {file} ends in {other!r}; readable are {', '.join(READABLE)}")
-    except pyarrow.ArrowException as error:
-        raise ValueError(str(error)) from None
-    return {str(key): frame[key].tolist() for key in frame.columns}
-
-
-def _lines(file: Path) -> list[str]:
-    # Not splitlines, which also splits at form feeds and U+2028.
-    return [line for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
+def _describe(source: FileSource, name: str) -> Iterator[str]:
+    parts = _parts(source, name)
+    counts = ", ".join(f"{part.name} {len(part)}" for part in parts[:5])
+    more = f", {len(parts) - 5} more files" if len(parts) > 5 else ""
+    yield f"{name}: {sum(map(len, parts))} rows ({counts}{more})"
+    for part in parts:
+        if (joined := formats.joined_rows(part)) is not None:
+            row, column, count = joined
+            others = f", as {count - 1} more do" if count > 1 else ""
+            yield (
+                f"{name}: row {row} ({part.where(row)}) holds line breaks and delimiters in {column!r}"
+                f"{others}: if a quotation mark is missing there, rows are lost"
+            )
 
 
 def _hub(source: HubSource, name: str) -> Table:
     loaded = hub.load(source.name, source.subset, source.split, source.revision, name)
-    return _table(hub.columns(loaded), source, name, Path(source.name).name)
+    declared = hub.class_labels(loaded)
+    return _table(hub.columns(loaded), source, name, Path(source.name).name, declared=declared)
 
 
 def _preset(source: PresetSource, name: str) -> Table:
@@ -194,25 +198,45 @@ def _is_torn(text: str) -> bool:
     return False
 
 
-def _table(columns: Mapping[str, Sequence[Any]], settings: Columns, name: str, stem: str) -> Table:
-    """Select and check the columns; every example must be complete."""
+def _table(
+    columns: Mapping[str, Sequence[Any]],
+    settings: Columns,
+    name: str,
+    stem: str,
+    where: Where = nowhere,
+    declared: frozenset[str] = frozenset(),
+) -> Table:
+    """Select and check the columns; every example must be complete, but for its label.
 
-    def column(setting: str, key: str | None) -> tuple[str, ...] | None:
-        if key is None:
-            return None
-        if key not in columns:
-            known = ", ".join(map(repr, columns)) or "none"
-            raise DataError(f"{name}: {setting} = {key!r} is not a column; there are {known}")
-        for row, value in enumerate(columns[key]):
+    Args:
+        columns: The whole table.
+        settings: Names of the columns to select.
+        name: Its name in errors.
+        stem: Beginning of the rows' ids.
+        where: Places of the rows.
+        declared: Columns that are a ``ClassLabel`` of ``datasets``.
+    """
+
+    def values(setting: str, key: str, *, required: bool = True) -> Sequence[Any]:
+        column = find(columns, key)
+        if column is None:
+            raise DataError(f"{name}: {setting} = {key!r} is not a column; there are {known(columns)}")
+        for row, value in enumerate(column):
             if value is not None and not isinstance(value, str | int | float):
                 raise DataError(
-                    f"{name}: row {row} has a {type(value).__name__} for {key!r}, not a text or number"
+                    f"{name}: row {row} has a {type(value).__name__} for {key!r}, not a text or "
+                    f"number{where(row)}"
                 )
-            if value is None or value != value or not str(value).strip():
-                raise DataError(f"{name}: row {row} has no {key!r}")
+            if required and is_missing(value):
+                raise DataError(f"{name}: row {row} has no {key!r}{where(row)}")
             if isinstance(value, str) and not value.isascii() and _is_torn(value):
-                raise DataError(f"{name}: row {row} has half a character (a lone surrogate) in {key!r}")
-        return tuple(str(value) for value in columns[key])
+                raise DataError(
+                    f"{name}: row {row} has half a character (a lone surrogate) in {key!r}{where(row)}"
+                )
+        return column
+
+    def column(setting: str, key: str | None) -> tuple[str, ...] | None:
+        return None if key is None else tuple(map(str, values(setting, key)))
 
     texts = column("text_column", settings.text_column)
     assert texts is not None
@@ -223,16 +247,24 @@ def _table(columns: Mapping[str, Sequence[Any]], settings: Columns, name: str, s
     answers = None
     if questions is not None:
         prompts = tuple(f"{question.strip()}\n" for question in questions)
-        if settings.answers_column in columns:
-            answers = benchmark.answers(columns[settings.answers_column], texts, name)
+        if (right := find(columns, settings.answers_column)) is not None:
+            answers = benchmark.answers(right, texts, name, where)
     if prompts is not None:
         texts = tuple(prompt + text for prompt, text in zip(prompts, texts, strict=True))
+    labels, sources = None, None
+    if (key := settings.label_column) is not None:
+        labels = label_names(
+            values("label_column", key, required=False), settings.no_label, key in declared, key, name, where
+        )
+    if (key := settings.source_column) is not None:
+        sources = tuple(map(str, names(values("source_column", key), repr(key), name, where)))
     return Table(
         ids=tuple(f"{stem}/{row}" for row in range(len(texts))),
         texts=texts,
-        labels=column("label_column", settings.label_column),
-        sources=column("source_column", settings.source_column),
+        labels=labels,
+        sources=sources,
         starts=None if prompts is None else tuple(map(len, prompts)),
         questions=questions is not None,
         answers=answers,
+        where=where,
     )

@@ -69,6 +69,7 @@ def load(config: DataConfig, seed: int, task: str = "classification") -> Splits:
             labels,
             f"data.{name}",
             optional=name == "proxy" or not classes,
+            partly=name == "proxy",
         )
         sets[name] = _draw(whole, parts[name].size, seed)
     if isinstance(config.partition, GivenPartition):
@@ -115,15 +116,22 @@ def lines(texts: TextSet) -> Iterator[bytes]:
 
 
 def _labels(table: Table, classes: bool) -> tuple[str, ...]:
-    names = set(table.labels or ())
+    names = {label for label in table.labels or () if label is not None}
     if classes and len(names) < 2:
         raise DataError(f"data: classification needs at least two labels, found {sorted(names)}")
     return tuple(sorted(names))
 
 
-def _labelled(table: Table, labels: tuple[str, ...], name: str, *, optional: bool) -> TextSet:
-    """Replace label names by indices; a label that is not in ``labels`` is an error."""
-    index = {label: i for i, label in enumerate(labels)}
+def _labelled(
+    table: Table, labels: tuple[str, ...], name: str, *, optional: bool, partly: bool = False
+) -> TextSet:
+    """Replace label names by indices; a label that is not in ``labels`` is an error.
+
+    Without ``optional`` the table must have labels, and without ``partly`` all of its rows.
+    """
+    index: dict[str | None, int] = {label: i for i, label in enumerate(labels)}
+    if partly:
+        index[None] = UNLABELLED
     if table.labels is None:
         if not optional:
             raise DataError(f"{name}: {table.unlabelled}")
@@ -131,9 +139,11 @@ def _labelled(table: Table, labels: tuple[str, ...], name: str, *, optional: boo
     else:
         for row, label in enumerate(table.labels):
             if label not in index:
+                if label is None:
+                    raise DataError(f"{name}: row {row} has no label{table.where(row)}")
                 raise DataError(
-                    f"{name}: row {row} has label {label!r}, which is not one of {', '.join(labels)}; "
-                    "name all classes in data.labels, or mend the file"
+                    f"{name}: row {row} has label {label!r}, which is not one of {', '.join(labels)}"
+                    f"{table.where(row)}; name all classes in data.labels, or mend the file"
                 )
         numbers = np.array([index[label] for label in table.labels], np.int64)
     answers: tuple[tuple[Span, ...] | None, ...] | None = table.answers

@@ -1,6 +1,6 @@
 """Low-rank adapters (LoRA: Hu et al., ICLR 2022) on the attention's projections, by peft."""
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from feddistill import models
@@ -13,6 +13,17 @@ def adapt(model: nn.Module, config: ModelConfig, name: str, *, head: bool) -> No
     if config.lora is not None:
         rank, alpha = config.lora.rank, config.lora.alpha
         add(model, rank, alpha, name, f"{name}.lora", head=head, first=config.freeze_layers)
+
+
+def count(model: nn.Module, rank: int, *, head: bool) -> int:
+    """Number of parameters that ``add`` trains in all layers of a model, which is not changed."""
+    factors = [
+        rank * sum(module.weight.shape)
+        for path, module in model.named_modules()
+        if path.rsplit(".", 1)[-1] in models.PROJECTIONS and isinstance(module.weight, Tensor)
+    ]
+    heads = models.head_parameters(model) if head else set()
+    return sum(factors) + sum(p.numel() for name, p in model.named_parameters() if name in heads)
 
 
 def add(

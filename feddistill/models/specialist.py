@@ -120,17 +120,6 @@ def trained_count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def lora_count(model: nn.Module, rank: int) -> int:
-    """Number of parameters of adapters on the query and value projections, and of the head."""
-    total = 0
-    for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        if name.rsplit(".", 1)[-1] in PROJECTIONS and weight is not None:
-            total += rank * sum(weight.shape)
-    heads = head_parameters(model)
-    return total + sum(p.numel() for name, p in model.named_parameters() if name in heads)
-
-
 def trained(model: nn.Module) -> dict[str, Tensor]:
     """The parameters that are trained, by name."""
     return {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}

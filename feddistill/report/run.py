@@ -124,7 +124,7 @@ def traffic_rows(result: Json) -> list[tuple[str, str]]:
         ),
         ("times as much as the answers", f"{sent.fedavg_uplink_same_rounds / sent.uplink:,.1f}×"),
         (
-            "federated LoRA of the student (float32, rank 8) would upload, same rounds",
+            "federated LoRA of the student (float32, `fedlora.rank`) would upload, same rounds",
             size(sent.lora_uplink_same_rounds),
         ),
         ("an answer to one row (text or token), envelope included", f"{sent.a_row:.2f} B"),

@@ -23,7 +23,7 @@ from feddistill.runs import experiment
 from feddistill.runs.operations import first_met, jobs_of, learners_of, operations, padded_tokens
 from feddistill.runs.results import proxy_bytes
 from feddistill.server.request import request
-from feddistill.server.rounds import LORA_RANK
+from feddistill.server.rounds import lora_count
 from feddistill.store.run_directory import Json, RunDirectory
 from feddistill.tasks.check import DENSE_CLASSES
 from feddistill.tasks.learner import Learner, labels_of
@@ -169,7 +169,7 @@ def _bytes(session: Session, student: Learner) -> Json:
             * config.rounds,
         }
     weights = FLOAT * models.trained_count(student.model)
-    adapter = FLOAT * models.lora_count(student.model, LORA_RANK)
+    adapter = FLOAT * lora_count(session, student.model)
     chosen = codecs[_chosen(config)]
     return {
         "chosen": _chosen(config),
@@ -179,7 +179,7 @@ def _bytes(session: Session, student: Learner) -> Json:
         "federated_lora": {
             "upload": adapter,
             "times_ours": round(adapter / chosen["upload"], 1),
-            "rank": LORA_RANK,
+            "rank": config.fedlora.rank,
         },
         "break_even_rows": {
             "fedavg": int(weights / chosen["a_row"]),

@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import multiprocessing
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ import yaml
 from pydantic import Field, ValidationError
 
 from feddistill import config as configuration
-from feddistill.config import Config
+from feddistill.config import Config, strict_yaml
 from feddistill.errors import ConfigError, FeddistillError, RunError
 from feddistill.progress import NoProgress, Progress
 from feddistill.settings_model import Setting
@@ -71,23 +72,16 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Study:
     Raises:
         ConfigError: The file is not a study, a cell's settings are invalid, or two cells have the same name.
     """
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    raw = strict_yaml.read(path)
     raw = configuration.untied(raw)
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} must be a mapping, got {type(raw).__name__}")
+    _flatten(raw, once=True)
     for text in overrides:
         configuration.override(raw, text)
-    for group in ("settings", "grid"):
-        raw[group] = _flat(raw.get(group) or {}, whole=group == "settings")
-    if isinstance(cases := raw.get("cases"), dict):
-        raw["cases"] = {name: _flat(case or {}, whole=True) for name, case in cases.items()}
+    _flatten(raw, once=False)
     if raw.get("base") is not None:
-        raw["base"] = (path.parent / str(raw["base"])).resolve()
+        raw["base"] = (path.parent / os.path.expanduser(str(raw["base"]))).resolve()
     try:
         study = Study.model_validate(raw)
     except ValidationError as error:
@@ -235,7 +229,15 @@ def _claim(study: Study, out: Path) -> None:
         raise RunError(f"cannot write {path}: {error.strerror}") from None
 
 
-def _flat(group: Any, prefix: str = "", *, whole: bool) -> dict[str, Any]:
+def _flatten(raw: dict[str, Any], *, once: bool) -> None:
+    """Write the settings of ``raw`` with dotted names; with ``once``, none may stand there twice."""
+    for group in ("settings", "grid"):
+        raw[group] = _flat(raw.get(group) or {}, whole=group == "settings", once=once)
+    if isinstance(cases := raw.get("cases"), dict):
+        raw["cases"] = {name: _flat(case or {}, whole=True, once=once) for name, case in cases.items()}
+
+
+def _flat(group: Any, prefix: str = "", *, whole: bool, once: bool = False) -> dict[str, Any]:
     """Nested names as dotted ones; ``whole``: a mapping without further names is a value of its own."""
     if not isinstance(group, dict):
         raise ConfigError(f"{prefix or 'settings, grid'} must be a mapping, got {group!r}")
@@ -243,10 +245,20 @@ def _flat(group: Any, prefix: str = "", *, whole: bool) -> dict[str, Any]:
     for key, value in group.items():
         dotted = f"{prefix}.{key}" if prefix else str(key)
         if isinstance(value, dict) and not (whole and "kind" in value):
-            found |= _flat(value, dotted, whole=whole)
+            inner = _flat(value, dotted, whole=whole, once=once)
         else:
-            found[dotted] = value
+            inner = {dotted: value}
+        if once and (twice := _lost(found, inner)):
+            raise ConfigError(f"{twice} stands twice, with dots and nested; give it once")
+        found |= inner
     return found
+
+
+def _lost(before: Mapping[str, Any], after: Mapping[str, Any]) -> str | None:
+    """A setting of ``before`` that ``after`` sets again, itself or in a mapping that is a value."""
+    leaves = _flat(before, whole=False)
+    again = [*after, *_flat(after, whole=False)]
+    return next((name for name in leaves if any(f"{name}.".startswith(f"{key}.") for key in again)), None)
 
 
 def _short(grid: Mapping[str, Any]) -> dict[str, str]:

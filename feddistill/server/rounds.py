@@ -10,15 +10,19 @@ from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 
+from torch import nn
+
 from feddistill import models, payload, training
 from feddistill.accounting import measure
 from feddistill.aggregation.answers import AnswerReader, RoundContext
 from feddistill.aggregation.diagnostics import diagnose
 from feddistill.aggregation.rules import Memory
 from feddistill.aggregation.teacher import Aggregated, aggregate, weigh
+from feddistill.config.tasks import TASKS
 from feddistill.errors import ConfigError, PayloadError, RoundError
 from feddistill.federation import answer_files, encoding
 from feddistill.federation.answer_files import draws
+from feddistill.models import adapters
 from feddistill.server.clients import clients_of
 from feddistill.server.request import request
 from feddistill.store import layout
@@ -32,9 +36,6 @@ from feddistill.tasks.query import ProxyQuery
 from feddistill.tasks.session import Session
 from feddistill.types import Cost, RoundSpec
 
-LORA_RANK = 8
-"""Rank of the LoRA adapters whose upload is compared with that of the answers."""
-
 
 def run(session: Session) -> Json:
     """Run all rounds; the result is the student that is best on validation."""
@@ -46,8 +47,14 @@ def run(session: Session) -> Json:
         "description_bytes": sum(len(payload.canonical(d)) for d in rounds.clients.descriptions),
         "positions": session.query.positions,
         "student_bytes": 4 * models.trained_count(rounds.student.model),
-        "lora_bytes": 4 * models.lora_count(rounds.student.model, LORA_RANK),
+        "lora_bytes": 4 * lora_count(session, rounds.student.model),
     }
+
+
+def lora_count(session: Session, student: nn.Module) -> int:
+    """Number of parameters that a client of the baseline ``fedlora`` uploads."""
+    head = TASKS[session.config.task].new_head
+    return adapters.count(student, session.config.fedlora.rank, head=head)
 
 
 def run_all(session: Session) -> list[Json]:

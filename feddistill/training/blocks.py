@@ -137,10 +137,10 @@ def block_loss(
     distill: DistillConfig | None,
     vocab_size: int,
 ) -> Tensor:
-    """Mean over rows of ``w T^2 D(teacher, student) + (1 - w) CE``, a scalar.
+    """Sum over rows of ``w T^2 D(teacher, student) + (1 - w) CE``, a scalar.
 
     ``w`` is ``distill.kd_weight`` for rows with both a teacher and a label, 1 for rows with only a teacher
-    and 0 for rows with only a label; rows with neither are not counted.
+    and 0 for rows with only a label; rows with neither add nothing.
 
     Args:
         hidden: ``[n, H]``.
@@ -156,10 +156,9 @@ def block_loss(
     """
     labelled = labels != NO_LABEL
     plain = labelled if distill_mask is None else labelled & ~distill_mask
-    total = hidden.new_zeros((), dtype=torch.float32)
+    total = hidden[:0].sum(dtype=torch.float32)  # with a gradient, also if no row is in the loss
     if plain.any():
         total = total + _cross_entropy(hidden[plain], weight, bias, labels[plain], vocab_size)
-    counted = int(plain.sum())
     if distill_mask is not None and distill_mask.any():
         assert distill is not None, "a teacher needs a distillation loss"
         assert teacher is not None, "rows of the mask have predictions"
@@ -178,8 +177,7 @@ def block_loss(
                     kd_weight=kd_weight,
                     reduction="sum",
                 )
-        counted += int(distill_mask.sum())
-    return total / max(counted, 1)
+    return total
 
 
 def _cross_entropy(

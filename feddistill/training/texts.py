@@ -39,13 +39,14 @@ def example_loss(
     distill_mask: Tensor | None,
     distill: DistillConfig | None,
 ) -> Tensor:
-    """Mean over a batch of ``w T^2 D(teacher, student) + (1 - w) CE``, a scalar.
+    """Sum over a batch of ``w T^2 D(teacher, student) + (1 - w) CE``, a scalar.
 
     ``w`` is ``distill.kd_weight`` for rows with both a teacher and a label, 1 for rows with only a teacher
-    and 0 for rows with only a label. Without any teacher the loss is cross-entropy.
+    and 0 for rows with only a label. Rows with neither add nothing. Without any teacher the loss is
+    cross-entropy.
     """
     if teacher is None:
-        return functional.cross_entropy(logits.float(), labels, ignore_index=NO_LABEL)
+        return functional.cross_entropy(logits.float(), labels, ignore_index=NO_LABEL, reduction="sum")
     assert distill is not None, "a teacher needs a distillation loss"
     kd_rows = torch.where(labels == NO_LABEL, 1.0, distill.kd_weight)
     if distill_mask is not None:
@@ -64,7 +65,7 @@ def example_loss(
             reduction="sum",
         )
     ce = functional.cross_entropy(logits.float(), labels, ignore_index=NO_LABEL, reduction="none")
-    return (divergence + ((1.0 - kd_rows) * ce).sum()) / len(labels)
+    return divergence + ((1.0 - kd_rows) * ce).sum()
 
 
 def _centred(scores: Tensor) -> Tensor:

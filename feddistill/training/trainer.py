@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from typing_extensions import override
 from feddistill.accounting import FlopMeter
 from feddistill.config.training import TrainingConfig
 from feddistill.modelio.padding import Tokens, pad
-from feddistill.training.losses import Batch, BatchLoss
+from feddistill.training.losses import Batch, BatchLoss, Terms
 from feddistill.types import ProgressCallback
 
 
@@ -141,20 +142,33 @@ class ExampleTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         self.optimizer: torch.optim.Optimizer | None
         self.proximal = proximal
         self.start = [p.detach().clone() for p in self._trained()] if proximal else []
-        self.model_accepts_loss_kwargs = False  # our loss is a mean: Trainer divides by accumulated batches
+        self.model_accepts_loss_kwargs = (
+            True  # our loss is divided by the terms of the step: no more by Trainer
+        )
+
+    @override
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """The batches of an optimiser step and the number of terms in all of them."""
+        batches = list(islice(epoch_iterator, num_batches))
+        for inputs in batches:
+            inputs["terms"] = self.batch_loss(Batch(**inputs, step=self.state.global_step))
+        # The only place where a step's terms are counted: several processes would add theirs here.
+        return batches, sum(inputs["terms"].count for inputs in batches)
 
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, Tensor],
+        inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
-        """The loss of a batch; counts its operations."""
-        batch = Batch(**inputs)
-        loss = self.batch_loss(model, batch)
+        """The share of a batch in the loss of a step, which is a mean over terms; counts its operations."""
+        terms: Terms = inputs.pop("terms")
+        batch = Batch(**inputs, step=self.state.global_step)
+        loss = terms.total(model, batch) / max(int(num_items_in_batch or 0), 1)
+        share = 0.5 * self.proximal / self.current_gradient_accumulation_steps  # a step adds it once
         for now, then in zip(self._trained(), self.start, strict=False):
-            loss = loss + 0.5 * self.proximal * (now - then).square().sum()
+            loss = loss + share * (now - then).square().sum()
         self.meter.add(*batch.input_ids.shape, training=True)
         return (loss, None) if return_outputs else loss
 

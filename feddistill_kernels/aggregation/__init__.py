@@ -77,8 +77,8 @@ def aggregate_topk(
     represents all others.
 
     Args:
-        clients: ``C`` answers to the same ``N`` rows over the same vocabulary; ``K`` may differ.  No
-            gradient.
+        clients: ``C`` answers to the same ``N`` rows over the same vocabulary; ``K`` may differ, and ids of
+            -1 are no entries.  No gradient.
         rule: One of ``rules()``.  A setting of another rule is an error.
         weights: Floating ``[C]``, or ``[C, N]`` for each row its own, >= 0 and not all 0; ``mean_probs`` and
             ``mean_logits``.  ``None`` for equal ones.
@@ -102,7 +102,8 @@ def aggregate_topk(
 
     Raises:
         ValueError: Clients do not fit together, or a setting does not fit the rule.  On the CPU also for a
-            row in which no id is left, e.g. by ``mean_logits`` of clients that rule each other out;
+            client's row with an id twice or outside the vocabulary (elsewhere undefined), and for a row in
+            which no id is left, e.g. by ``mean_logits`` of clients that rule each other out;
             elsewhere such a row is NaN.
         BackendError: ``backend`` was named and cannot run here; ``"triton"`` takes at most 64 clients, and
             4096 entries of all of them a row.

@@ -5,10 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from feddistill_kernels._check import empty_row
+from feddistill_kernels._check import distinct_ids, empty_row
 from feddistill_kernels._native import DTYPES, cpu_only, library
 from feddistill_kernels.aggregation._reference import krum_weights, mixing_weights
 from feddistill_kernels.aggregation._rules import Settings
+
+_IDS = 2  # csrc/aggregation.h: NoResult::Reason
 
 # csrc/aggregation.h: enum Rule.  The median is a trimmed mean, and Krum a mean of those that it chose.
 RULES = {
@@ -57,7 +59,7 @@ def aggregate(
     out_ids = torch.empty((n, k), dtype=torch.int32, device="cpu")
     out_log_probs = torch.empty((n, k), dtype=torch.float32, device="cpu")
     out_log_tail = torch.empty(n, dtype=torch.float32, device="cpu")
-    row = library().aggregate_cpu(
+    row, reason = library().aggregate_cpu(
         answers,
         n,
         vocab,
@@ -76,7 +78,10 @@ def aggregate(
         out_log_tail.data_ptr(),
         torch.get_num_threads(),
     )
-    if row >= 0:
+    if reason == _IDS:
+        for client, kept in enumerate(ids):
+            distinct_ids(f"clients[{client}]", kept[row : row + 1], vocab, start=row)
+    if reason:
         raise empty_row("the aggregate's", row)
     return out_ids, out_log_probs, out_log_tail
 

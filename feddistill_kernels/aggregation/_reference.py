@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from feddistill_kernels._check import rows_with_a_choice
+from feddistill_kernels._check import distinct_ids, rows_with_a_choice
 from feddistill_kernels.aggregation._rules import Settings
 from feddistill_kernels.order_statistics._reference import around_median, trimmed
 from feddistill_kernels.topk._reference import largest, union
@@ -111,6 +111,8 @@ def _answers(
     step = max(1, CHUNK // (width * len(ids)))
     for start in range(0, ids[0].shape[0], step):
         part = slice(start, start + step)
+        for client, kept in enumerate(ids):
+            distinct_ids(f"clients[{client}]", kept[part], vocab, start=start)
         wanted = union([i[part] for i in ids], width)
         x = torch.stack(
             [

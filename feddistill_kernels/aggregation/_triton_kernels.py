@@ -7,11 +7,13 @@ kept, filled up with the lowest others; and at W those of each id that is not in
 import triton
 import triton.language as tl
 
+from feddistill_kernels._check import NO_ID
 from feddistill_kernels.topk._triton_kernels import INF, NOTHING, chosen, key, not_chosen, write
 
 LOG2E = tl.constexpr(1.4426950408889634)
 _LAST = tl.constexpr((1 << 63) - 1)
 _LOW = tl.constexpr(0xFFFFFFFF)
+_NO_ID = tl.constexpr(NO_ID)
 
 
 @triton.jit
@@ -40,9 +42,9 @@ def spread(
         inside = cells < (width + 1) * C
         tl.store(table + cells, tl.load(missing + row * C + cells % C, mask=inside), mask=inside)
     entry = tl.arange(0, P)
-    real = entry < entries
-    id = tl.load(ids + row * entries + entry, mask=real, other=0)
-    keys = tl.sort(tl.where(real, (id.to(tl.int64) << 32) | entry, _LAST))
+    id = tl.load(ids + row * entries + entry, mask=entry < entries, other=_NO_ID)
+    keys = tl.sort(tl.where(id != _NO_ID, (id.to(tl.int64) << 32) | entry, _LAST))
+    real = keys != _LAST
     id = (keys >> 32).to(tl.int32)
     before = tl.gather(id, tl.maximum(entry - 1, 0), 0)
     first = (real & ((entry == 0) | (id != before))).to(tl.int32)

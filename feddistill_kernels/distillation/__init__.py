@@ -69,7 +69,8 @@ def softmax_divergence(
         student: Logits ``[N, V]``, float16, bfloat16, float32 or (reference only) float64.  The only input
             with a gradient.  Columns past the teacher's vocabulary are padding: no probability, no gradient.
         teacher: Logits ``[N, V]`` of any of those dtypes, or ``TopK`` made at the same ``temperature``, on
-            the student's device.  ``-inf`` marks a token that the teacher rules out.
+            the student's device.  ``-inf`` marks a token that the teacher rules out.  Rows of a ``TopK`` may
+            keep different numbers of ids, see there.
         kind: One of ``kinds()``.
         beta: The teacher's share of the mixture in ``jsd``, in [0, 1]; the other kinds have none.
         temperature: ``T > 0``.
@@ -84,8 +85,9 @@ def softmax_divergence(
 
     Raises:
         ValueError: Shapes do not fit, ``kind`` is unknown, ``beta`` or ``temperature`` is out of range.  On
-            the CPU also for a row of nothing but ``-inf``; elsewhere, where looking would stall the
-            device's queue, such a row gives NaN.
+            the CPU also for a row of nothing but ``-inf``, or a ``TopK`` with an id outside the vocabulary or
+            twice in a row; elsewhere, where looking would stall the device's queue, such a row gives NaN, and
+            one with an id twice is undefined.
         BackendError: ``backend`` was named and cannot run here.
 
     Memory:
@@ -144,8 +146,7 @@ def distillation_loss(
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         inplace: Write the gradient over ``student``'s memory, saving one ``[N, V]``.  After the call
             ``student`` holds no logits.  Autograd refuses a backward pass that needs them (say, of a
-            log_softmax that made them) and a second one through this loss.  If no gradient is required,
-            nothing is written.
+            log_softmax that made them).  If no gradient is required, nothing is written.
         backend: See ``softmax_divergence``.
         group: A process group over which the vocabulary is split: each rank passes its columns of the logits,
             in the order of the ranks, any number of them (0 too), and with a dense teacher the same columns
@@ -169,7 +170,7 @@ def distillation_loss(
 
     Memory:
         One ``[N, V]`` in the student's dtype, the gradient; none with ``inplace``.  With ``"none"`` the
-        gradient is made in backward, from the inputs.
+        gradient is made in backward, from the inputs.  A backward that retains the graph takes another one.
 
     Example:
         >>> import torch

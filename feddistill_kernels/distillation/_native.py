@@ -5,13 +5,13 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from feddistill_kernels._check import empty_row, id_outside, label_outside
+from feddistill_kernels._check import empty_row, label_outside, wrong_ids
 from feddistill_kernels._kinds import unknown_kind
 from feddistill_kernels._native import DTYPES, in_rows, library, matrix, missing, on_stream
 
 __all__ = ["cannot", "missing", "rows", "scale_into"]
 
-_EMPTY_STUDENT, _EMPTY_TEACHER, _LABEL, _ID = 1, 2, 3, 4  # csrc/distillation.h: Refusal::Reason
+_EMPTY_STUDENT, _EMPTY_TEACHER, _LABEL, _IDS = 1, 2, 3, 4  # csrc/distillation.h: Refusal::Reason
 _NOTHING = (0, 0, 0)
 
 
@@ -85,8 +85,9 @@ def rows(
     if reason == _LABEL:
         assert labels is not None
         raise label_outside(row, int(labels[row]), vocab)
-    if reason == _ID:
-        raise id_outside(row, vocab)
+    if reason == _IDS:
+        assert ids is not None
+        raise wrong_ids("teacher", row, ids[row], vocab)
     if reason:
         raise empty_row("student" if reason == _EMPTY_STUDENT else "teacher", row)
     if gradient is not None and written is not None and written is not gradient:

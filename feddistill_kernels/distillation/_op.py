@@ -217,15 +217,20 @@ class _Total(torch.autograd.Function):
 
 
 def times(gradient: Tensor, upstream: Tensor, backend: str) -> Tensor:
-    """``scaled``, or the gradient itself if ``upstream`` is 1 and reading it is free."""
+    """``scaled``, or the gradient itself if ``upstream`` is 1, reading it is free and no backward follows."""
     if watched(gradient, upstream):
         seen: Tensor = scaled.dispatched(gradient, upstream, backend)
         return seen
     # On a GPU reading it would be a sync; on a CPU it saves a pass over the gradient.
-    if upstream.device.type == "cpu" and float(upstream) == 1:
+    if upstream.device.type == "cpu" and float(upstream) == 1 and not graph_is_kept():
         return gradient
     result: Tensor = scaled.direct(gradient, upstream, backend)
     return result
+
+
+# A saved gradient that is needed again is not handed out: who receives it may write to it, as a leaf does
+# that takes it for its own and adds the next one.  True outside of a backward pass.
+graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph
 
 
 class _InPlace(torch.autograd.Function):
@@ -244,6 +249,8 @@ class _InPlace(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
         no_derivative_twice()
         (memory,) = ctx.saved_tensors
+        if graph_is_kept():
+            memory = memory.clone(memory_format=torch.contiguous_format)
         rescale_(memory, upstream, ctx.backend)
-        increment_version(memory)  # a second backward is refused
+        increment_version(memory)
         return memory, None, None

@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from feddistill_kernels._check import labels_in_vocabulary, rows_with_a_choice
+from feddistill_kernels._check import NO_ID, distinct_ids, labels_in_vocabulary, rows_with_a_choice
 from feddistill_kernels._kinds import KINDS
 
 CHUNK = 1 << 20
@@ -55,7 +55,9 @@ def rows(
                 value, slope = _dense(z / temperature, t / temperature, kind, beta)
             else:
                 tail = torch.where(live, log_tail[part].to(scale.dtype), 0.0)
-                value, slope = _truncated(z / temperature, ids[part].long(), t, tail, kind, beta)
+                kept = torch.where(live[:, None], ids[part], NO_ID)
+                distinct_ids("teacher", kept, vocab, start=start)
+                value, slope = _truncated(z / temperature, kept.long(), t, tail, kind, beta)
             cost += kd * value
             dz += (kd / temperature) * slope
         if ce and labels is not None:
@@ -97,15 +99,19 @@ def _truncated(
     """The same over K + 1 events: the kept ids, and all others as one.
 
     Where u is in the tail, p_u = P_tail r_u with r the softmax over the tail, so
-    dz_u = psi_tail r_u - p_u sum(psi).
+    dz_u = psi_tail r_u - p_u sum(psi).  No entry is an event that both rule out, in a column V.
     """
     a = z.log_softmax(-1)
-    others = a.scatter(-1, ids, -math.inf)  # [n, V]
+    padded = torch.nn.functional.pad(a, (0, 1), value=-math.inf)  # [n, V + 1]
+    none = ids == NO_ID
+    ids = torch.where(none, z.shape[1], ids)
+    a_kept = padded.gather(-1, ids)
+    others = padded.scatter_(-1, ids, -math.inf)
     # As a sum of what is in it: log(1 - sum of the kept) would have no digits where the tail is small.
     a_tail = others.logsumexp(-1, keepdim=True)  # [n, 1]
-    events_a = torch.cat([a.gather(-1, ids), a_tail], dim=-1)  # [n, K + 1]
-    events_b = torch.cat([b_kept, b_tail[:, None]], dim=-1)
+    events_a = torch.cat([a_kept, a_tail], dim=-1)  # [n, K + 1]
+    events_b = torch.cat([b_kept.masked_fill(none, -math.inf), b_tail[:, None]], dim=-1)
     phi, psi = KINDS[kind](events_a, events_b, beta)
     within = torch.where(a_tail == -math.inf, 0.0, (others - a_tail).exp())
-    slope = (psi[:, -1:] * within).scatter_(-1, ids, psi[:, :-1])
+    slope = (psi[:, -1:] * within).scatter_(-1, ids, psi[:, :-1])[:, :-1]
     return phi.sum(-1), slope - a.exp() * psi.sum(-1, keepdim=True)

@@ -9,6 +9,7 @@ sweep found goes to the next through memory: ``partials [N, S, 8]``.
 import triton
 import triton.language as tl
 
+from feddistill_kernels._check import NO_ID
 from feddistill_kernels.distillation._triton_kinds import INF, LN2, LOG2E, slope
 
 FIELDS = 8
@@ -21,6 +22,7 @@ _T_SUM = tl.constexpr(4)
 _REST = tl.constexpr(5)  # the student's sum over ids that the teacher does not keep
 _LABEL = tl.constexpr(6)  # the label's logit
 _FIELDS = tl.constexpr(FIELDS)
+_NO_ID = tl.constexpr(NO_ID)
 
 
 @triton.jit
@@ -212,9 +214,9 @@ def _events(
     An id outside the vocabulary makes a NaN of the sum of phi, and so of the row.
     """
     lane = tl.arange(0, K)
-    is_kept = lane < kept
-    ids_kept = tl.load(ids + lane, mask=is_kept, other=0)
-    outside = (ids_kept < 0) | (ids_kept >= vocab)
+    ids_kept = tl.load(ids + lane, mask=lane < kept, other=_NO_ID)
+    is_kept = ids_kept != _NO_ID
+    outside = is_kept & ((ids_kept < 0) | (ids_kept >= vocab))
     z = tl.load(student + ids_kept, mask=is_kept & ~outside, other=-INF).to(tl.float32) - s_top
     tail = lane == kept
     # In logs, for a mass that is 0 as a float32 number may be none.

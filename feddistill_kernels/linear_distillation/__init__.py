@@ -100,8 +100,8 @@ def linear_distillation_loss(
     Memory:
         The gradients that are required and the workspace; if ``hidden`` is float16, or bfloat16 with several
         chunks, also a float32 ``[V, H]`` in which ``weight``'s gradient is summed.  Backward scales the
-        gradients in new memory, unless the upstream gradient is 1.  Logits have ``hidden``'s dtype, as a
-        linear layer's do.
+        gradients in new memory, unless the upstream gradient is 1 and the graph is not retained.  Logits have
+        ``hidden``'s dtype, as a linear layer's do.
 
     Example:
         >>> import torch

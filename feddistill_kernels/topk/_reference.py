@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from feddistill_kernels._check import rows_with_a_choice
+from feddistill_kernels._check import NO_ID, rows_with_a_choice
 
 CHUNK = 1 << 22
 """Entries worked on at once."""
@@ -51,7 +51,7 @@ def largest(x: Tensor, k: int) -> Tensor:
 def union(ids: Sequence[Tensor], width: int) -> Tensor:
     """Ascending ids ``[n, W]``: all of ``ids``, tensors ``[n, any]``, and the lowest of the others.
 
-    At most W ids are distinct, so enough of 0..W-1 are others.
+    ``NO_ID`` is none of them.  At most W ids are distinct, so enough of 0..W-1 are others.
     """
     n, device = ids[0].shape[0], ids[0].device
     kept = torch.cat([i.long() for i in ids], dim=-1)
@@ -59,6 +59,7 @@ def union(ids: Sequence[Tensor], width: int) -> Tensor:
     candidates, order = torch.cat([kept, fill], dim=-1).sort(dim=-1, stable=True)
     is_first = torch.ones_like(candidates, dtype=torch.bool)
     is_first[:, 1:] = candidates[:, 1:] != candidates[:, :-1]
+    is_first &= candidates != NO_ID
     is_fill = order >= kept.shape[1]
     # A stable sort puts a kept id before the same id as a filler, and keeps ids ascending below.
     urgency = torch.where(is_first, is_fill.to(torch.uint8), 2)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from feddistill_kernels._check import bind, floating, one_of, same_device
+from feddistill_kernels._check import NO_ID, bind, distinct_ids, floating, one_of, same_device
 
 
 @dataclass(frozen=True)
@@ -15,14 +15,16 @@ class TopK:
     """``N`` distributions over ``V`` entries, each by ``K`` of them and the mass of the others.
 
     Args:
-        ids: int32 ``[N, K]``, the kept entries, distinct within a row, in any order.
-        log_probs: Floating ``[N, K]``, their log-probabilities.
-        log_tail: Floating ``[N]``, log of the mass of the ``V - K`` others; ``-inf`` where it is 0.
+        ids: int32 ``[N, K]``, the kept entries, distinct within a row, in any order.  -1 stands for no entry,
+            in rows that keep fewer than ``K``.
+        log_probs: Floating ``[N, K]``, their log-probabilities; what is beside an id of -1 is not looked at.
+        log_tail: Floating ``[N]``, log of the mass of all others; ``-inf`` where it is 0.
         vocab_size: ``V``.
 
     Raises:
         ValueError: Shapes, dtypes or devices do not fit.  Values are not looked at: that would be a pass
-            over the data and, on a GPU, a stall.
+            over the data and, on a GPU, a stall.  Operators on the CPU raise it for a row that has an id
+            twice or one outside ``[-1, V)``; on a GPU the result of a row with an id twice is undefined.
 
     Example:
         >>> import torch
@@ -59,25 +61,25 @@ class TopK:
         their dtype cannot tell from nothing, and the row is scaled so that it adds up to one.
 
         Args:
-            ids: Integers ``[N, K]``, as in ``TopK``.
+            ids: Integers ``[N, K]``, as in ``TopK``; -1 for no entry.
             log_probs: Floating ``[N, K]``, at temperature 1 or at that of the loss.
             vocab_size: ``V``.
 
         Returns:
-            float32 log-probabilities and tails; at ``K = V`` without a tail.
+            float32 log-probabilities and tails; without a tail where all ``V`` are kept, and ``-inf`` beside
+            an id of -1.
 
         >>> stored = torch.tensor([[0.5, 0.25], [0.75, 0.26]]).log().half()
         >>> kept = TopK.from_log_probs(torch.tensor([[3, 1], [0, 2]]), stored, vocab_size=5)
         >>> kept.log_tail.exp()
         tensor([0.2502, 0.0010])
         """
-        kept = log_probs.double()
+        real = ids != NO_ID
+        kept = torch.where(real, log_probs.double(), -math.inf)
         total = kept.logsumexp(-1)
         least = float(torch.finfo(log_probs.dtype).eps)
-        if ids.shape[-1] == vocab_size:
-            tail = torch.zeros_like(total)
-        else:
-            tail = (-torch.expm1(total)).clamp(min=least)
+        tail = (-torch.expm1(total)).clamp(min=least)
+        tail = torch.where(real.sum(-1) == vocab_size, 0.0, tail)
         # Rows of which enough is missing stay as they are, to the bit.
         scaled = kept + (torch.log1p(-tail) - total)[:, None]
         full = (tail <= least)[:, None]
@@ -151,6 +153,9 @@ class TopK:
             tail: ``"uniform"`` shares the tail's mass among the ids that were not kept, so that a row sums to
                 1; ``"none"`` rules them out (``-inf``), and a row sums to what was kept.
 
+        Raises:
+            ValueError: On the CPU, for a row that has an id twice or one outside ``[-1, V)``.
+
         >>> ids = torch.tensor([[1]], dtype=torch.int32)
         >>> TopK(ids, torch.zeros(1, 1), torch.tensor([-math.inf]), vocab_size=2).expand()
         tensor([[-inf, 0.]])
@@ -160,10 +165,22 @@ class TopK:
             missing = self.missing_log_prob().to(self.log_probs.dtype)
         else:
             missing = torch.full_like(self.log_probs[:, 0], -math.inf)
+        distinct_ids("TopK", self.ids, self.vocab_size)
         dense = missing[:, None].repeat(1, self.vocab_size)
-        return dense.scatter_(-1, self.ids.long(), self.log_probs)
+        ids = self.ids.long()
+        log_probs = torch.where(ids == NO_ID, missing[:, None], self.log_probs)
+        # scatter writes somewhere even for no entry: there, what another entry of the row writes as well.
+        some = ids.argmax(-1, keepdim=True)
+        ids, log_probs = (torch.where(ids == NO_ID, x.gather(-1, some), x) for x in (ids, log_probs))
+        return dense.scatter_(-1, ids.clamp_min(0), log_probs)
+
+    def others(self) -> Tensor:
+        """How many ids each row did not keep, int64 ``[N]``."""
+        return self.vocab_size - (self.ids != NO_ID).sum(-1)
 
     def missing_log_prob(self) -> Tensor:
-        """Log-probability ``[N]`` of each id that was not kept, were the tail uniform; ``-inf`` at K = V."""
-        others = self.vocab_size - self.ids.shape[1]
-        return self.log_tail - math.log(others) if others else torch.full_like(self.log_tail, -math.inf)
+        """Log-probability ``[N]`` of each id that was not kept, were the tail uniform; ``-inf`` if there is
+        none."""
+        others = self.others()
+        share = self.log_tail - others.double().log().to(self.log_tail.dtype)
+        return torch.where(others > 0, share, -math.inf)

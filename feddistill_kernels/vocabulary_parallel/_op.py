@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from feddistill_kernels._backend import load
-from feddistill_kernels._check import id_outside, labels_in_vocabulary, no_derivative_twice
+from feddistill_kernels._check import NO_ID, distinct_ids, labels_in_vocabulary, no_derivative_twice
 from feddistill_kernels.vocabulary_parallel import _statistics
 from feddistill_kernels.vocabulary_parallel._statistics import Loss, Shard
 
@@ -154,10 +154,7 @@ def _check_ids(shard: Shard) -> None:
     if shard.labels is not None:
         labels_in_vocabulary(torch.where(live, shard.labels, 0), vocab)
     if shard.ids is not None:
-        outside = (((shard.ids < 0) | (shard.ids >= vocab)) & live[:, None]).any(-1)
-        if outside.any():
-            row = int(outside.to(torch.uint8).argmax())
-            raise id_outside(row, vocab)
+        distinct_ids("teacher", torch.where(live[:, None], shard.ids, NO_ID), vocab)
 
 
 def _gathered(mine: Tensor, group: "ProcessGroup") -> Tensor:

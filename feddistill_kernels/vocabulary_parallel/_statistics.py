@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from feddistill_kernels._check import empty_row
+from feddistill_kernels._check import NO_ID, empty_row
 from feddistill_kernels._kinds import KINDS
 
 # Rows of the statistics [7, N].  The first three begin two: the greatest x and the sum of e^(x - greatest),
@@ -67,8 +67,8 @@ def rows_with_a_choice(shard: Shard, rows: Tensor, loss: Loss) -> None:
     if rows.device.type != "cpu":
         return
     looked_at = {"student": rows[STUDENT if loss.kd else HARD]}
-    if loss.kd:
-        looked_at["teacher"] = rows[OTHER] if shard.ids is None else shard.teacher.amax(-1)
+    if loss.kd and shard.ids is None:
+        looked_at["teacher"] = rows[OTHER]
     for name, greatest in looked_at.items():
         empty = (greatest == -math.inf) & (shard.scale != 0)
         if empty.any():
@@ -84,7 +84,7 @@ def divergence(sums: Tensor, rows: Tensor, shard: Shard, loss: Loss) -> tuple[Te
     phi, psi = KINDS[loss.kind](a, b, loss.beta)
     if shard.ids is not None:
         # No rank has it; on a device that is not checked the row must be NaN.
-        stray = ((shard.ids < 0) | (shard.ids >= shard.vocab)).any(-1)
+        stray = ((shard.ids < NO_ID) | (shard.ids >= shard.vocab)).any(-1)
         phi, psi = phi.masked_fill(stray, math.nan), psi.masked_fill(stray, math.nan)
     return sums[0] + phi, torch.stack([sums[1] + psi, psi])
 

@@ -323,6 +323,24 @@ def test_a_label_or_an_id_outside_the_vocabulary_is_nan_in_its_row(rows):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_rows_may_keep_different_numbers_of_ids(kind, rows):
+    student, teacher = pair(4, 3000)
+    short = topk_compress(teacher, 5)
+    lengths = torch.tensor([5, 3, 0, 1])
+    none = torch.arange(5) >= lengths[:, None]
+    tail = torch.where(none, short.log_probs, -INF).logsumexp(-1).logaddexp(short.log_tail)
+    given = short.log_probs.masked_fill(none, NAN), short.ids.masked_fill(none, -1), tail
+    labels, scale, slope = torch.randint(3000, (4,)), torch.ones(4), torch.full_like(student, NAN)
+    settings = {"vocab": 3000, "kind": kind, "beta": 0.3, "temperature": 1.0, "kd": 1.0, "ce": 0.4}
+    loss = rows(student, *given, labels, scale, slope, **settings)
+    wide = [x.double() if x.is_floating_point() else x for x in (student, *given, labels, scale)]
+    true_slope = torch.empty_like(wide[0])
+    true = _reference.rows(*wide, true_slope, **settings)
+    torch.testing.assert_close(loss.double(), true, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(slope.double(), true_slope, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_near_equal_distributions_keep_their_digits(kind, rows):
     torch.manual_seed(6)
     student = torch.randn(3, 3000) * 2

@@ -80,6 +80,10 @@ def edges(kind, of):
         kept = torch.tensor([[0.2, 0.7]]).log().expand(N, 2)
         tail = TopK(ids, kept, torch.full((N,), 0.1).log(), V)
         found[f"{kind} topk small tail"] = plain | {"student": sure, "teacher": tail}
+        short = topk_compress(ordinary, 5, temperature=2.0)
+        short.ids[0], short.ids[1, 2:] = -1, -1  # what is beside -1 is not looked at
+        short.log_probs[0], short.log_tail[0] = torch.nan, 0.0
+        found[f"{kind} topk unequal rows"] = plain | {"teacher": short}
     return found
 
 
@@ -131,12 +135,15 @@ def refusals(rank):
     nothing, kept = torch.full_like(teacher, -INF), topk_compress(torch.zeros(4, V), 2)
     stray = kept.ids.clone()
     stray[2, 1] = V
+    twice = kept.ids.clone()
+    twice[1] = 3
     bad = TopK(stray, kept.log_probs, kept.log_tail, V)
     return {
         "rows": {"student": student[: 4 - rank], "teacher": teacher[: 4 - rank]},
         "dtype": {"student": student.double() if rank else student, "teacher": teacher},
         "label": plain | {"labels": torch.tensor([0, V - 1, V, 0]), "kd_weight": 0.5},
         "id": plain | {"teacher": bad},
+        "id twice": plain | {"teacher": TopK(twice, kept.log_probs, kept.log_tail, V)},
         "student": {"student": nothing, "teacher": teacher},
         "teacher": plain | {"teacher": nothing},
         "pad": {"student": torch.zeros(4, 20), "teacher": teacher},

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from kernels.again import backward_again_and_again
 
 from feddistill_kernels import (
     DistillationLoss,
@@ -221,12 +222,23 @@ def test_in_place_gives_the_same_gradient_in_the_students_memory(dtype, backend)
     assert torch.equal(gradient(0.3 * loss, leaf), (0.3 * made.float()).to(dtype))
 
 
-def test_a_second_backward_in_place_is_refused(pair, backend):
+@pytest.mark.parametrize("share", [1.0, 0.3])
+@pytest.mark.parametrize("settings", [{}, {"inplace": True}, {"reduction": "none"}], ids=str)
+def test_a_retained_graph_gives_its_gradient_again(settings, share, pair, backend):
     leaf, teacher = pair
-    loss = distillation_loss(leaf * 1, teacher, inplace=True, backend=backend)
-    torch.autograd.grad(loss, leaf, retain_graph=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        torch.autograd.grad(loss, leaf)
+
+    def loss():
+        return share * distillation_loss(leaf + 0, teacher, **settings, backend=backend).sum()
+
+    once = gradient(loss(), leaf)
+    backward_again_and_again(loss(), [leaf], [once])
+
+
+def test_a_retained_graph_in_place_of_strided_rows(pair, backend):
+    leaf, teacher = torch.randn(4, 13, requires_grad=True), pair[1]
+    once = gradient(distillation_loss(leaf[:, :11], teacher, backend=backend), leaf)
+    loss = distillation_loss((leaf + 0)[:, :11], teacher, inplace=True, backend=backend)
+    backward_again_and_again(loss, [leaf], [once])
 
 
 def test_in_place_over_logits_that_backward_needs_is_refused(pair, backend):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from kernels import oracles
+from kernels.again import backward_again_and_again
 from kernels.pairs import pairwise
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -103,6 +104,30 @@ def test_loss_and_every_gradient_agree_with_the_oracle(
         torch.testing.assert_close(mine.double(), true, rtol=1e-4, atol=2e-5 * float(true.abs().max()))
     assert (got[1][V:] == 0).all()
     assert (got[2][V:] == 0).all()
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_a_retained_graph_gives_its_gradients_again(reduction, backend):
+    student, teacher = head(), teachers()["dense"]
+
+    def loss(hidden, weight, bias):
+        settings = {"bias": bias, "reduction": reduction, "backend": backend}
+        return linear_distillation_loss(hidden, weight, teacher, **settings).sum()
+
+    once = torch.autograd.grad(loss(*student), student)
+    backward_again_and_again(loss(*student), student, once)
+
+
+def test_two_losses_of_one_hidden_state(backend):
+    student, given = head(), teachers()
+
+    def loss(name):
+        return linear_distillation_loss(*student[:2], given[name], bias=student[2], backend=backend)
+
+    each = [torch.autograd.grad(loss(name), student) for name in ("dense", "head")]
+    backward_again_and_again(
+        loss("dense") + loss("head"), student, [a + b for a, b in zip(*each, strict=True)]
+    )
 
 
 @pytest.mark.parametrize("teacher", ["dense", "topk", "head"])

@@ -64,20 +64,23 @@ def sparse(answers: Sequence[TopK], student: TopK | None = None) -> Block:
     """The block of compressed answers: the union of each row's ids, and one column for all others."""
     everyone = [*answers, student] if student is not None else list(answers)
     vocab = everyone[0].vocab_size
-    kept = torch.cat([answer.ids for answer in everyone], -1).long().sort(-1).values
+    # An id of -1, no entry, goes where a row has an empty column, or else to the last.
+    given = [torch.where(answer.ids < 0, vocab, answer.ids.long()) for answer in everyone]
+    kept = torch.cat(given, -1).sort(-1).values
     first = torch.ones_like(kept, dtype=torch.bool)
     first[:, 1:] = kept[:, 1:] != kept[:, :-1]
     rank = first.cumsum(-1) - 1
-    counts = rank[:, -1:] + 1
+    counts = (first & (kept < vocab)).sum(-1, keepdim=True)
     width = int(counts.max()) if len(counts) else 1
-    ids = torch.full((len(kept), width), vocab)  # rows with fewer ids end with empty columns
-    ids.scatter_(1, rank, kept)
+    ids = torch.full((len(kept), width + 1), vocab)  # rows with fewer ids end with empty columns
+    ids = ids.scatter_(1, rank, kept)[:, :width].contiguous()
     log_times = torch.where(ids == vocab, -math.inf, 0.0)
     log_times = torch.cat([log_times, (vocab - counts).float().log()], -1)
     rows = []
-    for answer in everyone:
-        row = answer.missing_log_prob()[:, None].repeat(1, width + 1)
-        rows.append(row.scatter_(1, torch.searchsorted(ids, answer.ids.long()), answer.log_probs))
+    for answer, own_ids in zip(everyone, given, strict=True):
+        missing = answer.missing_log_prob()[:, None]
+        log_probs = torch.where(own_ids < vocab, answer.log_probs, missing)
+        rows.append(missing.repeat(1, width + 1).scatter_(1, torch.searchsorted(ids, own_ids), log_probs))
     own = rows.pop() if student is not None else None
     return Block(torch.stack(rows), log_times, ids, student=own)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
@@ -149,8 +148,7 @@ def floored(answer: TopK, floor: float) -> TopK:
     """The answer with every log-probability, also of ids that are not kept, at least ``-floor``."""
     from feddistill_kernels import TopK
 
-    others = answer.vocab_size - answer.ids.shape[1]
-    least = -floor + math.log(others) if others else -math.inf
+    least = (answer.others().double().log() - floor).to(answer.log_tail.dtype)  # -inf where there are none
     return TopK(
         answer.ids, answer.log_probs.clamp_min(-floor), answer.log_tail.clamp_min(least), answer.vocab_size
     )

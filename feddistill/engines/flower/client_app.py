@@ -52,7 +52,7 @@ def _handle(message: Message, context: Context) -> Reply:
             os.chdir(str(context.run_config["cwd"]))
         state = _state(context)
         file = settings.get("data")
-        client = RemoteClient(name, state, Path(str(file)) if file else None, simulated)
+        client = RemoteClient(name, state, Path(str(file)).expanduser() if file else None, simulated)
         return client.handle(to_instruction(message.content))
     except Exception as error:
         _keep(context, error)
@@ -70,7 +70,8 @@ def _name(context: Context) -> str:
 def _state(context: Context) -> Path:
     """The institution's folder; in a simulation, the common parent of all clients' folders."""
     told = context.run_config
-    return Path(str(context.node_config.get("state") or told["state"] or Path(str(told["out"]), "clients")))
+    state = context.node_config.get("state") or told["state"] or Path(str(told["out"]), "clients")
+    return Path(str(state)).expanduser()
 
 
 def _keep(context: Context, error: Exception) -> None:
