@@ -15,7 +15,7 @@ from feddistill.modelio.outputs import head_of, hidden_states, masked_states
 from feddistill.modelio.packing import PackedTexts, pack
 from feddistill.models import cut, loaded, reads
 from feddistill.models.tokenizers import TextBounds, first_token_ends, mask_id, text_bounds, tokenizer_of
-from feddistill.types import TextSet
+from feddistill.types import Span, TextSet
 
 LARGE = 1e4
 """Logits, about, of the check that a head is linear; far beyond a soft cap."""
@@ -56,11 +56,17 @@ class TextReader:
 
     def blocks(self, texts: TextSet, length: int) -> PackedTexts:
         """Pack all of ``texts`` into blocks of ``length`` tokens."""
+        assert not texts.conversations, "written as texts before"
         encoded = self.tokenizer(
             list(texts.texts), add_special_tokens=False, return_offsets_mapping=self.answers_only
         )
-        loss_mask = None
-        if self.answers_only and texts.starts is not None:
+        loss_mask: list[list[bool]] | None = None
+        if self.answers_only and texts.turns is not None:
+            loss_mask = [
+                [any(first < end and last > start for start, end in spans) for first, last in offsets]
+                for offsets, spans in zip(encoded.offset_mapping, texts.turns, strict=True)
+            ]
+        elif self.answers_only and texts.starts is not None:
             loss_mask = [
                 [first >= start for first, _ in offsets]
                 for offsets, start in zip(encoded.offset_mapping, texts.starts, strict=True)
@@ -76,11 +82,19 @@ class TextReader:
 
     def bytes(self, texts: TextSet) -> int:
         """Bytes of the texts in UTF-8, without what is not predicted; for bits per byte."""
-        starts = [0] * len(texts) if not self.answers_only or texts.starts is None else texts.starts
+        spans: list[tuple[Span, ...]] = [((0, len(text)),) for text in texts.texts]
+        if self.answers_only and texts.turns is not None:
+            spans = list(texts.turns)
+        elif self.answers_only and texts.starts is not None:
+            spans = [((start, len(t)),) for start, t in zip(texts.starts, texts.texts, strict=True)]
+        ignored = [0] * len(texts)
         if self.bounds.start is None:
-            firsts = first_token_ends(self.tokenizer, texts.texts)
-            starts = [max(*pair) for pair in zip(starts, firsts, strict=True)]
-        return sum(len(text[start:].encode()) for text, start in zip(texts.texts, starts, strict=True))
+            ignored = first_token_ends(self.tokenizer, texts.texts)
+        return sum(
+            len(text[max(start, first) : end].encode())
+            for text, parts, first in zip(texts.texts, spans, ignored, strict=True)
+            for start, end in parts
+        )
 
 
 def reader_of(

@@ -116,6 +116,8 @@ def of_run(out: Path) -> Student:
     bounds = built.reader.bounds if isinstance(built, Causal) else None
     if bounds is not None:
         begin_texts(built.tokenizer, bounds)
+        if config.language.chat_template is not None:
+            built.tokenizer.chat_template = config.language.chat_template
     return Student(
         name=str(out),
         task=config.task,
