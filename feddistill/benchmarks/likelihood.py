@@ -75,7 +75,7 @@ def _last(ids: tuple[int, ...], bounds: TextBounds, length: int) -> tuple[int, .
 
 def plain(student: Student, text: str) -> list[int]:
     """Tokens of a text alone."""
-    ids = student.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = student.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     return [int(token) for token in ids]
 
 

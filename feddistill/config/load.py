@@ -65,7 +65,7 @@ def _as_run(stored: dict[str, Any]) -> None:
     """Add what a run did before there was a setting for it, if that is not the setting's default."""
     task = TASKS.get(str(stored.get("task")))
     if task is not None and task.labels == "tokens":
-        stored["language"] = {"text_start": "eos", **stored.get("language", {})}
+        stored.update(language={"text_start": "eos", **stored.get("language", {})})
 
 
 def as_stored(config: Config) -> dict[str, Any]:

@@ -127,7 +127,7 @@ def begin_texts(tokenizer: PreTrainedTokenizerBase, bounds: TextBounds) -> None:
     wanted = [bounds.start] if bounds.begins_blocks else []
     if before != wanted:
         backend = tokenizer.backend_tokenizer
-        old = json.loads(backend.to_str())["post_processor"]
+        old = json.loads(backend.to_str()).get("post_processor")
         tokens = {int(n): str(tokenizer.convert_ids_to_tokens(n)) for n in (*wanted, *after) if n is not None}
         around = [[tokens[int(n)] for n in part if n is not None] for part in (wanted, after)]
         single = [*around[0], "$A", *around[1]]
@@ -148,8 +148,8 @@ def begin_texts(tokenizer: PreTrainedTokenizerBase, bounds: TextBounds) -> None:
 def _added(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """The tokens that a tokenizer itself puts before and after a text."""
     text = "a"
-    whole = [int(n) for n in tokenizer(text, verbose=False)["input_ids"]]
-    plain = [int(n) for n in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
+    whole = [int(n) for n in tokenizer(text, verbose=False).input_ids]
+    plain = [int(n) for n in tokenizer(text, add_special_tokens=False, verbose=False).input_ids]
     for first in range(len(whole) - len(plain) + 1):
         if plain and whole[first : first + len(plain)] == plain:
             return whole[:first], whole[first + len(plain) :]
@@ -169,7 +169,7 @@ def _trims_offsets(processor: Any) -> list[bool]:
 def first_token_ends(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[int]:
     """For each text, the end of its first token, in characters."""
     encoded = tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    return [offsets[0][1] if offsets else 0 for offsets in encoded["offset_mapping"]]
+    return [offsets[0][1] if offsets else 0 for offsets in encoded.offset_mapping]
 
 
 def without_token_types(tokenizer: PreTrainedTokenizerBase) -> None:
