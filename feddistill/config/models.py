@@ -15,7 +15,10 @@ class HubModel(Setting):
     revision: str | None = None
     """A commit of the model; ``null`` for the newest."""
     gguf: str | None = None
-    """A GGUF file in it, which transformers dequantises each time the model is built."""
+    """A GGUF file in it, which transformers dequantises each time the model is built; needs ``gguf``."""
+    adapter: Literal["merge", "train"] = "merge"
+    """If it is a PEFT adapter: ``merge`` adds it to the weights of its base model; ``train``, for clients,
+    goes on training the adapter alone."""
 
 
 class PackageModel(Setting):
@@ -137,6 +140,17 @@ class ModelConfig(Setting):
                 "freeze_layers, frozen_cache_mb, dropout and lora are not for it"
             )
         return self
+
+    @model_validator(mode="after")
+    def _one_adapter(self) -> Self:
+        if self.lora is not None and self.trains_adapter:
+            raise ValueError("lora adds new adapters, and source.adapter = train goes on with one: name one")
+        return self
+
+    @property
+    def trains_adapter(self) -> bool:
+        """True if the source is an adapter that is trained on."""
+        return isinstance(self.source, HubModel) and self.source.adapter == "train"
 
     @model_validator(mode="after")
     def _frozen_first(self) -> Self:

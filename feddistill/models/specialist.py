@@ -29,7 +29,8 @@ from feddistill.errors import ModelError
 from feddistill.modelio.padding import PAD_TO, padded
 from feddistill.models import frozen
 from feddistill.models.frozen import FrozenLayers, States
-from feddistill.models.sources import first_line, gguf_of, location
+from feddistill.models.pretrained import pretrained
+from feddistill.models.sources import first_line
 from feddistill.models.tokenizers import tokenizer_of
 
 PROJECTIONS = ("query", "value", "q_proj", "v_proj", "q_lin", "v_lin", "c_attn")
@@ -194,14 +195,7 @@ def loaded(
             raise ModelError(f"{name}.source.settings: {first_line(error)}") from None
     else:
         assert not isinstance(config.source, QueryOnlyModel), "a query-only model has no weights"
-        where = location(config.source, name)
-        more = {"revision": getattr(config.source, "revision", None) or "main", **gguf_of(config.source)}
-        try:
-            model = auto.from_pretrained(where, dtype=torch.float32, **_attention(config), **more, **labels)
-        except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
-            raise ModelError(
-                f"{name}.source: cannot load a model from {where!r}: {first_line(error)}"
-            ) from None
+        model = pretrained(config.source, auto, name, **_attention(config), **labels)
     model.config.pad_token_id = tokenizer.pad_token_id
     model.config.use_cache = False
     return model
