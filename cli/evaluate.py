@@ -21,6 +21,7 @@ from feddistill.cli.paths import UserPath
 @click.option("--encoding", help="Encoding of the file, if it is not UTF-8, e.g. latin-1.")
 @click.option("--delimiter", help="Character between the columns of a csv or tsv file.")
 @click.option("--prompt-column", help="Column with the prompt that precedes each text.")
+@click.option("--messages-column", help="Column with conversations instead of texts.")
 @click.option("--question-column", help="Column with the question about each passage.")
 @click.option(
     "--benchmark", metavar="NAME", help="Benchmark on the hub, e.g. glue/sst2; see docs/evaluation.md."
@@ -44,6 +45,7 @@ def evaluate(
     encoding: str | None,
     delimiter: str | None,
     prompt_column: str | None,
+    messages_column: str | None,
     question_column: str | None,
     benchmark: str | None,
     path: Path | None,
@@ -72,6 +74,7 @@ def evaluate(
         "--encoding": (encoding, "--texts"),
         "--delimiter": (delimiter, "--texts"),
         "--prompt-column": (prompt_column, "--texts"),
+        "--messages-column": (messages_column, "--texts"),
         "--question-column": (question_column, "--texts"),
         "--path": (path, "--benchmark"),
         "--window": (window, "--benchmark"),
@@ -92,6 +95,7 @@ def evaluate(
             "text_column": text_column,
             "label_column": label_column,
             "prompt_column": prompt_column,
+            "messages_column": messages_column,
             "question_column": question_column,
             "encoding": encoding,
             "delimiter": delimiter,

@@ -38,6 +38,10 @@ class TextSet:
     answers: tuple[tuple[Span, ...] | None, ...] | None = None
     """The right answers to each question, as spans of its passage: empty if it has no answer, ``None`` if
     they are unknown."""
+    turns: tuple[tuple[Span, ...], ...] | None = None
+    """The assistant's parts of each text that was a conversation; ``None`` without conversations."""
+    conversations: bool = False
+    """True as long as texts are the messages of conversations as JSON."""
 
     @property
     def known(self) -> NDArray[np.bool_]:
@@ -67,6 +71,8 @@ class TextSet:
             sources=None if self.sources is None else tuple(self.sources[i] for i in pick),
             starts=None if self.starts is None else tuple(self.starts[i] for i in pick),
             answers=None if self.answers is None else tuple(self.answers[i] for i in pick),
+            turns=None if self.turns is None else tuple(self.turns[i] for i in pick),
+            conversations=self.conversations,
         )
 
     def label_counts(self) -> NDArray[np.int64]:
@@ -83,6 +89,8 @@ class TextSet:
                 h.update(json.dumps(self.answers).encode())
         if self.starts is not None:
             h.update(np.array(self.starts, "<i8").tobytes())
+        if self.turns is not None:
+            h.update(json.dumps(self.turns).encode())
         for i, text in zip(self.ids, self.texts, strict=True):
             for part in (i, text):
                 raw = part.encode()

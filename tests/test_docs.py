@@ -12,11 +12,13 @@ import click
 import pytest
 import torch
 import yaml
+from click.testing import CliRunner
+from transformers import AutoTokenizer
 
 from feddistill.cli import COMMANDS, main
 from feddistill.config import load, parse
 from feddistill.data.sources import read
-from feddistill.runs import study
+from feddistill.runs import experiment, study
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
@@ -144,6 +146,37 @@ def test_the_files_of_the_page_are_read(tmp_path, monkeypatch):
         assert (table.labels is None) == (table.answers == (((0, 5),), ((0, 3),)))
     assert read(config.test.source, "data.test.source").labels == ("1", "-1")
     assert read(config.proxy.source, "data.proxy.source").labels == ("1", None)
+
+
+def test_the_conversations_of_the_page_are_learned(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "language_models.md").read_text()
+    ((shell, settings),) = re.findall(r"```sh\n(.*?)```\s+```yaml\n(.*?)```", page, flags=re.DOTALL)
+    subprocess.run(["bash", "-c", shell], check=True)
+    (tmp_path / "run.yaml").write_text(settings)
+
+    def feddistill(*arguments):
+        done = CliRunner().invoke(main, arguments)
+        assert done.exit_code == 0, done.stderr
+        return done.stdout
+
+    feddistill("train", "run.yaml", "--out", "run")
+    (text,) = experiment.check(load(tmp_path / "run.yaml"), build=False).test.texts
+    assert re.fullmatch(r"<user> What is 1 \+ \d\?\n<assistant> It is \d\.\n", text)
+    question, answer = text.split("\n<assistant> ")
+    messages = [
+        {"role": "user", "content": question.removeprefix("<user> ")},
+        {"role": "assistant", "content": answer.strip()},
+    ]
+    (tmp_path / "one.jsonl").write_text(json.dumps({"messages": messages}))
+    own = json.loads(feddistill("evaluate", "run", "--json"))
+    command = ("evaluate", "run", "--texts", "one.jsonl", "--messages-column", "messages", "--json")
+    assert json.loads(feddistill(*command)) == own
+    feddistill("export", "run", "--out", "export")
+    template = yaml.safe_load(settings)["language"]["chat_template"]
+    tokenizer = AutoTokenizer.from_pretrained("export")
+    assert tokenizer.chat_template == template
+    assert tokenizer.apply_chat_template(messages, tokenize=False) == text
 
 
 def commands():

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from language_fixtures import TOKENIZER, outcome, tiny
+from language_fixtures import LLAMA, TOKENIZER, outcome, tiny
 from safetensors.torch import load_file
 from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -67,8 +67,9 @@ def test_every_token_is_predicted_once_by_the_tokens_before_it():
 
 
 def test_tokens_of_a_prompt_are_not_learned():
-    source = parse(tiny()).student.model.source
-    reader = causal.TextReader(tokenizer_of(source, "s", ["some words and other words"]), answers_only=True)
+    config = parse(tiny(language={"completion_only": True}))
+    tokenizer = tokenizer_of(config.student.model.source, "s", ["some words and other words"])
+    reader = causal.reader_of(tokenizer, config.student.model, config.language, "s")
     texts = TextSet("t", ("0", "1"), ("Q: é? A: no", "ab"), np.zeros(2, np.int64), (), None, (5, 0))
     blocks = reader.blocks(texts, 8)
     said = [blocks.targets[(blocks.texts[1:] == t) & blocks.loss_mask] for t in (0, 1)]
@@ -295,6 +296,49 @@ def test_a_model_that_looks_ahead_is_refused():
         causal.build(config, 0, "clients.models.0", ["some text to learn from"] * 3)
 
 
+SHAPE = {**LLAMA["source"]["settings"], "head_dim": 16}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "setting"),
+    [
+        ("gemma2", {"final_logit_softcapping": 5.0}),
+        ("gemma2", {"final_logit_softcapping": 1000.0}),
+        ("gemma3_text", {"final_logit_softcapping": 30.0}),
+        ("cohere2", {"logit_scale": 0.0625}),
+        ("granite", {"logits_scaling": 1.01}),
+    ],
+)
+def test_a_model_that_changes_its_logits_is_refused_and_otherwise_not(architecture, setting):
+    (key,) = setting
+    shape = {k: v for k, v in SHAPE.items() if k != "head_dim" or architecture != "granite"}
+    source = {**LLAMA["source"], "architecture": architecture, "settings": {**shape, **setting}}
+    texts = ["some text to learn from"] * 3
+    with pytest.raises(ModelError, match=rf"not the product of its hidden states and its head \({key} = "):
+        causal.build(ModelConfig.model_validate({**LLAMA, "source": source}), 0, "student.model", texts)
+    source["settings"] = {**shape, key: None if "cap" in key else 1.0}
+    causal.build(ModelConfig.model_validate({**LLAMA, "source": source}), 0, "student.model", texts)
+
+
+@pytest.mark.parametrize("zero", [False, True])
+def test_the_check_of_a_head_finds_any_change_and_leaves_the_weights(zero):
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=50, n_positions=16))
+    model.lm_head.weight = torch.nn.Parameter(
+        model.lm_head.weight.detach().clone() * (0 if zero else 1e-3), requires_grad=False
+    )
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    causal._is_causal(model, 50, "m")
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+    def capped(module, given, output):
+        output.logits = 20 * (output.logits / 20).tanh()
+
+    model.register_forward_hook(capped)
+    with pytest.raises(ModelError, match="m: the logits of GPT2LMHeadModel are not the product"):
+        causal._is_causal(model, 50, "m")
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
 def test_everybody_trains_the_same_tokenizer():
     code = """
 from feddistill.config.models import TrainedTokenizer
@@ -315,12 +359,10 @@ def test_other_codecs_and_every_third_position(codec, tmp_path):
     spec = payload.parse_spec((tmp_path / "run/rounds/001/spec.json").read_bytes())
     config = parse(tiny(**changes))
     splits = experiment.check(config, build=False)
-    rows = (
-        causal.TextReader(tokenizer_of(config.student.model.source, "s", splits.proxy.texts))
-        .blocks(splits.proxy, 48)
-        .rows
-    )
-    assert spec.positions == rows // 3
+    model = config.student.model
+    tokenizer = tokenizer_of(model.source, "s", splits.proxy.texts)
+    reader = causal.reader_of(tokenizer, model, config.language, "s")
+    assert spec.positions == reader.blocks(splits.proxy, 48).rows // 3
     assert result["metrics"]["student"]["bits_per_byte"] < 8
 
 
@@ -328,8 +370,9 @@ def test_what_a_run_would_cost_is_known_before():
     found = plan.plan(parse(tiny(baselines=["public_only"])))
     config = parse(tiny())
     splits = experiment.check(config, build=False)
-    source = config.student.model.source
-    reader = causal.TextReader(tokenizer_of(source, "student.model", splits.proxy.texts))
+    model = config.student.model
+    tokenizer = tokenizer_of(model.source, "student.model", splits.proxy.texts)
+    reader = causal.reader_of(tokenizer, model, config.language, "student.model")
     assert found["rows"] == reader.blocks(splits.proxy, 48).rows
     assert found["bytes"]["codecs"]["topk k=16"]["a_row"] == pytest.approx(49, abs=2)
     assert found["bytes"]["federated_lora"]["upload"] > 0

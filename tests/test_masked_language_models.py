@@ -84,6 +84,17 @@ def test_a_model_that_does_not_look_ahead_is_refused():
         )
 
 
+def test_a_masked_model_that_changes_its_logits_is_refused():
+    built = causal.build(ModelConfig.model_validate(BERT), 0, "m", ["some text"] * 3, masked=True)
+
+    def capped(module, given, output):
+        output.logits = 20 * (output.logits / 20).tanh()
+
+    built.model.register_forward_hook(capped)
+    with pytest.raises(ModelError, match="m: the logits of BertForMaskedLM are not the product"):
+        causal._is_masked(built.model, len(built.tokenizer), "m")
+
+
 def test_a_tokenizer_without_a_mask_is_refused():
     plain = scratch("bert", {"kind": "trained", "vocab_size": 300}, **SMALL)
     with pytest.raises(ModelError, match=r"student\.model: its tokenizer has no mask token"):

@@ -17,7 +17,7 @@ from feddistill.config.models import TrainedTokenizer
 from feddistill.errors import ConfigError, ModelError
 from feddistill.federation import encoding
 from feddistill.models import causal
-from feddistill.models.tokenizers import tokenizer_of
+from feddistill.models.tokenizers import text_bounds, tokenizer_of
 from feddistill.progress import NoProgress
 from feddistill.runs import experiment
 from feddistill.store.run_directory import RunDirectory
@@ -152,7 +152,8 @@ def mass_of(rows):
 
 
 def side_of(size, texts, length):
-    reader = causal.TextReader(tokenizer_of(TrainedTokenizer(vocab_size=size), "s", texts.texts))
+    tokenizer = tokenizer_of(TrainedTokenizer(vocab_size=size), "s", texts.texts)
+    reader = causal.TextReader(tokenizer, text_bounds(tokenizer, "auto", "s"))
     return Side(reader, texts, reader.blocks(texts, length), "s")
 
 

@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from transformers import GenerationConfig
 
-from feddistill.benchmarks.likelihood import encode, prefix_of
+from feddistill.benchmarks.likelihood import encode
 from feddistill.errors import ModelError
+from feddistill.models.tokenizers import end_id
 from feddistill.runs.trained_models import Student
 from feddistill.types import ProgressCallback
 
@@ -52,14 +53,15 @@ def generate(
     tokenizer, size = student.tokenizer, student.batch_size
     found = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
-    filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else prefix_of(student)
+    end = end_id(tokenizer)
+    filler = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     settings = GenerationConfig(
         max_new_tokens=new_tokens,
         do_sample=False,
         num_beams=1,
         use_cache=True,
         pad_token_id=filler,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=end,
         stop_strings=list(stop) or None,
     )
     for start in range(0, len(order), size):

@@ -49,12 +49,15 @@ def evaluate(
             near = get_close_matches(name, manager.all_tasks, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ConfigError(f"--tasks: lm-evaluation-harness has no task {name!r}{hint}")
+    bounds = student.bounds
     model = HFLM(
         pretrained=student.model,
         tokenizer=student.tokenizer,
         max_length=student.max_tokens,
         batch_size=student.batch_size,
         mixed_precision_dtype="bfloat16" if student.bf16 else None,
+        prefix_token_id=bounds.end if bounds.start is None else bounds.start,
+        add_bos_token=bounds.begins_blocks,
     )
     try:
         found = simple_evaluate(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from feddistill.errors import ModelError
 from feddistill.modelio.padding import pad
-from feddistill.models.tokenizers import end_id
+from feddistill.models.tokenizers import TextBounds
 from feddistill.runs.trained_models import Student
 from feddistill.types import ProgressCallback
 
@@ -47,27 +47,36 @@ def log_likelihoods(
     return found
 
 
-def windows(tokens: Sequence[int], prefix: int, length: int, stride: int) -> Iterator[Scored]:
+def windows(tokens: Sequence[int], bounds: TextBounds, length: int, stride: int) -> Iterator[Scored]:
     """Split a document into overlapping windows that score every token once.
 
-    The first window has ``length - 1`` tokens after the prefix. Each later one ends ``stride`` tokens further
-    and scores only these, with at least ``length - stride`` tokens of context.
+    The first window has ``length - 1`` tokens after the start token; without a start token the document's
+    first token is not scored. Each later window ends ``stride`` tokens further and scores only these, with at
+    least ``length - stride`` tokens of context, of which the first is the start token if that begins blocks.
 
-    >>> [(w.ids, w.count) for w in windows([1, 2, 3, 4, 5, 6], 0, 4, 2)]
+    >>> [(w.ids, w.count) for w in windows([1, 2, 3, 4, 5, 6], TextBounds(0, 0, False), 4, 2)]
     [((0, 1, 2, 3), 3), ((2, 3, 4, 5), 2), ((3, 4, 5, 6), 1)]
+    >>> [(w.ids, w.count) for w in windows([1, 2, 3, 4, 5, 6], TextBounds(9, 0, True), 4, 2)]
+    [((9, 1, 2, 3), 3), ((9, 3, 4, 5), 2), ((9, 4, 5, 6), 1)]
     """
-    whole = (prefix, *tokens)
+    whole = tuple(tokens) if bounds.start is None else (bounds.start, *tokens)
     end = min(length, len(whole))
     yield Scored(whole[:end], end - 1)
     while end < len(whole):
         before, end = end, min(end + stride, len(whole))
-        yield Scored(whole[max(0, end - length) : end], end - before)
+        yield Scored(_last(whole[:end], bounds, length), end - before)
 
 
-def prefix_of(student: Student) -> int:
-    """The token before a document: the beginning-of-text token, or else the end-of-text token."""
-    first = student.tokenizer.bos_token_id
-    return end_id(student.tokenizer) if first is None else int(first)
+def _last(ids: tuple[int, ...], bounds: TextBounds, length: int) -> tuple[int, ...]:
+    """The last ``length`` tokens, of which the first is the start token if that begins blocks."""
+    cut = ids[-length:]
+    return (ids[0], *cut[1:]) if bounds.begins_blocks else cut
+
+
+def plain(student: Student, text: str) -> list[int]:
+    """Tokens of a text alone."""
+    ids = student.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    return [int(token) for token in ids]
 
 
 def encode(student: Student, text: str) -> list[int]:
@@ -83,16 +92,18 @@ def continuation(student: Student, context: str, text: str) -> Scored:
 
     If the sequence exceeds the model's maximum length, the beginning of the context is dropped.
     """
-    before = encode(student, context)
+    before, bounds = encode(student, context), student.bounds
     whole = encode(student, context + text)
     if not before:
-        before, whole = [prefix_of(student)], [prefix_of(student), *whole]
+        if bounds.start is None:
+            raise ModelError(f"{student.name} predicts no text's first token, so {text!r} needs a context")
+        before, whole = [bounds.start], [bounds.start, *whole]
     count = max(1, len(whole) - len(before))
     if count >= student.max_tokens:
         raise ModelError(
             f"{student.name} reads {student.max_tokens} tokens, too few for {text!r} and a context"
         )
-    return Scored(tuple(whole[-student.max_tokens :]), count)
+    return Scored(_last(tuple(whole), bounds, student.max_tokens), count)
 
 
 def _batches(scored: Sequence[Scored]) -> Iterator[list[int]]:

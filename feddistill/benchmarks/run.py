@@ -10,10 +10,11 @@ from feddistill import metrics
 from feddistill.benchmarks import classification, overlap
 from feddistill.benchmarks.extraction import extract
 from feddistill.benchmarks.generation import fitted, generate
-from feddistill.benchmarks.likelihood import Scored, encode, log_likelihoods, prefix_of, windows
+from feddistill.benchmarks.likelihood import Scored, encode, log_likelihoods, plain, windows
 from feddistill.config.presets import Kind, Preset
 from feddistill.data import benchmark
 from feddistill.errors import ConfigError, DataError
+from feddistill.models.tokenizers import first_token_ends
 from feddistill.progress import NoProgress, Progress
 from feddistill.runs.trained_models import Student
 from feddistill.store.run_directory import Json
@@ -90,7 +91,7 @@ def language(student: Student, pages: list[str], request: Request, on_step: Prog
 
     ``perplexity`` is per token, ``bits_per_byte`` per byte of the detokenised text that the model reads, and
     ``word_perplexity`` per word of the original page, counted as in lm-evaluation-harness. The first token of
-    a page is predicted from the beginning-of-text token.
+    a page is predicted from the token that begins texts in training; without one, it is left out.
     """
     window = request.window or student.max_tokens
     if not 2 <= window <= student.max_tokens:
@@ -98,18 +99,18 @@ def language(student: Student, pages: list[str], request: Request, on_step: Prog
     stride = request.stride or max(1, window // 2)
     if not 1 <= stride < window:
         raise ConfigError(f"stride = {stride} must be from 1 to {window - 1}, less than the window")
-    prefix = prefix_of(student)
+    bounds = student.bounds
     texts = [benchmark.detokenise(page) for page in pages]
     scored: list[Scored] = []
     for text in texts:
-        tokens = encode(student, text)
-        tokens = tokens[1:] if tokens[:1] == [prefix] else tokens
-        if not tokens:
-            raise DataError(f"{request.preset.name}: a page has no tokens")
-        scored.extend(windows(tokens, prefix, window, stride))
+        tokens = plain(student, text)
+        if len(tokens) < (2 if bounds.start is None else 1):
+            raise DataError(f"{request.preset.name}: a page has no tokens to predict")
+        scored.extend(windows(tokens, bounds, window, stride))
     nats = -float(log_likelihoods(student, scored, on_step).sum())
     tokens_read = sum(one.count for one in scored)
-    size = sum(len(text.encode()) for text in texts)
+    ignored = first_token_ends(student.tokenizer, texts) if bounds.start is None else [0] * len(texts)
+    size = sum(len(text[first:].encode()) for text, first in zip(texts, ignored, strict=True))
     words = sum(len(re.split(r"\s+", page)) for page in pages)
     return {
         "documents": len(pages),

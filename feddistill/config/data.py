@@ -26,6 +26,9 @@ class Columns(Setting):
     """Origin of each text (a domain, an era, a hospital), for ``partition: {kind: by_source}``."""
     prompt_column: str | None = None
     """Column with the prompt before each text (``causal_lm``); see ``language.completion_only``."""
+    messages_column: str | None = None
+    """Column with conversations instead of texts (language models): lists of ``{role, content}``, which the
+    student's chat template writes as text; see ``language.chat_template``."""
     question_column: str | None = None
     """Column with the question about each text, which is then the passage (``question_answering``)."""
     answers_column: str = "answers"
@@ -40,6 +43,14 @@ class Columns(Setting):
     def _one_before(self) -> Self:
         if self.prompt_column is not None and self.question_column is not None:
             raise ConfigError("set prompt_column or question_column, not both")
+        return self
+
+    @model_validator(mode="after")
+    def _messages_alone(self) -> Self:
+        others = {"text_column": "text", "prompt_column": None, "question_column": None}
+        beside = [name for name, default in others.items() if getattr(self, name) != default]
+        if self.messages_column is not None and beside:
+            raise ConfigError(f"set messages_column or {beside[0]}, not both")
         return self
 
 

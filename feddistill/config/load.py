@@ -14,6 +14,7 @@ from feddistill.config import strict_yaml
 from feddistill.config.data import FileSource
 from feddistill.config.renamed import has_old_names, refuse, with_new_names, with_old_names
 from feddistill.config.settings import QUICKSTART, Config
+from feddistill.config.tasks import TASKS
 from feddistill.errors import ConfigError
 
 
@@ -39,11 +40,13 @@ def load_stored(path: Path, overrides: tuple[str, ...] = ()) -> Config:
     raw = _read(path)
     old = has_old_names(raw)
     raw = with_new_names(raw) if old else raw
+    given = dict(raw)
+    _as_run(raw)
     for text in overrides:
         override(raw, text)
     config = parse(raw)
     if not overrides:
-        config._old_names, config._stored = old, raw
+        config._old_names, config._stored = old, given
     return config
 
 
@@ -51,9 +54,18 @@ def parse_stored(raw: Mapping[str, Any]) -> Config:
     """Check settings of a run that another process sends; they may have the old names."""
     old = has_old_names(raw)
     new = with_new_names(raw) if old else dict(raw)
+    given = dict(new)
+    _as_run(new)
     config = parse(new)
-    config._old_names, config._stored = old, new
+    config._old_names, config._stored = old, given
     return config
+
+
+def _as_run(stored: dict[str, Any]) -> None:
+    """Add what a run did before there was a setting for it, if that is not the setting's default."""
+    task = TASKS.get(str(stored.get("task")))
+    if task is not None and task.labels == "tokens":
+        stored.update(language={"text_start": "eos", **stored.get("language", {})})
 
 
 def as_stored(config: Config) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """Settings of clients, payload, aggregation, distillation, student and simulated attacks."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, field_validator
 
 from feddistill.aggregation.attacks import ATTACKS, Attack
 from feddistill.aggregation.rules import RULES, MeanProbs, Rule
@@ -135,18 +136,43 @@ def _several(value: Any) -> Any:
     return value if isinstance(value, list | tuple) else [value]
 
 
+TextStart = Literal["auto", "bos", "eos", "none"]
+
+
 class LanguageConfig(Setting):
     """Settings of the tasks ``causal_lm`` and ``masked_lm``."""
 
+    text_start: TextStart = "auto"
+    """What a text begins with, in training, evaluation and the exported tokenizer. ``bos``: the tokenizer's
+    bos (or cls) token, also at the beginning of each block. ``eos``: the token that ends the text before.
+    ``none``: nothing; a text's first token is not predicted. ``auto``: the token that the tokenizer itself
+    puts before a text; if it puts none, ``bos`` for a model from scratch whose tokenizer has a bos token of
+    its own, else ``eos``."""
     completion_only: bool = False
     """True to train on, predict and evaluate the completion's tokens alone, not the prompt's."""
     position_stride: int = Field(default=1, ge=1)
     """Predict every n-th of these tokens of the proxy texts; the others have their labels alone."""
+    chat_template: str | None = None
+    """Jinja template that writes the conversations of ``messages_column`` as text, or the path of a file with
+    it; ``null`` for that of the student's tokenizer. With ``completion_only`` the assistant's turns are the
+    completions. The exported tokenizer has the template."""
     mask_probability: float = Field(default=0.15, gt=0, lt=1)
     """For ``masked_lm``: the share of tokens that are masked."""
     alignment: Literal["spans", "mined"] = "spans"
     """How predictions over another tokenizer's tokens are projected to the student's: by the byte spans of
     tokens or, for comparison, by edit distances as in FedMKT."""
+
+    @field_validator("chat_template")
+    @classmethod
+    def _read(cls, template: str | None) -> str | None:
+        """Replace a path by the file's text, which the run stores and sends to clients."""
+        if template is None or "{" in template:
+            return template
+        try:
+            return Path(template).expanduser().read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or "not UTF-8"
+            raise ConfigError(f"language.chat_template: cannot read {template!r}: {reason}") from None
 
 
 class QuestionAnsweringConfig(Setting):

@@ -1,5 +1,6 @@
 """Find columns in a table, also inside nested ones, and name labels and sources."""
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -57,6 +58,38 @@ def known(columns: Mapping[str, Sequence[Any]]) -> str:
         inside = next((value for value in values if isinstance(value, Mapping) and value), None)
         names += [name] if inside is None else [f"{name}.{key}" for key in inside]
     return ", ".join(map(repr, names)) or "none"
+
+
+def conversations(values: Sequence[Any], key: str, name: str, where: Where) -> tuple[str, ...]:
+    """Conversations, each as JSON; keys of messages that are null are left out.
+
+    Raises:
+        DataError: A row is no list of messages with ``role`` and ``content``.
+    """
+    found = []
+    for row, messages in enumerate(values):
+        if not isinstance(messages, list | tuple) or not messages:
+            raise DataError(
+                f"{name}: row {row} has no list of messages {{role, content}} in {key!r}{where(row)}"
+            )
+        kept = []
+        for number, message in enumerate(messages):
+            for part in ("role", "content"):
+                if not isinstance(message, Mapping) or not isinstance(message.get(part), str):
+                    raise DataError(
+                        f"{name}: row {row} has a message {number} without a text for {part!r} in "
+                        f"{key!r}{where(row)}"
+                    )
+            kept.append({part: value for part, value in message.items() if value is not None})
+        text = json.dumps(kept, ensure_ascii=False)
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise DataError(
+                f"{name}: row {row} has half a character (a lone surrogate) in {key!r}{where(row)}"
+            ) from None
+        found.append(text)
+    return tuple(found)
 
 
 def is_missing(value: Any) -> bool:

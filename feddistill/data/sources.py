@@ -24,7 +24,7 @@ from feddistill.config.data import (
     Source,
 )
 from feddistill.data import benchmark, formats, hub
-from feddistill.data.columns import Where, find, is_missing, known, names, nowhere
+from feddistill.data.columns import Where, conversations, find, is_missing, known, names, nowhere
 from feddistill.data.columns import labels as label_names
 from feddistill.errors import DataError
 from feddistill.types import Span
@@ -52,6 +52,8 @@ class Table:
     """The right answers to each question."""
     where: Where = nowhere
     """The place of a row, for errors."""
+    conversations: bool = False
+    """True if texts are the messages of conversations as JSON."""
 
 
 def read(source: Source, name: str) -> Table:
@@ -238,8 +240,12 @@ def _table(
     def column(setting: str, key: str | None) -> tuple[str, ...] | None:
         return None if key is None else tuple(map(str, values(setting, key)))
 
-    texts = column("text_column", settings.text_column)
-    assert texts is not None
+    if (key := settings.messages_column) is not None:
+        if (messages := find(columns, key)) is None:
+            raise DataError(f"{name}: messages_column = {key!r} is not a column; there are {known(columns)}")
+        texts = conversations(messages, key, name, where)
+    else:
+        texts = tuple(map(str, values("text_column", settings.text_column)))
     if not texts:
         raise DataError(f"{name}: no examples")
     prompts = column("prompt_column", settings.prompt_column)
@@ -267,4 +273,5 @@ def _table(
         questions=questions is not None,
         answers=answers,
         where=where,
+        conversations=settings.messages_column is not None,
     )

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from feddistill.config.data import DataConfig, GivenPartition, Part, RemotePartition, Source
-from feddistill.config.tasks import TASKS
+from feddistill.config.tasks import TASKS, tasks_with
 from feddistill.data.partition import partition
 from feddistill.data.sources import Table, read
 from feddistill.errors import ConfigError, DataError
@@ -48,11 +48,10 @@ def load(config: DataConfig, seed: int, task: str = "classification") -> Splits:
             name: read(source, f"data.partition.sources.{name}")
             for name, source in config.partition.sources.items()
         }
-    if TASKS[task].labels == "answer":
-        every = {"data.source": pool, **{f"data.{name}": table for name, table in tables.items()}, **clients}
-        for name, table in every.items():
-            if table is not None:
-                _check_questions(table, name, task, answers=name != "data.proxy")
+    every = {"data.source": pool, **{f"data.{name}": table for name, table in tables.items()}, **clients}
+    for name, table in every.items():
+        if table is not None:
+            _check_kind(table, name, task, answers=name != "data.proxy")
     # Without a common source the test set defines the classes: a client whose labels are spelt differently
     # is an error, not one more class.
     classes = TASKS[task].labels == "class"
@@ -97,20 +96,19 @@ def load(config: DataConfig, seed: int, task: str = "classification") -> Splits:
 
 def labelled(source: Source, labels: tuple[str, ...], name: str, task: str = "classification") -> TextSet:
     """Texts of ``source`` with the labels that the task needs; ``name`` is its name in errors."""
-    if TASKS[task].labels == "class":
-        return _labelled(read(source, name), labels, name, optional=False)
-    table = read(source.model_copy(update={"label_column": None}), name)
-    if TASKS[task].labels == "answer":
-        _check_questions(table, name, task, answers=True)
-    return _labelled(table, labels, name, optional=True)
+    classes = TASKS[task].labels == "class"
+    table = read(source if classes else source.model_copy(update={"label_column": None}), name)
+    _check_kind(table, name, task, answers=True)
+    return _labelled(table, labels, name, optional=not classes)
 
 
 def lines(texts: TextSet) -> Iterator[bytes]:
     """The proxy set as JSON lines of ids and texts, as clients receive it."""
     for row, (i, text) in enumerate(zip(texts.ids, texts.texts, strict=True)):
-        start = {} if texts.starts is None else {"start": texts.starts[row]}
+        more: dict[str, object] = {} if texts.starts is None else {"start": texts.starts[row]}
+        more |= {} if texts.turns is None else {"turns": texts.turns[row]}
         yield (
-            json.dumps({"id": i, "text": text, **start}, ensure_ascii=False, separators=(",", ":")).encode()
+            json.dumps({"id": i, "text": text, **more}, ensure_ascii=False, separators=(",", ":")).encode()
             + b"\n"
         )
 
@@ -149,11 +147,27 @@ def _labelled(
     answers: tuple[tuple[Span, ...] | None, ...] | None = table.answers
     if table.questions and answers is None:
         answers = (None,) * len(table.texts)
-    return TextSet(name, table.ids, table.texts, numbers, labels, table.sources, table.starts, answers)
+    return TextSet(
+        name,
+        table.ids,
+        table.texts,
+        numbers,
+        labels,
+        table.sources,
+        table.starts,
+        answers,
+        conversations=table.conversations,
+    )
 
 
-def _check_questions(table: Table, name: str, task: str, *, answers: bool) -> None:
-    """Check that texts are questions on passages, with ``answers`` if required."""
+def _check_kind(table: Table, name: str, task: str, *, answers: bool) -> None:
+    """Check that the task takes conversations, if texts are, and that questions have what they need."""
+    if table.conversations and TASKS[task].labels != "tokens":
+        raise DataError(
+            f"{name}: messages_column is for {tasks_with(labels='tokens')}, not for task = {task}"
+        )
+    if TASKS[task].labels != "answer":
+        return
     if not table.questions:
         raise DataError(f"{name}: task = {task} needs questions; question_column names their column")
     if answers and table.answers is None:

@@ -22,6 +22,7 @@ from feddistill.runs import experiment
 from feddistill.store import recipe
 from feddistill.store.layout import CONFIG, INPUTS, PROXY
 from feddistill.store.run_directory import RunDirectory
+from feddistill.tasks import conversations
 from feddistill.tasks.session import Session
 from feddistill.types import UNLABELLED, Splits, TextSet
 
@@ -86,7 +87,7 @@ class RemoteClient:
     def _splits(self, config: Config, labels: tuple[str, ...], run: RunDirectory) -> Splits | None:
         """The texts that this client may read; ``None`` if the proxy texts have not been sent yet."""
         if not isinstance(config.data.partition, RemotePartition):
-            whole = data.load(config.data, config.seed, config.task)
+            whole = conversations.of_splits(config, data.load(config.data, config.seed, config.task))
             places = [place for place, own in enumerate(whole.private) if own.name == self.name]
             if not places:
                 raise ConfigError(f"{self.name} is no client of this run")
@@ -98,6 +99,7 @@ class RemoteClient:
         if self.name not in config.data.partition.names:
             raise ConfigError(f"{self.name} is no client of this run")
         private = data.labelled(institution.load(self.file).source, labels, self.name, config.task)
+        private = conversations.of_texts(config, private)
         if not len(private):
             raise DataError(f"{self.name} has no private examples")
         if not run.path(PROXY).exists():
@@ -112,6 +114,9 @@ class RemoteClient:
             texts = _texts("data.proxy", [(str(row["id"]), str(row["text"])) for row in rows], labels)
             if any("start" in row for row in rows):
                 texts = replace(texts, starts=tuple(int(row["start"]) for row in rows))
+            if any("turns" in row for row in rows):
+                turns = tuple(tuple((int(a), int(b)) for a, b in row["turns"]) for row in rows)
+                texts = replace(texts, turns=turns)
             return texts
         except (ValueError, TypeError, KeyError) as error:
             raise RunError(f"{run.path(PROXY)} is damaged: {error}") from None

@@ -32,4 +32,5 @@ def pool(sets: tuple[TextSet, ...]) -> TextSet:
         label_names=sets[0].label_names,
         starts=None if sets[0].starts is None else tuple(start for s in sets for start in s.starts or ()),
         answers=None if sets[0].answers is None else tuple(right for s in sets for right in s.answers or ()),
+        turns=None if sets[0].turns is None else tuple(spans for s in sets for spans in s.turns or ()),
     )

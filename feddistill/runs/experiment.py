@@ -27,6 +27,7 @@ from feddistill.server import rounds
 from feddistill.store import layout, recipe
 from feddistill.store.layout import CONFIG, DIGESTS, ENGINE, PROVENANCE, RESULT, SKEW
 from feddistill.store.run_directory import Json, RunDirectory
+from feddistill.tasks import conversations
 from feddistill.tasks.check import check as check_models
 from feddistill.tasks.choose import learner_of
 from feddistill.tasks.session import Engine, Session
@@ -123,7 +124,7 @@ def check(config: Config, progress: Progress | None = None, *, build: bool = Tru
     transformers.utils.logging.set_verbosity_error()  # feddistill shows its own progress
     transformers.utils.logging.disable_progress_bar()
     with progress.step("read the data"):
-        splits = data.load(config.data, config.seed, config.task)
+        splits = conversations.of_splits(config, data.load(config.data, config.seed, config.task))
     with progress.step("build the models"):
         check_models(config, splits, build=build)
     return splits
@@ -153,6 +154,7 @@ def evaluate(out: Path, texts: FileSource | None = None) -> Json:
         chosen = splits.test
         if texts is not None:
             chosen = data.labelled(texts, splits.label_names, "--texts", config.task)
+            chosen = conversations.of_texts(config, chosen)
         session = Session(config, splits, directory, NoProgress())
         learner = learner_of(session, config.student.model, "student.model")
         learner.restore(result["student_weights"])
@@ -183,7 +185,7 @@ def stored_splits(config: Config, directory: RunDirectory) -> Splits:
     Raises:
         RunError: The data differ from those the run was started with.
     """
-    splits = data.load(config.data, config.seed, config.task)
+    splits = conversations.of_splits(config, data.load(config.data, config.seed, config.task))
     _same_data(splits, directory)
     return splits
 

@@ -24,6 +24,8 @@ from feddistill.config import Config
 from feddistill.config.models import ScratchModel, TrainedTokenizer
 from feddistill.config.tasks import TASKS
 from feddistill.errors import ModelError, RunError
+from feddistill.models.causal import Causal
+from feddistill.models.tokenizers import TextBounds, begin_texts, text_bounds
 from feddistill.runs import experiment
 from feddistill.seeds import derive
 from feddistill.store import layout
@@ -56,6 +58,13 @@ class Student:
     """True if forward passes run in bfloat16."""
     batch_size: int = 32
     """Texts per forward pass."""
+    trained_bounds: TextBounds | None = None
+    """Language models only: the tokens around texts in training; ``None`` if that is not known."""
+
+    @property
+    def bounds(self) -> TextBounds:
+        """Language models only: the tokens around texts; if unknown, those that the tokenizer adds."""
+        return self.trained_bounds or text_bounds(self.tokenizer, "auto", self.name)
 
     @property
     def specialist(self) -> models.Specialist:
@@ -104,6 +113,11 @@ def of_run(out: Path) -> Student:
         models.restore(built.model, directory.path(weights))
     finally:
         directory.close()
+    bounds = built.reader.bounds if isinstance(built, Causal) else None
+    if bounds is not None:
+        begin_texts(built.tokenizer, bounds)
+        if config.language.chat_template is not None:
+            built.tokenizer.chat_template = config.language.chat_template
     return Student(
         name=str(out),
         task=config.task,
@@ -113,6 +127,7 @@ def of_run(out: Path) -> Student:
         labels=labels,
         bf16=config.precision == "bf16",
         batch_size=config.clients.eval_batch_size,
+        trained_bounds=bounds,
     )
 
 

@@ -22,7 +22,7 @@ from feddistill.modelio import inference
 from feddistill.modelio.outputs import hidden_states
 from feddistill.modelio.packing import PackedTexts
 from feddistill.models import causal
-from feddistill.models.tokenizers import end_id, fingerprint, tokenizer_of, without_token_types
+from feddistill.models.tokenizers import fingerprint, text_bounds, tokenizer_of, without_token_types
 from feddistill.store.logit_files import Chained, TopKFile
 from feddistill.store.run_directory import Json
 from feddistill.tasks.learner import BuiltModel, Learner
@@ -61,9 +61,8 @@ class CausalLanguageModel(Learner):
         public: Sequence[str],
         labels: Sequence[str],
     ) -> causal.Causal:
-        answers_only = config.language.completion_only
         try:
-            return causal.build(model, seed, name, public, answers_only=answers_only, masked=cls.masked)
+            return causal.build(model, seed, name, public, language=config.language, masked=cls.masked)
         except (causal.LooksAheadError, causal.LooksBackError):
             if name != "student.model":
                 client, student = ("causal", "masked") if cls.masked else ("masked", "causal")
@@ -75,7 +74,7 @@ class CausalLanguageModel(Learner):
     def query(cls, config: Config, splits: Splits) -> ProxyQuery:
         proxy, model = splits.proxy, config.student.model
         tokenizer = tokenizer_of(model.source, "student.model", proxy.texts)
-        reader = causal.TextReader(tokenizer, config.language.completion_only)
+        reader = causal.reader_of(tokenizer, model, config.language, "student.model")
         blocks = reader.blocks(proxy, model.max_tokens)
         rows = cls.query_rows(config, blocks, proxy.name)
         domains = domains_of(proxy)
@@ -104,12 +103,21 @@ class CausalLanguageModel(Learner):
     ) -> None:
         """Check that the model can predict the student's tokens."""
         length = config.student.model.max_tokens
-        if fingerprint(built.tokenizer) == query.fingerprint:
+        assert isinstance(built, causal.Causal), "of this task"
+        assert query.reader is not None, "a language model's query has a reader"
+        if _reads_alike(built.reader, query.reader):
             if built.max_tokens < length:
                 raise ModelError(
                     f"{name}.max_tokens = {built.max_tokens}, but the student's blocks have {length} tokens"
                 )
             return
+        if fingerprint(built.tokenizer) == query.fingerprint and (
+            cls.masked or config.payload.codec == "sampled"
+        ):
+            raise ConfigError(
+                f"{name} and student.model have the same tokenizer but begin texts in different ways: set "
+                "language.text_start to one for both"
+            )
         if cls.masked:
             check_alignable("masked", "masked", False, name)
         if config.payload.codec == "sampled":
@@ -126,13 +134,12 @@ class CausalLanguageModel(Learner):
         assert isinstance(model, PreTrainedModel), "of transformers"
         model.config.use_cache = True
         generation = GenerationConfig.from_model_config(model.config)
-        end = end_id(tokenizer)  # before and after each text in training
-        for token, given in (
-            ("bos_token_id", tokenizer.bos_token_id),
-            ("eos_token_id", end),
-            ("pad_token_id", tokenizer.pad_token_id),
-        ):
-            setattr(generation, token, end if given is None else given)
+        bounds = text_bounds(tokenizer, "auto", "the student")  # as in training: see ``begin_texts``
+        pad = tokenizer.pad_token_id
+        for settings in (generation, model.config):
+            settings.bos_token_id = bounds.start
+            settings.eos_token_id = bounds.end
+            settings.pad_token_id = bounds.end if pad is None else pad
         model.generation_config = generation
 
     @cached_property
@@ -167,10 +174,10 @@ class CausalLanguageModel(Learner):
 
     @cached_property
     def _translation(self) -> Translation | None:
-        """The projection to the student's tokens; ``None`` if this model has the student's tokenizer."""
+        """The projection to the student's tokens; ``None`` if this model reads texts as the student does."""
         query, proxy = self.session.query, self.session.splits.proxy
         assert query.reader is not None, "a language model's query has a reader"
-        if fingerprint(self.specialist.tokenizer) == query.fingerprint:
+        if _reads_alike(self.specialist.reader, query.reader):
             return None
         client = Side(self.specialist.reader, proxy, self.blocks(proxy), self.name)
         student = Side(query.reader, proxy, self._query()[0], "student.model")
@@ -285,6 +292,11 @@ class CausalLanguageModel(Learner):
             if logits.sum().isnan():
                 raise self.not_a_number()
             yield logits
+
+
+def _reads_alike(one: causal.TextReader, other: causal.TextReader) -> bool:
+    """True if both pack texts into the same blocks."""
+    return one.bounds == other.bounds and fingerprint(one.tokenizer) == fingerprint(other.tokenizer)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> float:

@@ -25,7 +25,6 @@ from feddistill.alignment import (
 from feddistill.errors import ModelError
 from feddistill.modelio.packing import PackedTexts
 from feddistill.models.causal import TextReader
-from feddistill.models.tokenizers import end_id
 from feddistill.store.run_directory import Json
 from feddistill.types import TextSet
 from feddistill_kernels import TopK
@@ -78,12 +77,17 @@ class Side:
                 f"{name}: its tokenizer has ids up to {len(self.vocabulary) - 1}, but only {self.vocab_size} "
                 "tokens; one with gaps cannot be projected"
             )
-        end = end_id(reader.tokenizer)
+        end = reader.bounds.end
         self.readings = [_ended(spans(self.vocabulary, t, special_tokens=False), end) for t in texts.texts]
-        # Row r predicts token r + 1 of the stream; a text has a row for each token and for its end.
-        self.first: Ints = np.searchsorted(blocks.texts[1:], np.arange(len(texts) + 1))
-        whole = np.concatenate([reading.ids for reading in self.readings])
-        if not np.array_equal(whole, blocks.targets):
+        # Row r predicts token r + 1 of the stream. A start token before a text is not in its reading.
+        lengths = np.array([len(reading) for reading in self.readings])
+        stops = np.searchsorted(blocks.texts, np.arange(len(texts)), side="right")
+        self.first: Ints = stops - lengths - 1
+        """``[N]``, the row that predicts each text's first token; -1 if there is none."""
+        self.predicts_first = reader.bounds.start is not None
+        ids = np.concatenate([reading.ids for reading in self.readings])
+        own = np.repeat(self.first + 1 - (np.cumsum(lengths) - lengths), lengths) + np.arange(len(ids))
+        if self.first.min() < -1 or not np.array_equal(ids, blocks.stream[own]):
             raise ModelError(f"{name}: its tokenizer splits a text differently when byte spans are requested")
 
     def edges(self, text: int) -> tuple[Ints, Ints]:
@@ -99,8 +103,9 @@ class Side:
 
     def tokens(self, rows: Ints, text: int) -> Ints:
         """The tokens of a text that ``rows``, which ascend, predict."""
-        start, stop = np.searchsorted(rows, self.first[text : text + 2])
-        return np.asarray(rows[start:stop] - self.first[text])
+        first = int(self.first[text])
+        start, stop = np.searchsorted(rows, [first, first + len(self.readings[text])])
+        return np.asarray(rows[start:stop] - first)
 
 
 class Projector(Protocol):
@@ -142,7 +147,9 @@ def overlapping(rows: Ints, target: Side, source: Side) -> Ints:
         change = np.zeros(len(source_ends) + 1, np.int64)
         np.add.at(change, first[nonempty], 1)
         np.add.at(change, last[nonempty] + 1, -1)
-        parts.append(np.flatnonzero(np.cumsum(change)[:-1] > 0) + source.first[text])
+        needed = np.flatnonzero(np.cumsum(change)[:-1] > 0)
+        unpredicted = 0 if source.predicts_first else 1
+        parts.append(needed[needed >= unpredicted] + source.first[text])
     return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
 

@@ -128,7 +128,7 @@ class QueryOnlyLanguageModel(_QueryOnly, CausalLanguageModel):
         labels: Sequence[str],
     ) -> causal.Causal:
         tokenizer = tokenizer_of(model.source, f"{name}.source.tokenizer", public)
-        reader = causal.TextReader(tokenizer, config.language.completion_only)
+        reader = causal.reader_of(tokenizer, model, config.language, name)
         return causal.Causal(nn.Module(), reader, model.max_tokens)
 
     @override
