@@ -152,7 +152,6 @@ def some_shards(shards, made):
     return made["some shards"]
 
 
-@pytest.mark.parametrize(("client", "lacks"), [("client-1", 1), ("client-2", 3)])
 def test_a_teacher_is_sent_if_it_is_used_and_counted_if_it_is_sent(config, tmp_path):
     for enabled in (True, False):
         clients = {**config.clients.model_dump(mode="json"), "codistillation": {"enabled": enabled}}
@@ -166,6 +165,7 @@ def test_a_teacher_is_sent_if_it_is_used_and_counted_if_it_is_sent(config, tmp_p
         assert any(kind == "digest" for kind, _, _ in transport.asked) == enabled
 
 
+@pytest.mark.parametrize(("client", "lacks"), [("client-1", 1), ("client-2", 3)])
 def test_a_client_that_does_not_send_every_shard_has_not_answered(client, lacks, some_shards):
     result, transport, _ = some_shards
     assert result["missing"] == {"1": ["client-1", "client-2"]}

@@ -130,7 +130,7 @@ def refused(runs, tiny_settings, monkeypatch):
             good.mkdir()
             (good / "mine.safetensors").write_bytes(content)
             (good / "mine.json").write_bytes(payload.seal(content, spec, client))
-            return content[:-1] + bytes([content[-1] ^ 255])
+            return content[:-1]
 
         monkeypatch.setattr(payload, "encode", damaged)
         settings = settings_of(tiny_settings, aggregation={"quorum": 2}, baselines=[])
@@ -249,7 +249,7 @@ def test_a_late_answer_in_shards_has_all_of_them(tiny_settings, tmp_path, monkey
             return content
         (good / f"{shard}.safetensors").write_bytes(content)
         (good / f"{shard}.json").write_bytes(payload.seal(content, spec, client, shard))
-        return content if shard != 3 else content[:-1] + bytes([content[-1] ^ 255])
+        return content if shard != 3 else content[:-1]
 
     monkeypatch.setattr(payload, "encode", damaged)
     changes = {"aggregation": {"quorum": 2}, "baselines": [], "payload": {"shard_mib": 0.0003}, "rounds": 1}

@@ -239,14 +239,20 @@ def _same(config: Config, directory: RunDirectory) -> Config:
 
 
 def _same_data(splits: Splits, directory: RunDirectory) -> None:
-    """Check that the data are unchanged since the run was started: files and hub data sets can change."""
+    """Check that the data are unchanged since the run was started: files and hub data sets can change.
+
+    Of a run with an older partition, and of one derived from it, the private texts are not checked: it is
+    only read, and only training reads them.
+    """
     sets = {part.name: part for part in (*splits.private, splits.proxy, splits.validation, splits.test)}
     digests = {name: part.digest(labels=True) for name, part in sets.items()}
+    private = {part.name for part in splits.private}
     if not directory.path(DIGESTS).exists():
         directory.write_json(DIGESTS, digests)
         return
     stored = directory.read_json(DIGESTS)
-    for name in {**stored, **digests}:
+    divided_otherwise = recipe.stored(directory) < recipe.DIVIDED or not private & stored.keys()
+    for name in {**stored, **digests}.keys() - (private if divided_otherwise else set()):
         if stored.get(name) != digests.get(name):
             raise RunError(f"{name} is not what {directory.root} was started with: the data have changed")
 

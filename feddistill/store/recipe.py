@@ -7,13 +7,18 @@ because its figures would belong to neither.
 2. Frozen layers have no dropout, with or without ``frozen_cache_mb``; the cache computes texts of equal
    length together; texts are padded to a multiple of four tokens, not eight; on a CPU, models of texts of at
    most 32 tokens have transformers' eager attention; AdamW is fused.
+3. The loss of an optimiser step is divided by the terms of the whole step; a masked language model's masks
+   depend on step and block; Dirichlet partitions are multinomial draws; texts of language models begin as
+   ``language.text_start`` says.
 """
 
 from feddistill.errors import RunError
 from feddistill.store.layout import RECIPE
 from feddistill.store.run_directory import RunDirectory
 
-NUMBER = 2
+NUMBER = 3
+DIVIDED = 3
+"""Runs with an older recipe divided the private texts among the clients otherwise."""
 
 
 def stored(run: RunDirectory) -> int:
