@@ -1,14 +1,14 @@
 """Load the data of a run: private texts of the clients, proxy, validation and test set."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from feddistill.config.data import DataConfig, GivenPartition, Part, RemotePartition, Source
-from feddistill.config.tasks import TASKS
+from feddistill.config.tasks import TASKS, tasks_with
 from feddistill.data.partition import partition
 from feddistill.data.sources import Table, read
 from feddistill.errors import ConfigError, DataError
@@ -17,6 +17,8 @@ from feddistill.types import UNLABELLED, Span, Splits, TextSet
 
 SHARED = ("test", "validation", "proxy")
 PARTS = (*SHARED, "private")
+BESIDE = {"tokens": "prompt_column", "answer": "question_column"}
+"""Setting of the text before each text, by the kind of labels."""
 
 
 def load(config: DataConfig, seed: int, task: str = "classification") -> Splits:
@@ -48,11 +50,14 @@ def load(config: DataConfig, seed: int, task: str = "classification") -> Splits:
             name: read(source, f"data.partition.sources.{name}")
             for name, source in config.partition.sources.items()
         }
-    if TASKS[task].labels == "answer":
-        every = {"data.source": pool, **{f"data.{name}": table for name, table in tables.items()}, **clients}
-        for name, table in every.items():
-            if table is not None:
-                _check_questions(table, name, task, answers=name != "data.proxy")
+    every = {"data.source": pool, **{f"data.{name}": table for name, table in tables.items()}, **clients}
+    there = {name: table for name, table in every.items() if table is not None}
+    for name, table in there.items():
+        _check_columns(table, name, task)
+        if TASKS[task].labels == "answer":
+            _check_questions(table, name, task, answers=name != "data.proxy")
+    if TASKS[task].labels == "class":
+        check_pairs({name: table.starts for name, table in there.items()})
     # Without a common source the test set defines the classes: a client whose labels are spelt differently
     # is an error, not one more class.
     classes = TASKS[task].labels == "class"
@@ -98,8 +103,11 @@ def load(config: DataConfig, seed: int, task: str = "classification") -> Splits:
 def labelled(source: Source, labels: tuple[str, ...], name: str, task: str = "classification") -> TextSet:
     """Texts of ``source`` with the labels that the task needs; ``name`` is its name in errors."""
     if TASKS[task].labels == "class":
-        return _labelled(read(source, name), labels, name, optional=False)
+        table = read(source, name)
+        _check_columns(table, name, task)
+        return _labelled(table, labels, name, optional=False)
     table = read(source.model_copy(update={"label_column": None}), name)
+    _check_columns(table, name, task)
     if TASKS[task].labels == "answer":
         _check_questions(table, name, task, answers=True)
     return _labelled(table, labels, name, optional=True)
@@ -150,6 +158,36 @@ def _labelled(
     if table.questions and answers is None:
         answers = (None,) * len(table.texts)
     return TextSet(name, table.ids, table.texts, numbers, labels, table.sources, table.starts, answers)
+
+
+def check_pairs(starts: Mapping[str, tuple[int, ...] | None]) -> None:
+    """Check that of sets for classification all have pairs of texts, or none.
+
+    Args:
+        starts: ``TextSet.starts`` by the name of the set.
+
+    Raises:
+        DataError: Some have pairs and some have not.
+    """
+    pairs = [name for name, given in starts.items() if given is not None]
+    plain = [name for name, given in starts.items() if given is None]
+    if pairs and plain:
+        raise DataError(f"{pairs[0]} has pairs of texts (pair_column), and {plain[0]} has not")
+
+
+def _check_columns(table: Table, name: str, task: str) -> None:
+    """Check that the task reads what stands beside each text."""
+    if TASKS[task].labels == "class":
+        if table.beside not in (None, "pair_column"):
+            raise DataError(
+                f"{name}: {table.beside} is not for task = {task}: pair_column names a second text of each "
+                "example"
+            )
+    elif table.beside == "pair_column":
+        raise DataError(
+            f"{name}: pair_column is for {tasks_with(labels='class')}, not for task = {task}: "
+            f"{BESIDE[TASKS[task].labels]} names a text before each text"
+        )
 
 
 def _check_questions(table: Table, name: str, task: str, *, answers: bool) -> None:
