@@ -6,7 +6,8 @@ from functools import partial
 
 import pytest
 import torch
-import yaml
+from click.testing import CliRunner
+from pydantic import ValidationError
 from tokenizers import processors
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -17,9 +18,10 @@ from feddistill.config import parse
 from feddistill.config.data import DataConfig, FileSource
 from feddistill.config.models import ModelConfig
 from feddistill.data.sources import read
-from feddistill.errors import ConfigError, DataError, ModelError
+from feddistill.errors import DataError, ModelError
 from feddistill.modelio import inference
 from feddistill.modelio.padding import TYPE, inputs, pad
+from feddistill.runs import experiment
 
 PAIRS = (
     ("a dog runs", "a cat sits"),
@@ -139,7 +141,7 @@ def columns(path, **more):
 
 @pytest.fixture(scope="module")
 def run(bert, questions, new_tiny_settings, tmp_path_factory):
-    settings = new_tiny_settings() | {"rounds": 1, "baselines": ["public_only"]}
+    settings = new_tiny_settings() | {"rounds": 1, "baselines": ["fedfed"]}
     settings["data"] = {
         "source": columns(questions, pair_column="second"),
         "private": {"size": 60},
@@ -155,43 +157,39 @@ def run(bert, questions, new_tiny_settings, tmp_path_factory):
     settings["clients"]["codistillation"] = {"examples": 20}
     settings["student"]["model"] = model
     folder = tmp_path_factory.mktemp("run")
-    file = folder / "run.yaml"
-    file.write_text(yaml.safe_dump(settings))
-    assert main(["train", str(file), "--out", str(folder / "run")]) == 0
-    return folder / "run", parse(settings)
+    config = parse(settings)
+    experiment.run(config, folder / "run")
+    return folder / "run", config
 
 
-def test_a_run_of_pairs_is_exported_as_it_answers(run, questions, tmp_path, capsys):
+def feddistill(*arguments):
+    return CliRunner().invoke(main, list(map(str, arguments)))
+
+
+def test_a_run_of_pairs_is_exported_as_it_answers(run, questions, tmp_path):
     folder, config = run
-    assert main(["evaluate", str(folder), "--json"]) == 0
-    own = json.loads(capsys.readouterr().out)
-    assert main(["export", str(folder), "--out", str(tmp_path / "model"), "--licence", "mit"]) == 0
-    card = (tmp_path / "model" / "README.md").read_text()
-    assert '"text_pair": "its second text"' in card
+    own = json.loads(feddistill("evaluate", folder, "--json").stdout)
+    assert feddistill("export", folder, "--out", tmp_path / "model", "--licence", "mit").exit_code == 0
+    assert '"text_pair": "its second text"' in (tmp_path / "model" / "README.md").read_text()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model").eval()
     test = data.load(config.data, config.seed).test
-    pairs = [text.split("\n") for text in test.texts]
-    batch = tokenizer([a for a, _ in pairs], [b for _, b in pairs], padding=True, return_tensors="pt")
+    firsts, seconds = zip(*(text.split("\n") for text in test.texts), strict=True)
+    batch = tokenizer(list(firsts), list(seconds), padding=True, return_tensors="pt")
     assert batch["token_type_ids"].any()
     with torch.inference_mode():
         logits = model(**batch).logits
     loss = torch.nn.functional.cross_entropy(logits, torch.from_numpy(test.labels))
     assert own["cross_entropy"] == pytest.approx(float(loss), abs=2e-5)
-    texts = [
-        "evaluate",
-        str(folder),
-        "--texts",
-        str(questions),
-        "--text-column",
-        "first",
-        "--label-column",
-        "same",
-    ]
-    assert main([*texts, "--pair-column", "second", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["examples"] == 160
-    assert main(texts) == 2
-    assert "has pairs of texts (pair_column), and --texts has not" in capsys.readouterr().err
+
+
+def test_other_texts_for_a_run_of_pairs_are_pairs(run, questions):
+    names = ["--texts", questions, "--text-column", "first", "--label-column", "same"]
+    done = feddistill("evaluate", run[0], *names, "--pair-column", "second", "--json")
+    assert json.loads(done.stdout)["examples"] == 160
+    done = feddistill("evaluate", run[0], *names)
+    assert done.exit_code == 2
+    assert "data.test has pairs of texts (pair_column), and --texts has not" in done.output
 
 
 def test_the_digest_knows_where_the_second_text_begins(questions):
@@ -248,7 +246,7 @@ def test_a_separator_stands_between_prompt_and_text(questions):
     assert table.starts[0] == len("the dog ")
     plain = read(FileSource.model_validate(columns(questions, prompt_column="second")), "data.source")
     assert plain.texts[0] == "the doga dog 0"
-    with pytest.raises(ConfigError, match="prompt_separator needs prompt_column"):
+    with pytest.raises(ValidationError, match="prompt_separator needs prompt_column"):
         FileSource.model_validate(columns(questions, prompt_separator=" "))
-    with pytest.raises(ConfigError, match="set prompt_column or pair_column, not both"):
+    with pytest.raises(ValidationError, match="set prompt_column or pair_column, not both"):
         FileSource.model_validate(columns(questions, prompt_column="same", pair_column="second"))
