@@ -137,8 +137,9 @@ class Part(Setting):
 class ProxyPart(Part):
     """The public texts that every client predicts and the student learns from."""
 
-    labelled: int = Field(default=0, ge=0)
-    """Number of proxy texts whose labels the server has; other labels are dropped when the data are read."""
+    labelled: Annotated[int, Field(ge=0)] | Literal["all"] = 0
+    """Number of proxy texts whose labels (or answers) the server has; other labels are dropped when the data
+    are read. ``all``: as the source has them, in which some rows may have none."""
 
 
 class IidPartition(Setting):

@@ -51,8 +51,8 @@ class Table:
     """The error if labels are needed and there are none."""
     beside: str | None = None
     """The setting of the column that stands before or after each text."""
-    answers: tuple[tuple[Span, ...], ...] | None = None
-    """The right answers to each question."""
+    answers: tuple[tuple[Span, ...] | None, ...] | None = None
+    """The right answers to each question; ``None`` for a row in which they are missing."""
     where: Where = nowhere
     """The place of a row, for errors."""
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -148,13 +149,22 @@ def _labelled(
         for row, label in enumerate(table.labels):
             if label not in index:
                 if label is None:
-                    raise DataError(f"{name}: row {row} has no label{table.where(row)}")
+                    raise DataError(
+                        f"{name}: row {row} has no label{table.where(row)}; only data.proxy may have such "
+                        "rows, from a source of its own"
+                    )
                 raise DataError(
                     f"{name}: row {row} has label {label!r}, which is not one of {', '.join(labels)}"
                     f"{table.where(row)}; name all classes in data.labels, or mend the file"
                 )
         numbers = np.array([index[label] for label in table.labels], np.int64)
     answers: tuple[tuple[Span, ...] | None, ...] | None = table.answers
+    if answers is not None and not partly and None in answers:
+        row = answers.index(None)
+        raise DataError(
+            f"{name}: row {row} has no answers{table.where(row)}; only data.proxy may have such rows, from a "
+            "source of its own"
+        )
     if table.questions and answers is None:
         answers = (None,) * len(table.texts)
     return TextSet(name, table.ids, table.texts, numbers, labels, table.sources, table.starts, answers)
@@ -224,9 +234,13 @@ def _draw(whole: TextSet, size: int | None, seed: int) -> TextSet:
     return whole.select(generator(seed, "draw", whole.name).permutation(len(whole))[:size])
 
 
-def _hide_labels(proxy: TextSet, labelled: int, seed: int) -> TextSet:
+def _hide_labels(proxy: TextSet, labelled: int | Literal["all"], seed: int) -> TextSet:
     """Drop all labels but ``labelled`` of them, drawn at random."""
     known = np.flatnonzero(proxy.known)
+    if labelled == "all":
+        labelled = len(known)
+        if not labelled:
+            raise DataError("data.proxy.labelled = all, but no proxy text has a label")
     if labelled > len(known):
         raise DataError(f"data.proxy.labelled = {labelled}, but {len(known)} proxy texts have a label")
     kept = generator(seed, "proxy", "labelled").permutation(known)[:labelled]
