@@ -11,12 +11,13 @@ from pydantic import ValidationError
 from tokenizers import processors
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from feddistill import data, models
+from feddistill import data, models, training
 from feddistill.accounting import FlopMeter
 from feddistill.cli import main
 from feddistill.config import parse
 from feddistill.config.data import DataConfig, FileSource
 from feddistill.config.models import ModelConfig
+from feddistill.config.training import TrainingConfig
 from feddistill.data.sources import read
 from feddistill.errors import DataError, ModelError
 from feddistill.modelio import inference
@@ -113,6 +114,28 @@ def test_frozen_layers_tell_types_apart(bert):
     assert layers.fill(tokens) == 0
     assert len(layers.states.kept) == len(tokens)
     torch.testing.assert_close(answers(caching, tokens), answers(plain, tokens), rtol=1e-5, atol=1e-5)
+
+
+def test_training_reads_token_types(bert):
+    _, specialist = classifier(bert)
+    examples = training.TrainingExamples(specialist.encode(TEXTS, STARTS), torch.tensor([0, 1, 0, 1]))
+    meter, seen = FlopMeter(specialist.model), []  # the meter runs a copy of the model, without the hook
+    specialist.model.register_forward_pre_hook(lambda *call: seen.append(call[2]), with_kwargs=True)
+    training.fit(
+        specialist.model,
+        examples,
+        TrainingConfig(batch_size=4),
+        loss=training.TextLoss(examples, None),
+        seed=0,
+        bf16=False,
+        pad_id=specialist.pad_id,
+        head=set(),
+        meter=meter,
+        steps=1,
+    )
+    ((read,), right) = seen, inputs(pad(examples.tokens, specialist.pad_id)[0])
+    for name in ("input_ids", "token_type_ids"):  # in any order
+        assert sorted(read[name].tolist()) == sorted(right[name].tolist())
 
 
 def test_a_pair_needs_room(bert):

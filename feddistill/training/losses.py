@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from feddistill.config.training import DistillConfig
 from feddistill.modelio.outputs import head_of, hidden_states, masked_states, span_logits
-from feddistill.modelio.padding import Tokens, inputs, pad
+from feddistill.modelio.padding import Tokens, pad
 from feddistill.seeds import generator
 from feddistill.training.blocks import NO_TEACHER, BlockExamples, Masking, block_loss, rows_of
 from feddistill.training.spans import NEVER, SpanExamples, token_log_probs
@@ -27,7 +27,7 @@ class Batch:
     """What a model reads in one pass, ``[B, L]`` tokens."""
 
     input_ids: Tensor
-    """``[B, L]``, with types as in ``modelio.padding.Tokens``."""
+    """``[B, L]``."""
     attention_mask: Tensor
     """``[B, L]``, 0 for padding."""
     rows: Tensor
@@ -35,6 +35,8 @@ class Batch:
     step: int = 0
     """Optimiser steps before this one. What is drawn for an example depends on it and on its row, and not on
     the batch that it is in."""
+    token_type_ids: Tensor | None = None
+    """``[B, L]``; ``None``: all are 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,8 @@ class TextLoss:
     def _total(
         self, labels: Tensor, teacher: Tensor | None, mask: Tensor | None, model: nn.Module, batch: Batch
     ) -> Tensor:
-        logits = model(**inputs(batch.input_ids), attention_mask=batch.attention_mask).logits
+        types = {} if batch.token_type_ids is None else {"token_type_ids": batch.token_type_ids}
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **types).logits
         labels, teacher, mask = _on(logits.device, labels, teacher, mask)
         return example_loss(logits, labels, teacher, mask, self.distill)
 
