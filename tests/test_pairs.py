@@ -13,16 +13,17 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from feddistill import data, models, training
 from feddistill.accounting import FlopMeter
+from feddistill.benchmarks.classification import by_answers
 from feddistill.cli import main
-from feddistill.config import parse
+from feddistill.config import parse, presets
 from feddistill.config.data import DataConfig, FileSource
 from feddistill.config.models import ModelConfig
 from feddistill.config.training import TrainingConfig
 from feddistill.data.sources import read
-from feddistill.errors import DataError, ModelError
+from feddistill.errors import ConfigError, DataError, ModelError
 from feddistill.modelio import inference
 from feddistill.modelio.padding import TYPE, inputs, pad
-from feddistill.runs import experiment
+from feddistill.runs import experiment, trained_models
 
 PAIRS = (
     ("a dog runs", "a cat sits"),
@@ -213,6 +214,8 @@ def test_other_texts_for_a_run_of_pairs_are_pairs(run, questions):
     done = feddistill("evaluate", run[0], *names)
     assert done.exit_code == 2
     assert "data.test has pairs of texts (pair_column), and --texts has not" in done.output
+    with pytest.raises(ConfigError, match="reads pairs of texts"):
+        by_answers(trained_models.load(run[0]), presets.find("glue/rte"), {}, lambda *_: None)
 
 
 def test_the_digest_knows_where_the_second_text_begins(questions):

@@ -50,7 +50,7 @@ def text(student: Student, config: Config, facts: Json, licence: str, *, anonymo
         metadata=_metadata(student, config, own, licence).to_yaml(),
         student=student,
         mean_pool=isinstance(student.model, MeanPoolClassifier),
-        pairs=_pairs(config),
+        pairs=student.pairs,
         between="" if separates_pairs(student.tokenizer) else "\\n",
         config=config,
         result=result,
@@ -105,11 +105,6 @@ def _given(config: Config) -> list[Source]:
     parts = {"private": data.private, "proxy": data.proxy, "validation": data.validation, "test": data.test}
     found = [part.source for part in parts.values() if part.source is not None]
     return [*([data.source] if data.source is not None else []), *found]
-
-
-def _pairs(config: Config) -> bool:
-    """True if the texts are pairs; then those of every set are."""
-    return any(getattr(source, "pair_column", None) for source in _given(config))
 
 
 def _sources(config: Config) -> list[tuple[str, str, str]]:

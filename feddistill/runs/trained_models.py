@@ -56,6 +56,8 @@ class Student:
     """True if forward passes run in bfloat16."""
     batch_size: int = 32
     """Texts per forward pass."""
+    pairs: bool = False
+    """True for the student of a run whose texts are pairs (``pair_column``)."""
 
     @property
     def specialist(self) -> models.Specialist:
@@ -113,7 +115,14 @@ def of_run(out: Path) -> Student:
         labels=labels,
         bf16=config.precision == "bf16",
         batch_size=config.clients.eval_batch_size,
+        pairs=_pairs(config),
     )
+
+
+def _pairs(config: Config) -> bool:
+    """True if the texts are pairs; then those of every set are, and there is a test set."""
+    source = config.data.test.source or config.data.source
+    return TASKS[config.task].labels == "class" and getattr(source, "pair_column", None) is not None
 
 
 def _built(config: Config, classes: int, public: tuple[str, ...]) -> BuiltModel:
