@@ -9,6 +9,7 @@ from feddistill.accounting import FlopMeter
 from feddistill.config.models import ModelConfig
 from feddistill.modelio.padding import pad
 from feddistill.models import frozen
+from feddistill.models.layers import frozen_depth
 
 TEXTS = (
     "a small animal",
@@ -167,11 +168,11 @@ def test_a_model_that_is_trained_from_its_first_layer_remembers_nothing(tiny_mod
     models.remember_frozen(specialist.model, config, "m", known)
     assert not known
     body = specialist.model.encoder
-    assert frozen.depth(body, body.encoder.layer) == 0
+    assert frozen_depth(body, body.encoder.layer) == 0
     first.requires_grad_(False)
-    assert frozen.depth(body, body.encoder.layer) == 2
+    assert frozen_depth(body, body.encoder.layer) == 2
     body.embeddings.requires_grad_(True)
-    assert frozen.depth(body, body.encoder.layer) == 0
+    assert frozen_depth(body, body.encoder.layer) == 0
 
 
 @pytest.mark.parametrize("freeze", [{}, {"freeze_embeddings": True}, {"freeze_layers": 1}])

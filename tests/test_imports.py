@@ -17,7 +17,7 @@ PACKAGES = {
     "feddistill_kernels": ("feddistill_kernels", {"torch", "triton", "typing_extensions"}),
     "feddistill": (
         "feddistill",
-        {"cryptography", "datasets", "feddistill_kernels", "flwr", "flwr_datasets", "jinja2"}
+        {"accelerate", "cryptography", "datasets", "feddistill_kernels", "flwr", "flwr_datasets", "jinja2"}
         | {"httpx", "huggingface_hub", "lm_eval", "matplotlib", "peft", "rouge_score", "sacrebleu"}
         | {"numpy", "pandas", "pyarrow", "pydantic", "pydantic_core", "rich", "safetensors", "sklearn"}
         | {"tokenizers", "torch", "transformers", "typing_extensions", "yaml", "zstandard"},

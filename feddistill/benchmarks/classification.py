@@ -34,7 +34,7 @@ def by_answers(
     """
     if student.pairs:
         raise ConfigError(
-            f"{student.name} reads pairs of texts (pair_column), and the texts of {preset.name} are no pairs; "
+            f"{student.name} reads pairs of texts (pair_column), and those of {preset.name} are single; "
             "--texts and --pair-column name a file of pairs"
         )
     unknown = [label for label in preset.labels if label not in student.labels]

@@ -15,7 +15,10 @@ class HubModel(Setting):
     revision: str | None = None
     """A commit of the model; ``null`` for the newest."""
     gguf: str | None = None
-    """A GGUF file in it, which transformers dequantises each time the model is built."""
+    """A GGUF file in it, which transformers dequantises each time the model is built; needs ``gguf``."""
+    adapter: Literal["merge", "train"] = "merge"
+    """If it is a PEFT adapter: ``merge`` adds it to the weights of its base model; ``train``, for clients,
+    goes on training the adapter alone."""
 
 
 class PackageModel(Setting):
@@ -109,6 +112,8 @@ class ModelConfig(Setting):
     layers: tuple[int, ...] | None = Field(default=None, min_length=1)
     """Transformer layers to keep: ``[0, 2, 5]`` makes a small student with trained weights."""
     freeze_embeddings: bool = False
+    """True to train nothing that comes before the first layer: embeddings, positions, their norms. A head
+    that is tied to the embeddings is then frozen as well."""
     freeze_layers: int = Field(default=0, ge=0)
     """Number of kept layers, from the input on, that are not trained."""
     lora: LoraConfig | None = None
@@ -137,6 +142,17 @@ class ModelConfig(Setting):
                 "freeze_layers, frozen_cache_mb, dropout and lora are not for it"
             )
         return self
+
+    @model_validator(mode="after")
+    def _one_adapter(self) -> Self:
+        if self.lora is not None and self.trains_adapter:
+            raise ValueError("lora adds new adapters, and source.adapter = train goes on with one: name one")
+        return self
+
+    @property
+    def trains_adapter(self) -> bool:
+        """True if the source is an adapter that is trained on."""
+        return isinstance(self.source, HubModel) and self.source.adapter == "train"
 
     @model_validator(mode="after")
     def _frozen_first(self) -> Self:

@@ -95,6 +95,11 @@ class Config(Setting):
                 "student.model.lora is for clients: the student is exported whole (baselines: [fedlora] "
                 "averages adapters of it)"
             )
+        if self.student.model.trains_adapter:
+            raise ConfigError(
+                "student.model.source.adapter = train is for clients: the student is exported whole; "
+                "adapter: merge starts from the merged weights"
+            )
         self._check_query_only(task)
         return self
 

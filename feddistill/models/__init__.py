@@ -1,13 +1,12 @@
 """Models and tokenizers: sources, layers kept, frozen parts, adapters, heads."""
 
 from feddistill.models.frozen import FrozenLayers
+from feddistill.models.layers import cut, depth
 from feddistill.models.specialist import (
     PROJECTIONS,
     MeanPoolClassifier,
     Specialist,
     build,
-    cut,
-    depth,
     embeddings,
     head_parameters,
     loaded,

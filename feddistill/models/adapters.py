@@ -15,6 +15,12 @@ def adapt(model: nn.Module, config: ModelConfig, name: str, *, head: bool) -> No
         add(model, rank, alpha, name, f"{name}.lora", head=head, first=config.freeze_layers)
 
 
+def check_trains(model: nn.Module, name: str) -> None:
+    """Raise ``ModelError`` if a model has nothing to train."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ModelError(f"{name}: no parameter is trained: all are frozen, by the settings or by the source")
+
+
 def count(model: nn.Module, rank: int, *, head: bool) -> int:
     """Number of parameters that ``add`` trains in all layers of a model, which is not changed."""
     factors = [

@@ -77,19 +77,6 @@ def _unchanged(mode: bool = True) -> None:
     pass
 
 
-def depth(body: nn.Module, layers: nn.ModuleList) -> int:
-    """Number of ``layers``, from the input on, that are frozen together with everything before them."""
-    inside = {id(p) for layer in layers for p in layer.parameters()}
-    first = next(iter(layers[0].parameters()))
-    for parameter in body.parameters():
-        if parameter is first:
-            break
-        if id(parameter) not in inside and parameter.requires_grad:
-            return 0
-    frozen = [not any(p.requires_grad for p in layer.parameters()) for layer in layers]
-    return (frozen + [False]).index(False)
-
-
 def fingerprint(body: nn.Module, layers: nn.ModuleList, count: int) -> str:
     """Hash of the weights that the states of the first ``count`` layers depend on."""
     later = {id(p) for layer in layers[count:] for p in layer.parameters()}

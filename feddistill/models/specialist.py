@@ -30,7 +30,9 @@ from feddistill.modelio.outputs import takes_types
 from feddistill.modelio.padding import PAD_TO, TYPE, padded
 from feddistill.models import frozen
 from feddistill.models.frozen import FrozenLayers, States
-from feddistill.models.sources import first_line, gguf_of, location
+from feddistill.models.layers import body_of, cut, frozen_depth, layer_list
+from feddistill.models.pretrained import pretrained
+from feddistill.models.sources import first_line
 from feddistill.models.tokenizers import separates_pairs, tokenizer_of
 
 PROJECTIONS = ("query", "value", "q_proj", "v_proj", "q_lin", "v_lin", "c_attn")
@@ -135,7 +137,7 @@ def build(config: ModelConfig, classes: int, seed: int, name: str, public: Seque
 
 def reads_types(model: nn.Module) -> bool:
     """True if a classifier tells the texts of a pair apart by token types, as BERT does."""
-    return takes_types(model.encoder if isinstance(model, MeanPoolClassifier) else model)
+    return takes_types(body_of(model))
 
 
 def head_parameters(model: nn.Module) -> set[str]:
@@ -190,25 +192,6 @@ def restore(model: nn.Module, path: Path) -> None:
         raise ModelError(f"{path} does not hold this model's weights: {str(error).splitlines()[0]}") from None
 
 
-def cut(model: nn.Module, config: ModelConfig, name: str) -> None:
-    """Remove layers, freeze parameters and set dropout, as ``config`` says."""
-    if config.layers is not None:
-        _keep_layers(model, config.layers, name)
-    _freeze(model, config, name)
-    if config.dropout is not None:
-        _set_dropout(model, config.dropout)
-
-
-def _set_dropout(model: nn.Module, probability: float) -> None:
-    """Set the probability of every dropout in ``model``."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = probability
-        for key, value in vars(module).items():  # that of functions that a module calls
-            if "dropout" in key and isinstance(value, float):
-                setattr(module, key, probability)
-
-
 def _with_head(config: ModelConfig, classes: int, tokenizer: PreTrainedTokenizerBase, name: str) -> nn.Module:
     own = config.head == "auto"
     auto = AutoModelForSequenceClassification if own else AutoModel
@@ -231,14 +214,7 @@ def loaded(
             raise ModelError(f"{name}.source.settings: {first_line(error)}") from None
     else:
         assert not isinstance(config.source, QueryOnlyModel), "a query-only model has no weights"
-        where = location(config.source, name)
-        more = {"revision": getattr(config.source, "revision", None) or "main", **gguf_of(config.source)}
-        try:
-            model = auto.from_pretrained(where, dtype=torch.float32, **_attention(config), **more, **labels)
-        except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
-            raise ModelError(
-                f"{name}.source: cannot load a model from {where!r}: {first_line(error)}"
-            ) from None
+        model = pretrained(config.source, auto, name, **_attention(config), **labels)
     model.config.pad_token_id = tokenizer.pad_token_id
     model.config.use_cache = False
     return model
@@ -279,68 +255,6 @@ def _scratch_config(
     return AutoConfig.for_model(source.architecture, **{**settings, **source.settings, **labels})
 
 
-def _hf_config(model: nn.Module) -> PretrainedConfig:
-    body = model.encoder if isinstance(model, MeanPoolClassifier) else model
-    return body.config
-
-
-def _layer_list(model: nn.Module, name: str) -> tuple[str, nn.ModuleList]:
-    """The stack of transformer layers: the module list of the length in the model's configuration."""
-    depth = _hf_config(model).num_hidden_layers
-    for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth:
-            return path, module
-    raise ModelError(f"{name}: found no list of {depth} layers to cut or freeze in {type(model).__name__}")
-
-
-def depth(model: nn.Module, name: str) -> int:
-    """Number of transformer layers."""
-    return len(_layer_list(model, name)[1])
-
-
-def _keep_layers(model: nn.Module, keep: tuple[int, ...], name: str) -> None:
-    path, layers = _layer_list(model, name)
-    for index in keep:
-        if not 0 <= index < len(layers):
-            raise ModelError(
-                f"{name}.layers names layer {index}; the model has layers 0 to {len(layers) - 1}"
-            )
-    parent, _, last = path.rpartition(".")
-    setattr(model.get_submodule(parent), last, nn.ModuleList(layers[index] for index in keep))
-    for position, index in enumerate(keep):
-        for module in layers[index].modules():
-            if hasattr(module, "layer_idx"):  # index of its keys and values in a cache
-                module.layer_idx = position  # type: ignore[assignment]  # nn.Module types it as a tensor
-    hf = _hf_config(model)
-    if getattr(hf, "layer_types", None):
-        hf.layer_types = [hf.layer_types[index] for index in keep]
-    hf.num_hidden_layers = len(keep)
-
-
-def _freeze(model: nn.Module, config: ModelConfig, name: str) -> None:
-    if not (config.freeze_embeddings or config.freeze_layers):
-        return
-    path, layers = _layer_list(model, name)
-    if config.freeze_layers > len(layers):
-        raise ModelError(
-            f"{name}.freeze_layers = {config.freeze_layers}, but the model has {len(layers)} layers"
-        )
-    if config.freeze_embeddings:
-        # Everything before the first layer, norms and positions too: else backward runs down to it.
-        for parameter_name, parameter in model.named_parameters():
-            if parameter_name.startswith(f"{path}."):
-                break
-            parameter.requires_grad = False
-        for module_name, module in model.named_modules():
-            if module_name == path:
-                break
-            if not any(module.children()):
-                frozen.stay_in_evaluation(module)
-    for layer in layers[: config.freeze_layers]:
-        layer.requires_grad_(False)
-        frozen.stay_in_evaluation(layer)
-
-
 def remember_frozen(
     model: nn.Module, config: ModelConfig, name: str, known: dict[str, States], meter: FlopMeter | None = None
 ) -> FrozenLayers | None:
@@ -354,9 +268,9 @@ def remember_frozen(
         known: The caches of models with equal layers.
         meter: Counts the frozen layers when they are computed, and no longer in every pass.
     """
-    path, layers = _layer_list(model, name)
+    path, layers = layer_list(model, name)
     body = model.get_submodule(path.partition(".")[0])
-    count = frozen.depth(body, layers)
+    count = frozen_depth(body, layers)
     if not count:
         return None
     empty = States(config.frozen_cache_mb << 20)
@@ -368,7 +282,7 @@ def remember_frozen(
 
 def reads(model: nn.Module, tokenizer: PreTrainedTokenizerBase, length: int, name: str) -> None:
     """Check that the model reads a text of ``length`` tokens, all of them the tokenizer's last one."""
-    longest = getattr(_hf_config(model), "max_position_embeddings", None)
+    longest = getattr(body_of(model).config, "max_position_embeddings", None)
     if longest is not None and length > longest:
         raise ModelError(f"{name}.max_tokens = {length}, but the model reads at most {longest}")
     if longest is not None and padded(length) > longest:

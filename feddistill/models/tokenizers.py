@@ -8,8 +8,16 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from feddistill.config.models import ModelSource, QueryOnlyModel, ScratchModel, TrainedTokenizer
+from feddistill.config.models import (
+    HubModel,
+    ModelSource,
+    PackageModel,
+    QueryOnlyModel,
+    ScratchModel,
+    TrainedTokenizer,
+)
 from feddistill.errors import ModelError
+from feddistill.models.pretrained import adapter_base
 from feddistill.models.sources import first_line, gguf_of, location
 
 END, PAD, MASK = "<|end|>", "<|pad|>", "<|mask|>"
@@ -35,9 +43,7 @@ def tokenizer_of(
         return _fast(_trained(source.vocab_size, source.mask, tuple(public)), source.mask)
     where, gguf = location(source, name), gguf_of(source)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            where, revision=getattr(source, "revision", None) or "main", **gguf
-        )
+        tokenizer = _load(source, where, gguf, name)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(
             f"{name}.source: cannot load a tokenizer from {where!r}: {first_line(error)}"
@@ -47,6 +53,20 @@ def tokenizer_of(
     if tokenizer.pad_token is None:
         raise ModelError(f"{name}.source: the tokenizer has neither a padding nor an end token")
     return tokenizer
+
+
+def _load(
+    source: HubModel | PackageModel, where: str, gguf: dict[str, str], name: str
+) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder; of an adapter without one, that of its base model."""
+    revision = getattr(source, "revision", None) or "main"
+    try:
+        return AutoTokenizer.from_pretrained(where, revision=revision, **gguf)
+    except (OSError, ValueError, KeyError):
+        base = adapter_base(source, name)
+        if base is None:
+            raise
+        return AutoTokenizer.from_pretrained(base)
 
 
 def end_id(tokenizer: PreTrainedTokenizerBase) -> int:

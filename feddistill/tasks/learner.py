@@ -101,6 +101,7 @@ class Learner(ABC):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(derive(session.config.seed, "adapt", name))
                 adapt(self.model)
+        adapters.check_trains(self.model, name)
         if torch.cuda.is_available():
             self.model.cuda()
         self.meter = FlopMeter(self.model, session.work)
@@ -147,6 +148,7 @@ class Learner(ABC):
         built = cls.build(config, model, name, 0, splits.proxy.texts, len(splits.label_names))
         cls.check_built(built, config, splits, name, query)
         adapters.adapt(built.model, model, name, head=TASKS[config.task].new_head)
+        adapters.check_trains(built.model, name)
 
     @classmethod
     def check_built(
