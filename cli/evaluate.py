@@ -22,6 +22,8 @@ from feddistill.cli.paths import UserPath
 @click.option("--delimiter", help="Character between the columns of a csv or tsv file.")
 @click.option("--prompt-column", help="Column with the prompt that precedes each text.")
 @click.option("--messages-column", help="Column with conversations instead of texts.")
+@click.option("--prompt-separator", help="Text between prompt and text.")
+@click.option("--pair-column", help="Column with the second text of each example.")
 @click.option("--question-column", help="Column with the question about each passage.")
 @click.option(
     "--benchmark", metavar="NAME", help="Benchmark on the hub, e.g. glue/sst2; see docs/evaluation.md."
@@ -46,6 +48,8 @@ def evaluate(
     delimiter: str | None,
     prompt_column: str | None,
     messages_column: str | None,
+    prompt_separator: str | None,
+    pair_column: str | None,
     question_column: str | None,
     benchmark: str | None,
     path: Path | None,
@@ -75,6 +79,8 @@ def evaluate(
         "--delimiter": (delimiter, "--texts"),
         "--prompt-column": (prompt_column, "--texts"),
         "--messages-column": (messages_column, "--texts"),
+        "--prompt-separator": (prompt_separator, "--texts"),
+        "--pair-column": (pair_column, "--texts"),
         "--question-column": (question_column, "--texts"),
         "--path": (path, "--benchmark"),
         "--window": (window, "--benchmark"),
@@ -96,6 +102,8 @@ def evaluate(
             "label_column": label_column,
             "prompt_column": prompt_column,
             "messages_column": messages_column,
+            "prompt_separator": prompt_separator or "",
+            "pair_column": pair_column,
             "question_column": question_column,
             "encoding": encoding,
             "delimiter": delimiter,

@@ -34,7 +34,8 @@ class TextSet:
     sources: tuple[str, ...] | None = None
     """Origin of each text (a domain, an era, a hospital), for partitions by source."""
     starts: tuple[int, ...] | None = None
-    """First character of each text after its prompt or question; ``None`` without prompts and questions."""
+    """First character of each text after its prompt or question, or of the second text of a pair, which
+    follows a line break; ``None`` for plain texts."""
     answers: tuple[tuple[Span, ...] | None, ...] | None = None
     """The right answers to each question, as spans of its passage: empty if it has no answer, ``None`` if
     they are unknown."""

@@ -132,7 +132,8 @@ def test_the_files_of_the_page_are_read(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     page = (ROOT / "docs" / "files.md").read_text()
     examples = re.findall(r"```sh\n(.*?)```\s+```yaml\n(.*?)```", page, flags=re.DOTALL)
-    assert len(examples) == page.count("```sh") == 6
+    assert len(examples) == page.count("```sh") == 9
+    proxies = []
     for shell, settings in examples:
         subprocess.run(["bash", "-c", shell], check=True)
         config = parse(yaml.safe_load(settings)).data
@@ -143,9 +144,17 @@ def test_the_files_of_the_page_are_read(tmp_path, monkeypatch):
             "Zoë ran",
         ]
         assert table.labels in (("animal", "person"), None)
-        assert (table.labels is None) == (table.answers == (((0, 5),), ((0, 3),)))
-    assert read(config.test.source, "data.test.source").labels == ("1", "-1")
-    assert read(config.proxy.source, "data.proxy.source").labels == ("1", None)
+        if config.proxy.source is not None:
+            proxies.append(read(config.proxy.source, "data.proxy.source").labels)
+        if config.test.source is not None:
+            assert read(config.test.source, "data.test.source").labels == ("1", "-1")
+        if table.questions:
+            assert table.answers == (((0, 5),), ((0, 3),))
+        elif table.beside is not None:
+            between = "\n" if table.beside == "pair_column" else " "
+            assert table.texts == (f"What sat?{between}a cat sat", f"Who ran?{between}Zoë ran")
+    assert proxies == [("1", None), (None, "animal", None)]
+    assert config.proxy.labelled == "all"
 
 
 def test_the_conversations_of_the_page_are_learned(tmp_path, monkeypatch):

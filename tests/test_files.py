@@ -4,16 +4,20 @@ import gc
 import gzip
 import json
 import warnings
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
 
 from feddistill.cli import main
 from feddistill.config import parse
-from feddistill.config.data import FileSource, HubSource
-from feddistill.data import load
+from feddistill.config.data import DataConfig, FileSource, HubSource
+from feddistill.config.tasks import TASKS
+from feddistill.data import load, skew
 from feddistill.data.sources import read
 from feddistill.errors import ConfigError, DataError
+from feddistill.methods.public_only import known_texts
 
 MARKED = "\n".join(["text\tlabel", "one\ta", '"two\tb', "three\ta", "four\tb", '"five\ta', "six\tb", ""])
 """Six rows of tsv, with an open quotation mark in the second and in the fifth."""
@@ -184,6 +188,61 @@ class TestLabels:
         with pytest.raises(DataError, match=r"data\.test: row 1 has no label \(some\.jsonl, line 2\)"):
             load(parse({"data": {**data, "test": {"source": own}}}).data, 0)
 
+    def test_a_public_set_keeps_the_labels_that_it_has(self, tmp_path):
+        (tmp_path / "d.jsonl").write_text(objects(*["a", "b"] * 30))
+        (tmp_path / "some.jsonl").write_text(objects("a", None, "b", None, "b"))
+        (tmp_path / "none.jsonl").write_text(objects(None, None))
+        own = {"kind": "files", "path": str(tmp_path / "some.jsonl")}
+        data = {
+            "source": {"kind": "files", "path": str(tmp_path / "d.jsonl")},
+            "private": {"size": 30},
+            "validation": {"size": 10},
+            "test": {"size": 10},
+            "partition": {"kind": "iid", "clients": 2},
+        }
+
+        def splits(**proxy):
+            config = parse({"data": {**data, "proxy": proxy}})
+            return load(config.data, 0)
+
+        whole = splits(source=own, labelled="all")
+        assert whole.proxy.labels.tolist() == [0, -1, 1, -1, 1]
+        assert skew(whole).proxy_counts == (1, 2)
+        assert splits(source=own).proxy.labels.tolist() == [-1] * 5
+        assert (splits(size=10, labelled="all").proxy.labels >= 0).all()
+        session = SimpleNamespace(splits=whole, task=TASKS["classification"])
+        assert known_texts(session).labels.tolist() == [0, 1, 1]  # what public_only trains on
+        with pytest.raises(DataError, match="labelled = all, but no proxy text has a label"):
+            splits(source={**own, "path": str(tmp_path / "none.jsonl")}, labelled="all")
+        for wrong in ("some", -1):
+            with pytest.raises(ConfigError, match=r"data\.proxy\.labelled"):
+                splits(source=own, labelled=wrong)
+
+    def test_a_public_set_keeps_the_answers_that_it_has(self, tmp_path):
+        texts = {"context": "a cat sat", "question": "Who?"}
+        right = {"text": ["a cat"], "answer_start": [0]}
+        known = [{**texts, "answers": right}, {**texts, "answers": {"text": [], "answer_start": []}}] * 10
+        some = [known[0], {**texts, "answers": None}, known[1]]
+        for name, rows in (("known", known), ("some", some)):
+            (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        names = {"text_column": "context", "question_column": "question", "label_column": None}
+        sources = {
+            name: {"kind": "files", "path": tmp_path / f"{name}.jsonl", **names} for name in ("known", "some")
+        }
+        data = {
+            "source": sources["known"],
+            "private": {"size": 8},
+            "proxy": {"source": sources["some"], "labelled": "all"},
+            "validation": {"size": 6},
+            "test": {"size": 6},
+            "partition": {"kind": "iid", "clients": 2},
+        }
+        read_as = partial(load, seed=0, task="question_answering")
+        assert read_as(DataConfig.model_validate(data)).proxy.answers == (((0, 5),), None, ())
+        data["test"] = {"source": sources["some"]}
+        with pytest.raises(DataError, match=r"data\.test: row 1 has no answers \(some\.jsonl, line 2\)"):
+            read_as(DataConfig.model_validate(data))
+
 
 class TestEncodings:
     """Byte order marks are no part of a text; other encodings are named."""
@@ -236,7 +295,7 @@ class TestEncodings:
             ("d.csv.gz", b"text,label\n", {}, "d.csv.gz is malformed: Not a gzipped file"),
             (
                 "d.csv.gz",
-                gzip.compress(b"text\na" * 99)[:-9],
+                gzip.compress(b"text\na" * 99, mtime=0)[:-9],
                 {},
                 "malformed: Compressed file ended",
             ),

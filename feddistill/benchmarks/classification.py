@@ -11,7 +11,7 @@ from feddistill.benchmarks.generation import fitted
 from feddistill.benchmarks.likelihood import continuation, encode, log_likelihoods
 from feddistill.config.presets import Preset
 from feddistill.data import benchmark
-from feddistill.errors import DataError
+from feddistill.errors import ConfigError, DataError
 from feddistill.modelio import inference
 from feddistill.runs.trained_models import Student
 from feddistill.store.run_directory import Json
@@ -30,7 +30,13 @@ def by_answers(
 
     Raises:
         DataError: A class of the benchmark is not among the classifier's labels.
+        ConfigError: The classifier was trained on pairs of texts, and benchmarks are single texts.
     """
+    if student.pairs:
+        raise ConfigError(
+            f"{student.name} reads pairs of texts (pair_column), and those of {preset.name} are single; "
+            "--texts and --pair-column name a file of pairs"
+        )
     unknown = [label for label in preset.labels if label not in student.labels]
     if unknown:
         raise DataError(

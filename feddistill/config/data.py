@@ -25,10 +25,17 @@ class Columns(Setting):
     source_column: str | None = None
     """Origin of each text (a domain, an era, a hospital), for ``partition: {kind: by_source}``."""
     prompt_column: str | None = None
-    """Column with the prompt before each text (``causal_lm``); see ``language.completion_only``."""
+    """Column with the prompt before each text (``causal_lm``, ``masked_lm``); see
+    ``language.completion_only``."""
     messages_column: str | None = None
     """Column with conversations instead of texts (language models): lists of ``{role, content}``, which the
     student's chat template writes as text; see ``language.chat_template``."""
+    prompt_separator: str = ""
+    """Text between prompt and text, as part of the prompt: ``" "``, ``"\\n"``."""
+    pair_column: str | None = None
+    """Column with the second text of each example (``classification``). Models read the two as their
+    tokenizer pairs them, with token types if they have them; of a pair that is too long, the longer text is
+    cut. Query-only models get one text with a line break between the two."""
     question_column: str | None = None
     """Column with the question about each text, which is then the passage (``question_answering``)."""
     answers_column: str = "answers"
@@ -41,13 +48,16 @@ class Columns(Setting):
 
     @model_validator(mode="after")
     def _one_before(self) -> Self:
-        if self.prompt_column is not None and self.question_column is not None:
-            raise ConfigError("set prompt_column or question_column, not both")
+        given = [key for key in ("prompt_column", "question_column", "pair_column") if getattr(self, key)]
+        if len(given) > 1:
+            raise ConfigError(f"set {' or '.join(given)}, not both")
+        if self.prompt_separator and self.prompt_column is None:
+            raise ConfigError("prompt_separator needs prompt_column")
         return self
 
     @model_validator(mode="after")
     def _messages_alone(self) -> Self:
-        others = {"text_column": "text", "prompt_column": None, "question_column": None}
+        others = {"text_column": "text", "prompt_column": None, "question_column": None, "pair_column": None}
         beside = [name for name, default in others.items() if getattr(self, name) != default]
         if self.messages_column is not None and beside:
             raise ConfigError(f"set messages_column or {beside[0]}, not both")
@@ -138,8 +148,9 @@ class Part(Setting):
 class ProxyPart(Part):
     """The public texts that every client predicts and the student learns from."""
 
-    labelled: int = Field(default=0, ge=0)
-    """Number of proxy texts whose labels the server has; other labels are dropped when the data are read."""
+    labelled: Annotated[int, Field(ge=0)] | Literal["all"] = 0
+    """Number of proxy texts whose labels (or answers) the server has; other labels are dropped when the data
+    are read. ``all``: as the source has them, in which some rows may have none."""
 
 
 class IidPartition(Setting):

@@ -2,6 +2,6 @@
 
 from feddistill.data.skew import Skew, skew
 from feddistill.data.sources import describe
-from feddistill.data.splits import labelled, lines, load
+from feddistill.data.splits import check_pairs, labelled, lines, load
 
-__all__ = ["Skew", "describe", "labelled", "lines", "load", "skew"]
+__all__ = ["Skew", "check_pairs", "describe", "labelled", "lines", "load", "skew"]

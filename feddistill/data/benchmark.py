@@ -13,6 +13,8 @@ from feddistill.types import Span
 
 Columns = dict[str, list[Any]]
 
+NO_ANSWERS: dict[str, list[Any]] = {"text": [], "answer_start": []}
+
 PAGE = re.compile(r"\s*= [^=](.*[^=])? =\s*")
 """A line with a heading of the first order."""
 
@@ -101,8 +103,8 @@ def golds(columns: Columns, name: str, where: Where = nowhere) -> tuple[tuple[st
 
 def answers(
     values: Sequence[Any], passages: Sequence[str], name: str, where: Where = nowhere
-) -> tuple[tuple[Span, ...], ...]:
-    """SQuAD's answers as spans of their passages.
+) -> tuple[tuple[Span, ...] | None, ...]:
+    """SQuAD's answers as spans of their passages; ``None`` where the value is missing.
 
     Raises:
         DataError: A row is not in SQuAD's form, or an answer is not at its ``answer_start``.
@@ -110,10 +112,14 @@ def answers(
     >>> answers([{"text": ["cat"], "answer_start": [4]}], ["The cat sat."], "data.source")
     (((4, 7),),)
     """
-    spans = []
-    texts = golds({"answers": [_listed(value) for value in values]}, name, where)
+    spans: list[tuple[Span, ...] | None] = []
+    given = [NO_ANSWERS if _is_null(value) else _listed(value) for value in values]
+    texts = golds({"answers": given}, name, where)
     for row, (right, passage) in enumerate(zip(texts, passages, strict=True)):
-        starts = _listed(values[row]).get("answer_start")
+        if _is_null(values[row]):
+            spans.append(None)
+            continue
+        starts = given[row].get("answer_start")
         if not isinstance(starts, list) or len(starts) != len(right):
             raise DataError(
                 f"{name}: row {row} has {len(right)} answers, and not as many answer_start{where(row)}"
@@ -126,6 +132,13 @@ def answers(
                 )
         spans.append(tuple((start, start + len(text)) for text, start in zip(right, starts, strict=True)))
     return tuple(spans)
+
+
+def _is_null(value: Any) -> bool:
+    """True for a missing mapping, which ``datasets`` may give as one of missing values."""
+    return value is None or (
+        isinstance(value, Mapping) and bool(value) and all(part is None for part in value.values())
+    )
 
 
 def _listed(value: Any) -> Any:

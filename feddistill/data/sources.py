@@ -32,6 +32,9 @@ from feddistill.types import Span
 EMBEDDED_COLUMNS = {"wordnet_topics": ("label", None), "sotu_eras": ("era", "era")}
 """Label and source columns of the embedded sets."""
 
+BESIDE = ("prompt_column", "question_column", "pair_column")
+"""Settings of a second column of texts; a source has at most one."""
+
 
 @dataclass(frozen=True, slots=True)
 class Table:
@@ -43,17 +46,22 @@ class Table:
     """``None`` for a row without a label."""
     sources: tuple[str, ...] | None
     starts: tuple[int, ...] | None = None
-    """First character of each text after its prompt or question."""
+    """First character of each text after its prompt or question, or of a pair's second text."""
     unlabelled: str = "has no label column"
     """The error if labels are needed and there are none."""
-    questions: bool = False
-    """True if the prompts are questions."""
-    answers: tuple[tuple[Span, ...], ...] | None = None
-    """The right answers to each question."""
+    beside: str | None = None
+    """The setting of the column that stands before or after each text."""
+    answers: tuple[tuple[Span, ...] | None, ...] | None = None
+    """The right answers to each question; ``None`` for a row in which they are missing."""
     where: Where = nowhere
     """The place of a row, for errors."""
     conversations: bool = False
     """True if texts are the messages of conversations as JSON."""
+
+    @property
+    def questions(self) -> bool:
+        """True if texts are questions on passages."""
+        return self.beside == "question_column"
 
 
 def read(source: Source, name: str) -> Table:
@@ -248,11 +256,15 @@ def _table(
         texts = tuple(map(str, values("text_column", settings.text_column)))
     if not texts:
         raise DataError(f"{name}: no examples")
-    prompts = column("prompt_column", settings.prompt_column)
-    questions = column("question_column", settings.question_column)
-    answers = None
-    if questions is not None:
-        prompts = tuple(f"{question.strip()}\n" for question in questions)
+    beside = next((key for key in BESIDE if getattr(settings, key) is not None), None)
+    others = None if beside is None else column(beside, getattr(settings, beside))
+    prompts, answers = None, None
+    if beside == "pair_column" and others is not None:
+        prompts, texts = tuple(f"{first}\n" for first in texts), others
+    elif beside == "prompt_column" and others is not None:
+        prompts = tuple(f"{prompt}{settings.prompt_separator}" for prompt in others)
+    elif others is not None:
+        prompts = tuple(f"{question.strip()}\n" for question in others)
         if (right := find(columns, settings.answers_column)) is not None:
             answers = benchmark.answers(right, texts, name, where)
     if prompts is not None:
@@ -270,7 +282,7 @@ def _table(
         labels=labels,
         sources=sources,
         starts=None if prompts is None else tuple(map(len, prompts)),
-        questions=questions is not None,
+        beside=beside,
         answers=answers,
         where=where,
         conversations=settings.messages_column is not None,

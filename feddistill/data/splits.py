@@ -1,8 +1,9 @@
 """Load the data of a run: private texts of the clients, proxy, validation and test set."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,8 @@ from feddistill.types import UNLABELLED, Span, Splits, TextSet
 
 SHARED = ("test", "validation", "proxy")
 PARTS = (*SHARED, "private")
+BESIDE = {"tokens": "prompt_column", "answer": "question_column"}
+"""Setting of the text before each text, by the kind of labels."""
 
 
 def load(config: DataConfig, seed: int, task: str = "classification") -> Splits:
@@ -49,9 +52,13 @@ def load(config: DataConfig, seed: int, task: str = "classification") -> Splits:
             for name, source in config.partition.sources.items()
         }
     every = {"data.source": pool, **{f"data.{name}": table for name, table in tables.items()}, **clients}
-    for name, table in every.items():
-        if table is not None:
-            _check_kind(table, name, task, answers=name != "data.proxy")
+    there = {name: table for name, table in every.items() if table is not None}
+    for name, table in there.items():
+        _check_columns(table, name, task)
+        if TASKS[task].labels == "answer":
+            _check_questions(table, name, task, answers=name != "data.proxy")
+    if TASKS[task].labels == "class":
+        check_pairs({name: table.starts for name, table in there.items()})
     # Without a common source the test set defines the classes: a client whose labels are spelt differently
     # is an error, not one more class.
     classes = TASKS[task].labels == "class"
@@ -96,10 +103,15 @@ def load(config: DataConfig, seed: int, task: str = "classification") -> Splits:
 
 def labelled(source: Source, labels: tuple[str, ...], name: str, task: str = "classification") -> TextSet:
     """Texts of ``source`` with the labels that the task needs; ``name`` is its name in errors."""
-    classes = TASKS[task].labels == "class"
-    table = read(source if classes else source.model_copy(update={"label_column": None}), name)
-    _check_kind(table, name, task, answers=True)
-    return _labelled(table, labels, name, optional=not classes)
+    if TASKS[task].labels == "class":
+        table = read(source, name)
+        _check_columns(table, name, task)
+        return _labelled(table, labels, name, optional=False)
+    table = read(source.model_copy(update={"label_column": None}), name)
+    _check_columns(table, name, task)
+    if TASKS[task].labels == "answer":
+        _check_questions(table, name, task, answers=True)
+    return _labelled(table, labels, name, optional=True)
 
 
 def lines(texts: TextSet) -> Iterator[bytes]:
@@ -138,13 +150,22 @@ def _labelled(
         for row, label in enumerate(table.labels):
             if label not in index:
                 if label is None:
-                    raise DataError(f"{name}: row {row} has no label{table.where(row)}")
+                    raise DataError(
+                        f"{name}: row {row} has no label{table.where(row)}; only data.proxy may have such "
+                        "rows, from a source of its own"
+                    )
                 raise DataError(
                     f"{name}: row {row} has label {label!r}, which is not one of {', '.join(labels)}"
                     f"{table.where(row)}; name all classes in data.labels, or mend the file"
                 )
         numbers = np.array([index[label] for label in table.labels], np.int64)
     answers: tuple[tuple[Span, ...] | None, ...] | None = table.answers
+    if answers is not None and not partly and None in answers:
+        row = answers.index(None)
+        raise DataError(
+            f"{name}: row {row} has no answers{table.where(row)}; only data.proxy may have such rows, from a "
+            "source of its own"
+        )
     if table.questions and answers is None:
         answers = (None,) * len(table.texts)
     return TextSet(
@@ -160,14 +181,42 @@ def _labelled(
     )
 
 
-def _check_kind(table: Table, name: str, task: str, *, answers: bool) -> None:
-    """Check that the task takes conversations, if texts are, and that questions have what they need."""
+def check_pairs(starts: Mapping[str, tuple[int, ...] | None]) -> None:
+    """Check that of sets for classification all have pairs of texts, or none.
+
+    Args:
+        starts: ``TextSet.starts`` by the name of the set.
+
+    Raises:
+        DataError: Some have pairs and some have not.
+    """
+    pairs = [name for name, given in starts.items() if given is not None]
+    plain = [name for name, given in starts.items() if given is None]
+    if pairs and plain:
+        raise DataError(f"{pairs[0]} has pairs of texts (pair_column), and {plain[0]} has not")
+
+
+def _check_columns(table: Table, name: str, task: str) -> None:
+    """Check that the task reads what stands beside each text, and conversations if texts are."""
     if table.conversations and TASKS[task].labels != "tokens":
         raise DataError(
             f"{name}: messages_column is for {tasks_with(labels='tokens')}, not for task = {task}"
         )
-    if TASKS[task].labels != "answer":
-        return
+    if TASKS[task].labels == "class":
+        if table.beside not in (None, "pair_column"):
+            raise DataError(
+                f"{name}: {table.beside} is not for task = {task}: pair_column names a second text of each "
+                "example"
+            )
+    elif table.beside == "pair_column":
+        raise DataError(
+            f"{name}: pair_column is for {tasks_with(labels='class')}, not for task = {task}: "
+            f"{BESIDE[TASKS[task].labels]} names a text before each text"
+        )
+
+
+def _check_questions(table: Table, name: str, task: str, *, answers: bool) -> None:
+    """Check that texts are questions on passages, with ``answers`` if required."""
     if not table.questions:
         raise DataError(f"{name}: task = {task} needs questions; question_column names their column")
     if answers and table.answers is None:
@@ -200,9 +249,13 @@ def _draw(whole: TextSet, size: int | None, seed: int) -> TextSet:
     return whole.select(generator(seed, "draw", whole.name).permutation(len(whole))[:size])
 
 
-def _hide_labels(proxy: TextSet, labelled: int, seed: int) -> TextSet:
+def _hide_labels(proxy: TextSet, labelled: int | Literal["all"], seed: int) -> TextSet:
     """Drop all labels but ``labelled`` of them, drawn at random."""
     known = np.flatnonzero(proxy.known)
+    if labelled == "all":
+        labelled = len(known)
+        if not labelled:
+            raise DataError("data.proxy.labelled = all, but no proxy text has a label")
     if labelled > len(known):
         raise DataError(f"data.proxy.labelled = {labelled}, but {len(known)} proxy texts have a label")
     kept = generator(seed, "proxy", "labelled").permutation(known)[:labelled]

@@ -13,6 +13,7 @@ from feddistill.client.client import Client, ClientGroup
 from feddistill.client.handler import Handler, receive
 from feddistill.config import Config, institution
 from feddistill.config.data import RemotePartition
+from feddistill.config.tasks import TASKS
 from feddistill.errors import ConfigError, DataError, RunError
 from feddistill.federation.protocol import Instruction, Reply
 from feddistill.payload import keys
@@ -106,7 +107,10 @@ class RemoteClient:
             return None
         place = config.data.partition.names.index(self.name)
         nothing = _texts("data.validation", [], labels)
-        return Splits((private,), self._proxy(run, labels), nothing, nothing, (place,))
+        proxy = self._proxy(run, labels)
+        if TASKS[config.task].labels == "class":
+            data.check_pairs({self.name: private.starts, proxy.name: proxy.starts})
+        return Splits((private,), proxy, nothing, nothing, (place,))
 
     def _proxy(self, run: RunDirectory, labels: tuple[str, ...]) -> TextSet:
         try:

@@ -19,7 +19,7 @@ from feddistill import models, training
 from feddistill.accounting import measure
 from feddistill.methods.averaging import averaging_jobs, rounds
 from feddistill.methods.job import Job
-from feddistill.modelio.padding import Tokens, pad
+from feddistill.modelio.padding import TYPE, Tokens, inputs, pad
 from feddistill.seeds import generator
 from feddistill.store import layout
 from feddistill.store.records import StepRecord, Traffic
@@ -92,7 +92,9 @@ def share(session: Session, learner: Learner, private: TextSet) -> tuple[list[li
         picked = [text[place] for place in chosen]
         noised = random.random(count) < config.fedfed.noise
         others = random.integers(0, size, count)
-        kept.append([int(o) if n else t for t, n, o in zip(picked, noised, others, strict=True)])
+        kept.append(
+            [int(o) + t // TYPE * TYPE if n else t for t, n, o in zip(picked, noised, others, strict=True)]
+        )
     return kept, labels_of(private), StepRecord.from_json(record).training + finding.cost
 
 
@@ -112,7 +114,7 @@ def sensitivity(learner: Learner, tokens: Sequence[Tokens], labels: Tensor) -> l
         for start in range(0, len(tokens), size):
             batch = tokens[start : start + size]
             ids, mask = (x.to(device) for x in pad(batch, learner.specialist.pad_id))
-            logits = learner.model(input_ids=ids, attention_mask=mask).logits.float()
+            logits = learner.model(**inputs(ids), attention_mask=mask).logits.float()
             right = labels[start : start + size].to(device)
             loss = functional.cross_entropy(logits, right, reduction="sum")
             (gradient,) = torch.autograd.grad(loss, taken[0])

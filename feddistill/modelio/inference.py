@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from feddistill.accounting import FlopMeter
 from feddistill.modelio.outputs import logits_of, span_logits
 from feddistill.modelio.packing import PackedTexts
-from feddistill.modelio.padding import pad
+from feddistill.modelio.padding import inputs, pad
 from feddistill.modelio.passages import QAWindow
 from feddistill.types import ProgressCallback
 
@@ -38,7 +38,8 @@ def answer(
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             ids, mask = pad([tokens[i] for i in rows], pad_id)
-            logits = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
+            given = {name: value.to(device) for name, value in inputs(ids).items()}
+            logits = model(**given, attention_mask=mask.to(device)).logits
             out[rows] = logits.float().log_softmax(-1).cpu()
             meter.add(*ids.shape, training=False)
             if on_step:

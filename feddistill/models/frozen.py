@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from feddistill.accounting import FlopMeter
 from feddistill.errors import ModelError
-from feddistill.modelio.padding import Tokens
+from feddistill.modelio.padding import TYPE, Tokens, inputs
 
 ROWS = 16
 """Rows of every pass that fills the cache; the last of a length is filled up with its first text."""
 
 Key = tuple[bool, bytes]
-"""Whether the pass is in bfloat16, and the token ids."""
+"""Whether the pass is in bfloat16, and the token ids with their types."""
 
 
 @dataclass(slots=True)
@@ -216,7 +216,7 @@ class FrozenLayers:
         try:
             # Not inference mode: states that are computed in evaluation are trained on later.
             with torch.inference_mode(False), torch.no_grad():
-                self.body(input_ids=ids.clone(), attention_mask=torch.ones_like(ids))
+                self.body(**inputs(ids.clone()), attention_mask=torch.ones_like(ids))
         except _Reached as reached:
             output = reached.output
         finally:
@@ -228,10 +228,14 @@ class FrozenLayers:
 
 
 def _inputs(
-    input_ids: Tensor, attention_mask: Tensor | None = None, *_: Any, **__: Any
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *_: Any,
+    token_type_ids: Tensor | None = None,
+    **__: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """The token ids and the mask of a call of a model."""
-    return input_ids, attention_mask
+    """The token ids, with their types, and the mask of a call of a model."""
+    return input_ids if token_type_ids is None else input_ids + TYPE * token_type_ids, attention_mask
 
 
 def _bytes(text: Tokens) -> bytes:

@@ -26,14 +26,15 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from feddistill.accounting import FlopMeter
 from feddistill.config.models import ModelConfig, QueryOnlyModel, ScratchModel
 from feddistill.errors import ModelError
-from feddistill.modelio.padding import PAD_TO, padded
+from feddistill.modelio.outputs import takes_types
+from feddistill.modelio.padding import PAD_TO, TYPE, padded
 from feddistill.models import frozen
 from feddistill.models.frozen import FrozenLayers, States
 from feddistill.models.heads import class_names, order_head
 from feddistill.models.layers import body_of, cut, frozen_depth, layer_list
 from feddistill.models.pretrained import pretrained
 from feddistill.models.sources import first_line
-from feddistill.models.tokenizers import tokenizer_of
+from feddistill.models.tokenizers import separates_pairs, tokenizer_of
 
 PROJECTIONS = ("query", "value", "q_proj", "v_proj", "q_lin", "v_lin", "c_attn")
 """The projections that peft adapts by default, under the names of the architectures."""
@@ -52,9 +53,12 @@ class MeanPoolClassifier(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(hidden_size, classes)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> SequenceClassifierOutput:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
+    ) -> SequenceClassifierOutput:
         """``[B, L]`` to ``logits [B, V]``."""
-        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **types).last_hidden_state
         if attention_mask is None:
             pooled = hidden.mean(1)
         else:
@@ -71,10 +75,38 @@ class Specialist:
     tokenizer: PreTrainedTokenizerBase
     max_tokens: int
 
-    def encode(self, texts: tuple[str, ...]) -> list[list[int]]:
-        """Token ids of each text, cut at ``max_tokens``."""
-        encoded = self.tokenizer(list(texts), truncation=True, max_length=self.max_tokens).input_ids
-        return [list(ids) for ids in encoded]
+    def encode(self, texts: Sequence[str], starts: Sequence[int] | None = None) -> list[list[int]]:
+        """Token ids of each text or pair, cut at ``max_tokens``: of a pair the longer text.
+
+        Where the tokenizer puts no token between two texts, the second begins with a line break.
+
+        Args:
+            texts: Texts, or pairs that a line break joins.
+            starts: First character of each pair's second text; ``None`` for plain texts.
+
+        Raises:
+            ModelError: ``max_tokens`` is too small for pairs.
+        """
+        cut = {"truncation": "longest_first", "max_length": self.max_tokens}
+        if starts is None:
+            return [list(ids) for ids in self.tokenizer(list(texts), **cut).input_ids]
+        needed = self.tokenizer.num_special_tokens_to_add(pair=True) + 2
+        if self.max_tokens < needed:
+            raise ModelError(f"max_tokens = {self.max_tokens}, but a pair of texts needs at least {needed}")
+        between = 0 if separates_pairs(self.tokenizer) else 1
+        types = reads_types(self.model)
+        encoded = self.tokenizer(
+            [text[: start - 1] for text, start in zip(texts, starts, strict=True)],
+            [text[start - between :] for text, start in zip(texts, starts, strict=True)],
+            return_token_type_ids=types,
+            **cut,
+        )
+        if not types:
+            return [list(ids) for ids in encoded.input_ids]
+        return [
+            [token + TYPE * kind for token, kind in zip(ids, kinds, strict=True)]
+            for ids, kinds in zip(encoded.input_ids, encoded.token_type_ids, strict=True)
+        ]
 
     @property
     def pad_id(self) -> int:
@@ -112,6 +144,11 @@ def build(
     cut(model, config, name)
     reads(model, tokenizer, config.max_tokens, name)
     return Specialist(model, tokenizer, config.max_tokens)
+
+
+def reads_types(model: nn.Module) -> bool:
+    """True if a classifier tells the texts of a pair apart by token types, as BERT does."""
+    return takes_types(body_of(model))
 
 
 def head_parameters(model: nn.Module) -> set[str]:

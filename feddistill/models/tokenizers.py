@@ -198,6 +198,19 @@ def without_token_types(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names
 
 
+def separates_pairs(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """True if the tokenizer puts a token of its own between two texts: BERT's does, GPT-2's does not."""
+    alone, both = (tokenizer.num_special_tokens_to_add(pair=pair) for pair in (False, True))
+    return bool(both > alone)
+
+
+def with_token_types(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make a tokenizer return token types, which tell the texts of a pair apart."""
+    kept = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
+    tokenizer.model_input_names = [kept[0], "token_type_ids", *kept[1:]]
+    tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names
+
+
 def mask_id(tokenizer: PreTrainedTokenizerBase, name: str) -> int:
     """Id of the mask token.
 

@@ -13,6 +13,7 @@ from feddistill.config.methods import row_labels
 from feddistill.config.models import HubModel, ModelConfig, PackageModel, QueryOnlyModel, TrainedTokenizer
 from feddistill.config.tasks import TASKS
 from feddistill.models import MeanPoolClassifier
+from feddistill.models.tokenizers import separates_pairs
 from feddistill.report import metric_rows, size
 from feddistill.runs.trained_models import Student
 from feddistill.store.run_directory import Json
@@ -49,6 +50,8 @@ def text(student: Student, config: Config, facts: Json, licence: str, *, anonymo
         metadata=_metadata(student, config, own, licence).to_yaml(),
         student=student,
         mean_pool=isinstance(student.model, MeanPoolClassifier),
+        pairs=student.pairs,
+        between="" if separates_pairs(student.tokenizer) else "\\n",
         config=config,
         result=result,
         licence=licence,

@@ -18,6 +18,7 @@ from feddistill.client.in_process import LocalTransport
 from feddistill.config import Config
 from feddistill.config.data import FileSource, RemotePartition
 from feddistill.config.methods import METHODS
+from feddistill.config.tasks import TASKS
 from feddistill.errors import ConfigError, RunError
 from feddistill.federation.protocol import OfflineTransport, RetryPolicy
 from feddistill.progress import NoProgress, Progress
@@ -155,6 +156,8 @@ def evaluate(out: Path, texts: FileSource | None = None) -> Json:
         if texts is not None:
             chosen = data.labelled(texts, splits.label_names, "--texts", config.task)
             chosen = conversations.of_texts(config, chosen)
+            if TASKS[config.task].labels == "class":
+                data.check_pairs({"--texts": chosen.starts, splits.test.name: splits.test.starts})
         session = Session(config, splits, directory, NoProgress())
         learner = learner_of(session, config.student.model, "student.model")
         learner.restore(result["student_weights"])

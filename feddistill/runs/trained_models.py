@@ -60,6 +60,8 @@ class Student:
     """Texts per forward pass."""
     trained_bounds: TextBounds | None = None
     """Language models only: the tokens around texts in training; ``None`` if that is not known."""
+    pairs: bool = False
+    """True for the student of a run whose texts are pairs (``pair_column``)."""
 
     @property
     def bounds(self) -> TextBounds:
@@ -128,7 +130,14 @@ def of_run(out: Path) -> Student:
         bf16=config.precision == "bf16",
         batch_size=config.clients.eval_batch_size,
         trained_bounds=bounds,
+        pairs=_pairs(config),
     )
+
+
+def _pairs(config: Config) -> bool:
+    """True if the texts are pairs; then those of every set are, and there is a test set."""
+    source = config.data.test.source or config.data.source
+    return TASKS[config.task].labels == "class" and getattr(source, "pair_column", None) is not None
 
 
 def _built(config: Config, labels: tuple[str, ...], public: tuple[str, ...]) -> BuiltModel:

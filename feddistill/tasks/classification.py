@@ -6,7 +6,8 @@ from functools import cached_property
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
 from feddistill import metrics, models, payload
@@ -15,8 +16,9 @@ from feddistill.config.models import ModelConfig
 from feddistill.config.training import DistillConfig
 from feddistill.federation import answer_files, encoding
 from feddistill.modelio import inference
+from feddistill.models.tokenizers import with_token_types, without_token_types
 from feddistill.store.logit_files import Chained, TensorFile
-from feddistill.tasks.learner import Learner, examples_of, labels_of
+from feddistill.tasks.learner import BuiltModel, Learner, examples_of, labels_of
 from feddistill.tasks.query import ProxyQuery, domains_of
 from feddistill.training import BatchLoss, Examples, TextLoss, TrainingExamples
 from feddistill.types import NO_LABEL, ProgressCallback, Splits, TextSet
@@ -52,6 +54,24 @@ class Classifier(Learner):
             domains=domains_of(proxy),
         )
 
+    @override
+    @classmethod
+    def check_built(
+        cls, built: BuiltModel, config: Config, splits: Splits, name: str, query: ProxyQuery
+    ) -> None:
+        """Check that the model has room for pairs, if texts are pairs."""
+        assert isinstance(built, models.Specialist), "build makes one"
+        if splits.proxy.starts is not None:
+            built.encode(splits.proxy.texts[:1], splits.proxy.starts[:1])
+
+    @override
+    @staticmethod
+    def prepare_export(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+        if models.reads_types(model):
+            with_token_types(tokenizer)
+        else:
+            without_token_types(tokenizer)
+
     @cached_property
     def _tokens(self) -> dict[str, list[list[int]]]:
         return {}
@@ -59,7 +79,7 @@ class Classifier(Learner):
     @override
     def tokens(self, texts: TextSet) -> list[list[int]]:
         if texts.name not in self._tokens:  # public sets are read in every round
-            self._tokens[texts.name] = self.specialist.encode(texts.texts)
+            self._tokens[texts.name] = self.specialist.encode(texts.texts, texts.starts)
         return self._tokens[texts.name]
 
     @override

@@ -35,6 +35,8 @@ class Batch:
     step: int = 0
     """Optimiser steps before this one. What is drawn for an example depends on it and on its row, and not on
     the batch that it is in."""
+    token_type_ids: Tensor | None = None
+    """``[B, L]``; ``None``: all are 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,8 @@ class TextLoss:
     def _total(
         self, labels: Tensor, teacher: Tensor | None, mask: Tensor | None, model: nn.Module, batch: Batch
     ) -> Tensor:
-        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        types = {} if batch.token_type_ids is None else {"token_type_ids": batch.token_type_ids}
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **types).logits
         labels, teacher, mask = _on(logits.device, labels, teacher, mask)
         return example_loss(logits, labels, teacher, mask, self.distill)
 

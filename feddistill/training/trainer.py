@@ -16,6 +16,7 @@ from typing_extensions import override
 from feddistill.accounting import FlopMeter
 from feddistill.config.training import TrainingConfig
 from feddistill.modelio.padding import Tokens, pad
+from feddistill.modelio.padding import inputs as inputs_of
 from feddistill.training.losses import Batch, BatchLoss, Terms
 from feddistill.types import ProgressCallback
 
@@ -78,7 +79,7 @@ class _Padding:
     def __call__(self, examples: list[_Row]) -> dict[str, Tensor]:
         ids, mask = pad([example.tokens for example in examples], self.pad_id)
         rows = torch.tensor([example.row for example in examples])
-        return {"input_ids": ids, "attention_mask": mask, "rows": rows}
+        return {**inputs_of(ids), "attention_mask": mask, "rows": rows}
 
 
 class _Progress(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
