@@ -43,7 +43,8 @@ def quickstart() -> str:
     seconds = ", ".join(f"{run['seconds']['total']:.0f}" for run in runs)
     e, rounds, seeds = runs[0]["environment"], runs[0]["rounds"], ", ".join(str(r["seed"]) for r in runs)
     note = (
-        f"Seeds {seeds}; {e['threads']} threads, {e['precision']}, torch {e['torch']}. All clients "
+        f"Seeds {seeds}; recipe {runs[0].get('recipe', 1)} of training; {e['threads']} threads, "
+        f"{e['precision']}, torch {e['torch']}. All clients "
         f"together upload {up / 1e3:.0f} kB in {rounds} rounds; "
         f"FedAvg of this student would upload {fedavg / 1e6:.0f} MB. "
         f"{seconds} seconds of work, baselines included."
@@ -83,7 +84,8 @@ def language_model() -> str:
     fedavg, lora = (size(bytes_[f"{name}_uplink_same_rounds"]) for name in ("fedavg", "lora"))
     seconds = ", ".join(f"{run['seconds']['total']:.0f}" for run in runs)
     note = (
-        f"{runs[0]['rounds']} rounds; threads: {e['threads']}, {e['precision']}; {seconds} seconds of work, "
+        f"{runs[0]['rounds']} rounds; recipe {runs[0].get('recipe', 1)} of training; threads: {e['threads']}, "
+        f"{e['precision']}; {seconds} seconds of work, "
         f"baselines included. All clients together upload {size(bytes_['uplink'])} "
         f"({bytes_['a_row']:.1f} B a token) with seed {runs[0]['seed']}; FedAvg of this student would upload "
         f"{fedavg}, federated LoRA {lora}."

@@ -151,10 +151,10 @@ class ExampleTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """The batches of an optimiser step and the number of terms in all of them."""
         batches = list(islice(epoch_iterator, num_batches))
-        for inputs in batches:
-            inputs["terms"] = self.batch_loss(Batch(**inputs, step=self.state.global_step))
+        terms = [self.batch_loss(Batch(**inputs, step=self.state.global_step)) for inputs in batches]
         # The only place where a step's terms are counted: several processes would add theirs here.
-        return batches, sum(inputs["terms"].count for inputs in batches)
+        count = sum(part.count for part in terms)
+        return [{**inputs, "terms": part} for inputs, part in zip(batches, terms, strict=True)], count
 
     def compute_loss(
         self,
