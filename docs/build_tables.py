@@ -84,8 +84,8 @@ def language_model() -> str:
     fedavg, lora = (size(bytes_[f"{name}_uplink_same_rounds"]) for name in ("fedavg", "lora"))
     seconds = ", ".join(f"{run['seconds']['total']:.0f}" for run in runs)
     note = (
-        f"{runs[0]['rounds']} rounds; recipe {runs[0].get('recipe', 1)} of training; threads: {e['threads']}, "
-        f"{e['precision']}; {seconds} seconds of work, "
+        f"{runs[0]['rounds']} rounds; recipe {runs[0].get('recipe', 1)} of training; "
+        f"threads: {e['threads']}, {e['precision']}; {seconds} seconds of work, "
         f"baselines included. All clients together upload {size(bytes_['uplink'])} "
         f"({bytes_['a_row']:.1f} B a token) with seed {runs[0]['seed']}; FedAvg of this student would upload "
         f"{fedavg}, federated LoRA {lora}."
