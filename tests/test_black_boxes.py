@@ -209,6 +209,17 @@ def test_an_endpoint_without_echo_is_asked_for_each_token(serve, speaker, tiny_c
         torch.testing.assert_close(one.log_probs, other.log_probs, atol=1e-4, rtol=0)
 
 
+def test_ids_beyond_the_tokenizer_leave_their_mass_to_the_rest(serve, speaker, tiny_causal):
+    size = len(speaker.tokenizer)
+    row = json.dumps({"token_id:5": -0.7, f"token_id:{size + 3}": -0.9})
+    server = serve(faults=[(200, f'{{"choices": [{{"logprobs": {{"top_logprobs": [null, {row}]}}}}]}}')])
+    source = EndpointModel.model_validate(served(tiny_causal, server.url))
+    (found,) = Endpoint(source, speaker.tokenizer, "m").query([[3, 4]], 2)
+    assert found.ids[0, 0] == 5
+    assert found.log_probs[0, 0] == pytest.approx(-0.7)
+    assert found.expand().exp()[0, 6] == pytest.approx((1 - np.exp(-0.7)) / (size - 1), rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
@@ -229,8 +240,38 @@ def test_an_endpoint_without_echo_is_asked_for_each_token(serve, speaker, tiny_c
             "not log-prob",
         ),
         (
-            [(200, '{"choices": [{"logprobs": {"top_logprobs": [null, {"token_id:9999": -3}, {}]}}]}')],
-            "id 9999",
+            [(200, '{"choices": [{"logprobs": {"top_logprobs": [null, {"token_id:5": NaN}, {}]}}]}')],
+            "log-probability of 'token_id:5' is nan",
+        ),
+        (
+            [
+                (
+                    200,
+                    '{"choices": [{"logprobs": {"top_logprobs": [null, {"a": -0.1, "b": -1}, {}]}}]}',
+                )
+            ],
+            "add up to 1.27",
+        ),
+        (
+            [(200, '{"choices": [{"index": 3, "logprobs": {"top_logprobs": [null, {}]}}]}')],
+            r"the index \[3\]",
+        ),
+        (
+            [(200, '{"usage": {"prompt_tokens": 99}, "choices": [{"logprobs": {"top_logprobs": []}}]}')],
+            r"usage\.prompt_tokens = 99, but \d+ tokens were sent",
+        ),
+        (
+            [
+                (
+                    200,
+                    '{"choices": [{"logprobs": {"tokens": ["token_id:7"], "top_logprobs": [null, {}, {}]}}]}',
+                )
+            ],
+            r"logprobs\.tokens\[0\] is 'token_id:7', sent was id",
+        ),
+        (
+            [(200, '{"choices": [{"logprobs": {"top_logprobs": [null, {}, {}, {}, {}, {}, {}]}}]}')],
+            r"comes back with 7, of which one was to be new",
         ),
     ],
 )

@@ -58,7 +58,7 @@ class Endpoint:
         if not self.source.echo:
             return [self._first(choice) for choice in self._choices(prompts)]
         (choice,) = self._choices(prompts)
-        return self._prompt(choice, len(prompts[0]))
+        return self._prompt(choice, prompts[0])
 
     def _choices(self, prompts: list[list[int]]) -> list[Any]:
         request = {
@@ -71,12 +71,26 @@ class Endpoint:
         }
         reply = self._post(request)
         try:
-            choices = sorted(reply["choices"], key=lambda choice: choice.get("index", 0))
+            choices = list(reply["choices"])
+            indices = [choice.get("index", place) for place, choice in enumerate(choices)]
         except (KeyError, TypeError, AttributeError):
             raise ModelError(f"{self.name}: the reply has no choices") from None
         if len(choices) != len(prompts):
             raise ModelError(f"{self.name}: {len(prompts)} prompts, but {len(choices)} choices")
-        return choices
+        if any(type(index) is not int for index in indices) or sorted(indices) != list(range(len(prompts))):
+            raise ModelError(f"{self.name}: the choices have the index {indices}, not one for each prompt")
+        self._check_length(reply, sum(map(len, prompts)))
+        return [choices[indices.index(place)] for place in range(len(prompts))]
+
+    def _check_length(self, reply: Mapping[str, Any], sent: int) -> None:
+        """Check that the server has read what was sent: some put a token of their own before it."""
+        usage = reply.get("usage")
+        read = usage.get("prompt_tokens") if isinstance(usage, Mapping) else None
+        if read and read != sent:
+            raise ModelError(
+                f"{self.name}: usage.prompt_tokens = {read}, but {sent} tokens were sent; the server must "
+                "add no token to a prompt"
+            )
 
     def _post(self, request: dict[str, Any]) -> Any:
         url = f"{self.source.url.rstrip('/')}/completions"
@@ -99,14 +113,27 @@ class Endpoint:
                 raise ModelError(f"{self.name}: the reply is not JSON") from None
         raise ModelError(f"{self.name} {reason} ({TRIES} tries)")
 
-    def _prompt(self, choice: Any, length: int) -> list[Mapping[str, float]]:
+    def _prompt(self, choice: Any, prompt: list[int]) -> list[Mapping[str, float]]:
         """All tokens but the first of a prompt that is echoed."""
-        echoed = self._top(choice)
+        echoed, length = self._top(choice), len(prompt)
+        if len(echoed) > length + 1:
+            raise ModelError(
+                f"{self.name}: a prompt of {length} tokens comes back with {len(echoed)}, of which one was "
+                "to be new"
+            )
         if len(echoed) < length:
             raise ModelError(
                 f"{self.name}: a prompt of {length} tokens comes back with {len(echoed)}; if the server "
                 "does not echo a prompt's log-probabilities, set echo: false"
             )
+        tokens = choice["logprobs"].get("tokens")
+        if isinstance(tokens, list):
+            for place, (token, sent) in enumerate(zip(tokens, prompt, strict=False)):
+                number = self._id(str(token))
+                if number is not None and number != sent and self.tokenizer.decode([sent]) != token:
+                    raise ModelError(
+                        f"{self.name}: logprobs.tokens[{place}] is {token!r}, sent was id {sent}"
+                    )
         rows = echoed[1:length]
         if not all(isinstance(row, Mapping) for row in rows):
             raise ModelError(f"{self.name}: tokens of a prompt come back without log-probabilities")
@@ -134,21 +161,23 @@ class Endpoint:
         return dict(self.tokenizer.get_vocab())
 
     def _id(self, token: str) -> int | None:
-        """The id of a token given by id, text or name; ``None`` for a part of a character."""
+        """The id of a token given by id, text or name; ``None`` for a part of a character, and for an id
+        beyond the tokenizer's, since a head may have more rows."""
         if token.startswith(TOKEN_ID) and token[len(TOKEN_ID) :].isdigit():
-            return int(token[len(TOKEN_ID) :])
+            number = int(token[len(TOKEN_ID) :])
+            return number if number < len(self.tokenizer) else None
         by_bytes = self._by_bytes.get(token.encode("utf-8", "surrogatepass"))
         return self._by_name.get(token) if by_bytes is None else by_bytes
 
     def _rows(self, predictions: list[Mapping[str, float]], width: int) -> TopK:
-        columns = max((len(row) for row in predictions), default=1)
+        columns = max([len(row) for row in predictions] + [1])
         ids = np.zeros((len(predictions), columns), np.int64)
         log_probs = np.full((len(predictions), columns), -np.inf)
         for index, row in enumerate(predictions):
             known: dict[int, float] = {}
             for token, value in row.items():
                 number = self._id(token)
-                if not isinstance(value, int | float):
+                if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
                     raise ModelError(f"{self.name}: the log-probability of {token!r} is {value!r}")
                 if number is not None:  # of two spellings of one id, the likelier
                     known[number] = max(known.get(number, -np.inf), value)
