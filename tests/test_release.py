@@ -10,6 +10,7 @@ import torch
 import yaml
 from click.testing import CliRunner
 from language_fixtures import GPT2, LLAMA, tiny
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from feddistill import models, release
 from feddistill.cli import main
@@ -354,3 +355,25 @@ def test_a_tokenizer_is_not_trained_on_other_texts(language_run, tmp_path):
     (changed / layout.DIGESTS).write_text(json.dumps({**digests, "data.proxy": "0"}))
     with pytest.raises(RunError, match=r"data\.proxy is not what .* the data have changed"):
         release.export(changed, tmp_path / "student")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "positions", "reads"),
+    [("roberta", 66, 64), ("xlm-roberta", 66, 64), ("bert", 64, 64), ("gpt2", 50, 48)],
+)
+def test_the_length_that_a_folder_reads_is_tried(architecture, positions, reads, tiny_model, tmp_path):
+    """``max_position_embeddings`` is not it, and the tokenizer may have no ``model_max_length``."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    names = {"gpt2": ("n_embd", "n_layer", "n_head", "n_positions")}.get(
+        architecture, ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+    )
+    size = dict(zip(names, (32, 1, 2, positions), strict=True))
+    special = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    config = AutoConfig.for_model(architecture, **size, **special)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    student = trained_models.of_folder(tmp_path)
+    assert student.max_tokens == reads
+    long = student.specialist.encode(("word " * 200,))[0]
+    ids = torch.tensor([long])
+    assert student.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.isfinite().all()

@@ -24,6 +24,7 @@ from feddistill.config import Config
 from feddistill.config.models import ScratchModel, TrainedTokenizer
 from feddistill.config.tasks import TASKS
 from feddistill.errors import ModelError, RunError
+from feddistill.modelio.padding import padded
 from feddistill.models.causal import Causal
 from feddistill.models.tokenizers import TextBounds, begin_texts, text_bounds
 from feddistill.runs import experiment
@@ -37,6 +38,8 @@ from feddistill.tasks.learner import BuiltModel
 MODULES = "modules.json"
 DENSE = "2_Dense"
 """Folder of the head of an exported mean-pool classifier."""
+SLACK = 8
+"""Rows by which a table of positions may differ from the length that is read."""
 LONGEST = 1024
 """Maximum length in tokens if neither the model nor the tokenizer specifies one."""
 
@@ -174,7 +177,9 @@ def of_folder(path: Path) -> Student:
         tokenizer.pad_token = tokenizer.eos_token
     classes = range(config.num_labels) if TASKS[task].labels == "class" else ()
     labels = tuple(config.id2label[i] for i in classes)
-    return Student(str(path), task, _ready(model), tokenizer, _longest(config, tokenizer), labels)
+    return Student(
+        str(path), task, _ready(model), tokenizer, _longest(model, config, tokenizer, str(path)), labels
+    )
 
 
 def _head(path: Path, config: PretrainedConfig) -> tuple[str, Any]:
@@ -207,9 +212,35 @@ def _mean_pool(path: Path, config: PretrainedConfig) -> models.MeanPoolClassifie
     return model
 
 
-def _longest(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
-    known = [tokenizer.model_max_length, getattr(config, "max_position_embeddings", None)]
-    return min([int(length) for length in known if length is not None and length < 1_000_000] or [LONGEST])
+def _longest(
+    model: nn.Module, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, name: str
+) -> int:
+    """The length that the model reads. A table of positions is tried: RoBERTa's has two rows more than the
+    longest text has tokens.
+
+    Raises:
+        ModelError: It reads not even a text that is a little shorter than its table.
+    """
+    positions = getattr(config, "max_position_embeddings", None)
+    known = [tokenizer.model_max_length, positions]
+    length = min([int(one) for one in known if one is not None and one < 1_000_000] or [LONGEST])
+    if positions is None or not _has_table(model, int(positions)):
+        return length
+    for shorter in range(length, max(1, length - SLACK), -1):
+        text = torch.full((1, padded(shorter)), len(tokenizer) - 1)  # batches are padded like that
+        try:
+            with torch.inference_mode():
+                model.eval()(input_ids=text, attention_mask=torch.ones_like(text))
+        except (IndexError, RuntimeError):
+            continue
+        return shorter
+    raise ModelError(f"{name} does not read a text of {length} tokens, which its settings say it reads")
+
+
+def _has_table(model: nn.Module, positions: int) -> bool:
+    """True if the model looks positions up in a table of about that length."""
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    return any(positions <= table.num_embeddings <= positions + SLACK for table in tables)
 
 
 def _ready(model: nn.Module) -> nn.Module:
