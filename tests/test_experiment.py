@@ -1,6 +1,7 @@
 """Whole runs: the same numbers again, after any kill, with a client refused."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -9,9 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file
 
+from feddistill import config as configuration
 from feddistill import payload, training
+from feddistill.cli import main
 from feddistill.config import parse
 from feddistill.errors import ConfigError, FeddistillError, ModelError, RoundError, RunError
 from feddistill.runs import experiment
@@ -345,3 +349,24 @@ def test_old_checkpoints_are_tidied_and_the_student_kept(finished):
     assert (out / finished["result"]["student_weights"]).is_file()
     assert (out / "rounds/002/specialists/client-0.safetensors").is_file()
     RunDirectory.open(out).close()
+
+
+def test_an_edited_configuration_is_noticed_by_whatever_reads_the_run(tiny_settings, tmp_path):
+    out = tmp_path / "run"
+    experiment.run(parse(tiny_settings | {"rounds": 1, "baselines": []}), out)
+    path = out / "config.yaml"
+    honest = path.read_text()
+    path.write_text(f"# read by nobody\n{honest}")
+    assert configuration.load_stored(path).rounds == 1
+    path.write_text(honest.replace("temperature: ", "temperature: 1"))
+    words = r"config\.yaml was edited after the run was started: distill\.temperature; undo it, or start"
+    for command in (
+        ["train", "--resume", "--out"],
+        ["evaluate"],
+        ["compare"],
+        ["report"],
+        ["verify", "--recompute"],
+    ):
+        done = CliRunner().invoke(main, [*command, str(out)])
+        assert done.exit_code == 2, command
+        assert re.search(words, done.stderr.strip()), command

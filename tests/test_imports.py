@@ -46,7 +46,7 @@ MODULES = {
     "aggregation": set(),
     "payload": set(),
     "alignment": {"payload"},
-    "config": {"aggregation"},
+    "config": {"aggregation", "store"},
     "modelio": {"accounting"},
     "data": {"config"},
     "models": {"accounting", "config", "modelio"},

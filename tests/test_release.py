@@ -358,12 +358,19 @@ def test_a_tokenizer_is_not_trained_on_other_texts(language_run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("architecture", "positions", "reads"),
-    [("roberta", 66, 64), ("xlm-roberta", 66, 64), ("bert", 64, 64), ("gpt2", 50, 48)],
+    ("architecture", "positions", "pad", "reads"),
+    [
+        ("roberta", 66, "[UNK]", 64),
+        ("roberta", 73, "[UNK]", 71),
+        ("xlm-roberta", 66, "e", None),  # of whatever id
+        ("bert", 64, "[PAD]", 64),
+        ("gpt2", 50, "[PAD]", 48),
+    ],
 )
-def test_the_length_that_a_folder_reads_is_tried(architecture, positions, reads, tiny_model, tmp_path):
+def test_the_length_that_a_folder_reads_is_tried(architecture, positions, pad, reads, tiny_model, tmp_path):
     """``max_position_embeddings`` is not it, and the tokenizer may have no ``model_max_length``."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.pad_token = pad
     names = {"gpt2": ("n_embd", "n_layer", "n_head", "n_positions")}.get(
         architecture, ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
     )
@@ -373,7 +380,7 @@ def test_the_length_that_a_folder_reads_is_tried(architecture, positions, reads,
     AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     student = trained_models.of_folder(tmp_path)
-    assert student.max_tokens == reads
+    assert student.max_tokens == (reads or positions - tokenizer.pad_token_id - 1)
     long = student.specialist.encode(("word " * 200,))[0]
     ids = torch.tensor([long])
     assert student.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.isfinite().all()

@@ -16,6 +16,7 @@ from feddistill.config.renamed import has_old_names, refuse, with_new_names, wit
 from feddistill.config.settings import QUICKSTART, Config
 from feddistill.config.tasks import TASKS
 from feddistill.errors import ConfigError
+from feddistill.store.layout import RECIPE
 
 
 def load(path: Path | None = None, overrides: tuple[str, ...] = ()) -> Config:
@@ -36,8 +37,12 @@ def load_stored(path: Path, overrides: tuple[str, ...] = ()) -> Config:
 
     Without ``overrides`` the configuration keeps these names, and lacks settings that did not exist when the
     run was started: ``as_stored``, ``dump`` and ``digest`` give what they gave then.
+
+    Raises:
+        ConfigError: As ``load``; or the file was edited after the run was started.
     """
     raw = _read(path)
+    _check_unedited(raw, path)
     old = has_old_names(raw)
     raw = with_new_names(raw) if old else raw
     given = dict(raw)
@@ -48,6 +53,15 @@ def load_stored(path: Path, overrides: tuple[str, ...] = ()) -> Config:
     if not overrides:
         config._old_names, config._stored = old, given
     return config
+
+
+def _check_unedited(raw: dict[str, Any], path: Path) -> None:
+    """Compare with the settings that a run of today stores beside its ``config.yaml``."""
+    beside = path.with_name(RECIPE)
+    started = json.loads(beside.read_text(encoding="utf-8")).get("settings") if beside.is_file() else None
+    if started is not None and started != raw:
+        key = _first_difference(raw, started)
+        raise ConfigError(f"{path} was edited after the run was started: {key}; undo it, or start a new run")
 
 
 def parse_stored(raw: Mapping[str, Any]) -> Config:

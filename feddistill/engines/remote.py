@@ -82,7 +82,7 @@ class RemoteClient:
                 raise
             return directory
         directory = RunDirectory.create(folder, configuration.dump(config))
-        recipe.write(directory)
+        recipe.write(directory, configuration.as_stored(config))
         return directory
 
     def _splits(self, config: Config, labels: tuple[str, ...], run: RunDirectory) -> Splits | None:

@@ -53,6 +53,8 @@ def order_head(model: Any, known: Sequence[str], labels: Sequence[str], name: st
     """
     exact = {label: row for row, label in enumerate(known)}
     folded = {label.casefold(): row for row, label in enumerate(known)}
+    if len(exact) < len(known):
+        raise ModelError(f"{name}: its head has a class twice in id2label: {', '.join(known)}")
     rows = [exact.get(label, folded.get(label.casefold(), -1)) for label in labels]
     if -1 in rows or len(set(rows)) < len(rows):
         raise ModelError(

@@ -309,7 +309,9 @@ def reads(model: nn.Module, tokenizer: PreTrainedTokenizerBase, length: int, nam
             f"{name}.max_tokens = {length} is padded to {padded(length)}, but the model reads at most "
             f"{longest}; take {longest - longest % PAD_TO}"
         )
-    text = torch.full((1, length), len(tokenizer) - 1)
+    pad = int(tokenizer.pad_token_id or 0)
+    text = torch.full((1, length), int(pad == 0))  # tokens of padding may have no position
+    text[0, 0] = len(tokenizer) - 1
     model.eval()
     try:
         with torch.inference_mode():

@@ -10,6 +10,7 @@ from jinja2 import Environment, StrictUndefined
 from rich.console import Console
 from rich.table import Table
 
+from feddistill import config as configuration
 from feddistill.config.methods import row_labels
 from feddistill.config.tasks import Task, task_named
 from feddistill.data import Skew
@@ -30,6 +31,7 @@ def write(out: Path) -> Path:
     """
     run = RunDirectory.open(out)
     try:
+        configuration.load_stored(run.path(CONFIG))  # raises if it was edited
         if not run.path(RESULT).exists():
             raise RunError(f"{out} is not complete; go on with: feddistill train --resume --out {out}")
         result, skew = run.read_json(RESULT), _skew(run.read_json(layout.SKEW))

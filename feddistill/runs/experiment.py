@@ -71,7 +71,7 @@ def run(
         prepare(config)
         splits = check(config, progress, build=_works_here(engine))
         directory = RunDirectory.create(out, configuration.dump(config))
-        recipe.write(directory)
+        recipe.write(directory, configuration.as_stored(config))
     try:
         if resume:
             recipe.check(directory)

@@ -210,7 +210,7 @@ def _derive(
     """Create a run with the configuration, the data digests and its provenance."""
     config.aggregation.check(len(set(_request(original, 1).clients) - set(absent)))
     made = RunDirectory.create(out, configuration.dump(config))
-    recipe.write(made)
+    recipe.write(made, configuration.as_stored(config))
     digests = original.read_json(layout.DIGESTS)
     if recipe.stored(original) < recipe.DIVIDED:  # the private texts are not divided like that any more
         digests = {name: digest for name, digest in digests.items() if name.startswith("data.")}

@@ -177,9 +177,8 @@ def of_folder(path: Path) -> Student:
         tokenizer.pad_token = tokenizer.eos_token
     classes = range(config.num_labels) if TASKS[task].labels == "class" else ()
     labels = tuple(config.id2label[i] for i in classes)
-    return Student(
-        str(path), task, _ready(model), tokenizer, _longest(model, config, tokenizer, str(path)), labels
-    )
+    longest = _longest(model, config, tokenizer, str(path))  # before the model moves to a GPU
+    return Student(str(path), task, _ready(model), tokenizer, longest, labels)
 
 
 def _head(path: Path, config: PretrainedConfig) -> tuple[str, Any]:
@@ -215,26 +214,37 @@ def _mean_pool(path: Path, config: PretrainedConfig) -> models.MeanPoolClassifie
 def _longest(
     model: nn.Module, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, name: str
 ) -> int:
-    """The length that the model reads. A table of positions is tried: RoBERTa's has two rows more than the
-    longest text has tokens.
+    """The length that the model reads. A table of positions is tried: RoBERTa's has more rows than the
+    longest text has tokens, and a tokenizer need not know its model's length.
 
     Raises:
-        ModelError: It reads not even a text that is a little shorter than its table.
+        ModelError: It reads no text at all.
     """
     positions = getattr(config, "max_position_embeddings", None)
     known = [tokenizer.model_max_length, positions]
     length = min([int(one) for one in known if one is not None and one < 1_000_000] or [LONGEST])
-    if positions is None or not _has_table(model, int(positions)):
+    if positions is None or not _has_table(model, int(positions)) or _reads(model, tokenizer, length):
         return length
-    for shorter in range(length, max(1, length - SLACK), -1):
-        text = torch.full((1, padded(shorter)), len(tokenizer) - 1)  # batches are padded like that
-        try:
-            with torch.inference_mode():
-                model.eval()(input_ids=text, attention_mask=torch.ones_like(text))
-        except (IndexError, RuntimeError):
-            continue
-        return shorter
-    raise ModelError(f"{name} does not read a text of {length} tokens, which its settings say it reads")
+    if not _reads(model, tokenizer, 1):
+        raise ModelError(f"{name} reads no text, not even of one token")
+    read, too_long = 1, length
+    while too_long - read > 1:
+        middle = (read + too_long) // 2
+        read, too_long = (middle, too_long) if _reads(model, tokenizer, middle) else (read, middle)
+    return read
+
+
+def _reads(model: nn.Module, tokenizer: PreTrainedTokenizerBase, length: int) -> bool:
+    """True if the model, on the CPU, reads a text of ``length`` tokens in a batch as it is padded."""
+    pad = int(tokenizer.pad_token_id or 0)
+    ids, mask = torch.full((1, padded(length)), pad), torch.zeros(1, padded(length), dtype=torch.long)
+    ids[0, :length], mask[0, :length] = int(pad == 0), 1  # tokens of padding may have no position
+    try:
+        with torch.inference_mode():
+            model.eval()(input_ids=ids, attention_mask=mask)
+    except (IndexError, RuntimeError):
+        return False
+    return True
 
 
 def _has_table(model: nn.Module, positions: int) -> bool:

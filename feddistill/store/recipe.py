@@ -14,7 +14,7 @@ because its figures would belong to neither.
 
 from feddistill.errors import RunError
 from feddistill.store.layout import RECIPE
-from feddistill.store.run_directory import RunDirectory
+from feddistill.store.run_directory import Json, RunDirectory
 
 NUMBER = 3
 DIVIDED = 3
@@ -26,9 +26,9 @@ def stored(run: RunDirectory) -> int:
     return int(run.read_json(RECIPE)["recipe"]) if run.path(RECIPE).exists() else 1
 
 
-def write(run: RunDirectory) -> None:
-    """Store the number of this version's recipe in a new run."""
-    run.write_json(RECIPE, {"recipe": NUMBER})
+def write(run: RunDirectory, settings: Json) -> None:
+    """Store the number of this version's recipe in a new run, and its settings: a file can be edited."""
+    run.write_json(RECIPE, {"recipe": NUMBER, "settings": settings})
 
 
 def check(run: RunDirectory) -> None:
