@@ -165,3 +165,32 @@ def test_an_adapter_is_trained_by_clients_alone(adapter):
         parse({"student": {"model": {"source": source}}})
     with pytest.raises(ConfigError, match="lora adds new adapters"):
         parse({"clients": {"models": [{"source": source, "lora": {"rank": 2}}]}})
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_rows_are_added_for_new_tokens(tied, base, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(base, tie_word_embeddings=tied)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    rows, tokens = model.config.vocab_size, len(tokenizer)
+    tokenizer.add_tokens(["<new-1>", "<new-2>", "<new-3>"])
+    folder = tmp_path / "more"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    source = {"source": {"kind": "hub", "name": str(folder)}, "max_tokens": 32}
+    with pytest.raises(
+        ModelError, match=rf"^m: its tokenizer has {tokens + 3} tokens, .* {rows} rows; resize_emb"
+    ):
+        causal.build(ModelConfig(**source), 0, "m")
+    own = {**source, "resize_embeddings": True}
+    built = causal.build(ModelConfig(**own), 0, "m").model
+    torch.testing.assert_close(logits(built)[..., :rows], logits(model), rtol=1e-4, atol=1e-5)
+    assert torch.equal(
+        logits(built), logits(causal.build(ModelConfig(**own), 0, "m").model)
+    )  # the same rows again
+
+    out = tmp_path / "run"
+    experiment.run(parse(settings("resized", [own], own, sizes=(6, 2, 2, 2), rounds=1)), out)
+    release.export(out, tmp_path / "student")
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    assert reloaded.get_input_embeddings().weight.shape[0] == tokens + 3
+    torch.testing.assert_close(logits(reloaded), logits(trained_models.of_run(out).model), atol=1e-5, rtol=0)

@@ -111,6 +111,9 @@ class ModelConfig(Setting):
     linear head on the mean of the last hidden states (for sentence encoders without a trained pooler)."""
     layers: tuple[int, ...] | None = Field(default=None, min_length=1)
     """Transformer layers to keep: ``[0, 2, 5]`` makes a small student with trained weights."""
+    resize_embeddings: bool = False
+    """True to add rows to the embeddings, and to the head of a language model, if the tokenizer has more
+    tokens than they have rows: tokens were added to it, and the model was not trained on them."""
     freeze_embeddings: bool = False
     """True to train nothing that comes before the first layer: embeddings, positions, their norms. A head
     that is tied to the embeddings is then frozen as well."""

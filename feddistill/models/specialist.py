@@ -234,9 +234,23 @@ def loaded(
     else:
         assert not isinstance(config.source, QueryOnlyModel), "a query-only model has no weights"
         model = pretrained(config.source, auto, name, **_attention(config), **labels)
+        _fit_embeddings(model, len(tokenizer), config, name)
     model.config.pad_token_id = tokenizer.pad_token_id
     model.config.use_cache = False
     return model
+
+
+def _fit_embeddings(model: Any, tokens: int, config: ModelConfig, name: str) -> None:
+    """Check that the embeddings have a row for each token, or add rows, drawn like those that are there."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if tokens <= rows:
+        return
+    if not config.resize_embeddings:
+        raise ModelError(
+            f"{name}: its tokenizer has {tokens} tokens, its embeddings have {rows} rows; "
+            f"resize_embeddings: true adds rows"
+        )
+    model.resize_token_embeddings(tokens)
 
 
 def _attention(config: ModelConfig) -> dict[str, str]:
