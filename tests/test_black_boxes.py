@@ -237,11 +237,28 @@ def test_ids_beyond_the_tokenizer_leave_their_mass_to_the_rest(serve, speaker, t
         ([(200, '{"choices": [{"logprobs": {"top_logprobs": [null, {}, null]}}]}')], "without log-prob"),
         (
             [(200, '{"choices": [{"logprobs": {"top_logprobs": [null, {"token_id:5": 3}, {}]}}]}')],
-            "not log-prob",
+            "log-probability of 'token_id:5' is 3",
         ),
         (
             [(200, '{"choices": [{"logprobs": {"top_logprobs": [null, {"token_id:5": NaN}, {}]}}]}')],
             "log-probability of 'token_id:5' is nan",
+        ),
+        (
+            [(200, '{"choices": [{"logprobs": {"top_logprobs": [null, {"token_id:99999": 0.9}, {}]}}]}')],
+            "log-probability of 'token_id:99999' is 0.9",
+        ),
+        (
+            [(200, f'{{"choices": [{{"logprobs": {{"top_logprobs": [null, {{"a": {10**400}}}, {{}}]}}}}]}}')],
+            "log-probability of 'a' is 10000",
+        ),
+        (
+            [
+                (
+                    200,
+                    '{"choices": [{"logprobs": {"top_logprobs": [null, {"token_id:999": 0, "a": -1}, {}]}}]}',
+                )
+            ],
+            "add up to 1.368",
         ),
         (
             [

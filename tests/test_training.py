@@ -187,8 +187,12 @@ def test_batches_are_padded_to_a_multiple_of_four():
     assert mask.sum(1).tolist() == [3, 9]
 
 
-def test_operations_are_those_of_the_matrices(specialist):
-    meter = FlopMeter(specialist.model)
+@pytest.mark.parametrize(("max_tokens", "kind"), [(16, "eager"), (48, "sdpa")])
+def test_operations_are_those_of_the_matrices(tiny_model, max_tokens, kind):
+    config = ModelConfig(source=HubModel(name=str(tiny_model)), max_tokens=max_tokens)
+    model = models.build(config, CLASSES, 0, "m").model
+    assert model.encoder.config._attn_implementation == kind
+    meter = FlopMeter(model)
     meter.add(2, 8, training=False)
     hidden, inner, layers = 32, 64, 2
     matrices = layers * (4 * hidden * hidden + 2 * hidden * inner)

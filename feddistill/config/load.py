@@ -58,9 +58,13 @@ def load_stored(path: Path, overrides: tuple[str, ...] = ()) -> Config:
 def _check_unedited(raw: dict[str, Any], path: Path) -> None:
     """Compare with the settings that a run of today stores beside its ``config.yaml``."""
     beside = path.with_name(RECIPE)
-    started = json.loads(beside.read_text(encoding="utf-8")).get("settings") if beside.is_file() else None
+    try:
+        stored = json.loads(beside.read_bytes()) if beside.is_file() else {}
+        started = stored.get("settings")
+    except (ValueError, AttributeError):
+        raise ConfigError(f"{beside} is damaged") from None
     if started is not None and started != raw:
-        key = _first_difference(raw, started)
+        key = _first_difference(raw, started) or "a setting was added"
         raise ConfigError(f"{path} was edited after the run was started: {key}; undo it, or start a new run")
 
 

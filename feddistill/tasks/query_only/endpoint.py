@@ -1,5 +1,6 @@
 """Query-only language models behind an HTTP endpoint with OpenAI's completions API."""
 
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from feddistill.alignment import Vocabulary
 from feddistill.config.models import EndpointModel
 from feddistill.errors import ModelError
 from feddistill.models.sources import first_line
-from feddistill.tasks.query_only.predictions import Block, ranked
+from feddistill.tasks.query_only.predictions import SLACK, Block, ranked
 from feddistill_kernels import TopK
 
 TRIES = 4
@@ -163,11 +164,19 @@ class Endpoint:
     def _id(self, token: str) -> int | None:
         """The id of a token given by id, text or name; ``None`` for a part of a character, and for an id
         beyond the tokenizer's, since a head may have more rows."""
-        if token.startswith(TOKEN_ID) and token[len(TOKEN_ID) :].isdigit():
-            number = int(token[len(TOKEN_ID) :])
+        digits = token.removeprefix(TOKEN_ID)
+        if digits != token and digits.isascii() and digits.isdecimal():
+            number = int(digits) if len(digits) < 12 else len(self.tokenizer)
             return number if number < len(self.tokenizer) else None
         by_bytes = self._by_bytes.get(token.encode("utf-8", "surrogatepass"))
         return self._by_name.get(token) if by_bytes is None else by_bytes
+
+    def _log_prob(self, token: str, given: Any) -> float:
+        """A checked entry of ``top_logprobs``."""
+        number = isinstance(given, int | float) and not isinstance(given, bool)
+        if not number or not given <= SLACK:
+            raise ModelError(f"{self.name}: the log-probability of {token[:40]!r} is {str(given)[:40]}")
+        return float(max(given, -1e30)) if given > -math.inf else -math.inf
 
     def _rows(self, predictions: list[Mapping[str, float]], width: int) -> TopK:
         columns = max([len(row) for row in predictions] + [1])
@@ -175,12 +184,16 @@ class Endpoint:
         log_probs = np.full((len(predictions), columns), -np.inf)
         for index, row in enumerate(predictions):
             known: dict[int, float] = {}
-            for token, value in row.items():
-                number = self._id(token)
-                if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
-                    raise ModelError(f"{self.name}: the log-probability of {token!r} is {value!r}")
-                if number is not None:  # of two spellings of one id, the likelier
+            foreign = 0.0
+            for token, given in row.items():
+                value, number = self._log_prob(token, given), self._id(token)
+                if number is None:
+                    foreign += math.exp(value)
+                else:  # of two spellings of one id, the likelier
                     known[number] = max(known.get(number, -np.inf), value)
+            mass = foreign + sum(map(math.exp, known.values()))
+            if foreign and mass > 1 + SLACK:
+                raise ModelError(f"{self.name}: the probabilities of a row add up to {mass:.4g}")
             ids[index, : len(known)], log_probs[index, : len(known)] = list(known), list(known.values())
         return ranked(ids, log_probs, len(self.tokenizer), self.name, width)
 
