@@ -1,5 +1,6 @@
 """An optimiser step has one gradient, however its examples are divided into batches."""
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -10,11 +11,12 @@ from transformers import BertConfig, BertForMaskedLM, BertForQuestionAnswering, 
 from feddistill.accounting import FlopMeter
 from feddistill.config.training import DistillConfig, TrainingConfig
 from feddistill.modelio.packing import pack
+from feddistill.modelio.padding import pad
 from feddistill.modelio.passages import QAWindow
 from feddistill.models.specialist import MeanPoolClassifier
 from feddistill.training import TextLoss, TrainingExamples, fit
 from feddistill.training.blocks import Masking, examples_of
-from feddistill.training.losses import BlockLoss, MaskedLoss, QuestionLoss
+from feddistill.training.losses import Batch, BlockLoss, MaskedLoss, QuestionLoss
 from feddistill.training.spans import NO_TEACHER, SpanExamples
 from feddistill.training.trainer import ExampleTrainer
 from feddistill.types import NO_LABEL
@@ -142,3 +144,21 @@ def test_a_step_without_a_term_has_a_gradient_of_zero():
         del TASKS["nothing"]
     assert loss == 0
     assert float(found.abs().max()) == 0
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_terms_are_what_has_a_label_or_a_teacher(task):
+    torch.manual_seed(1)
+    examples, loss, _ = TASKS[task](DISTILL)
+    if task in ("causal", "masked"):
+        labels = torch.full_like(examples.labels, NO_LABEL)
+        labels[:3] = examples.labels[:3]
+        loss.examples = replace(examples, labels=labels)
+    rows = torch.arange(len(examples.tokens))
+    batch = Batch(*pad(examples.tokens, 0), rows)
+    terms = {loss(replace(batch, step=step)).count for step in range(20)}
+    taught = {"texts": 7, "fedmd": 7, "causal": 17, "questions": 14}
+    if task == "masked":  # in some steps a block's masks are those that the teacher predicts
+        assert max(terms) > 3
+    else:
+        assert terms == {taught[task]}
