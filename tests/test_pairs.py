@@ -147,7 +147,7 @@ def test_a_pair_needs_room(bert):
 
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory):
-    """Whether the second text says what the first says."""
+    """Pairs of texts, labelled by whether both have the same meaning."""
     path = tmp_path_factory.mktemp("texts") / "pairs.csv"
     words = ["dog", "cat", "fish", "building", "animal"]
     with path.open("w", newline="") as file:

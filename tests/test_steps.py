@@ -87,7 +87,7 @@ TASKS = {
 
 
 def gradients(task, distill, batch_size, accumulation, proximal=0.0):
-    """Of one optimiser step over all examples, the model, and the loss that is logged."""
+    """The gradient of one optimiser step over all examples, the logged loss, and the examples."""
     torch.manual_seed(1)
     examples, loss, model = TASKS[task](distill)
     found = {}

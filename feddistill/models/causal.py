@@ -214,7 +214,7 @@ def _is_linear(
     finally:
         weight.mul_(0.0 if is_zero else 1 / scale)
     if not (made - logits).abs().max() <= EXACT * made.abs().max():
-        known = model.config.get_text_config().to_dict()  # type: ignore[operator, union-attr]  # as above
+        known = model.config.get_text_config().to_dict()  # type: ignore[operator, union-attr]  # transformers' models have it
         changes = [f"{key} = {known[key]}" for key in CHANGES if known.get(key) not in (None, 1)]
         raise ModelError(
             f"{name}: the logits of {type(model).__name__} are not the product of its hidden states and its "

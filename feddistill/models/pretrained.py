@@ -107,6 +107,7 @@ def _with_adapter(
     model = _load(auto, base, f"{base!r}, the base model of the adapter {source.name!r}", name, **more)
     try:
         with warnings.catch_warnings():
+            # peft 0.21 uses a name that transformers 5.23 has deprecated.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
             warnings.filterwarnings("ignore", "Found missing adapter keys", UserWarning)  # an error below
             adapted = PeftModel.from_pretrained(

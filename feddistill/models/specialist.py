@@ -248,7 +248,7 @@ def _fit_embeddings(model: Any, tokens: int, config: ModelConfig, name: str) -> 
     if not config.resize_embeddings:
         raise ModelError(
             f"{name}: its tokenizer has {tokens} tokens, its embeddings have {rows} rows; "
-            f"resize_embeddings: true adds rows"
+            "resize_embeddings: true adds rows"
         )
     model.resize_token_embeddings(tokens)
 
@@ -313,8 +313,18 @@ def remember_frozen(
     return FrozenLayers(body, list(layers[:count]), states, meter)
 
 
+def read(model: nn.Module, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
+    """Run a model on the CPU on a text of ``length`` tokens, padded as in a batch; errors pass through."""
+    pad = int(tokenizer.pad_token_id or 0)
+    ids, mask = torch.full((1, padded(length)), pad), torch.zeros(1, padded(length), dtype=torch.long)
+    ids[0, :length], mask[0, :length] = int(pad == 0), 1  # tokens of padding may have no position
+    ids[0, 0] = len(tokenizer) - 1
+    with torch.inference_mode():
+        model.eval()(input_ids=ids, attention_mask=mask)
+
+
 def reads(model: nn.Module, tokenizer: PreTrainedTokenizerBase, length: int, name: str) -> None:
-    """Check that the model reads a text of ``length`` tokens, all of them the tokenizer's last one."""
+    """Check that the model reads a text of ``length`` tokens, of which one is the tokenizer's last."""
     longest = getattr(body_of(model).config, "max_position_embeddings", None)
     if longest is not None and length > longest:
         raise ModelError(f"{name}.max_tokens = {length}, but the model reads at most {longest}")
@@ -323,13 +333,8 @@ def reads(model: nn.Module, tokenizer: PreTrainedTokenizerBase, length: int, nam
             f"{name}.max_tokens = {length} is padded to {padded(length)}, but the model reads at most "
             f"{longest}; take {longest - longest % PAD_TO}"
         )
-    pad = int(tokenizer.pad_token_id or 0)
-    text = torch.full((1, length), int(pad == 0))  # tokens of padding may have no position
-    text[0, 0] = len(tokenizer) - 1
-    model.eval()
     try:
-        with torch.inference_mode():
-            model(input_ids=text, attention_mask=torch.ones_like(text))
+        read(model, tokenizer, length)
     except (IndexError, RuntimeError, TypeError, ValueError) as error:
         reason = first_line(error)
         raise ModelError(

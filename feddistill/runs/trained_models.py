@@ -24,7 +24,6 @@ from feddistill.config import Config
 from feddistill.config.models import ScratchModel, TrainedTokenizer
 from feddistill.config.tasks import TASKS
 from feddistill.errors import ModelError, RunError
-from feddistill.modelio.padding import padded
 from feddistill.models.causal import Causal
 from feddistill.models.tokenizers import TextBounds, begin_texts, text_bounds
 from feddistill.runs import experiment
@@ -235,13 +234,8 @@ def _longest(
 
 
 def _reads(model: nn.Module, tokenizer: PreTrainedTokenizerBase, length: int) -> bool:
-    """True if the model, on the CPU, reads a text of ``length`` tokens in a batch as it is padded."""
-    pad = int(tokenizer.pad_token_id or 0)
-    ids, mask = torch.full((1, padded(length)), pad), torch.zeros(1, padded(length), dtype=torch.long)
-    ids[0, :length], mask[0, :length] = int(pad == 0), 1  # tokens of padding may have no position
     try:
-        with torch.inference_mode():
-            model.eval()(input_ids=ids, attention_mask=mask)
+        models.read(model, tokenizer, length)
     except (IndexError, RuntimeError):
         return False
     return True

@@ -30,7 +30,7 @@ def is_here(request, device):
     if "backend" in request.fixturenames:
         operator = "aggregation" if "rule" in request.fixturenames else "distillation"
         if request.getfixturevalue("backend") not in available_backends(operator, device):
-            pytest.skip("not here")
+            pytest.skip(f"this backend of {operator} is not available on {device}")
 
 
 def unequal(seed=0, dtype=torch.float32):

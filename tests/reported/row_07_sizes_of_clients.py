@@ -12,7 +12,7 @@ from feddistill.data import load
 
 
 def sizes(path: Path, seed: int, alpha: float) -> list[int]:
-    """Of the private sets."""
+    """The number of private texts of each client."""
     other = {"source": {"kind": "files", "path": str(path)}, "size": 4}
     partition = {"kind": "dirichlet", "clients": 4, "alpha": alpha, "min_examples": 10}
     parts = {"private": {"size": None}, "proxy": other, "validation": other, "test": other}
